@@ -1,0 +1,36 @@
+# Every target makes the environment it needs; Python 3.10-3.12, make and git are all that must be there.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help env demo test check bench clean
+
+help:
+	@echo "make demo   render rooms, pretrain, transfer, evaluate: runs/demo/report.html (about 8 minutes on 2 cores)"
+	@echo "make test   the test suite (no network, no GPU needed)"
+	@echo "make check  ruff format, ruff lint, pyright"
+	@echo "make bench  time a training step and the loader on this machine"
+
+env: .venv/.installed
+
+.venv/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --upgrade uv
+	$(BIN)/uv pip install -q --python $(BIN)/python -e ".[dev,demo]"
+	touch $@
+
+demo: env
+	$(BIN)/python tools/demo.py --output_dir runs/demo
+
+test: env
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: env
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+bench: env
+	$(BIN)/python tools/benchmark.py step
+
+clean:
+	rm -rf .venv runs build dist *.egg-info
