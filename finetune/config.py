@@ -1,0 +1,212 @@
+"""The options of a depth run. The dataclasses are the only list of options; `spark.config.parse_config` reads them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from spark.config import require
+
+
+@dataclass
+class DepthModelConfig:
+    """Model: head and depth range.
+
+    Attributes:
+        head: what turns the encoder's features into depth; unetpp.
+        head_options: arguments of that head, such as decoder_channels of unetpp.
+        min_depth: nearest depth in metres that the model can say.
+        max_depth: farthest depth in metres that the model can say; readings beyond it do not train it.
+        initial_depth: depth in metres near which an untrained head starts; the median of NYU is 2.7.
+        drop_path: stochastic depth rate of the encoder.
+    """
+
+    head: str = "unetpp"
+    head_options: dict[str, Any] = field(default_factory=dict)
+    min_depth: float = 1e-3
+    max_depth: float = 10.0
+    initial_depth: float = 2.7
+    drop_path: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "at least 0 and below 1")
+
+
+@dataclass
+class DepthDataConfig:
+    """Data: RGB-D pairs, their sizes and their augmentation.
+
+    Attributes:
+        root: folder that the lists' entries are relative to, or the folder or path of nyu_depth_v2_labeled.mat.
+        list: list of the training pairs, a path or a name inside root; null for the labelled file and its official split.
+        val_list: list of the pairs to validate on; null validates on the test split of the labelled file, and on nothing
+            where a list names the training pairs.
+        depth: which depth of the labelled file trains, raw (with holes) or filled; a list's depth is what its files hold.
+        black_border: paint the white border of the labelled NYU images black, as the published test images have it.
+        image_size: size [height, width] in pixels at which a whole frame is presented to the model.
+        crop_size: size [height, width] of the random crop of it that one training sample is.
+        border: part [top, bottom, left, right] of a 480x640 frame that crops are taken from; null is all of it.
+        zoom: range of the random magnification s, which divides depth by s.
+        flip: probability of a horizontal flip.
+        rotation: largest random rotation in degrees.
+        colour: probability that gamma, brightness and channels change.
+        gamma: range of the exponent of colours.
+        brightness: range of the factor on all channels.
+        channel: range of the factor on each channel.
+        contrast: range of the factor on the difference from the mean colour.
+        mean: mean of every channel on the scale 0 to 1; null takes what the encoder was trained with.
+        std: standard deviation of every channel on the scale 0 to 1; null takes what the encoder was trained with.
+        workers: processes that read pairs; null is one for each core that a process may use, at most 8.
+        max_unreadable: share of the pairs that may be unreadable before the run stops, between 0 and 1.
+        max_empty: share of the run's micro-batches that may be without a single reading before the run stops.
+    """
+
+    root: str
+    list: str | None = None
+    val_list: str | None = None
+    depth: Literal["raw", "filled"] = "raw"
+    black_border: bool = False
+    image_size: tuple[int, int] = (480, 640)
+    crop_size: tuple[int, int] = (416, 544)
+    border: tuple[int, int, int, int] | None = (45, 472, 43, 608)
+    zoom: tuple[float, float] = (1.0, 1.5)
+    flip: float = 0.5
+    rotation: float = 0.0
+    colour: float = 0.5
+    gamma: tuple[float, float] = (0.9, 1.1)
+    brightness: tuple[float, float] = (0.75, 1.25)
+    channel: tuple[float, float] = (0.9, 1.1)
+    contrast: tuple[float, float] = (1.0, 1.0)
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    workers: int | None = None
+    max_unreadable: float = 0.01
+    max_empty: float = 0.01
+
+    def __post_init__(self) -> None:
+        require(self.workers is None or self.workers >= 0, "data.workers", self.workers, "null, 0 or more")
+        require(0 <= self.max_unreadable <= 1, "data.max_unreadable", self.max_unreadable, "between 0 and 1")
+        require(0 <= self.max_empty <= 1, "data.max_empty", self.max_empty, "between 0 and 1")
+
+
+@dataclass
+class DepthOptimConfig:
+    """Optimizer and schedule.
+
+    Attributes:
+        name: optimizer.
+        lr: peak learning rate of the head, for the batch size at hand (it is not scaled with it).
+        batch_size: pairs of one optimizer step, over all processes and all accumulated parts.
+        betas: decay rates of the optimizer's running moments.
+        eps: term added to the optimizer's denominator.
+        weight_decay: weight decay, constant over the run.
+        warmup_steps: optimizer steps of the linear warm-up; when set it takes the place of warmup_epochs.
+        warmup_epochs: epochs of the warm-up, after which the learning rate falls as half a cosine.
+        start_factor: learning rate at the first step as a share of the peak.
+        end_factor: learning rate at the last step as a share of the peak.
+        clip_grad: largest norm of the gradient of all parameters together; null does not clip.
+        encoder_lr_factor: factor on the learning rate of the encoder.
+        layer_decay: factor from one layer of the encoder to the next shallower one; null is none.
+        frozen_epochs: epochs at the start in which the encoder does not learn and its batch statistics stay.
+    """
+
+    name: Literal["lamb", "adamw", "sgd"] = "adamw"
+    lr: float = 1e-4
+    batch_size: int = 32
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    warmup_steps: int | None = None
+    warmup_epochs: float = 1.0
+    start_factor: float = 0.01
+    end_factor: float = 0.01
+    clip_grad: float | None = 1.0
+    encoder_lr_factor: float = 1.0
+    layer_decay: float | None = None
+    frozen_epochs: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, "optim.lr", self.lr, "above 0")
+        require(self.batch_size >= 1, "optim.batch_size", self.batch_size, "at least 1")
+        require(all(0 <= b < 1 for b in self.betas), "optim.betas", list(self.betas), "at least 0 and below 1")
+        require(self.eps > 0, "optim.eps", self.eps, "above 0")
+        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "at least 0")
+        require(self.warmup_steps is None or self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more")
+        require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "at least 0")
+        require(0 <= self.start_factor <= 1, "optim.start_factor", self.start_factor, "between 0 and 1")
+        require(0 <= self.end_factor <= 1, "optim.end_factor", self.end_factor, "between 0 and 1")
+        require(
+            self.clip_grad is None or self.clip_grad > 0, "optim.clip_grad", self.clip_grad, "above 0, or null for none"
+        )
+        require(self.encoder_lr_factor > 0, "optim.encoder_lr_factor", self.encoder_lr_factor, "above 0")
+        require(
+            self.layer_decay is None or 0 < self.layer_decay <= 1,
+            "optim.layer_decay",
+            self.layer_decay,
+            "above 0 and at most 1, or null for none",
+        )
+        require(self.frozen_epochs >= 0, "optim.frozen_epochs", self.frozen_epochs, "0 or more")
+
+
+@dataclass
+class DepthConfig:
+    """Run: encoder, losses, length, precision, logs and checkpoints.
+
+    Attributes:
+        encoder: exported encoder folder, an official SparK .pth file, or a timm model name.
+        output_dir: folder of the run: config.yaml, metrics.jsonl, tensorboard/, figures/, checkpoints/, model/ and
+            evaluation.json.
+        pretrained: for a timm name, load timm's published weights (true) or start from random ones (false); a folder or
+            file brings its own weights.
+        losses: name and weight of each loss in the sum; silog, l1, mse, berhu.
+        loss_options: arguments of each of these losses, by its name, such as variance_focus of silog.
+        epochs: length of the run in passes over the training pairs.
+        max_steps: length of the run in optimizer steps; when set it takes the place of epochs.
+        precision: fp32, or mixed precision in bf16 or fp16.
+        accumulation: parts that each process splits its share of a batch into, to fit the memory.
+        channels_last: keep images and weights in the channels-last memory format.
+        sync_bn: batch normalisation takes its statistics over all processes (on CPU each process takes its own).
+        seed: seed of everything random: weights of the head, order of the pairs, augmentation, stochastic depth.
+        log_every: optimizer steps between rows of metrics.jsonl.
+        checkpoint_every: optimizer steps between checkpoints; 0 writes one at the end only.
+        keep_checkpoints: number of the newest checkpoints that are kept.
+        protocol: evaluation protocol of the validation and of evaluation.json.
+        flip_average: average predictions with those of the mirror image in the evaluation; null is the protocol's own choice.
+        validate_every: epochs between validations; 0 validates at the end only. The last one is always made.
+        triptychs: number of validation images that every validation draws into figures/.
+        resume: true continues from the newest checkpoint of output_dir, and starts from the beginning where there is none; a
+            path continues from that checkpoint.
+    """
+
+    encoder: str
+    data: DepthDataConfig
+    output_dir: str
+    pretrained: bool = False
+    model: DepthModelConfig = field(default_factory=DepthModelConfig)
+    losses: dict[str, float] = field(default_factory=lambda: {"silog": 1.0})
+    loss_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    optim: DepthOptimConfig = field(default_factory=DepthOptimConfig)
+    epochs: float = 15
+    max_steps: int | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    accumulation: int = 1
+    channels_last: bool = False
+    sync_bn: bool = True
+    seed: int = 0
+    log_every: int = 10
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    protocol: str = "nyu-bts"
+    flip_average: bool | None = None
+    validate_every: float = 1
+    triptychs: int = 4
+    resume: bool | str = False
+
+    def __post_init__(self) -> None:
+        require(self.epochs > 0, "epochs", self.epochs, "above 0")
+        require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "null or at least 1")
+        require(self.accumulation >= 1, "accumulation", self.accumulation, "at least 1")
+        require(self.log_every >= 1, "log_every", self.log_every, "at least 1")
+        require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")
+        require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "at least 1")
+        require(self.validate_every >= 0, "validate_every", self.validate_every, "0 or more")
+        require(self.triptychs >= 0, "triptychs", self.triptychs, "0 or more")

@@ -1,0 +1,273 @@
+"""NYU Depth V2: the "sync" folders that BTS introduced, and the official nyu_depth_v2_labeled.mat."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import h5py
+import numpy as np
+from scipy.io import loadmat
+from torch.utils.data import Dataset
+
+from finetune.depth_data.sample import DepthSample, file_error, read_depth_mm, read_rgb, size_text
+
+LABELED_MAT = "nyu_depth_v2_labeled.mat"
+SPLITS_MAT = "splits.mat"
+
+
+def blacken_border(image: np.ndarray) -> np.ndarray:
+    """Paint the white frame of a labelled NYU image black: what lies outside rows 7:474, columns 7:632 of
+    480x640.
+
+    The labelled images carry a white border of about 7 px. The test images that published models were scored
+    on have it painted black by the script that unpacks them (BTS,
+    extract_official_train_test_set_from_mat.py).
+
+    Args:
+        image: uint8 `[480, 640, 3]`; it is not changed.
+    """
+    if image.shape[:2] != (480, 640):
+        raise ValueError(
+            f"black_border is meant for 480x640 images, not {size_text(image.shape)}: switch it off"
+        )
+    black = np.zeros_like(image)
+    black[7:474, 7:632] = image[7:474, 7:632]
+    return black
+
+
+@dataclass(frozen=True)
+class SyncEntry:
+    """A line of a list file: image and depth relative to the root, and the focal length [px] or None."""
+
+    image: str
+    depth: str
+    focal: float | None
+
+
+class NYUSync(Dataset[DepthSample]):
+    """RGB-D pairs named by a list file, as BTS lays NYU out: `/scene/rgb_0.jpg /scene/sync_depth_0.png
+    518.8579`.
+
+    Depth files are 16-bit PNG in millimetres, 0 = no reading. A leading slash does not make a path absolute:
+    entries are always relative to `root`. The third column (focal length in pixels) may be missing. Blank
+    lines and lines that start with # are skipped.
+
+    Args:
+        root: the folder that the entries are relative to.
+        list_file: path of the list, or its name inside `root`.
+        black_border: paint the white border of the labelled NYU images black, see `blacken_border`.
+
+    Raises:
+        ValueError: no such root or list, an empty list, a line that cannot be parsed, files that are missing
+            (how many, and the first), or a first pair that cannot be used (`DepthFileError`, which reading
+            later pairs raises too).
+    """
+
+    def __init__(self, root: str | Path, list_file: str | Path, *, black_border: bool = False):
+        self.root = existing_root(root)
+        self.list_file = find_list(self.root, list_file)
+        self.black_border = black_border
+        self.entries = parse_list(self.list_file)
+        missing = [
+            path
+            for entry in self.entries
+            for path in (entry.image, entry.depth)
+            if not (self.root / path).is_file()
+        ]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {2 * len(self.entries)} files named in {self.list_file} are missing,"
+                f" the first is {self.root / missing[0]}: is {self.root} what the list is relative to?"
+            )
+        self[0]  # wrong file types show now, not after an hour of training
+
+    def __repr__(self) -> str:
+        """What a run prints about its data."""
+        return f"NYU sync layout, {len(self)} pairs of {self.list_file} under {self.root}"
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> DepthSample:
+        entry = self.entries[index]
+        image = read_rgb(self.root / entry.image)
+        depth = read_depth_mm(self.root / entry.depth)
+        if self.black_border:
+            image = blacken_border(image)
+        return DepthSample(image, depth, entry.image)
+
+
+class NYULabeled(Dataset[DepthSample]):
+    """The 795 training or 654 test pairs of the official labelled file.
+
+    The file is MATLAB 7.3, that is HDF5 with the axes reversed: `images` (N, 3, W, H), depths (N, W, H). Each
+    process opens it for itself at its first read, so data loader workers never share a file handle.
+
+    Args:
+        mat_path: nyu_depth_v2_labeled.mat.
+        splits_path: splits.mat with `trainNdxs` and `testNdxs` (1-based); None looks beside the labelled
+            file.
+        split: "train" (795 pairs) or "test" (654).
+        depth: "raw" is what the sensor measured, with holes: what the BTS, AdaBins and ZoeDepth protocol
+            scores against.
+            "filled" is the inpainted map (`depths`): dense training targets; DenseDepth and Laina score
+            against it.
+        black_border: paint the white border black, see `blacken_border`.
+
+    Raises:
+        ValueError: a missing or damaged file, one without the expected arrays, an unknown split or kind of
+            depth, or split indices beyond the end of the file.
+    """
+
+    def __init__(
+        self,
+        mat_path: str | Path,
+        splits_path: str | Path | None = None,
+        split: Literal["train", "test"] = "train",
+        depth: Literal["raw", "filled"] = "raw",
+        *,
+        black_border: bool = False,
+    ):
+        keys = {"raw": "rawDepths", "filled": "depths"}
+        if depth not in keys:
+            raise ValueError(f"depth of the labelled file is 'raw' or 'filled', not {depth!r}")
+        self.mat_path = Path(mat_path)
+        self.splits_path = (
+            Path(splits_path) if splits_path is not None else self.mat_path.with_name(SPLITS_MAT)
+        )
+        self.split, self.depth, self.black_border = split, depth, black_border
+        self._depth_key = keys[depth]
+        self._file: h5py.File | None = None
+        self._file_pid = 0
+        self.ids = read_split(self.splits_path, split)
+        with self._open() as file:  # closed again: an open handle must not cross a fork
+            images, depths = self._array(file, "images").shape, self._array(file, self._depth_key).shape
+        count = images[0] if images else 0
+        if len(images) != 4 or images[1] != 3 or depths != (count, *images[2:]):
+            raise ValueError(
+                f"{self.mat_path} holds images {images} and {self._depth_key} {depths}:"
+                f" expected (N, 3, W, H) and (N, W, H), as in the official {LABELED_MAT}"
+            )
+        if self.ids.max() > count:
+            raise ValueError(
+                f"{self.splits_path} names image {self.ids.max()} but {self.mat_path} holds {count}:"
+                " the two files do not belong together, or one download was cut short"
+            )
+
+    def __repr__(self) -> str:
+        """What a run prints about its data."""
+        return f"NYU labelled layout, {len(self)} {self.split} pairs of {self.mat_path}, {self.depth} depth"
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> DepthSample:
+        number = int(self.ids[index])
+        if self._file is None or self._file_pid != os.getpid():
+            self._file, self._file_pid = self._open(), os.getpid()
+        name = f"{number:04d}"
+        try:
+            image = self._array(self._file, "images")[number - 1]
+            depth = self._array(self._file, self._depth_key)[number - 1]
+        except OSError as error:
+            raise file_error(f"{self.mat_path}, image {name}", f"cannot be read ({error})") from error
+        # (3, W, H) -> [H, W, 3] and (W, H) -> [H, W]: a transpose, because a rotation would mirror the scene.
+        image = np.ascontiguousarray(image.transpose(2, 1, 0))
+        depth = np.ascontiguousarray(depth.T, dtype=np.float32)
+        if self.black_border:
+            image = blacken_border(image)
+        return DepthSample(image, np.where(np.isfinite(depth), depth, np.float32(0.0)), name)
+
+    def __getstate__(self) -> dict:
+        """Leave the open file behind: HDF5 handles cannot be pickled, the copy opens its own."""
+        return {**self.__dict__, "_file": None, "_file_pid": 0}
+
+    def _array(self, file: h5py.File, key: str) -> h5py.Dataset:
+        array = file.get(key)
+        if not isinstance(array, h5py.Dataset):
+            raise ValueError(
+                f"{self.mat_path} holds no array {key!r}: it should be the official {LABELED_MAT}"
+            )
+        return array
+
+    def _open(self) -> h5py.File:
+        if not self.mat_path.is_file():
+            raise ValueError(f"no file {self.mat_path}: give the path of {LABELED_MAT}")
+        try:
+            return h5py.File(self.mat_path, "r")
+        except OSError as error:
+            raise ValueError(
+                f"cannot open {self.mat_path} as HDF5: damaged, cut short, or not a MATLAB 7.3 file ({error})"
+            ) from error
+
+
+def read_split(path: str | Path, split: str) -> np.ndarray:
+    """The 1-based image numbers of a split of splits.mat, int64 `[N]`."""
+    if split not in ("train", "test"):
+        raise ValueError(f"split of the labelled file is 'train' or 'test', not {split!r}")
+    path, key = Path(path), f"{split}Ndxs"
+    if not path.is_file():
+        raise ValueError(f"no file {path}: the official split (splits.mat) is needed beside {LABELED_MAT}")
+    try:
+        splits = loadmat(path)
+    except Exception as error:  # scipy raises a dozen kinds of error for a file that is not MATLAB 5
+        raise ValueError(f"cannot read {path} as a MATLAB file: {error}") from error
+    numbers = splits[key].ravel().astype(np.int64) if key in splits else np.empty(0, np.int64)
+    if numbers.size == 0 or numbers.min() < 1:
+        raise ValueError(
+            f"{path} has no 1-based image numbers under {key!r}: expected the official splits.mat"
+        )
+    return numbers
+
+
+def existing_root(root: str | Path) -> Path:
+    """`root` as a path; ValueError when there is no such folder."""
+    root = Path(root)
+    if not root.is_dir():
+        raise ValueError(
+            f"no folder {root}: the data root must be the folder that the list's entries are relative to"
+        )
+    return root
+
+
+def find_list(root: Path, list_file: str | Path) -> Path:
+    """A list file given as a path, or as a name inside `root`; ValueError says where it was looked for."""
+    candidates = list(dict.fromkeys((Path(list_file), root / list_file)))
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    looked = " and ".join(str(candidate) for candidate in candidates)
+    raise ValueError(f"no list file {list_file}: looked for {looked}. {lists_text(root)}")
+
+
+def lists_text(root: Path) -> str:
+    """A sentence on the text files directly inside `root`, for error messages."""
+    names = sorted(path.name for path in root.glob("*.txt"))
+    return f"{root} holds {', '.join(names[:8])}" if names else f"{root} holds no .txt file"
+
+
+def parse_list(list_file: Path) -> list[SyncEntry]:
+    """The entries of a BTS list file; ValueError if it is empty or a line is not `image depth [focal]`."""
+    try:
+        lines = list_file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{list_file} is not a text list of RGB-D pairs: {error}") from error
+    entries = []
+    for number, line in enumerate(lines, start=1):
+        columns = line.split()
+        if not columns or columns[0].startswith("#"):
+            continue
+        try:
+            image, depth = columns[:2]
+            (focal,) = columns[2:] or (None,)
+            entry = SyncEntry(image.lstrip("/"), depth.lstrip("/"), None if focal is None else float(focal))
+        except ValueError as error:
+            raise ValueError(
+                f"{list_file}, line {number}: expected `image depth focal`, without spaces inside the names,"
+                f" got {line!r}"
+            ) from error
+        entries.append(entry)
+    if not entries:
+        raise ValueError(f"the list {list_file} is empty: it needs a line `image depth focal` for each pair")
+    return entries

@@ -1,0 +1,95 @@
+"""One RGB-D pair, and how its two files are read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+
+class DepthFileError(ValueError):
+    """A pair that cannot be used as it lies on disk; the message is "path: reason"."""
+
+
+def file_error(path: str | Path, reason: str) -> DepthFileError:
+    """The error for a file; ": " occurs in its message only where the path ends."""
+    return DepthFileError(f"{path}: {reason.replace(': ', ', ')}")
+
+
+@dataclass(frozen=True)
+class DepthSample:
+    """One image with its measured depth.
+
+    Args:
+        image: uint8 `[H, W, 3]`, RGB.
+        depth: float32 `[H, W]` in metres; 0 where there is no reading.
+        name: what reports call it, unique in its data set.
+    """
+
+    image: np.ndarray
+    depth: np.ndarray
+    name: str
+
+    def __post_init__(self):
+        if self.image.ndim != 3 or self.image.shape[2] != 3 or self.image.dtype != np.uint8:
+            raise file_error(
+                self.name, f"the image is {self.image.dtype} {list(self.image.shape)}, not uint8 [H, W, 3]"
+            )
+        if self.depth.shape != self.image.shape[:2]:
+            raise file_error(
+                self.name,
+                f"the image is {size_text(self.image.shape)}, its depth map {size_text(self.depth.shape)};"
+                " a pair has one size (was one of them resized or cropped?)",
+            )
+
+
+def size_text(shape: tuple[int, ...]) -> str:
+    """`(480, 640, 3)` -> "480x640": height x width, the order used everywhere in this project."""
+    return "x".join(str(n) for n in shape[:2])
+
+
+def read_rgb(path: str | Path) -> np.ndarray:
+    """Read a colour image as uint8 `[H, W, 3]`.
+
+    Pillow reads it rather than opencv, because versions of opencv fill the missing half of a truncated JPEG
+    with grey, and because pretraining reads with Pillow too, so that both see the same pixels. An EXIF
+    orientation is ignored: the depth map is aligned with the pixels as stored.
+
+    Raises:
+        DepthFileError: the file is missing, truncated, too large, or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            return np.array(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise file_error(path, f"cannot be read as an image ({error})") from error
+
+
+def read_depth_mm(path: str | Path) -> np.ndarray:
+    """Read a depth map stored as 16-bit millimetres into float32 metres `[H, W]`; 0 = no reading.
+
+    Raises:
+        DepthFileError: the file is missing, damaged, not 16-bit, or has more than one channel.
+    """
+    try:
+        data = np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise file_error(path, f"cannot be read as a depth map ({error})") from error
+    # IMREAD_UNCHANGED, because every other mode of opencv turns 16 bits into 8.
+    depth = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
+    if depth is None:
+        raise file_error(path, "cannot be read as a depth map (truncated, or not an image file)")
+    if depth.ndim != 2:
+        raise file_error(
+            path,
+            f"the depth map has {depth.shape[2]} channels, expected one channel of 16-bit millimetres"
+            " (is it a colour picture of the depth?)",
+        )
+    if depth.dtype != np.uint16:
+        raise file_error(
+            path,
+            f"the depth map is {depth.dtype}, expected 16-bit millimetres (uint16)."
+            " 8-bit files hold scaled or normalised depth, which is not metres; convert them first",
+        )
+    return depth.astype(np.float32) / np.float32(1000.0)

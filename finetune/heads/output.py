@@ -1,0 +1,43 @@
+"""What every depth head returns, and the bounded map from a network's output to metres."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class DepthOutput(NamedTuple):
+    """What a depth model returns."""
+
+    depth: Tensor
+    """Depth along the optical axis [B, 1, H, W] [m], fp32 or wider."""
+
+
+class DepthRange(nn.Module):
+    """`depth = min_depth + (max_depth - min_depth) * sigmoid(x)`, in fp32 also inside autocast (bf16 has 3 digits).
+
+    Args:
+        min_depth: Nearest depth the model can say [m].
+        max_depth: Farthest depth the model can say [m].
+        initial_depth: Depth near which an untrained head starts [m]: `initial_logit` is what its last bias is set to. Starting
+            at the data's typical depth spares the first steps, which otherwise only move the sigmoid from the middle of the range.
+    """
+
+    def __init__(self, min_depth: float, max_depth: float, initial_depth: float) -> None:
+        super().__init__()
+        if not 0 < min_depth < initial_depth < max_depth:
+            raise ValueError(
+                "depths must satisfy 0 < min_depth < initial_depth < max_depth [m], got "
+                f"min_depth={min_depth}, initial_depth={initial_depth}, max_depth={max_depth}."
+            )
+        self.min_depth = min_depth
+        self.max_depth = max_depth
+        share = (initial_depth - min_depth) / (max_depth - min_depth)
+        self.initial_logit = math.log(share / (1 - share))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, 1, H, W] of any real values to metres of the same shape."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x if x.dtype == torch.float64 else x.float()
+            return self.min_depth + (self.max_depth - self.min_depth) * x.sigmoid()

@@ -1,0 +1,45 @@
+"""Losses that are a mean over pixels of a function of the error: L1, MSE, berHu."""
+
+import torch
+from torch import Tensor
+
+from finetune.losses.masked import MaskedLoss
+
+
+class L1(MaskedLoss):
+    """Mean absolute error over the valid pixels of the batch [m]."""
+
+    def formula(self, predicted: Tensor, truth: Tensor) -> Tensor:
+        """Return the loss of the valid pixels, both [N] in metres, as a scalar."""
+        return (predicted - truth).abs().mean()
+
+
+class MSE(MaskedLoss):
+    """Mean squared error over the valid pixels of the batch [m^2]."""
+
+    def formula(self, predicted: Tensor, truth: Tensor) -> Tensor:
+        """Return the loss of the valid pixels, both [N] in metres, as a scalar."""
+        return (predicted - truth).square().mean()
+
+
+class BerHu(MaskedLoss):
+    """Reverse Huber: `abs(e)` where `abs(e) <= c`, else `(e^2 + c^2) / (2 c)`, with `c = fraction * max abs(e)` of the batch.
+
+    The threshold follows the errors but is a constant to the gradient, as in Laina et al. 2016 (arXiv 1606.00373, eq. 1),
+    who use a fraction of 0.2. The mean over the valid pixels of the batch [m].
+    """
+
+    def __init__(self, fraction: float = 0.2) -> None:
+        super().__init__()
+        if not 0 < fraction <= 1:
+            raise ValueError(f"fraction must lie in (0, 1], got {fraction}.")
+        self.fraction = fraction
+
+    def formula(self, predicted: Tensor, truth: Tensor) -> Tensor:
+        """Return the loss of the valid pixels, both [N] in metres, as a scalar."""
+        error = (predicted - truth).abs()
+        threshold = self.fraction * error.detach().max()
+        # A perfect batch has threshold 0 and takes the linear branch everywhere; the floor only keeps the branch not taken
+        # finite, because `where` multiplies its gradient by zero and zero times infinity is NaN.
+        quadratic = (error.square() + threshold.square()) / (2 * threshold.clamp(min=1e-12))
+        return torch.where(error <= threshold, error, quadratic).mean()

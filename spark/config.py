@@ -1,0 +1,348 @@
+"""The options of a pretraining run, and how a command line and a YAML file become them.
+
+The dataclasses are the only list of options: their types check, their docstrings are the ``--help``. Depth runs use the
+same `parse_config` and `save_config` with their own dataclasses.
+"""
+
+import dataclasses
+import difflib
+import os
+import re
+import sys
+import typing
+from argparse import ArgumentError
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+T = TypeVar("T")
+
+
+@dataclass
+class ModelConfig:
+    """Model: encoder, mask and decoder.
+
+    Attributes:
+        name: timm name of the convnet to pretrain, such as resnet50 or convnext_small.
+        input_size: size of the training images in pixels, one number or [height, width]; multiples of the stride.
+        in_chans: channels of the images.
+        mask_ratio: share of the patches that is hidden, between 0 and 1.
+        patch_size: side of a mask patch in pixels; null is the total stride of the encoder.
+        decoder_width: channels of the decoder at the deepest stage.
+        layout: how the encoder runs on masked images; packed computes visible sites only, masked is the reference.
+        drop_path: stochastic depth rate of the encoder.
+        sync_bn: batch normalisation takes its statistics over all processes.
+    """
+
+    name: str
+    input_size: int | tuple[int, int] = 224
+    in_chans: int = 3
+    mask_ratio: float = 0.6
+    patch_size: int | None = None
+    decoder_width: int = 768
+    layout: Literal["packed", "masked"] = "packed"
+    drop_path: float = 0.0
+    sync_bn: bool = True
+
+    def __post_init__(self) -> None:
+        require(0 < self.mask_ratio < 1, "model.mask_ratio", self.mask_ratio, "between 0 and 1")
+        require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "at least 0 and below 1")
+        require(self.in_chans >= 1, "model.in_chans", self.in_chans, "at least 1")
+        require(self.decoder_width >= 1, "model.decoder_width", self.decoder_width, "at least 1")
+
+
+@dataclass
+class DataConfig:
+    """Data: the unlabeled images and what is done to them.
+
+    Attributes:
+        train: folder of images (searched recursively), or a text file with one image path a line.
+        workers: processes that read images; null is one for each core that a process may use, at most 8.
+        mean: mean of each channel on the scale 0 to 1, subtracted from the images; null is ImageNet's.
+        std: standard deviation of each channel on the scale 0 to 1, dividing the images; null is ImageNet's.
+        crop_scale: smallest and largest share of an image's area that a random crop keeps.
+        hflip: probability of a horizontal flip.
+        max_pixels: images of more pixels are skipped as unreadable.
+        max_unreadable: share of the files that may be unreadable before the run stops, between 0 and 1.
+    """
+
+    train: str
+    workers: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    crop_scale: tuple[float, float] = (0.67, 1.0)
+    hflip: float = 0.5
+    max_pixels: int = 178_956_970
+    max_unreadable: float = 0.01
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_scale
+        require(0 < low <= high <= 1, "data.crop_scale", list(self.crop_scale), "two shares of the area, [low, high]")
+        require(0 <= self.hflip <= 1, "data.hflip", self.hflip, "between 0 and 1")
+        require(self.workers is None or self.workers >= 0, "data.workers", self.workers, "null, 0 or more")
+        require(self.max_pixels >= 1, "data.max_pixels", self.max_pixels, "at least 1")
+        require(0 <= self.max_unreadable <= 1, "data.max_unreadable", self.max_unreadable, "between 0 and 1")
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer and schedules.
+
+    Attributes:
+        name: optimizer.
+        base_lr: learning rate at a batch of 256 images; the run uses base_lr * batch_size / 256.
+        batch_size: images of one optimizer step, over all processes and all accumulated parts.
+        betas: decay rates of the optimizer's running moments; null takes the recipe of the encoder's family, [0.9, 0.95]
+            for ResNets and [0.9, 0.999] for ConvNeXts, and is an error for any other encoder.
+        eps: term added to the optimizer's denominator.
+        weight_decay: weight decay at the start.
+        weight_decay_end: weight decay at the end of its cosine; null keeps it constant.
+        warmup_steps: optimizer steps of the warm-up; when set it takes the place of warmup_epochs.
+        warmup_epochs: epochs of the warm-up, in which the learning rate rises linearly.
+        clip_grad: largest norm of the gradient of all parameters together; null does not clip.
+    """
+
+    name: Literal["lamb", "adamw", "sgd"] = "lamb"
+    base_lr: float = 2e-4
+    batch_size: int = 4096
+    betas: tuple[float, float] | None = None
+    eps: float = 1e-6
+    weight_decay: float = 0.04
+    weight_decay_end: float | None = 0.2
+    warmup_steps: int | None = None
+    warmup_epochs: float = 40
+    clip_grad: float | None = 5.0
+
+    def __post_init__(self) -> None:
+        require(self.base_lr > 0, "optim.base_lr", self.base_lr, "above 0")
+        require(self.batch_size >= 1, "optim.batch_size", self.batch_size, "at least 1")
+        require(
+            self.betas is None or all(0 <= beta < 1 for beta in self.betas),
+            "optim.betas",
+            self.betas and list(self.betas),
+            "two numbers of at least 0 and below 1",
+        )
+        require(self.eps > 0, "optim.eps", self.eps, "above 0")
+        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "at least 0")
+        require(self.warmup_steps is None or self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more")
+        require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "at least 0")
+        require(
+            self.clip_grad is None or self.clip_grad > 0,
+            "optim.clip_grad",
+            self.clip_grad,
+            "above 0, or null for no clipping",
+        )
+
+
+@dataclass
+class PretrainConfig:
+    """Run: length, precision, logs and checkpoints.
+
+    Attributes:
+        output_dir: folder of the run: config.yaml, metrics.jsonl, tensorboard/, figures/, checkpoints/ and encoder/.
+        epochs: length of the run in passes over the images.
+        max_steps: length of the run in optimizer steps; when set it takes the place of epochs.
+        precision: fp32, or mixed precision in bf16 or fp16.
+        accumulation: parts that each process splits its share of a batch into, to fit the memory.
+        channels_last: keep images and weights in the channels-last memory format.
+        seed: seed of everything random: weights, order of the images, crops, masks, stochastic depth.
+        log_every: optimizer steps between rows of metrics.jsonl.
+        checkpoint_every: optimizer steps between checkpoints; 0 writes one at the end only.
+        keep_checkpoints: number of the newest checkpoints that are kept.
+        panels_every: optimizer steps between reconstruction panels in figures/; 0 writes them at the end only.
+        resume: true continues from the newest checkpoint of output_dir, and starts from the beginning where there is
+            none; a path continues from that checkpoint.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    output_dir: str
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    epochs: float = 1600
+    max_steps: int | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    accumulation: int = 1
+    channels_last: bool = False
+    seed: int = 0
+    log_every: int = 10
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    panels_every: int = 1000
+    resume: bool | str = False
+
+    def __post_init__(self) -> None:
+        require(self.epochs > 0, "epochs", self.epochs, "above 0")
+        require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "null or at least 1")
+        require(self.accumulation >= 1, "accumulation", self.accumulation, "at least 1")
+        require(self.log_every >= 1, "log_every", self.log_every, "at least 1")
+        require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")
+        require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "at least 1")
+        require(self.panels_every >= 0, "panels_every", self.panels_every, "0 or more")
+
+
+def require(holds: bool, path: str, value: Any, rule: str) -> None:
+    """Raise ``ValueError("<path> must be <rule>, got <value>")`` unless `holds`."""
+    if not holds:
+        raise ValueError(f"{path} must be {rule}, got {value}")
+
+
+def parse_config(cls: type[T], argv: Sequence[str] | None, description: str) -> T:
+    """Read a dataclass of options from a command line.
+
+    ``--config FILE`` reads a YAML file, dotted options such as ``--optim.base_lr 1e-3`` override it (the last one
+    counts), ``--help`` lists every option, and ``--print_config`` prints the result as YAML and exits.
+
+    Args:
+        cls: a dataclass, its fields typed, possibly dataclasses themselves, with an ``Attributes:`` docstring section.
+        argv: the arguments, None for those of the process.
+        description: what ``--help`` says first.
+
+    Returns:
+        An instance of `cls`.
+
+    Raises:
+        SystemExit: code 2, after one line on stderr, for an unknown option (the nearest one is named), a wrong type, a
+            missing required option, a value that the dataclass refuses with ValueError, or an unreadable file; code 0
+            after ``--help`` and ``--print_config``.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = ArgumentParser(description=description, exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the options below")
+    parser.add_class_arguments(cls)
+    try:
+        _check_names(cls, argv)
+        values = parser.instantiate(parser.parse_args(argv))
+        return cls(**{name: values[name] for name in typing.get_type_hints(cls)})
+    except (ArgumentError, ValueError, OSError) as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {_explain(cls, str(error))}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def save_config(config: Any, path: str | Path) -> None:
+    """Write a dataclass of options as the YAML file that ``--config`` reads back.
+
+    Args:
+        config: an instance of a dataclass.
+        path: the file to write.
+    """
+    Path(path).write_text(yaml.safe_dump(config_dict(config), sort_keys=False), encoding="utf-8")
+
+
+def config_dict(config: Any) -> dict[str, Any]:
+    """Turn a dataclass of options into nested dicts of plain values (lists for tuples), as in its YAML file."""
+    return {
+        item.name: config_dict(value)
+        if dataclasses.is_dataclass(value := getattr(config, item.name))
+        else list(value)
+        if isinstance(value, tuple)
+        else value
+        for item in dataclasses.fields(config)
+    }
+
+
+def _options(cls: type, prefix: str = "") -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """Dotted name -> type of every option of a dataclass; dotted name -> names of the members of every group."""
+    options, groups = {}, {}
+    for name, kind in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            inner, nested = _options(typing.cast(type, kind), f"{prefix}{name}.")
+            options |= inner
+            groups |= {prefix + name: list(typing.get_type_hints(kind))} | nested
+        else:
+            options[prefix + name] = kind
+    return options, groups
+
+
+def _check_names(cls: type, argv: Sequence[str]) -> None:
+    """Raise ValueError for the first option that does not exist, on the command line or in a file given to --config."""
+    options, groups = _options(cls)
+    for at, argument in enumerate(argv):
+        if not argument.startswith("--"):
+            continue
+        name, equals, value = argument[2:].partition("=")
+        if name == "config":
+            value = value if equals else "".join(argv[at + 1 : at + 2])
+            _check_file(Path(value), options, groups)
+        elif name not in {"help", "print_config", *options, *groups}:
+            raise ValueError(f"unknown option --{name}{_suggest(name, options, groups)}")
+
+
+def _check_file(path: Path, options: dict[str, Any], groups: dict[str, list[str]]) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no config file {path}; check the path given to --config")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+
+    def walk(section: Any, prefix: str) -> None:
+        where = f"{prefix} in {path}" if prefix else str(path)
+        members = groups.get(prefix) or [name for name in (*options, *groups) if "." not in name]
+        if not isinstance(section, dict):
+            raise ValueError(
+                f"{where} must hold options ({', '.join(members)}), one a line as `name: value`, got {section!r}"
+            )
+        for key, value in section.items():
+            name = f"{prefix}.{key}" if prefix else str(key)
+            if name in groups:
+                walk(value, name)
+            elif name not in options:
+                raise ValueError(f"unknown option {name} in {path}{_suggest(name, options, groups)}")
+
+    walk(content, "")
+
+
+def _suggest(name: str, options: dict[str, Any], groups: dict[str, list[str]]) -> str:
+    """Say which option was probably meant, or which there are."""
+    group, _, leaf = name.rpartition(".")
+    group = difflib.get_close_matches(group, groups, n=1)[:1] if group else []
+    names = [*options, *groups]
+    siblings = [other for other in names if group and other.rpartition(".")[0] == group[0]]
+    by_leaf = {other.rpartition(".")[2]: other for other in reversed([*siblings, *names])}
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.8) or [
+        by_leaf[match] for match in difflib.get_close_matches(leaf, by_leaf, n=1)
+    ]
+    if nearest:
+        return f"; did you mean {nearest[0]}?"
+    return f"; {group[0]} has {', '.join(groups[group[0]])}" if group else "; --help lists all options"
+
+
+def _explain(cls: type, message: str) -> str:
+    """Put jsonargparse's messages of several lines into one sentence; leave others as they are."""
+    key = re.match(r'Parser key "([^"]+)":', message)
+    options, groups = _options(cls)
+    if key and key[1] in options:
+        value = re.search(r"(?:Got value|Given value): (.*)", message)
+        return f"{key[1]} must be {_type_name(options[key[1]])}, got {value[1] if value else 'something else'}"
+    if key and key[1] in groups:
+        first = f"{key[1]}.{groups[key[1]][0]}"
+        return f"--{key[1]} is the name of a YAML file; single options are set as --{first} VALUE"
+    if missing := re.search(r"arguments are required: (.*)", message):
+        names = missing[1].split(", ")
+        example = " ".join(f"--{name} VALUE" for name in names)
+        return f"{' and '.join(names)} must be set, in the config file or as {example}"
+    return " ".join(message.split())
+
+
+def _type_name(kind: Any) -> str:
+    """Name a type as a user would: ``float | None`` is "a number or null"."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return "one of " + ", ".join(str(part) for part in parts)
+    if origin is tuple:
+        if parts[-1] is Ellipsis:
+            return f"a list [...] of {_plural(parts[0])}"
+        return f"a list [...] of {len(parts)} {_plural(parts[0])}"
+    if origin is not None:
+        return " or ".join(_type_name(part) for part in parts)
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+    return names[kind]
+
+
+def _plural(kind: type) -> str:
+    return {int: "whole numbers", float: "numbers", str: "texts"}[kind]

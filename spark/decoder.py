@@ -1,0 +1,112 @@
+"""From sparse features to a dense prediction: densify, then the light decoder.
+
+Source: SparK (ICLR 2023), section 3.2 and the official code's `LightDecoder`.  Both work deepest stage first: entry 0
+has the encoder's total stride, every later entry half the stride of the one before and half the decoder width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from timm.layers import LayerNorm2d, trunc_normal_
+from torch import Tensor, nn
+
+from spark.sparse import SparseTensor, SyncBatchNorm2d
+
+
+class Densify(nn.Module):
+    """Norm over the visible sites, a learned token at the masked ones, then a projection to the decoder's width.
+
+    Args:
+        channels: of the encoder stage.
+        width: of the decoder block that receives the result.
+        norm: "bn" or "ln".
+        kernel_size: of the projection: 1 at the deepest stage, 3 above.
+        identity_if_equal: skip the projection when channels == width (the official rule at the deepest stage).
+        sync_bn: batch statistics over all processes.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        *,
+        norm: str,
+        kernel_size: int,
+        identity_if_equal: bool,
+        sync_bn: bool,
+    ):
+        super().__init__()
+        self.norm = (
+            SyncBatchNorm2d(channels, sync=sync_bn) if norm == "bn" else LayerNorm2d(channels, eps=1e-6)
+        )
+        self.token = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        trunc_normal_(self.token, std=0.02, a=-0.02, b=0.02)
+        if identity_if_equal and channels == width:
+            self.projection = nn.Identity()
+        else:
+            self.projection = nn.Conv2d(channels, width, kernel_size, padding=kernel_size // 2, bias=True)
+
+    def forward(self, x: SparseTensor) -> Tensor:
+        """[B, channels, h, w] sparse -> [B, width, h, w] dense."""
+        return self.projection(self.norm(x).to_dense(self.token))
+
+
+class DecoderBlock(nn.Module):
+    """Double the resolution, halve the width: transposed conv, conv-BN-ReLU6, conv-BN."""
+
+    def __init__(self, in_chans: int, out_chans: int, sync_bn: bool):
+        super().__init__()
+        self.upsample = nn.ConvTranspose2d(in_chans, in_chans, 4, stride=2, padding=1, bias=True)
+        self.conv1 = nn.Conv2d(in_chans, in_chans, 3, padding=1, bias=False)
+        self.norm1 = SyncBatchNorm2d(in_chans, sync=sync_bn)
+        self.act = nn.ReLU6(inplace=True)
+        self.conv2 = nn.Conv2d(in_chans, out_chans, 3, padding=1, bias=False)
+        self.norm2 = SyncBatchNorm2d(out_chans, sync=sync_bn)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in_chans, h, w] -> [B, out_chans, 2h, 2w]."""
+        x = self.act(self.norm1(self.conv1(self.upsample(x))))
+        return self.norm2(self.conv2(x))
+
+
+class LightDecoder(nn.Module):
+    """A chain of blocks; each stage's densified features are added to the input of its block.
+
+    Args:
+        width: channels at the deepest stage; halved by every block, so a multiple of 2 ** num_blocks.
+        num_blocks: log2 of the encoder's total stride.
+        out_chans: channels of the image.
+        sync_bn: batch statistics over all processes.
+    """
+
+    def __init__(self, width: int, num_blocks: int, out_chans: int = 3, sync_bn: bool = True):
+        super().__init__()
+        if width % 2**num_blocks:
+            raise ValueError(
+                f"decoder_width {width} is halved {num_blocks} times: use a multiple of {2**num_blocks}"
+            )
+        self.widths = [width // 2**i for i in range(num_blocks + 1)]
+        pairs = zip(self.widths[:-1], self.widths[1:], strict=True)
+        self.blocks = nn.ModuleList(DecoderBlock(a, b, sync_bn) for a, b in pairs)
+        self.head = nn.Conv2d(self.widths[-1], out_chans, 1, bias=True)
+        self.apply(_init_weights)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Dense features, deepest first, [B, widths[i], h * 2**i, w * 2**i] -> [B, out_chans, H, W]."""
+        x = features[0]
+        for i, block in enumerate(self.blocks):
+            if 0 < i < len(features):
+                x = x + features[i]
+            x = block(x)
+        return self.head(x)
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.ConvTranspose2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(module, nn.Conv2d):
+        trunc_normal_(module.weight, std=0.02)
+    else:
+        return
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)

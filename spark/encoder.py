@@ -1,0 +1,107 @@
+"""Any timm convnet as a pyramid of features.  The only module of this package that knows timm's model API.
+
+An encoder is a stock timm model, unwrapped: its state dict is timm's.  `pyramid` reads its feature maps through
+timm's `forward_intermediates`, which works on plain tensors and on sparse ones.
+"""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from torch import nn
+
+
+class PyramidLevel(NamedTuple):
+    """One feature map of an encoder: timm's index of it, its channels, and its stride [px]."""
+
+    index: int
+    channels: int
+    stride: int
+
+
+def build_encoder(
+    name: str, in_chans: int = 3, drop_path: float = 0.0, pretrained: bool = False, **timm_kwargs: Any
+) -> nn.Module:
+    """Make a stock timm model without classifier.
+
+    Args:
+        name: a timm model name, with or without a tag ("resnet50", "convnext_tiny.fb_in1k").
+        in_chans: input channels.
+        drop_path: stochastic depth rate of the deepest block (timm's `drop_path_rate`).
+        pretrained: load timm's published weights for this name (needs network or a cache).
+        timm_kwargs: handed to `timm.create_model` as they are.
+
+    Raises:
+        ValueError: unknown name (nearest names are offered), or a model without a feature pyramid.
+    """
+    base = name.split(".")[0]
+    if not timm.is_model(base):
+        near = difflib.get_close_matches(base, timm.list_models(), n=4, cutoff=0.5)
+        hint = f"; nearest: {', '.join(near)}" if near else "; timm.list_models() lists all names"
+        raise ValueError(f"timm {timm.__version__} has no model named {name!r}{hint}")
+    if drop_path > 0:
+        timm_kwargs["drop_path_rate"] = drop_path
+    try:
+        encoder = timm.create_model(
+            name, pretrained=pretrained, num_classes=0, in_chans=in_chans, **timm_kwargs
+        )
+    except TypeError as error:
+        raise ValueError(f"timm model {name!r} does not accept these options: {error}") from error
+    pyramid_info(encoder)
+    return encoder
+
+
+def pyramid_info(encoder: nn.Module) -> list[PyramidLevel]:
+    """List the feature maps of an encoder, shallow (large) first, one for each stride.
+
+    Where several maps share a stride the deepest of them is taken.
+
+    Raises:
+        ValueError: the model does not yield maps of at least two strides, each twice the one before.
+    """
+    name = type(encoder).__name__
+    entries = getattr(encoder, "feature_info", None)
+    if entries is None or not hasattr(encoder, "forward_intermediates"):
+        raise ValueError(
+            f"{name} yields no feature pyramid (timm's feature_info and forward_intermediates are missing); "
+            "use a convnet that timm.create_model(..., features_only=True) supports"
+        )
+    by_stride: dict[int, PyramidLevel] = {}
+    for index, entry in enumerate(entries):
+        level = PyramidLevel(index, int(entry["num_chs"]), int(entry["reduction"]))
+        by_stride[level.stride] = level
+    levels = [by_stride[stride] for stride in sorted(by_stride)]
+    strides = [level.stride for level in levels]
+    if len(levels) < 2 or any(b != 2 * a for a, b in zip(strides, strides[1:], strict=False)):
+        raise ValueError(
+            f"{name} yields no feature pyramid: its feature maps have strides {strides}, "
+            "each should be twice the one before (plain vision transformers, for one, are not convnets)"
+        )
+    return levels
+
+
+def pyramid(encoder: nn.Module, x: Any, levels: Sequence[PyramidLevel] | None = None) -> list[Any]:
+    """Feature maps of `x` [B, C, H, W] (plain or sparse) at these levels, shallow first: [B, C_i, H / s_i, W / s_i]."""
+    levels = pyramid_info(encoder) if levels is None else levels
+    indices = [level.index for level in levels]
+    return encoder.forward_intermediates(x, indices=indices, intermediates_only=True)  # type: ignore[operator]
+
+
+def unreached_parameters(encoder: nn.Module, levels: Sequence[PyramidLevel], in_chans: int) -> list[str]:
+    """Names of the parameters that do not take part in these feature maps (a classifier's norm, say).
+
+    Found by differentiating a small dense forward, so no architecture has to be known by name.
+    """
+    named = [(name, p) for name, p in encoder.named_parameters() if p.requires_grad]
+    first = named[0][1]
+    side = 2 * levels[-1].stride
+    was_training = encoder.training
+    encoder.eval()
+    with torch.enable_grad():
+        probe = torch.zeros(1, in_chans, side, side, device=first.device, dtype=first.dtype)
+        total = sum(feature.sum() for feature in pyramid(encoder, probe, levels))
+        grads = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)  # type: ignore[arg-type]
+    encoder.train(was_training)
+    return [name for (name, _), grad in zip(named, grads, strict=True) if grad is None]

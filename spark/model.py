@@ -1,0 +1,185 @@
+"""SparK: mask, encode, densify, decode, compare.
+
+Source: Tian et al., "Designing BERT for Convolutional Networks: Sparse and Hierarchical Masked Modeling", ICLR 2023.
+Shapes: images [B, C, H, W], a mask of fh x fw patches of `patch_size` pixels.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from spark.criterion import masked_patch_loss, normalise_patches, restore_patches
+from spark.decoder import Densify, LightDecoder
+from spark.encoder import build_encoder, pyramid, pyramid_info, unreached_parameters
+from spark.masking import num_visible, random_visible
+from spark.sparse import LAYOUTS, sparsify
+
+_HIERARCHY = 4  # feature maps the decoder receives: strides 4, 8, 16, 32 of a common convnet
+
+
+class SparKOutput(NamedTuple):
+    """Result of one masked forward.
+
+    Attributes:
+        loss: scalar, over the masked patches.
+        prediction: [B, C, H, W], in the space of the target.
+        target: [B, C, H, W], each patch normalised by its own mean and deviation.
+        visible: [B, 1, fh, fw] bool, the mask that was used.
+    """
+
+    loss: Tensor
+    prediction: Tensor
+    target: Tensor
+    visible: Tensor
+
+
+class SparK(nn.Module):
+    """Sparse and hierarchical masked modelling around a stock timm convnet.
+
+    Nothing in it depends on the image size, so weights trained at one size run and load at any other.
+
+    Args:
+        encoder: a timm model name, or a timm model.
+        input_size: [px], an int or (H, W); only used to check sizes early and to report `grid`. Forward takes any size
+            that is a multiple of the patch size.
+        mask_ratio: share of patches hidden from the encoder.
+        in_chans: image channels (of a named encoder; a given one must have been made with as many).
+        patch_size: [px], a multiple of the encoder's total stride; default the stride itself.
+        decoder_width: channels at the decoder's deepest block; 768 is the official one, 256 is much cheaper.
+        layout: "packed" computes visible sites only, "masked" is the dense reference of equal value.
+        drop_path: stochastic depth rate of a named encoder.
+        sync_bn: batch statistics over all processes.
+        densify_norm: "bn" or "ln"; default the kind that the encoder itself uses.
+
+    Raises:
+        ValueError: unknown model, sizes or options that do not fit; each says what does.
+    """
+
+    def __init__(
+        self,
+        encoder: str | nn.Module,
+        input_size: int | tuple[int, int] = 224,
+        mask_ratio: float = 0.6,
+        in_chans: int = 3,
+        patch_size: int | None = None,
+        decoder_width: int = 768,
+        layout: str = "packed",
+        drop_path: float = 0.0,
+        sync_bn: bool = True,
+        densify_norm: str | None = None,
+        **timm_kwargs: Any,
+    ):
+        super().__init__()
+        if isinstance(encoder, str):
+            encoder = build_encoder(encoder, in_chans, drop_path, **timm_kwargs)
+        elif drop_path or timm_kwargs:
+            raise ValueError(
+                "drop_path and timm options shape a named encoder; a model that is already made keeps its own"
+            )
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout {layout!r} does not exist: use one of {', '.join(map(repr, LAYOUTS))}")
+        self.encoder = encoder
+        self.in_chans = in_chans
+        self.mask_ratio = mask_ratio
+        self.layout = layout
+        self.sync_bn = sync_bn
+        self.levels = pyramid_info(encoder)[-_HIERARCHY:]
+        self.stride = self.levels[-1].stride
+        self.patch_size = self.stride if patch_size is None else patch_size
+        if self.patch_size % self.stride or self.patch_size <= 0:
+            raise ValueError(
+                f"patch_size {patch_size} must be a multiple of the encoder's stride {self.stride}"
+            )
+        num_blocks = int(math.log2(self.stride))
+        if 2**num_blocks != self.stride:
+            raise ValueError(
+                f"the encoder's total stride is {self.stride}; the decoder doubles sizes and needs a power of 2"
+            )
+        self.input_size = (
+            (input_size, input_size) if isinstance(input_size, int) else (input_size[0], input_size[1])
+        )
+        self.grid = self.grid_of(*self.input_size)
+        num_visible(self.grid, mask_ratio)
+
+        norm = densify_norm or _norm_kind(encoder)
+        if norm not in ("bn", "ln"):
+            raise ValueError(f"densify_norm {densify_norm!r} does not exist: use 'bn' or 'ln'")
+        self.decoder = LightDecoder(decoder_width, num_blocks, in_chans, sync_bn)
+        self.densify = nn.ModuleList(
+            Densify(
+                level.channels,
+                self.decoder.widths[depth],
+                norm=norm,
+                kernel_size=1 if depth == 0 else 3,
+                identity_if_equal=depth == 0,
+                sync_bn=sync_bn,
+            )
+            for depth, level in enumerate(reversed(self.levels))
+        )
+        # A classifier's norm takes part in no feature map; frozen, it does not trouble weight decay or DDP.
+        unreached = set(unreached_parameters(encoder, self.levels, in_chans))
+        for name, parameter in encoder.named_parameters():
+            if name in unreached:
+                parameter.requires_grad_(False)
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Patches (fh, fw) of an image of this size [px].
+
+        Raises:
+            ValueError: the size is no multiple of the patch size; the nearest sizes that are, are named.
+        """
+        p = self.patch_size
+        if height % p or width % p or min(height, width) < p:
+            low = (max(height // p, 1) * p, max(width // p, 1) * p)
+            high = (math.ceil(height / p) * p, math.ceil(width / p) * p)
+            raise ValueError(
+                f"image size {height}x{width} is no multiple of the patch size {p}: "
+                f"use {low[0]}x{low[1]} or {high[0]}x{high[1]}, for example"
+            )
+        return height // p, width // p
+
+    def forward(self, images: Tensor, visible: Tensor | None = None) -> SparKOutput:
+        """One masked forward.
+
+        Args:
+            images: [B, C, H, W], normalised as the encoder expects; H and W multiples of the patch size.
+            visible: [B, 1, fh, fw] bool, True = seen; drawn at random by default.
+        """
+        grid = self.grid_of(*images.shape[2:])
+        if images.shape[1] != self.in_chans:
+            raise ValueError(
+                f"images have {images.shape[1]} channels, the model was made for in_chans={self.in_chans}"
+            )
+        if visible is None:
+            visible = random_visible(len(images), grid, self.mask_ratio, device=images.device)
+        elif tuple(visible.shape) != (len(images), 1, *grid):
+            raise ValueError(
+                f"visible must be [{len(images)}, 1, {grid[0]}, {grid[1]}], got {list(visible.shape)}"
+            )
+
+        sparse = sparsify(images, visible, self.layout, sync=self.sync_bn)
+        features = pyramid(self.encoder, sparse, self.levels)
+        dense = [densify(x) for densify, x in zip(self.densify, reversed(features), strict=True)]
+        prediction = self.decoder(dense)
+        target = normalise_patches(images, self.patch_size)
+        loss = masked_patch_loss(prediction, target, visible, self.patch_size)
+        return SparKOutput(loss, prediction, target, visible)
+
+    def reconstruct(self, images: Tensor, output: SparKOutput) -> Tensor:
+        """Visible patches of the images, and at masked ones the prediction in image space: [B, C, H, W]."""
+        predicted = restore_patches(output.prediction.to(images.dtype), images, self.patch_size)
+        seen = output.visible.repeat_interleave(self.patch_size, 2).repeat_interleave(self.patch_size, 3)
+        return predicted.where(~seen, images)
+
+
+def _norm_kind(encoder: nn.Module) -> str:
+    """The official rule, read off the network instead of its name: batch norm for ResNets, layer norm for ConvNeXts."""
+    kinds = {type(m) for m in encoder.modules()}
+    if any(issubclass(k, nn.modules.batchnorm._BatchNorm) for k in kinds):
+        return "bn"
+    if any(issubclass(k, nn.LayerNorm) for k in kinds):
+        return "ln"
+    raise ValueError(
+        f"{type(encoder).__name__} has neither batch norm nor layer norm: say densify_norm='bn' or densify_norm='ln'"
+    )

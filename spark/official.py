@@ -1,0 +1,395 @@
+"""Checkpoints from elsewhere: read without running their code, recognised, renamed, and every key accounted for.
+
+SparK's official code (Tian et al., ICLR 2023) and its users hand around five kinds of file:
+
+1. a training file: `{args, input_size, arch, epoch, performance_desc, module, optimizer, is_pretrain}`;
+2. `*_withdecoder_1kpretrained_spark_style.pth`: what `module` holds, without the wrapper;
+3. `*_1kpretrained_timm_style.pth`: the encoder alone, raw or as `{arch, module, is_pretrain}`;
+4. encoders of ConvNeXt, which carry the names of the original ConvNeXt code even when called timm_style;
+5. a fine-tuned file: `{module, ema, optimizer, ...}` with a classifier.
+
+`read_weights` reads them all; `load_official` makes a `SparK` of 1 and 2, `spark.checkpoint.load_encoder` an encoder of
+any.
+"""
+
+import logging
+import pickle
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models.convnext import checkpoint_filter_fn
+from torch import Tensor, nn
+
+from spark.encoder import pyramid_info, unreached_parameters
+from spark.model import SparK
+
+logger = logging.getLogger(__name__)
+
+OFFICIAL_MODELS = (
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnet200",
+    "convnext_tiny",
+    "convnext_small",
+    "convnext_base",
+    "convnext_large",
+)
+"""Encoders of the official releases, tried in turn when a file does not say its own."""
+
+_ENCODER_PREFIX = "sparse_encoder.sp_cnn."
+_WRAPPERS = ("ema", "module", "state_dict", "model")
+"""Entries that hold the weights, the averaged ones of a fine-tuned file first."""
+
+_UNUSED = {
+    "imn_m": "unused buffer",
+    "imn_s": "unused buffer",
+    "norm_black": "unused buffer of the training size",
+}
+
+_RENAMES = tuple(
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r"mask_tokens\.(\d+)", r"densify.\1.token"),
+        (r"densify_norms\.(\d+)\.(.+)", r"densify.\1.norm.\2"),
+        (r"densify_projs\.(\d+)\.(.+)", r"densify.\1.projection.\2"),
+        (r"dense_decoder\.dec\.(\d+)\.up_sample\.(.+)", r"decoder.blocks.\1.upsample.\2"),
+        (r"dense_decoder\.dec\.(\d+)\.conv\.0\.(.+)", r"decoder.blocks.\1.conv1.\2"),
+        (r"dense_decoder\.dec\.(\d+)\.conv\.1\.(.+)", r"decoder.blocks.\1.norm1.\2"),
+        (r"dense_decoder\.dec\.(\d+)\.conv\.3\.(.+)", r"decoder.blocks.\1.conv2.\2"),
+        (r"dense_decoder\.dec\.(\d+)\.conv\.4\.(.+)", r"decoder.blocks.\1.norm2.\2"),
+        (r"dense_decoder\.proj\.(.+)", r"decoder.head.\1"),
+    )
+)
+
+
+@dataclass
+class KeyReport:
+    """What became of every tensor when weights were loaded.
+
+    Attributes:
+        source: Where the weights came from.
+        loaded: Names that were filled from the file.
+        missing: Names the file lacks; they keep their initial values.
+        unexpected: Names in the file that the model lacks.
+        mismatched: (name, shape in the file, shape in the model).
+        ignored: (name in the file, why it is not wanted).
+    """
+
+    source: str = ""
+    loaded: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+    ignored: list[tuple[str, str]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """One line a kind of key; kinds without keys are left out."""
+        lines = [f"{self.source}: {len(self.loaded)} tensors loaded"]
+        if self.missing:
+            lines.append(f"  missing, left at their initial values ({len(self.missing)}): {_some(self.missing)}")
+        if self.unexpected:
+            lines.append(f"  unexpected ({len(self.unexpected)}): {_some(self.unexpected)}")
+        if self.mismatched:
+            shapes = [f"{name} {list(there)} in the file, {list(here)} here" for name, there, here in self.mismatched]
+            lines.append(f"  of another shape ({len(shapes)}): {_some(shapes, '; ')}")
+        for reason in dict.fromkeys(reason for _, reason in self.ignored):
+            names = [name for name, why in self.ignored if why == reason]
+            lines.append(f"  ignored, {reason} ({len(names)}): {_some(names)}")
+        return "\n".join(lines)
+
+
+def _some(names: list[str], separator: str = ", ", count: int = 4) -> str:
+    """The first few, and how many more there are."""
+    more = f"{separator}and {len(names) - count} more" if len(names) > count else ""
+    return separator.join(names[:count]) + more
+
+
+@dataclass
+class Weights:
+    """The weights of a file, sorted by what they belong to.
+
+    Attributes:
+        source: The file, and the entry of it that was read.
+        encoder: Encoder tensors under the names of the file.
+        others: Tensors of the decoder and the densify layers under the names of `spark.SparK`; empty in a file that
+            holds an encoder only.
+        ignored: (name, why it is not wanted).
+        arch: Name of the encoder as the file says it, or None.
+        input_size: Training size [px] as the file says it, or None.
+        config: The `config` entry of a full file.
+    """
+
+    source: str
+    encoder: dict[str, Tensor]
+    others: dict[str, Tensor]
+    ignored: list[tuple[str, str]]
+    arch: str | None
+    input_size: int | None
+    config: dict[str, Any]
+
+    @property
+    def in_chans(self) -> int:
+        """Channels that the first convolution reads."""
+        return input_channels(self.encoder)
+
+
+def input_channels(tensors: Mapping[str, Tensor]) -> int:
+    """Channels that the first convolution of a convnet's state dict reads; 3 if there is no convolution."""
+    return next((t.shape[1] for t in tensors.values() if t.ndim == 4), 3)
+
+
+def read_torch_file(path: str | Path) -> Any:
+    """Read a file of `torch.save` onto the CPU without ever running code from it (`weights_only=True`).
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: The file is damaged, is no checkpoint, or holds Python objects besides tensors and plain values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint file at {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        blocked = re.search(r"GLOBAL (\S+)", str(error))
+        if blocked:
+            raise ValueError(
+                f"{path} was refused: it holds the Python object {blocked[1]}, and reading such objects can run any"
+                " code. Ask its author for a file of tensors and plain values only, or convert it yourself where you"
+                " trust it"
+            ) from error
+        raise ValueError(f"{path} is not a checkpoint that torch.save wrote: download or copy it again") from error
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is cut short or damaged: download or copy it again") from error
+
+
+def read_weights(path: str | Path) -> Weights:
+    """Read any of the five official kinds of file, or a plain state dict.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Not readable safely, or no weights in it.
+    """
+    content = read_torch_file(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of weights")
+    wrapper = next((key for key in _WRAPPERS if isinstance(content.get(key), dict) and content[key]), None)
+    entries = content if wrapper is None else content[wrapper]
+    source = str(path) if wrapper is None else f"{path} [{wrapper}]"
+
+    tensors = {str(key): value for key, value in entries.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise ValueError(f"{source} holds no tensors; its entries are: {_some([str(key) for key in entries])}")
+    if all(key.startswith("module.") for key in tensors):  # saved from a DistributedDataParallel wrapper
+        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
+    ignored = [(str(key), "not a tensor") for key, value in entries.items() if not isinstance(value, Tensor)]
+
+    encoder: dict[str, Tensor] = {}
+    others: dict[str, Tensor] = {}
+    full = any(key.startswith(_ENCODER_PREFIX) for key in tensors)
+    for key, value in tensors.items():
+        if key in _UNUSED:
+            ignored.append((key, _UNUSED[key]))
+        elif not full:
+            encoder[key] = value
+        elif key.startswith(_ENCODER_PREFIX):
+            encoder[key.removeprefix(_ENCODER_PREFIX)] = value
+        else:
+            others[_our_name(key)] = value
+
+    arch, size, config = content.get("arch"), content.get("input_size"), entries.get("config")
+    config = config if isinstance(config, dict) else {}
+    size = size if isinstance(size, int) else config.get("sparse_encoder.input_size")
+    return Weights(source, encoder, others, ignored, arch if isinstance(arch, str) else None, size, config)
+
+
+def _our_name(key: str) -> str:
+    """Name in `spark.SparK` of an official decoder or densify key; a key of neither keeps its name."""
+    for pattern, name in _RENAMES:
+        if pattern.fullmatch(key):
+            return pattern.sub(name, key)
+    return key
+
+
+def timm_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the encoder tensors of a file to timm's names.
+
+    ResNets carry timm's names already. ConvNeXt files carry those of the original code, which timm's own
+    `checkpoint_filter_fn` maps; it is asked name by name, with an empty tensor, because with the real ones it looks
+    every shape up in the model and fails on a file of another architecture before anybody can say what differs.
+    """
+    if not any(key.startswith("downsample_layers.") for key in tensors):
+        return dict(tensors)
+    empty = torch.empty(0)
+    return {next(iter(checkpoint_filter_fn({key: empty}, None)), key): value for key, value in tensors.items()}
+
+
+def timm_name(weights: Weights, model_name: str | None = None) -> str:
+    """Name of the timm model that these encoder weights belong to.
+
+    The caller's `model_name` goes first, then what the file says, then the official model whose tensors have the same
+    names and shapes.
+
+    Raises:
+        ValueError: None of them is known to timm.
+    """
+    if model_name is not None:
+        return model_name
+    if weights.arch is not None:
+        if timm.is_model(weights.arch):
+            return weights.arch
+        raise ValueError(
+            f"{weights.source} says that its encoder is {weights.arch!r}, which timm does not have: pass model_name="
+            " (--model_name) with the timm name of this architecture"
+        )
+    shapes = {key: tuple(value.shape) for key, value in timm_names(weights.encoder).items()}
+    for name in OFFICIAL_MODELS:
+        with torch.device("meta"):
+            candidate = timm.create_model(name, num_classes=0, in_chans=weights.in_chans)
+        heads = (candidate.pretrained_cfg["classifier"] + ".", "head.norm.")
+        wanted = {key: tuple(value.shape) for key, value in candidate.state_dict().items()}
+        if _without(wanted, heads) == _without(shapes, heads):
+            return name
+    raise ValueError(
+        f"{weights.source} does not say which encoder it holds, and it is none of {', '.join(OFFICIAL_MODELS)}: pass"
+        " model_name= (--model_name) with its timm name"
+    )
+
+
+def _without(shapes: Mapping[str, tuple[int, ...]], prefixes: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    return {key: shape for key, shape in shapes.items() if not key.startswith(prefixes)}
+
+
+def fit(
+    tensors: Mapping[str, Tensor],
+    model: nn.Module,
+    *,
+    source: str,
+    name: str,
+    optional: Collection[str] = (),
+    ignored: Collection[tuple[str, str]] = (),
+) -> KeyReport:
+    """Load tensors into a model whose every needed tensor they must hold, all or nothing.
+
+    Args:
+        tensors: Under the names of the model. A shape may differ by axes of length 1 (a linear layer as a 1x1
+            convolution).
+        model: Filled in place, if the tensors fit.
+        source: Where the tensors came from, for messages.
+        name: What the model is, for messages.
+        optional: Names that may be missing and then keep their initial values.
+        ignored: (name, reason) of what was left out before.
+
+    Raises:
+        ValueError: The tensors are those of another architecture; the first differences are named.
+    """
+    own = model.state_dict()
+    report = KeyReport(source, ignored=list(ignored))
+    state: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        if key not in own:
+            report.unexpected.append(key)
+        elif _squeezed(value) != _squeezed(own[key]):
+            report.mismatched.append((key, tuple(value.shape), tuple(own[key].shape)))
+        else:
+            state[key] = value.reshape(own[key].shape)
+            report.loaded.append(key)
+    report.missing = [key for key in own if key not in tensors]
+    needed = [key for key in report.missing if key not in optional and not key.endswith(".num_batches_tracked")]
+    if needed or report.unexpected or report.mismatched:
+        wrong = []
+        if needed:
+            wrong.append(f"{len(needed)} tensors are missing in the file ({_some(needed)})")
+        if report.unexpected:
+            wrong.append(f"{len(report.unexpected)} are not in the model ({_some(report.unexpected)})")
+        if report.mismatched:
+            shapes = [f"{key}: {list(there)} in the file, {list(here)} here" for key, there, here in report.mismatched]
+            wrong.append(f"{len(shapes)} have another shape ({_some(shapes, '; ')})")
+        raise ValueError(
+            f"{source} does not fit {name}: {', '.join(wrong)}. It holds another architecture: name the right one"
+            " (model_name=, --model_name), or give a checkpoint of this one"
+        )
+    model.load_state_dict(state, strict=False)
+    return report
+
+
+def _squeezed(tensor: Tensor) -> list[int]:
+    """Shape without axes of length 1."""
+    return [size for size in tensor.shape if size != 1]
+
+
+def fit_encoder(
+    tensors: Mapping[str, Tensor], encoder: nn.Module, *, source: str, name: str, ignored: Collection[tuple[str, str]]
+) -> KeyReport:
+    """`fit` for a stock timm encoder without classifier.
+
+    The file's classifier is ignored, and what takes no part in the feature maps (ConvNeXt's final norm, which masked
+    pretraining does not train) may be missing.
+    """
+    renamed = timm_names(tensors)
+    own = encoder.state_dict()
+    heads: Any = encoder.pretrained_cfg.get("classifier") or ()
+    heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+    classifier = [key for key in renamed if key.startswith(heads) and key not in own]
+    return fit(
+        {key: value for key, value in renamed.items() if key not in classifier},
+        encoder,
+        source=source,
+        name=name,
+        optional=unreached_parameters(encoder, pyramid_info(encoder), input_channels(own)),
+        ignored=[*ignored, *((key, "classifier") for key in classifier)],
+    )
+
+
+def load_official(
+    path: str | Path, *, layout: str = "packed", model_name: str | None = None, **spark_kwargs: Any
+) -> SparK:
+    """Make a `SparK` of an official checkpoint with decoder (kinds 1 and 2), weights only.
+
+    What the file tells sets the options: encoder, channels, decoder width, mask ratio, kind of norm, training size.
+    Nothing in the weights depends on the image size, so `input_size` may be any other.
+
+    Args:
+        path: The `.pth` file.
+        layout: "packed" or "masked", see `SparK`.
+        model_name: timm name of the encoder, if the file does not say it and it is none of the official ones.
+        spark_kwargs: Options of `SparK` that take the place of the file's.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Not readable safely, an encoder only, or weights that do not fit the model.
+    """
+    weights = read_weights(path)
+    if not weights.others:
+        raise ValueError(
+            f"{weights.source} holds an encoder only, without the decoder: use load_encoder({str(path)!r}), and to"
+            " pretrain it further SparK(load_encoder(...))"
+        )
+    name = timm_name(weights, model_name)
+    options: dict[str, Any] = {
+        "input_size": weights.input_size or 224,
+        "in_chans": weights.in_chans,
+        "mask_ratio": weights.config.get("mask_ratio", 0.6),
+        "densify_norm": "bn" if "densify.0.norm.running_mean" in weights.others else "ln",
+    }
+    if "decoder.blocks.0.upsample.weight" in weights.others:
+        options["decoder_width"] = weights.others["decoder.blocks.0.upsample.weight"].shape[0]
+    model = SparK(name, layout=layout, **{**options, **spark_kwargs})
+    tensors = {f"encoder.{key}": value for key, value in timm_names(weights.encoder).items()}
+    unreached = unreached_parameters(model.encoder, model.levels, model.in_chans)
+    report = fit(
+        {**tensors, **weights.others},
+        model,
+        source=weights.source,
+        name=f"SparK with {name}",
+        optional=[f"encoder.{key}" for key in unreached],
+        ignored=weights.ignored,
+    )
+    logger.log(logging.WARNING if report.missing else logging.INFO, "%s", report)
+    return model

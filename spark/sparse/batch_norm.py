@@ -1,0 +1,145 @@
+"""Batch normalisation over the sites that count, of one process or of all.
+
+PyTorch's SyncBatchNorm runs on GPUs only and weighs nothing by mask; this one runs wherever the process group runs
+(gloo on CPU, NCCL on GPU) and merges (count, mean, M2) of each process, so that uneven counts are right.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def world_size() -> int:
+    """Processes that train together; 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def in_recomputation() -> bool:
+    """True while gradient checkpointing runs a forward again, inside the backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    *,
+    sync: bool,
+) -> Tensor:
+    """`F.batch_norm` over all dimensions but 1, with statistics of all processes if `sync`.
+
+    Running statistics move once a step: a forward that checkpointing repeats leaves them alone.
+
+    Args:
+        x: [N, C] rows, or [B, C, h, w].
+        running_mean, running_var, weight, bias: [C] each, or None.
+        training: normalise with the statistics of x.
+        momentum, eps: as in `torch.nn.BatchNorm2d`.
+        sync: merge statistics over processes (only in training, only with more than one).
+    """
+    if training and in_recomputation() and running_mean is not None and running_var is not None:
+        running_mean, running_var = running_mean.clone(), running_var.clone()
+    if not (training and sync and world_size() > 1):
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    out, mean, var, count = _SyncBatchNorm.apply(x, weight, bias, eps)  # type: ignore[misc]
+    if running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((var * count / (count - 1)).to(running_var.dtype), momentum)
+    return out
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """`nn.BatchNorm2d` whose batch statistics cover all processes, on any device.
+
+    Keys of the state dict are `nn.BatchNorm2d`'s.  On sparse values the rules of their layout apply.
+
+    Args:
+        num_features: channels C.
+        sync: merge statistics over processes; False is `nn.BatchNorm2d`.
+    """
+
+    def __init__(self, num_features: int, *, sync: bool = True):
+        super().__init__(num_features)
+        self.sync = sync
+
+    def forward(self, input: Any) -> Any:
+        """[B, C, h, w] -> [B, C, h, w], plain or sparse."""
+        if not isinstance(input, Tensor) or not (self.training and self.sync and world_size() > 1):
+            return super().forward(input)
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        return batch_norm(
+            input,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            True,
+            float(self.momentum or 0.0),
+            self.eps,
+            sync=True,
+        )
+
+
+class _SyncBatchNorm(torch.autograd.Function):
+    """Normalise by the statistics of all processes; the sums of the backward cover all processes too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
+        dims, shape = _channel_layout(x)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        count = x.numel() // x.shape[1]
+        # A process without any site contributes nothing, so its mean must not be 0 / 0.
+        mean = wide.mean(dims) if count else wide.new_zeros(x.shape[1])
+        m2 = (wide - mean.view(shape)).square().sum(dims)
+        mine = torch.cat([mean, m2, mean.new_tensor([float(count)])])
+        everyone = mine.new_empty(world_size() * mine.numel())
+        dist.all_gather_into_tensor(everyone, mine)
+        means, m2s, counts = everyone.view(world_size(), -1).split([x.shape[1], x.shape[1], 1], dim=1)
+        total = counts.sum()
+        mean = (means * counts).sum(0) / total
+        var = (m2s + counts * (means - mean).square()).sum(0) / total
+        invstd = (var + eps).rsqrt()
+        out = (wide - mean.view(shape)) * invstd.view(shape)
+        if weight is not None:
+            out = out * weight.view(shape)
+        if bias is not None:
+            out = out + bias.view(shape)
+        ctx.save_for_backward(x, weight, mean, invstd, total)
+        ctx.mark_non_differentiable(mean, var, total)
+        return out.to(x.dtype), mean, var, total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:  # type: ignore[override]
+        x, weight, mean, invstd, total = ctx.saved_tensors
+        dims, shape = _channel_layout(x)
+        wide = grad.to(mean.dtype)
+        normalised = (x.to(mean.dtype) - mean.view(shape)) * invstd.view(shape)
+        grad_bias = wide.sum(dims)
+        grad_weight = (wide * normalised).sum(dims)
+        sums = torch.cat([grad_bias, grad_weight])
+        dist.all_reduce(sums)
+        mean_grad, mean_grad_x = (sums / total).chunk(2)
+        scale = invstd if weight is None else invstd * weight
+        grad_x = (wide - mean_grad.view(shape) - normalised * mean_grad_x.view(shape)) * scale.view(shape)
+        has_weight = weight is not None
+        return (
+            grad_x.to(x.dtype),
+            grad_weight if has_weight else None,
+            grad_bias if has_weight else None,
+            None,
+        )
+
+
+def _channel_layout(x: Tensor) -> tuple[list[int], list[int]]:
+    """Dimensions to reduce, and the shape in which a [C] vector meets x."""
+    return [d for d in range(x.ndim) if d != 1], [1, -1] + [1] * (x.ndim - 2)

@@ -1,0 +1,210 @@
+"""Rules that read the same in every layout.
+
+Every rule is called as `rule(func, *args, **kwargs)` with the function PyTorch was asked for.  "Preserves zero" means
+that masked sites, which hold 0, hold 0 afterwards without further work.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spark.sparse.sites import Sites
+from spark.sparse.tensor import Layout, MissingRuleError, Rule, SparseTensor
+
+
+def is_inplace(func: Callable, kwargs: dict[str, Any]) -> bool:
+    """Whether this call changes its first argument."""
+    name = func.__name__
+    return bool(kwargs.get("inplace")) or (name.endswith("_") and not name.endswith("__"))
+
+
+def finish(func: Callable, kwargs: dict[str, Any], x: SparseTensor, data: Tensor) -> SparseTensor:
+    """The result of an elementwise call: x itself with new data where the call was in place."""
+    if is_inplace(func, kwargs):
+        x.data = data
+        return x
+    return x.like(data)
+
+
+def elementwise(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
+    """f(x) site by site.  Right as it is where f(0) = 0, and in the packed layout for any f."""
+    return finish(func, kwargs, x, func(x.data, *args, **kwargs))
+
+
+def convert(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
+    """Change of type, device or memory: `to`, `float`, `contiguous`, `clone`, `detach`.  Preserves zero.
+
+    A memory format speaks of the dense array; rows have only one, so it is dropped there.
+    """
+    if x.data.ndim != 4:
+        kwargs.pop("memory_format", None)
+    return x.like(func(x.data, *args, **kwargs))
+
+
+def new_dense(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`new_empty` and relatives: a plain tensor of the same type and device (drop path draws its noise so)."""
+    return func(x.data, *args, **kwargs)
+
+
+def expand_as(func: Callable, dense: Tensor, x: SparseTensor) -> Tensor:
+    """A plain operand about to meet x: left as it is, since the rules of arithmetic broadcast it themselves."""
+    if not isinstance(dense, Tensor):
+        raise MissingRuleError("no sparse rule for expand_as on a sparse value")
+    torch.broadcast_shapes(dense.shape, x.shape)
+    return dense
+
+
+def permute(func: Callable, x: SparseTensor, *dims: Any) -> SparseTensor:
+    """Between [B, C, h, w] and [B, h, w, C] only.  Rows have no order to change, the dense array has."""
+    order = tuple(dims[0]) if len(dims) == 1 and isinstance(dims[0], Sequence) else tuple(dims)
+    expected = (0, 3, 1, 2) if x.channels_last else (0, 2, 3, 1)
+    if order == (0, 1, 2, 3):
+        return x
+    if order != expected:
+        raise MissingRuleError(
+            f"no sparse rule for permute{order} on {x!r}: only {expected} keeps sites in order"
+        )
+    data = x.data.permute(order) if x.data.ndim == 4 else x.data
+    return x.like(data, channels_last=not x.channels_last)
+
+
+def window(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
+    """Convolution or pooling as the dense operator on the zero-filled map, read at the visible sites of its output.
+
+    A visible site sees zeros at masked neighbours: max pooling competes with 0 there (and with -inf beyond the image's
+    border), average pooling divides as it does on a dense map.  Biases do not reach masked sites.
+    """
+    require_channels_first(func, x)
+    out = func(x.layout.to_dense(x.data, x.sites, x.size4), *args, **kwargs)
+    if not isinstance(out, Tensor):
+        raise MissingRuleError(
+            f"no sparse rule for {func.__name__} with more than one result (return_indices?)"
+        )
+    layout = x.layout if not isinstance(x.layout, PaddedLayout) else x.layout.base
+    return SparseTensor(layout.from_dense(out, x.sites), x.sites, layout, _size4(out))
+
+
+def pad(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
+    """`F.pad` before a convolution or a pooling without padding of its own (TensorFlow's "same", blur pooling)."""
+    require_channels_first(func, x)
+    dense = func(x.layout.to_dense(x.data, x.sites, x.size4), *args, **kwargs)
+    base = x.layout if not isinstance(x.layout, PaddedLayout) else x.layout.base
+    return SparseTensor(dense, x.sites, PaddedLayout(base), _size4(dense))
+
+
+def require_channels_first(func: Callable, x: SparseTensor) -> None:
+    """Spatial operators need the order [B, C, h, w]."""
+    if x.channels_last:
+        raise MissingRuleError(f"no sparse rule for {func.__name__} in the order [B, h, w, C]")
+
+
+def require_channels_last(func: Callable, x: SparseTensor) -> None:
+    """Operators over the last dimension have a meaning per site only in the order [B, h, w, C]."""
+    if not x.channels_last:
+        raise MissingRuleError(f"no sparse rule for {func.__name__} in the order [B, C, h, w]")
+
+
+def spatial_mean_of(sum_over_sites: Callable[[SparseTensor], Tensor]) -> Rule:
+    """Make the rule of `mean` over both spatial dimensions, given how a layout adds up sites to [B, C].
+
+    A statistic per image: the mean over the visible sites of each image, as a plain tensor.
+    """
+
+    def mean(
+        func: Callable, x: SparseTensor, dim: Any = None, keepdim: bool = False, **kwargs: Any
+    ) -> Tensor:
+        dims = {d % 4 for d in (dim if isinstance(dim, Sequence) else [dim])} if dim is not None else None
+        if dims != ({1, 2} if x.channels_last else {2, 3}) or kwargs:
+            raise MissingRuleError(
+                f"no sparse rule for mean over dimensions {dim} of {x!r}: only both spatial ones"
+            )
+        count = x.sites.sites_per_image(*x.size4[2:]).clamp(min=1)
+        value = sum_over_sites(x) / count[:, None].to(x.dtype)
+        if not keepdim:
+            return value
+        return value[:, None, None, :] if x.channels_last else value[:, :, None, None]
+
+    return mean
+
+
+def global_pool_of(mean: Rule) -> Rule:
+    """Make the rule of adaptive average pooling to one site."""
+
+    def adaptive_avg_pool2d(func: Callable, x: SparseTensor, output_size: Any) -> Tensor:
+        require_channels_first(func, x)
+        if output_size not in (1, (1, 1), [1, 1]):
+            raise MissingRuleError(
+                f"no sparse rule for adaptive_avg_pool2d to {output_size}: only to one site"
+            )
+        return mean(func, x, (2, 3), keepdim=True)
+
+    return adaptive_avg_pool2d
+
+
+def _size4(dense: Tensor) -> tuple[int, int, int, int]:
+    b, c, h, w = dense.shape
+    return b, c, h, w
+
+
+class PaddedLayout(Layout):
+    """A dense map with a border around it; the window operator that follows returns to the layout it came from."""
+
+    base: Layout
+
+    def __init__(self, base: Layout):
+        super().__init__(
+            f"{base.name} (padded)",
+            {"conv2d": window, "max_pool2d": window, "avg_pool2d": window, "pad": pad},
+            base.from_dense,
+            _as_it_is,
+        )
+        object.__setattr__(self, "base", base)
+
+
+def _as_it_is(data: Tensor, sites: Sites, size: tuple[int, int, int, int]) -> Tensor:
+    return data
+
+
+# f(0) = 0
+ZERO_PRESERVING = (
+    "relu relu6 gelu silu hardswish mish leaky_relu elu celu selu tanh hardtanh softsign "
+    "dropout neg abs square sqrt sign alpha_dropout"
+).split()
+# f(0) != 0
+NOT_ZERO_PRESERVING = "sigmoid hardsigmoid softplus exp cos logsigmoid".split()
+CONVERSIONS = "to float half bfloat16 double type contiguous clone detach".split()
+NEW = "new_empty new_zeros new_ones new_full new_tensor".split()
+
+
+def with_inplace(names: Sequence[str], rule: Rule) -> dict[str, Rule]:
+    """The same rule for `f` and `f_`."""
+    return {name + suffix: rule for name in names for suffix in ("", "_")}
+
+
+SHARED_RULES: dict[str, Rule] = {
+    **dict.fromkeys(CONVERSIONS, convert),
+    **dict.fromkeys(NEW, new_dense),
+    **with_inplace(ZERO_PRESERVING, elementwise),
+    "expand_as": expand_as,
+    "permute": permute,
+    "pad": pad,
+    "max_pool2d": window,
+    "avg_pool2d": window,
+}
+
+__all__ = [
+    "NOT_ZERO_PRESERVING",
+    "SHARED_RULES",
+    "F",
+    "elementwise",
+    "finish",
+    "global_pool_of",
+    "require_channels_first",
+    "require_channels_last",
+    "spatial_mean_of",
+    "window",
+    "with_inplace",
+]

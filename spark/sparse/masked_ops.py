@@ -1,0 +1,125 @@
+"""The masked layout: a dense array [B, C, h, w], zero at masked sites.  The reference every other layout is held to.
+
+Each rule is the dense operator, then the mask.  Source of the semantics: the official SparK code's sparse modules.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spark.sparse import common_ops as common
+from spark.sparse.batch_norm import batch_norm as synced_batch_norm
+from spark.sparse.sites import Sites
+from spark.sparse.tensor import Layout, MissingRuleError, SparseTensor
+
+
+def from_dense(dense: Tensor, sites: Sites) -> Tensor:
+    """Zero the masked sites (chosen, not multiplied: what lies there may be infinite)."""
+    return torch.where(sites.mask(*dense.shape[2:]), dense, 0)
+
+
+def to_dense(data: Tensor, sites: Sites, size: tuple[int, int, int, int]) -> Tensor:
+    """Nothing to do."""
+    return data
+
+
+def remask(x: SparseTensor, data: Tensor) -> Tensor:
+    """Zero the masked sites of data that lie in x's order of dimensions."""
+    mask = x.sites.mask(*x.size4[2:])
+    return torch.where(mask.permute(0, 2, 3, 1) if x.channels_last else mask, data, 0)
+
+
+def elementwise_remasked(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
+    """f(x) where f(0) != 0."""
+    return common.finish(func, kwargs, x, remask(x, func(x.data, *args, **kwargs)))
+
+
+def arithmetic(func: Callable, a: Any, b: Any, **kwargs: Any) -> SparseTensor:
+    """a + b, a - b, a * b, a / b of two sparse values, or of one and anything that broadcasts to its shape."""
+    x = a if isinstance(a, SparseTensor) else b
+    if isinstance(a, SparseTensor) and isinstance(b, SparseTensor) and a.shape != b.shape:
+        raise MissingRuleError(f"no sparse rule for {func.__name__} of {a!r} and {b!r}: shapes differ")
+    left = a.data if isinstance(a, SparseTensor) else a
+    right = b.data if isinstance(b, SparseTensor) else b
+    out = func(left, right, **kwargs)
+    if out.shape != x.data.shape:
+        raise MissingRuleError(
+            f"no sparse rule for {func.__name__} whose result, {list(out.shape)}, outgrows {x!r}"
+        )
+    return common.finish(func, kwargs, x, remask(x, out))
+
+
+def batch_norm(
+    func: Callable,
+    x: SparseTensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> SparseTensor:
+    """Statistics per batch: over the visible sites of all images (of all processes where `sites.sync`)."""
+    common.require_channels_first(func, x)
+    mask = x.sites.mask(*x.size4[2:]).squeeze(1)
+    channels_last = x.data.permute(0, 2, 3, 1)
+    rows = synced_batch_norm(
+        channels_last[mask],
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        sync=x.sites.sync,
+    )
+    out = rows.new_zeros(channels_last.shape)
+    out[mask] = rows
+    return x.like(out.permute(0, 3, 1, 2))
+
+
+def layer_norm(
+    func: Callable, x: SparseTensor, normalized_shape: Any, *args: Any, **kwargs: Any
+) -> SparseTensor:
+    """Statistics per site, over channels.  A masked site would become the bias, so it is zeroed."""
+    common.require_channels_last(func, x)
+    if tuple(normalized_shape) != (x.size4[1],):
+        raise MissingRuleError(
+            f"no sparse rule for layer_norm over {tuple(normalized_shape)}: only over channels"
+        )
+    return x.like(remask(x, func(x.data, normalized_shape, *args, **kwargs)))
+
+
+def linear(func: Callable, x: SparseTensor, weight: Tensor, bias: Tensor | None = None) -> SparseTensor:
+    """Per site, over channels; the bias is kept from masked sites."""
+    common.require_channels_last(func, x)
+    return x.like(remask(x, F.linear(x.data, weight, bias)), channels=weight.shape[0])
+
+
+def _sum_over_sites(x: SparseTensor) -> Tensor:
+    return x.data.sum((1, 2) if x.channels_last else (2, 3))
+
+
+_mean = common.spatial_mean_of(_sum_over_sites)
+
+MASKED = Layout(
+    "masked",
+    {
+        **common.SHARED_RULES,
+        **common.with_inplace(common.NOT_ZERO_PRESERVING, elementwise_remasked),
+        **common.with_inplace(["add", "sub", "mul", "div"], arithmetic),
+        "conv2d": common.window,
+        "batch_norm": batch_norm,
+        "layer_norm": layer_norm,
+        "linear": linear,
+        "mean": _mean,
+        "adaptive_avg_pool2d": common.global_pool_of(_mean),
+    },
+    from_dense,
+    to_dense,
+)

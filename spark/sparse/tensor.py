@@ -1,0 +1,221 @@
+"""A value that carries its mask through a stock convnet.
+
+A `SparseTensor` stands for a feature map [B, C, h, w] that is zero outside the visible sites.  It is not a
+`torch.Tensor`: it implements `__torch_function__`, so PyTorch hands every function called on it to `SparseTensor`,
+which looks the function up in the rules of the value's *layout*:
+
+- masked: `data` is the dense array [B, C, h, w], zero at masked sites.  The readable reference.
+- packed: `data` is [N, C], one row a visible site, in the order of `sites.py`.
+- padded: what `F.pad` leaves: dense and larger than the map, good only as the input of a convolution or a pooling.
+
+A function without a rule raises `MissingRuleError`, naming the operator and the module that called it; nothing falls back.
+
+In-place functions (`relu_`, `+=`) rebind the data of the value they were called on, so aliases see the change as they
+would with a tensor.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from spark.sparse.sites import Sites
+
+Rule = Callable[..., Any]
+
+
+class MissingRuleError(NotImplementedError):
+    """An operator has no rule for sparse values."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the data of a sparse value lie in memory.
+
+    Attributes:
+        name: shown in messages.
+        rules: function name -> rule, called as `rule(func, *args, **kwargs)` with the function that was called.
+        from_dense: (array [B, C, h, w], sites) -> data.
+        to_dense: (data, sites, shape (B, C, h, w)) -> array [B, C, h, w], zero at masked sites.
+    """
+
+    name: str
+    rules: Mapping[str, Rule]
+    from_dense: Callable[[Tensor, Sites], Tensor]
+    to_dense: Callable[[Tensor, Sites, tuple[int, int, int, int]], Tensor]
+
+
+class SparseTensor:
+    """A feature map that is zero outside the visible sites.
+
+    Args:
+        data: in the form that `layout` says.
+        sites: the visible sites.
+        layout: how data lie, and the rules of that form.
+        size: (B, C, h, w), whatever the order below.
+        channels_last: logical order of dimensions is [B, h, w, C] (after `permute(0, 2, 3, 1)`).
+    """
+
+    __slots__ = ("channels_last", "data", "layout", "sites", "size4")
+
+    def __init__(
+        self,
+        data: Tensor,
+        sites: Sites,
+        layout: Layout,
+        size: tuple[int, int, int, int],
+        channels_last: bool = False,
+    ):
+        self.data = data
+        self.sites = sites
+        self.layout = layout
+        self.size4 = size
+        self.channels_last = channels_last
+
+    def like(
+        self, data: Tensor, *, channels: int | None = None, channels_last: bool | None = None
+    ) -> "SparseTensor":
+        """The same sites with other data (and other channels, or the other order of dimensions)."""
+        b, c, h, w = self.size4
+        return SparseTensor(
+            data,
+            self.sites,
+            self.layout,
+            (b, c if channels is None else channels, h, w),
+            self.channels_last if channels_last is None else channels_last,
+        )
+
+    def to_dense(self, fill: Tensor | None = None) -> Tensor:
+        """Array [B, C, h, w] with `fill` ([1, C, 1, 1]; default 0) at masked sites."""
+        if self.channels_last:
+            raise ValueError("to_dense needs the order [B, C, h, w]: permute back first")
+        dense = self.layout.to_dense(self.data, self.sites, self.size4)
+        if fill is None:
+            return dense
+        return torch.where(self.sites.mask(*self.size4[2:]), dense, fill.to(dense.dtype))
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the map in the current order of dimensions."""
+        b, c, h, w = self.size4
+        return torch.Size((b, h, w, c) if self.channels_last else (b, c, h, w))
+
+    def size(self, dim: int | None = None) -> Any:
+        """Like `torch.Tensor.size`."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        """Always 4."""
+        return 4
+
+    @property
+    def ndim(self) -> int:
+        """Always 4."""
+        return 4
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the data."""
+        return self.data.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the data."""
+        return self.data.device
+
+    @property
+    def requires_grad(self) -> bool:
+        """Of the data."""
+        return self.data.requires_grad
+
+    def __repr__(self) -> str:
+        return f"SparseTensor({list(self.shape)}, {self.layout.name}, grid={self.sites.grid}, {self.dtype})"
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        values = [v for v in pytree_leaves((args, kwargs)) if isinstance(v, SparseTensor)]
+        first = values[0]
+        for other in values[1:]:
+            if other.sites is not first.sites:
+                raise ValueError("two sparse values with different masks met in one operation")
+            if other.layout is not first.layout:
+                raise ValueError(
+                    f"a {first.layout.name} and a {other.layout.name} value met in one operation"
+                )
+        rule = first.layout.rules.get(_OPERATORS.get(func.__name__, func.__name__))
+        if rule is None:
+            raise MissingRuleError(_missing_rule(func.__name__, first))
+        return rule(func, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(torch.Tensor, name, None)
+        if name.startswith("__") or not callable(method):
+            raise AttributeError(f"sparse values have no attribute {name!r}")
+        return lambda *args, **kwargs: SparseTensor.__torch_function__(method, (), (self, *args), kwargs)
+
+    def __add__(self, other: Any) -> Any:
+        return torch.add(self, other)  # type: ignore[call-overload]
+
+    def __radd__(self, other: Any) -> Any:
+        return torch.add(self, other)  # type: ignore[call-overload]
+
+    def __iadd__(self, other: Any) -> Any:
+        return self.add_(other)
+
+    def __sub__(self, other: Any) -> Any:
+        return torch.sub(self, other)  # type: ignore[call-overload]
+
+    def __mul__(self, other: Any) -> Any:
+        return torch.mul(self, other)  # type: ignore[call-overload]
+
+    def __rmul__(self, other: Any) -> Any:
+        return torch.mul(self, other)  # type: ignore[call-overload]
+
+    def __imul__(self, other: Any) -> Any:
+        return self.mul_(other)
+
+    def __truediv__(self, other: Any) -> Any:
+        return torch.div(self, other)  # type: ignore[call-overload]
+
+    def __neg__(self) -> Any:
+        return torch.neg(self)  # type: ignore[arg-type]
+
+
+# `tensor + sparse` arrives under the operator's name.
+_OPERATORS = {"__add__": "add", "__radd__": "add", "__mul__": "mul", "__rmul__": "mul", "__iadd__": "add_"}
+
+
+def pytree_leaves(tree: Any) -> list[Any]:
+    """Arguments of a call as a flat list (lists and tuples opened, sparse values kept whole)."""
+    return pytree.tree_leaves(tree, is_leaf=lambda v: isinstance(v, SparseTensor))
+
+
+def _missing_rule(operator: str, value: SparseTensor) -> str:
+    """Name the operator and the module, found on the stack (only when there is an error to tell)."""
+    inner, root = None, None
+    for frame in inspect.stack()[2:]:
+        caller = frame.frame.f_locals.get("self")
+        if isinstance(caller, nn.Module):
+            inner = inner or caller
+            root = caller
+    where = "outside any module"
+    if inner is not None and root is not None:
+        path = next((name for name, module in root.named_modules() if module is inner), "")
+        where = f"in module {path or '(root)'!r} ({type(inner).__name__})"
+    return (
+        f"no sparse rule for operator {operator!r} {where}, called on {value!r}; "
+        f"add one to spark/sparse/{value.layout.name}_ops.py or use an encoder without this operator"
+    )
+
+
+# Gradient checkpointing looks through its arguments for tensors, to know which devices' random state to restore.
+pytree.register_pytree_node(
+    SparseTensor,
+    lambda v: ([v.data], (v.sites, v.layout, v.size4, v.channels_last)),
+    lambda children, context: SparseTensor(next(iter(children)), *context),
+)
