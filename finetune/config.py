@@ -127,15 +127,25 @@ class DepthOptimConfig:
     def __post_init__(self) -> None:
         require(self.lr > 0, "optim.lr", self.lr, "above 0")
         require(self.batch_size >= 1, "optim.batch_size", self.batch_size, "at least 1")
-        require(all(0 <= b < 1 for b in self.betas), "optim.betas", list(self.betas), "at least 0 and below 1")
+        require(
+            all(0 <= b < 1 for b in self.betas), "optim.betas", list(self.betas), "at least 0 and below 1"
+        )
         require(self.eps > 0, "optim.eps", self.eps, "above 0")
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "at least 0")
-        require(self.warmup_steps is None or self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more")
+        require(
+            self.warmup_steps is None or self.warmup_steps >= 0,
+            "optim.warmup_steps",
+            self.warmup_steps,
+            "0 or more",
+        )
         require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "at least 0")
         require(0 <= self.start_factor <= 1, "optim.start_factor", self.start_factor, "between 0 and 1")
         require(0 <= self.end_factor <= 1, "optim.end_factor", self.end_factor, "between 0 and 1")
         require(
-            self.clip_grad is None or self.clip_grad > 0, "optim.clip_grad", self.clip_grad, "above 0, or null for none"
+            self.clip_grad is None or self.clip_grad > 0,
+            "optim.clip_grad",
+            self.clip_grad,
+            "above 0, or null for none",
         )
         require(self.encoder_lr_factor > 0, "optim.encoder_lr_factor", self.encoder_lr_factor, "above 0")
         require(
@@ -203,7 +213,9 @@ class DepthConfig:
 
     def __post_init__(self) -> None:
         require(self.epochs > 0, "epochs", self.epochs, "above 0")
-        require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "null or at least 1")
+        require(
+            self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "null or at least 1"
+        )
         require(self.accumulation >= 1, "accumulation", self.accumulation, "at least 1")
         require(self.log_every >= 1, "log_every", self.log_every, "at least 1")
         require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")

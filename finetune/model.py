@@ -1,50 +1,51 @@
 """A depth model: a timm convnet, a head on its feature pyramid, and everything needed to predict with it again.
 
-Shapes: images [B, C, H, W] of any size, depth [B, 1, H, W] in metres.
+Shapes: images [B, 3, H, W] of any size, depth [B, 1, H, W] in metres.
 """
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune.heads import HEADS, DepthOutput, DepthRange
 from finetune.registry import construct
+from spark.checkpoint import load_encoder
 from spark.encoder import build_encoder, pyramid, pyramid_info, unreached_parameters
+from spark.export import architecture
+from spark.folders import whole_folder, write_tensors
 
-FORMAT = 1
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
 
 
 class DepthModel(nn.Module):
     """Encoder, head and depth range.
 
     Args:
-        encoder: Where the encoder comes from: an exported folder or an official SparK `.pth` (with their weights), a timm name,
-            or a timm model that is already made.
+        encoder: Where the encoder comes from: an exported folder or an official SparK `.pth` (with their weights), a timm
+            name, or a timm model that is already made (it is used, not copied).
         head: Name of a head in `finetune.heads.HEADS`.
         max_depth: Farthest depth that the model can say [m].
         min_depth: Nearest depth that the model can say [m].
-        initial_depth: Depth near which the untrained head starts [m]. 2.7 is the median of NYU Depth V2.
-        pretrained: For a timm name: load timm's published weights, or start from random ones. Folders and files have their
-            own weights, so it cannot be set for them.
-        drop_path: Stochastic depth rate of a named or exported encoder.
-        image_size: (H, W) at which whole frames are presented to the model [px]; recorded for evaluation and prediction. None:
-            frames are presented as they are.
+        initial_depth: Depth near which the untrained head starts [m]; 2.7 is the median of NYU Depth V2.
+        pretrained: For a timm name: load timm's published weights instead of random ones. Folders and files bring their
+            own.
+        drop_path: Stochastic depth rate of the encoder, unless it is already made.
+        image_size: (H, W) at which whole frames are presented to the model [px], recorded for evaluation and prediction.
+            None: frames are presented as they are.
         mean: What is subtracted from RGB in [0, 1]; default what the encoder was trained with.
         std: What RGB is then divided by; default likewise.
         head_options: Arguments of the head, such as `decoder_channels` of unetpp.
 
     Raises:
-        ValueError: Any of these does not exist or does not fit; the message says what does.
+        ValueError: One of these does not exist or does not fit; the message says what does.
     """
 
     def __init__(
@@ -62,3 +63,127 @@ class DepthModel(nn.Module):
         **head_options: Any,
     ) -> None:
         super().__init__()
+        if isinstance(encoder, nn.Module):
+            if pretrained or drop_path:
+                raise ValueError(
+                    "pretrained and drop_path shape an encoder given by name: one that is already made keeps its own"
+                )
+        else:
+            options = {"drop_path_rate": drop_path} if drop_path else {}
+            encoder = load_encoder(encoder, in_chans=3, pretrained=pretrained, **options)
+        self.encoder = encoder
+        self.encoder_frozen = False
+        levels = pyramid_info(encoder)
+        self.stride = levels[-1].stride
+        self.depth_range = DepthRange(min_depth, max_depth, initial_depth)
+        self.head_name = head
+        self.head_options = head_options
+        self.head = construct("head", HEADS, head, head_options, levels, self.depth_range)
+        self.image_size = None if image_size is None else (int(image_size[0]), int(image_size[1]))
+        self.mean = _three("mean", mean, encoder)
+        self.std = _three("std", std, encoder)
+        # What reaches no feature map (a classifier's norm) cannot learn; frozen, it troubles neither decay nor DDP.
+        unreached = set(unreached_parameters(encoder, self.head.levels, in_chans=3))
+        for name, parameter in encoder.named_parameters():
+            if name in unreached:
+                parameter.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> DepthOutput:
+        """Predict depth for images [B, 3, H, W] normalised with `mean` and `std`, at their size, whatever it is.
+
+        Sides that are no multiple of the encoder's stride are padded right and below with the edge pixels; the padding is
+        cut off the result.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
+            raise ValueError(f"images must be [B, 3, H, W] and not empty, got {list(images.shape)}.")
+        height, width = images.shape[-2:]
+        missing = (0, -width % self.stride, 0, -height % self.stride)
+        padded = F.pad(images, missing, mode="replicate") if any(missing) else images
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_frozen):
+            features = pyramid(self.encoder, padded, self.head.levels)
+        output = self.head(padded, features)
+        return output._replace(depth=output.depth[..., :height, :width])
+
+    def freeze_encoder(self, frozen: bool = True) -> None:
+        """Hold the encoder still, or let it learn again: no gradients, and batch norm uses its stored statistics.
+
+        The parameters keep `requires_grad`, so an optimizer can be built before; it passes over those without gradient.
+        """
+        self.encoder_frozen = frozen
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "DepthModel":
+        """Switch between training and evaluation; a frozen encoder stays in evaluation."""
+        super().train(mode)
+        if self.encoder_frozen:
+            self.encoder.eval()
+        return self
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `config.json` and `model.safetensors`, whole or not at all; `load_depth_model` reads them.
+
+        Raises:
+            ValueError: The folder holds something else, or the encoder is no timm model and could not be built again.
+            OSError: The disk is full or not writable.
+        """
+        config = {
+            "encoder": architecture(self.encoder),
+            "head": self.head_name,
+            "head_options": self.head_options,
+            "min_depth": self.depth_range.min_depth,
+            "max_depth": self.depth_range.max_depth,
+            "initial_depth": self.depth_range.initial_depth,
+            "image_size": self.image_size,
+            "mean": self.mean,
+            "std": self.std,
+        }
+        with whole_folder(folder, (CONFIG, WEIGHTS)) as temporary:
+            write_tensors(self, temporary / WEIGHTS, {})
+            (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        return Path(folder)
+
+
+def load_depth_model(folder: str | Path) -> DepthModel:
+    """Read a model that `DepthModel.save` wrote, in evaluation mode, on the CPU.
+
+    Raises:
+        ValueError: No such model, a damaged one, or weights that do not fit its configuration.
+    """
+    folder = Path(folder)
+    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        inside = (folder / "model" / CONFIG).is_file()
+        hint = f"did you mean {folder / 'model'}?" if inside else "finetune/depth.py writes one to OUTPUT_DIR/model."
+        raise ValueError(f"{folder} is not a depth model (it has no {' and no '.join(missing)}): {hint}")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        encoder = build_encoder(config["encoder"]["architecture"], in_chans=3, **config["encoder"]["model_args"])
+        model = DepthModel(
+            encoder,
+            head=config["head"],
+            max_depth=config["max_depth"],
+            min_depth=config["min_depth"],
+            initial_depth=config["initial_depth"],
+            image_size=config["image_size"],
+            mean=config["mean"],
+            std=config["std"],
+            **config["head_options"],
+        )
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / CONFIG} does not describe a depth model ({error!r}): copy the folder again.") from error
+    try:
+        model.load_state_dict(load_file(folder / WEIGHTS))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(
+            f"{folder / WEIGHTS} does not hold the weights that {CONFIG} describes: copy the folder again. {error}"
+        ) from error
+    return model.eval()
+
+
+def _three(name: str, values: Sequence[float] | None, encoder: nn.Module) -> tuple[float, ...]:
+    """The given mean or std, or the encoder's own."""
+    known: Any = getattr(encoder, "pretrained_cfg", None) or {}
+    values = known.get(name) if values is None else values
+    if values is None or len(values) != 3:
+        raise ValueError(f"{name} must hold three numbers, one for each of red, green, blue, got {values}.")
+    return tuple(float(value) for value in values)

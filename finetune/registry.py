@@ -9,7 +9,12 @@ T = TypeVar("T")
 
 
 def construct(
-    kind: str, registry: Mapping[str, Callable[..., T]], name: str, options: Mapping[str, Any], *args: Any, **given: Any
+    kind: str,
+    registry: Mapping[str, Callable[..., T]],
+    name: str,
+    options: Mapping[str, Any],
+    *args: Any,
+    **given: Any,
 ) -> T:
     """Return `registry[name](*args, **given, **options)`.
 
@@ -25,7 +30,9 @@ def construct(
         ValueError: Unknown name or option; the message lists what there is and the nearest match.
     """
     if name not in registry:
-        raise ValueError(f"there is no {kind} named {name!r}{_nearest(name, list(registry))}: there is {_listed(registry)}.")
+        raise ValueError(
+            f"there is no {kind} named {name!r}{_nearest(name, list(registry))}: there is {_listed(registry)}."
+        )
     parameters = list(inspect.signature(registry[name]).parameters)[len(args) :]
     accepted = [parameter for parameter in parameters if parameter not in given]
     for option in options:

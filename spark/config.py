@@ -81,7 +81,12 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         low, high = self.crop_scale
-        require(0 < low <= high <= 1, "data.crop_scale", list(self.crop_scale), "two shares of the area, [low, high]")
+        require(
+            0 < low <= high <= 1,
+            "data.crop_scale",
+            list(self.crop_scale),
+            "two shares of the area, [low, high]",
+        )
         require(0 <= self.hflip <= 1, "data.hflip", self.hflip, "between 0 and 1")
         require(self.workers is None or self.workers >= 0, "data.workers", self.workers, "null, 0 or more")
         require(self.max_pixels >= 1, "data.max_pixels", self.max_pixels, "at least 1")
@@ -128,7 +133,12 @@ class OptimConfig:
         )
         require(self.eps > 0, "optim.eps", self.eps, "above 0")
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "at least 0")
-        require(self.warmup_steps is None or self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more")
+        require(
+            self.warmup_steps is None or self.warmup_steps >= 0,
+            "optim.warmup_steps",
+            self.warmup_steps,
+            "0 or more",
+        )
         require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "at least 0")
         require(
             self.clip_grad is None or self.clip_grad > 0,
@@ -176,7 +186,9 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         require(self.epochs > 0, "epochs", self.epochs, "above 0")
-        require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "null or at least 1")
+        require(
+            self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "null or at least 1"
+        )
         require(self.accumulation >= 1, "accumulation", self.accumulation, "at least 1")
         require(self.log_every >= 1, "log_every", self.log_every, "at least 1")
         require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")
@@ -266,8 +278,8 @@ def _check_names(cls: type, argv: Sequence[str]) -> None:
             continue
         name, equals, value = argument[2:].partition("=")
         if name == "config":
-            value = value if equals else "".join(argv[at + 1 : at + 2])
-            _check_file(Path(value), options, groups)
+            if path := value if equals else "".join(argv[at + 1 : at + 2]):
+                _check_file(Path(path), options, groups)
         elif name not in {"help", "print_config", *options, *groups}:
             raise ValueError(f"unknown option --{name}{_suggest(name, options, groups)}")
 
@@ -304,9 +316,11 @@ def _suggest(name: str, options: dict[str, Any], groups: dict[str, list[str]]) -
     names = [*options, *groups]
     siblings = [other for other in names if group and other.rpartition(".")[0] == group[0]]
     by_leaf = {other.rpartition(".")[2]: other for other in reversed([*siblings, *names])}
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.8) or [
-        by_leaf[match] for match in difflib.get_close_matches(leaf, by_leaf, n=1)
-    ]
+    nearest = (
+        difflib.get_close_matches(name, names, n=1, cutoff=0.8)
+        or [by_leaf[match] for match in difflib.get_close_matches(leaf, by_leaf, n=1)]
+        or [by_leaf[other] for other in by_leaf if leaf in other.split("_")]
+    )
     if nearest:
         return f"; did you mean {nearest[0]}?"
     return f"; {group[0]} has {', '.join(groups[group[0]])}" if group else "; --help lists all options"
@@ -318,7 +332,9 @@ def _explain(cls: type, message: str) -> str:
     options, groups = _options(cls)
     if key and key[1] in options:
         value = re.search(r"(?:Got value|Given value): (.*)", message)
-        return f"{key[1]} must be {_type_name(options[key[1]])}, got {value[1] if value else 'something else'}"
+        return (
+            f"{key[1]} must be {_type_name(options[key[1]])}, got {value[1] if value else 'something else'}"
+        )
     if key and key[1] in groups:
         first = f"{key[1]}.{groups[key[1]][0]}"
         return f"--{key[1]} is the name of a YAML file; single options are set as --{first} VALUE"
@@ -326,6 +342,8 @@ def _explain(cls: type, message: str) -> str:
         names = missing[1].split(", ")
         example = " ".join(f"--{name} VALUE" for name in names)
         return f"{' and '.join(names)} must be set, in the config file or as {example}"
+    if stray := re.search(r"nrecognized arguments: (.*)", message):
+        return f"unexpected argument {stray[1]}; options are given as --name VALUE"
     return " ".join(message.split())
 
 
@@ -340,7 +358,13 @@ def _type_name(kind: Any) -> str:
         return f"a list [...] of {len(parts)} {_plural(parts[0])}"
     if origin is not None:
         return " or ".join(_type_name(part) for part in parts)
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+    names = {
+        int: "a whole number",
+        float: "a number",
+        str: "a text",
+        bool: "true or false",
+        type(None): "null",
+    }
     return names[kind]
 
 

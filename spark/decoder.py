@@ -7,7 +7,8 @@ has the encoder's total stride, every later entry half the stride of the one bef
 from collections.abc import Sequence
 
 import torch
-from timm.layers import LayerNorm2d, trunc_normal_
+from timm.layers.norm import LayerNorm2d
+from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
 from spark.sparse import SparseTensor, SyncBatchNorm2d

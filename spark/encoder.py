@@ -5,6 +5,7 @@ timm's `forward_intermediates`, which works on plain tensors and on sparse ones.
 """
 
 import difflib
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -74,7 +75,7 @@ def pyramid_info(encoder: nn.Module) -> list[PyramidLevel]:
         by_stride[level.stride] = level
     levels = [by_stride[stride] for stride in sorted(by_stride)]
     strides = [level.stride for level in levels]
-    if len(levels) < 2 or any(b != 2 * a for a, b in zip(strides, strides[1:], strict=False)):
+    if len(levels) < 2 or any(b != 2 * a for a, b in itertools.pairwise(strides)):
         raise ValueError(
             f"{name} yields no feature pyramid: its feature maps have strides {strides}, "
             "each should be twice the one before (plain vision transformers, for one, are not convnets)"

@@ -138,20 +138,18 @@ def _images_in_list(path: Path) -> list[Path]:
         else:
             missing.append(entry)
     if missing:
-        columns = any((path.parent / entry.split()[0]).is_file() for entry in missing[:10])
+        # Lists of image and depth pairs have more columns, and their paths may start with a slash.
+        word = missing[0].split()[0].lstrip("/")
         raise FileNotFoundError(
             f"{len(missing)} of the {len(entries)} entries of {path} do not exist, first {_first(missing)}. "
-            + (
-                "Their first word is a file: a line must hold one path and nothing else"
-                if columns
-                else f"Relative entries start at the folder of the list, {path.parent.absolute()}"
-            )
+            f"A line must hold one path and nothing else, absolute or relative to {path.parent.absolute()}"
+            + (f", such as {word}" if (path.parent / word).is_file() else "")
         )
     return images
 
 
 def _first(items: Sequence[str], count: int = 3) -> str:
-    return "; ".join(items[:count]) + ("; ..." if len(items) > count else "")
+    return "; ".join(items[:count])
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -357,22 +355,25 @@ class UnlabeledImages(Dataset):
             try:
                 return read_image(self.files[tried], self.max_pixels), tried, failed
             except Exception as error:  # on corrupt bytes Pillow's readers raise nearly everything
-                failed.append(f"{self.files[tried]}: {_reason(error)}")
+                failed.append(describe_failure(self.files[tried], error))
         raise ValueError(
             f"{len(failed)} of {len(self.files)} image files were tried one after another and none could be "
             f"read: check the data. First {_first(failed)}"
         )
 
 
-def _reason(error: Exception) -> str:
-    """Say why in one line and without ': ', which ends the path in "path: reason"."""
+def describe_failure(path: str | Path, error: Exception) -> str:
+    """Say in one line, "path: reason", why a file could not be read; ": " is kept out of the reason.
+
+    So the last ": " ends the path, which `UnreadableImages` counts.
+    """
     if isinstance(error, UnidentifiedImageError):
-        text = "not an image of a known kind, or its header is damaged"
+        reason = "not an image of a known kind, or its header is damaged"
     elif isinstance(error, OSError) and error.strerror:
-        text = error.strerror
+        reason = error.strerror
     else:
-        text = str(error) or type(error).__name__
-    return " ".join(text.split()).replace(": ", ", ")
+        reason = str(error) or type(error).__name__
+    return f"{os.fspath(path)}: " + " ".join(reason.split()).replace(": ", ", ")
 
 
 def collate_images(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -415,7 +416,7 @@ class UnreadableImages:
         return len(self.reasons)
 
     def add(self, failed: Sequence[str]) -> list[str]:
-        """Count the failures ("path: reason") of a batch; all are recorded before anything is raised.
+        """Count failures as `describe_failure` writes them; all are recorded before anything is raised.
 
         Returns:
             Those that are new, to be told to the user once.

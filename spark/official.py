@@ -22,6 +22,8 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from timm.models.convnext import checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -51,6 +53,8 @@ _UNUSED = {
     "imn_s": "unused buffer",
     "norm_black": "unused buffer of the training size",
 }
+
+_NAME_ANOTHER = "Name the right one (model_name=, --model_name), or give a checkpoint of this one"
 
 _RENAMES = tuple(
     (re.compile(pattern), name)
@@ -92,11 +96,16 @@ class KeyReport:
         """One line a kind of key; kinds without keys are left out."""
         lines = [f"{self.source}: {len(self.loaded)} tensors loaded"]
         if self.missing:
-            lines.append(f"  missing, left at their initial values ({len(self.missing)}): {_some(self.missing)}")
+            lines.append(
+                f"  missing, left at their initial values ({len(self.missing)}): {_some(self.missing)}"
+            )
         if self.unexpected:
             lines.append(f"  unexpected ({len(self.unexpected)}): {_some(self.unexpected)}")
         if self.mismatched:
-            shapes = [f"{name} {list(there)} in the file, {list(here)} here" for name, there, here in self.mismatched]
+            shapes = [
+                f"{name} {list(there)} in the file, {list(here)} here"
+                for name, there, here in self.mismatched
+            ]
             lines.append(f"  of another shape ({len(shapes)}): {_some(shapes, '; ')}")
         for reason in dict.fromkeys(reason for _, reason in self.ignored):
             names = [name for name, why in self.ignored if why == reason]
@@ -139,6 +148,12 @@ class Weights:
         return input_channels(self.encoder)
 
 
+def timm_config(encoder: nn.Module) -> dict[str, Any]:
+    """A timm model's `pretrained_cfg`, to read and to change; empty for any other network."""
+    config: Any = getattr(encoder, "pretrained_cfg", None)
+    return config if isinstance(config, dict) else {}
+
+
 def input_channels(tensors: Mapping[str, Tensor]) -> int:
     """Channels that the first convolution of a convnet's state dict reads; 3 if there is no convolution."""
     return next((t.shape[1] for t in tensors.values() if t.ndim == 4), 3)
@@ -164,9 +179,18 @@ def read_torch_file(path: str | Path) -> Any:
                 " code. Ask its author for a file of tensors and plain values only, or convert it yourself where you"
                 " trust it"
             ) from error
-        raise ValueError(f"{path} is not a checkpoint that torch.save wrote: download or copy it again") from error
+        raise ValueError(
+            f"{path} is not a checkpoint that torch.save wrote: download or copy it again"
+        ) from error
     except (RuntimeError, EOFError) as error:
         raise ValueError(f"{path} is cut short or damaged: download or copy it again") from error
+
+
+def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is cut short or damaged ({error}): download or copy it again") from error
 
 
 def read_weights(path: str | Path) -> Weights:
@@ -176,16 +200,18 @@ def read_weights(path: str | Path) -> Weights:
         FileNotFoundError: No such file.
         ValueError: Not readable safely, or no weights in it.
     """
-    content = read_torch_file(path)
+    content: Any = _read_safetensors(path) if Path(path).suffix == ".safetensors" else read_torch_file(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of weights")
     wrapper = next((key for key in _WRAPPERS if isinstance(content.get(key), dict) and content[key]), None)
-    entries = content if wrapper is None else content[wrapper]
+    entries: dict[Any, Any] = content if wrapper is None else content[wrapper]
     source = str(path) if wrapper is None else f"{path} [{wrapper}]"
 
     tensors = {str(key): value for key, value in entries.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise ValueError(f"{source} holds no tensors; its entries are: {_some([str(key) for key in entries])}")
+        raise ValueError(
+            f"{source} holds no tensors; its entries are: {_some([str(key) for key in entries])}"
+        )
     if all(key.startswith("module.") for key in tensors):  # saved from a DistributedDataParallel wrapper
         tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
     ignored = [(str(key), "not a tensor") for key, value in entries.items() if not isinstance(value, Tensor)]
@@ -227,7 +253,9 @@ def timm_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not any(key.startswith("downsample_layers.") for key in tensors):
         return dict(tensors)
     empty = torch.empty(0)
-    return {next(iter(checkpoint_filter_fn({key: empty}, None)), key): value for key, value in tensors.items()}
+    return {
+        next(iter(checkpoint_filter_fn({key: empty}, None)), key): value for key, value in tensors.items()
+    }
 
 
 def timm_name(weights: Weights, model_name: str | None = None) -> str:
@@ -252,7 +280,7 @@ def timm_name(weights: Weights, model_name: str | None = None) -> str:
     for name in OFFICIAL_MODELS:
         with torch.device("meta"):
             candidate = timm.create_model(name, num_classes=0, in_chans=weights.in_chans)
-        heads = (candidate.pretrained_cfg["classifier"] + ".", "head.norm.")
+        heads = (*_classifier_prefixes(candidate), "head.norm.")
         wanted = {key: tuple(value.shape) for key, value in candidate.state_dict().items()}
         if _without(wanted, heads) == _without(shapes, heads):
             return name
@@ -272,6 +300,7 @@ def fit(
     *,
     source: str,
     name: str,
+    advice: str,
     optional: Collection[str] = (),
     ignored: Collection[tuple[str, str]] = (),
 ) -> KeyReport:
@@ -283,7 +312,9 @@ def fit(
         model: Filled in place, if the tensors fit.
         source: Where the tensors came from, for messages.
         name: What the model is, for messages.
-        optional: Names that may be missing and then keep their initial values.
+        advice: What to do about tensors that do not fit, for messages.
+        optional: Names of parameters that may be missing, with all else of their module, and then keep their
+            initial values.
         ignored: (name, reason) of what was left out before.
 
     Raises:
@@ -301,7 +332,12 @@ def fit(
             state[key] = value.reshape(own[key].shape)
             report.loaded.append(key)
     report.missing = [key for key in own if key not in tensors]
-    needed = [key for key in report.missing if key not in optional and not key.endswith(".num_batches_tracked")]
+    unneeded = {_module_of(key) for key in optional}
+    needed = [
+        key
+        for key in report.missing
+        if _module_of(key) not in unneeded and not key.endswith(".num_batches_tracked")
+    ]
     if needed or report.unexpected or report.mismatched:
         wrong = []
         if needed:
@@ -309,14 +345,21 @@ def fit(
         if report.unexpected:
             wrong.append(f"{len(report.unexpected)} are not in the model ({_some(report.unexpected)})")
         if report.mismatched:
-            shapes = [f"{key}: {list(there)} in the file, {list(here)} here" for key, there, here in report.mismatched]
+            shapes = [
+                f"{key}: {list(there)} in the file, {list(here)} here"
+                for key, there, here in report.mismatched
+            ]
             wrong.append(f"{len(shapes)} have another shape ({_some(shapes, '; ')})")
         raise ValueError(
-            f"{source} does not fit {name}: {', '.join(wrong)}. It holds another architecture: name the right one"
-            " (model_name=, --model_name), or give a checkpoint of this one"
+            f"{source} does not fit {name}: {', '.join(wrong)}. It was made by another architecture. {advice}"
         )
     model.load_state_dict(state, strict=False)
     return report
+
+
+def _module_of(key: str) -> str:
+    """Name of the module that a parameter or buffer belongs to."""
+    return key.rpartition(".")[0]
 
 
 def _squeezed(tensor: Tensor) -> list[int]:
@@ -325,7 +368,12 @@ def _squeezed(tensor: Tensor) -> list[int]:
 
 
 def fit_encoder(
-    tensors: Mapping[str, Tensor], encoder: nn.Module, *, source: str, name: str, ignored: Collection[tuple[str, str]]
+    tensors: Mapping[str, Tensor],
+    encoder: nn.Module,
+    *,
+    source: str,
+    name: str,
+    ignored: Collection[tuple[str, str]],
 ) -> KeyReport:
     """`fit` for a stock timm encoder without classifier.
 
@@ -334,17 +382,22 @@ def fit_encoder(
     """
     renamed = timm_names(tensors)
     own = encoder.state_dict()
-    heads: Any = encoder.pretrained_cfg.get("classifier") or ()
-    heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
-    classifier = [key for key in renamed if key.startswith(heads) and key not in own]
+    classifier = [key for key in renamed if key.startswith(_classifier_prefixes(encoder)) and key not in own]
     return fit(
         {key: value for key, value in renamed.items() if key not in classifier},
         encoder,
         source=source,
         name=name,
+        advice=_NAME_ANOTHER,
         optional=unreached_parameters(encoder, pyramid_info(encoder), input_channels(own)),
         ignored=[*ignored, *((key, "classifier") for key in classifier)],
     )
+
+
+def _classifier_prefixes(encoder: nn.Module) -> tuple[str, ...]:
+    """What the names of a timm model's classifier begin with."""
+    names = timm_config(encoder).get("classifier") or ()
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 
 
 def load_official(
@@ -382,12 +435,13 @@ def load_official(
         options["decoder_width"] = weights.others["decoder.blocks.0.upsample.weight"].shape[0]
     model = SparK(name, layout=layout, **{**options, **spark_kwargs})
     tensors = {f"encoder.{key}": value for key, value in timm_names(weights.encoder).items()}
-    unreached = unreached_parameters(model.encoder, model.levels, model.in_chans)
+    unreached = [key for key, parameter in model.encoder.named_parameters() if not parameter.requires_grad]
     report = fit(
         {**tensors, **weights.others},
         model,
         source=weights.source,
         name=f"SparK with {name}",
+        advice=_NAME_ANOTHER,
         optional=[f"encoder.{key}" for key in unreached],
         ignored=weights.ignored,
     )

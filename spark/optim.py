@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from timm.models import group_parameters
-from timm.optim import Lamb
+from timm.optim.lamb import Lamb
 from torch import nn
 from torch.optim import Optimizer
 
@@ -136,7 +136,7 @@ def layer_scales(encoder: nn.Module, layer_decay: float) -> dict[str, tuple[str,
             f"layer_decay needs a timm model that knows the order of its layers (group_matcher), and"
             f" {type(encoder).__name__} does not: build the encoder without features_only, or use encoder_lr_factor"
         )
-    depth = group_parameters(encoder, matcher(coarse=False), reverse=True)
+    depth: Any = group_parameters(encoder, matcher(coarse=False), reverse=True)
     deepest = features[-1]["module"] + "."
     last = max((d for name, d in depth.items() if name.startswith(deepest)), default=max(depth.values()))
     layers = -(-last // BLOCKS_PER_LAYER)
@@ -227,7 +227,9 @@ def lr_at(
         )
     if step < warmup_steps:
         return peak * (start_factor + (1 - start_factor) * step / warmup_steps)
-    return peak * (end_factor + (1 - end_factor) * _half_cosine(step - warmup_steps, total_steps - warmup_steps))
+    return peak * (
+        end_factor + (1 - end_factor) * _half_cosine(step - warmup_steps, total_steps - warmup_steps)
+    )
 
 
 def weight_decay_at(step: int, *, start: float, end: float, total_steps: int) -> float:

@@ -1,7 +1,7 @@
 """The official SparK semantics, restated plainly: dense arrays, multiplied by the mask after every operator.
 
-Written from the paper (arXiv 2301.03580) and the facts about the official code, for ResNet and ConvNeXt, as pure functions
-of a dictionary of parameters. Slow and obvious; shares no code with the package.
+Written from the paper (arXiv 2301.03580) and the facts about the official code, for ResNet and ConvNeXt, as pure
+functions of a dictionary of parameters. Slow and obvious; shares no code with the package.
 """
 
 import torch

@@ -123,7 +123,9 @@ def test_invalid_pixels_change_nothing_and_get_zero_gradient(name: str) -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_nan_stays_nan(name: str) -> None:
     prediction, target, valid = random_pair()
-    prediction[valid.nonzero(as_tuple=True)] = torch.where(torch.arange(int(valid.sum())) == 3, math.nan, prediction[valid])
+    prediction[valid.nonzero(as_tuple=True)] = torch.where(
+        torch.arange(int(valid.sum())) == 3, math.nan, prediction[valid]
+    )
     assert LOSSES[name]()(prediction, target, valid).isnan()
 
 
@@ -163,7 +165,9 @@ def test_shapes_and_mask_type_are_checked() -> None:
 
 def test_weighted_sum_and_its_parts() -> None:
     prediction, target, valid = random_pair()
-    total, parts = WeightedLoss({"silog": 1.0, "l1": 0.5}, {"silog": {"variance_focus": 0.5}})(prediction, target, valid)
+    total, parts = WeightedLoss({"silog": 1.0, "l1": 0.5}, {"silog": {"variance_focus": 0.5}})(
+        prediction, target, valid
+    )
     silog = SILog(variance_focus=0.5)(prediction, target, valid)
     l1 = L1()(prediction, target, valid)
     torch.testing.assert_close(total, silog + 0.5 * l1)

@@ -48,7 +48,9 @@ def write_mat(folder: Path, count: int = 6, height: int = 24, width: int = 32) -
     """A small nyu_depth_v2_labeled.mat with its splits: MATLAB's reversed axes, odd images train, even ones test."""
     folder.mkdir(parents=True, exist_ok=True)
     images = np.stack([colour_picture(height, width) + n for n in range(count)]).astype(np.uint8)
-    raw = np.stack([depth_mm(height, width) / 1000.0 + n for n in range(count)]) * (depth_mm(height, width) > 0)
+    raw = np.stack([depth_mm(height, width) / 1000.0 + n for n in range(count)]) * (
+        depth_mm(height, width) > 0
+    )
     with h5py.File(folder / "nyu_depth_v2_labeled.mat", "w") as file:
         file["images"] = images.transpose(0, 3, 2, 1)
         file["rawDepths"] = raw.transpose(0, 2, 1).astype(np.float32)
@@ -84,7 +86,9 @@ def test_sync_keeps_all_sixteen_bits(tmp_path):
     np.testing.assert_allclose(read_depth_mm(tmp_path / "depth.png"), values / 1000.0, rtol=1e-7)
 
 
-@pytest.mark.parametrize("where", ["inside root", "as a path", "with comments and blanks", "with a BOM and CRLF"])
+@pytest.mark.parametrize(
+    "where", ["inside root", "as a path", "with comments and blanks", "with a BOM and CRLF"]
+)
 def test_sync_list_forms(tmp_path, where):
     root = tmp_path / "root"
     line = write_pair(root / "hall")
@@ -115,7 +119,9 @@ def test_sync_missing_root_and_list(tmp_path):
         NYUSync(tmp_path, "nyu_train.txt")
 
 
-@pytest.mark.parametrize("line", ["/hall/rgb_0.png", "/a b/rgb.png /a b/depth.png 518", "rgb.png depth.png five"])
+@pytest.mark.parametrize(
+    "line", ["/hall/rgb_0.png", "/a b/rgb.png /a b/depth.png 518", "rgb.png depth.png five"]
+)
 def test_sync_line_that_is_no_pair(tmp_path, line):
     (tmp_path / "list.txt").write_text(f"# header\n{line}\n")
     with pytest.raises(ValueError, match=r"list\.txt, line 2: expected `image depth focal`"):
@@ -221,7 +227,9 @@ def test_labeled_splits_are_one_based_and_disjoint(tmp_path):
     train, test = (NYULabeled(path, split=split) for split in ("train", "test"))
     assert [train[i].name for i in range(len(train))] == ["0001", "0003", "0005"]
     assert [test[i].name for i in range(len(test))] == ["0002", "0004", "0006"]
-    np.testing.assert_array_equal(test[2].image, colour_picture() + 5)  # the last image of the file can be reached
+    np.testing.assert_array_equal(
+        test[2].image, colour_picture() + 5
+    )  # the last image of the file can be reached
 
 
 def test_labeled_raw_has_holes_and_filled_has_none(tmp_path):

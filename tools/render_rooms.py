@@ -69,7 +69,9 @@ class Camera:
     @classmethod
     def looking(cls, position, yaw: float, pitch: float = 0.0, roll: float = 0.0) -> "Camera":
         """Look along `yaw` (0 = +x, counter-clockwise seen from above) and `pitch` (positive = up), all in radians."""
-        forward = np.array([math.cos(pitch) * math.cos(yaw), math.cos(pitch) * math.sin(yaw), math.sin(pitch)])
+        forward = np.array(
+            [math.cos(pitch) * math.cos(yaw), math.cos(pitch) * math.sin(yaw), math.sin(pitch)]
+        )
         level = np.array([math.sin(yaw), -math.cos(yaw), 0.0])
         upright = np.cross(forward, level)
         right = math.cos(roll) * level + math.sin(roll) * upright
@@ -258,7 +260,9 @@ def plain(m: Material, u, v, noise: Noise):
 
 def plaster(m: Material, u, v, noise: Noise):
     """A painted wall: stains and fine grain."""
-    return mix(m, 0, 0, 0) * (0.86 + 0.16 * noise.cloud(u * 1.5, v * 1.5, m.seed) + 0.1 * noise.smooth(u * 40, v * 40, 5))
+    return mix(m, 0, 0, 0) * (
+        0.86 + 0.16 * noise.cloud(u * 1.5, v * 1.5, m.seed) + 0.1 * noise.smooth(u * 40, v * 40, 5)
+    )
 
 
 def carpet(m: Material, u, v, noise: Noise):
@@ -269,12 +273,16 @@ def carpet(m: Material, u, v, noise: Noise):
 
 def stripes(m: Material, u, v, noise: Noise):
     """Bands of two colours."""
-    return mix(m, ((u / m.scale) % 1 < 0.5).astype(np.float32)) * (0.92 + 0.16 * noise.smooth(u * 9, v * 9, m.seed))
+    return mix(m, ((u / m.scale) % 1 < 0.5).astype(np.float32)) * (
+        0.92 + 0.16 * noise.smooth(u * 9, v * 9, m.seed)
+    )
 
 
 def checker(m: Material, u, v, noise: Noise):
     """A chessboard."""
-    return mix(m, (np.floor(u / m.scale) + np.floor(v / m.scale)) % 2) * (0.9 + 0.2 * noise.cloud(u * 4, v * 4, m.seed))
+    return mix(m, (np.floor(u / m.scale) + np.floor(v / m.scale)) % 2) * (
+        0.9 + 0.2 * noise.cloud(u * 4, v * 4, m.seed)
+    )
 
 
 def tiles(m: Material, u, v, noise: Noise):
@@ -316,7 +324,11 @@ def books(m: Material, u, v, noise: Noise):
     spine = np.array(m.colors, np.float32)[pick].T * (0.65 + 0.5 * noise.cell(i, 0 * i + 1, m.seed))
     band = np.abs(v / m.scale + 0.15 + 0.2 * noise.cell(i, 0 * i + 2, m.seed)) < 0.05
     height = (0.1 + 0.4 * noise.cell(i, 0 * i + 3, m.seed)) * m.scale
-    return np.where((v > height) | (noise.cell(i, 0 * i + 4, m.seed) < 0.06), 0.02, np.where(band, spine * 2.2 + 0.05, spine))
+    return np.where(
+        (v > height) | (noise.cell(i, 0 * i + 4, m.seed) < 0.06),
+        0.02,
+        np.where(band, spine * 2.2 + 0.05, spine),
+    )
 
 
 def painting(m: Material, u, v, noise: Noise):
@@ -344,7 +356,19 @@ def screen(m: Material, u, v, noise: Noise):
 PATTERNS: dict[str, Callable[..., np.ndarray]] = {
     f.__name__: f
     for f in (
-        plain, plaster, carpet, stripes, checker, tiles, bricks, wood, grain, books, painting, outdoors, screen,
+        plain,
+        plaster,
+        carpet,
+        stripes,
+        checker,
+        tiles,
+        bricks,
+        wood,
+        grain,
+        books,
+        painting,
+        outdoors,
+        screen,
     )  # fmt: skip
 }
 
@@ -378,7 +402,9 @@ class Palette:
         value = float(np.clip(self.wood_value + self.rng.normal(0, 0.06), 0.15, 0.85))
         hue = self.wood_hue + self.rng.normal(0, 0.01)
         colors = tuple(self.color((0.35, 0.65), (value * k, value * k), hue) for k in (0.78, 1.1))
-        return Material("wood" if boards else "grain", colors, boards or 0.3, self.rng.uniform(0, 0.25), 0, self.seed())
+        return Material(
+            "wood" if boards else "grain", colors, boards or 0.3, self.rng.uniform(0, 0.25), 0, self.seed()
+        )
 
     def fabric(self) -> Material:
         """Cloth: plain, speckled, striped or checked."""
@@ -407,7 +433,14 @@ class Palette:
             base = self.color((0.05, 0.5), (0.3, 0.75))
             return Material("carpet", (base, tuple(c * 0.55 for c in base)), 0.3, 0, 0, self.seed())
         if kind == "tiles":
-            return Material("tiles", (self.color((0, 0.35), (0.4, 0.9)),), self.rng.uniform(0.2, 0.5), 0.35, 0, self.seed())
+            return Material(
+                "tiles",
+                (self.color((0, 0.35), (0.4, 0.9)),),
+                self.rng.uniform(0.2, 0.5),
+                0.35,
+                0,
+                self.seed(),
+            )
         light, dark = self.color((0, 0.2), (0.75, 0.95)), self.color((0, 0.5), (0.2, 0.6))
         return Material("checker", (light, dark), self.rng.uniform(0.25, 0.45), 0.3, 0, self.seed())
 
@@ -416,9 +449,23 @@ class Palette:
         kind = self.rng.choice(["plaster", "stripes", "bricks", "wood"], p=[0.76, 0.12, 0.06, 0.06])
         base = self.color((0.0, 0.35), (0.6, 0.95))
         if kind == "stripes":
-            return Material("stripes", (base, tuple(c * 0.72 for c in base)), self.rng.uniform(0.12, 0.5), 0, 0, self.seed())
+            return Material(
+                "stripes",
+                (base, tuple(c * 0.72 for c in base)),
+                self.rng.uniform(0.12, 0.5),
+                0,
+                0,
+                self.seed(),
+            )
         if kind == "bricks":
-            return Material("bricks", (self.color((0.3, 0.65), (0.4, 0.75), 0.03), (0.45, 0.43, 0.4)), 0.1, 0, 0, self.seed())
+            return Material(
+                "bricks",
+                (self.color((0.3, 0.65), (0.4, 0.75), 0.03), (0.45, 0.43, 0.4)),
+                0.1,
+                0,
+                0,
+                self.seed(),
+            )
         if kind == "wood":
             return self.wooden(boards=0.14)
         return Material("plaster", (base,), 0.3, 0, 0, self.seed())
@@ -473,12 +520,16 @@ class Kit:
             p = self.palette
             if kind == "box":
                 w, d, h = (self.uniform(0.05, 0.14) for _ in range(3))
-                self.box((cx - w, cx + w), (cy - d, cy + d), (z, z + 2 * h), p.paint(), yaw=self.uniform(-1, 1))
+                self.box(
+                    (cx - w, cx + w), (cy - d, cy + d), (z, z + 2 * h), p.paint(), yaw=self.uniform(-1, 1)
+                )
             elif kind == "books":
                 for level in range(int(self.rng.integers(1, 5))):
                     w, yaw = self.uniform(0.08, 0.13), self.uniform(-0.3, 0.3)
                     bottom = z + 0.035 * level
-                    self.box((cx - w, cx + w), (cy - 0.1, cy + 0.1), (bottom, bottom + 0.033), p.paint(), yaw=yaw)
+                    self.box(
+                        (cx - w, cx + w), (cy - 0.1, cy + 0.1), (bottom, bottom + 0.033), p.paint(), yaw=yaw
+                    )
             elif kind == "bottle":
                 h, glass = self.uniform(0.14, 0.26), p.paint(gloss=0.7)
                 self.column(cx, cy, (z, z + h), 0.04, glass)
@@ -502,7 +553,9 @@ class Kit:
             )  # fmt: skip
             dx, dy = self.rng.normal(0, 0.11 * height, 2)
             r, middle = self.uniform(0.14, 0.24) * height, z + self.uniform(0.42, 0.8) * height
-            self.round((x + dx - r, x + dx + r), (y + dy - r, y + dy + r), (middle - 1.4 * r, middle + 1.4 * r), leaf)
+            self.round(
+                (x + dx - r, x + dx + r), (y + dy - r, y + dy + r), (middle - 1.4 * r, middle + 1.4 * r), leaf
+            )
 
 
 def bed(kit: Kit) -> None:
@@ -537,7 +590,14 @@ def table(kit: Kit) -> None:
     for side in (-1, 1):
         for x in (-w / 2, w / 2) if w > 0.65 else (0.0,):
             if kit.rng.random() < 0.75:
-                chair_at(kit, x + kit.uniform(-0.1, 0.1), middle + side * (d + kit.uniform(0.0, 0.12)), side, seat, frame)
+                chair_at(
+                    kit,
+                    x + kit.uniform(-0.1, 0.1),
+                    middle + side * (d + kit.uniform(0.0, 0.12)),
+                    side,
+                    seat,
+                    frame,
+                )
 
 
 def chair_at(kit: Kit, x: float, y: float, facing: int, seat: Material, frame: Material) -> None:
@@ -621,7 +681,9 @@ def cabinet(kit: Kit, w: float, d: float, h: float, door: float) -> None:
             kit.box(x, (d, d + 0.018), z, replace(front, seed=front.seed + i))
             side = x[1] - 0.06 if i % 2 == 0 else x[0] + 0.06
             middle = min((z[0] + z[1]) / 2, 1.1)
-            kit.box((side - 0.008, side + 0.008), (d + 0.018, d + 0.04), (middle - 0.06, middle + 0.06), handle)
+            kit.box(
+                (side - 0.008, side + 0.008), (d + 0.018, d + 0.04), (middle - 0.06, middle + 0.06), handle
+            )
 
 
 def television(kit: Kit, x: float, y: float, z: float, half: float) -> None:
@@ -655,12 +717,19 @@ def counter(kit: Kit) -> None:
     p, w = kit.palette, kit.uniform(0.6, 1.4)
     cabinet(kit, w, 0.58, 0.86, 0.5)
     kit.box((-w - 0.01, w + 0.01), (0, 0.63), (0.86, 0.9), p.paint((0, 0.3), (0.2, 0.9), 0.4))
-    kit.box((-w, w), (0, 0.012), (0.9, 1.4), Material("tiles", (p.color((0, 0.5), (0.5, 0.95)),), 0.12, 0.4, 0, p.seed()))
+    kit.box(
+        (-w, w),
+        (0, 0.012),
+        (0.9, 1.4),
+        Material("tiles", (p.color((0, 0.5), (0.5, 0.95)),), 0.12, 0.4, 0, p.seed()),
+    )
     kit.clutter((-w, w), (0.1, 0.55), 0.9, int(kit.rng.integers(2, 6)))
     if kit.rng.random() < 0.8:
         upper, body = kit.uniform(1.95, 2.2), p.body()
         kit.box((-w, w), (0, 0.33), (1.4, upper), body)
-        for left, right in zip(*(np.linspace(-w, w, max(2, round(w / 0.22)))[k:][:99] for k in (0, 1)), strict=False):
+        for left, right in zip(
+            *(np.linspace(-w, w, max(2, round(w / 0.22)))[k:][:99] for k in (0, 1)), strict=False
+        ):
             kit.box((left + 0.006, right - 0.006), (0.33, 0.348), (1.41, upper - 0.01), body)
 
 
@@ -684,7 +753,9 @@ def cartons(kit: Kit) -> None:
         x, y, r = kit.uniform(-0.3, 0.3), kit.uniform(0.25, 0.6), kit.uniform(0.12, 0.24)
         if kit.rng.random() < 0.6:
             card = kit.palette.paint((0.2, 0.6), (0.4, 0.8), 0)
-            kit.box((x - r, x + r), (y - r, y + r), (0, kit.uniform(1.0, 2.2) * r), card, yaw=kit.uniform(-1, 1))
+            kit.box(
+                (x - r, x + r), (y - r, y + r), (0, kit.uniform(1.0, 2.2) * r), card, yaw=kit.uniform(-1, 1)
+            )
         else:
             kit.round((x - r, x + r), (y - r, y + r), (0, 2 * r), kit.palette.fabric())
 
@@ -701,8 +772,14 @@ def low_table(kit: Kit) -> None:
 # Furniture by room: what stands along the walls in order of importance, and what may stand free in the middle.
 ROOMS: dict[str, tuple[tuple[Callable, ...], tuple[Callable, ...]]] = {
     "bedroom": ((bed, wardrobe, sideboard, desk, floor_lamp, big_plant, bookshelf), (cartons,)),
-    "living_room": ((sofa, sideboard, bookshelf, sofa, floor_lamp, big_plant, desk), (low_table, low_table, table)),
-    "office": ((desk, bookshelf, desk, sideboard, bookshelf, big_plant, cartons, floor_lamp), (table, cartons)),
+    "living_room": (
+        (sofa, sideboard, bookshelf, sofa, floor_lamp, big_plant, desk),
+        (low_table, low_table, table),
+    ),
+    "office": (
+        (desk, bookshelf, desk, sideboard, bookshelf, big_plant, cartons, floor_lamp),
+        (table, cartons),
+    ),
     "kitchen": ((counter, counter, sideboard, bookshelf, big_plant, cartons), (table,)),
     "dining_room": ((sideboard, bookshelf, sofa, floor_lamp, big_plant, wardrobe), (table, table)),
     "playroom": ((bookshelf, bed, cartons, wardrobe, cartons, sofa, desk), (cartons, low_table, cartons)),
@@ -768,13 +845,19 @@ class Builder:
 
     def __init__(self, kind: str, rng: np.random.Generator):
         self.kind, self.rng, self.palette = kind, rng, Palette(rng)
-        self.size = (float(rng.uniform(2.9, 7.2)), float(rng.uniform(2.7, 5.4)), float(rng.uniform(2.35, 3.0)))
+        self.size = (
+            float(rng.uniform(2.9, 7.2)),
+            float(rng.uniform(2.7, 5.4)),
+            float(rng.uniform(2.35, 3.0)),
+        )
         if rng.random() < 0.5:
             self.size = (self.size[1], self.size[0], self.size[2])
         self.solids: list[Solid] = []
         self.lights: list[Light] = []
         self.footprints: list[tuple[float, float, float, float]] = []
-        self.on_wall: list[tuple[int, float, float, float, float]] = []  # wall, along from, to, height from, to
+        self.on_wall: list[
+            tuple[int, float, float, float, float]
+        ] = []  # wall, along from, to, height from, to
 
     def build(self) -> Room:
         """The furnished room."""
@@ -825,7 +908,9 @@ class Builder:
         """Boards along the foot of the walls."""
         if self.rng.random() < 0.25:
             return
-        board = self.palette.wooden() if self.rng.random() < 0.4 else self.palette.paint((0, 0.1), (0.7, 0.95))
+        board = (
+            self.palette.wooden() if self.rng.random() < 0.4 else self.palette.paint((0, 0.1), (0.7, 0.95))
+        )
         height = float(self.rng.uniform(0.06, 0.14))
         for wall in range(4):
             kit = Kit(self.palette)
@@ -833,7 +918,9 @@ class Builder:
             kit.box((-half, half), (0, 0.012), (0, height), board, casts=False)
             self.add(kit, *self.at_wall(wall, half))
 
-    def free_on_wall(self, wall: int, low: float, high: float, bottom: float, top: float, gap: float = 0.08) -> bool:
+    def free_on_wall(
+        self, wall: int, low: float, high: float, bottom: float, top: float, gap: float = 0.08
+    ) -> bool:
         """Whether a rectangle of a wall is still empty."""
         return 0.05 < low and high < self.length(wall) - 0.05 and not any(
             w == wall and low < b + gap and a - gap < high and bottom < t + gap and s - gap < top
@@ -870,7 +957,9 @@ class Builder:
         day = rng.random() < 0.8
         sky = ((0.75, 0.85, 1.0), (0.25, 0.5, 1.0), (0.05, 0.13, 0.03), (0.2, 0.3, 0.08))
         night = ((0.02, 0.025, 0.06), (0.005, 0.005, 0.02), (0.003, 0.004, 0.004), (0.01, 0.012, 0.01))
-        view = Material("outdoors", sky if day else night, top - bottom, 0.2, 1.8 if day else 0.4, self.palette.seed())
+        view = Material(
+            "outdoors", sky if day else night, top - bottom, 0.2, 1.8 if day else 0.4, self.palette.seed()
+        )
         frame = self.palette.paint((0, 0.15), (0.75, 0.95)) if rng.random() < 0.7 else self.palette.wooden()
         kit.box((-w, w), (0, 0.01), (bottom, top), view, casts=False)
         for x in np.linspace(-w, w, int(rng.integers(2, 4))):
@@ -899,7 +988,9 @@ class Builder:
         if self.rng.random() < 0.5:
             turn = yaw + math.pi / 2 + self.rng.uniform(-0.8, 0.8)
             drop = self.rng.uniform(0.45, 1.0)
-            beam = np.array([math.cos(turn) * math.cos(drop), math.sin(turn) * math.cos(drop), -math.sin(drop)])
+            beam = np.array(
+                [math.cos(turn) * math.cos(drop), math.sin(turn) * math.cos(drop), -math.sin(drop)]
+            )
             axis = 1 if wall % 2 == 0 else 0
             middle = center[1 - axis]
             opening = (axis, float(center[axis]), (middle - w, bottom), (middle + w, top))
@@ -1003,7 +1094,11 @@ class Builder:
             self.lights.append(Light(np.array(shade.center), tuple(warm * rng.uniform(0.5, 1.0)), 0.08, 1.6))
         if self.lights and rng.random() < 0.3:
             return
-        x, y, top = self.size[0] * rng.uniform(0.35, 0.65), self.size[1] * rng.uniform(0.35, 0.65), self.size[2]
+        x, y, top = (
+            self.size[0] * rng.uniform(0.35, 0.65),
+            self.size[1] * rng.uniform(0.35, 0.65),
+            self.size[2],
+        )
         drop = float(rng.uniform(0.05, 0.5)) if top > 2.5 else 0.05
         glow = Material("plain", ((1.0, 0.93, 0.8),), 0.3, 0, 1.4)
         if drop > 0.15:
@@ -1045,7 +1140,9 @@ def cast(room: Room, camera: Camera, size: tuple[int, int], samples: int = 1, dt
     origin = camera.position.astype(dtype)
     depth = np.full(rays.shape[1:], np.inf, dtype)
     hit = np.zeros(rays.shape[1:], np.int16)
-    for axis in range(3):  # the camera is inside the room: a ray leaves it through the nearest wall that it runs towards
+    for axis in range(
+        3
+    ):  # the camera is inside the room: a ray leaves it through the nearest wall that it runs towards
         ahead = rays[axis] > 0
         slope = np.where(np.abs(rays[axis]) < 1e-9, 1e-9, rays[axis])
         t = np.where(ahead, room.size[axis] - origin[axis], -origin[axis]).astype(dtype) / slope
@@ -1064,13 +1161,17 @@ def cast(room: Room, camera: Camera, size: tuple[int, int], samples: int = 1, dt
     return depth, hit
 
 
-def screen_bounds(solid: Solid, camera: Camera, size: tuple[int, int], lens: tuple[float, float, float, float]):
+def screen_bounds(
+    solid: Solid, camera: Camera, size: tuple[int, int], lens: tuple[float, float, float, float]
+):
     """Rows and columns, as two (from, to), of the image that a solid can cover; None when it is out of sight."""
     widest = 1 + abs(solid.taper)
     corners = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)]) * solid.half
     corners[:, :2] *= widest
     c, s = math.cos(solid.yaw), math.sin(solid.yaw)
-    world = np.stack([c * corners[:, 0] - s * corners[:, 1], s * corners[:, 0] + c * corners[:, 1], corners[:, 2]], 1)
+    world = np.stack(
+        [c * corners[:, 0] - s * corners[:, 1], s * corners[:, 0] + c * corners[:, 1], corners[:, 2]], 1
+    )
     x, y, z = camera.rotation.T @ (world + np.array(solid.center) - camera.position).T
     if (z < 0.02).all():
         return None
@@ -1151,12 +1252,16 @@ def illuminate(room: Room, points, normals, gloss, view, size, samples, albedo) 
             lit &= (t > 0) & (side > low[0]) & (side < high[0]) & (height > low[1]) & (height < high[1])
         chosen = np.flatnonzero(lit)
         chosen = chosen[~shadowed(room, light, origin[:, chosen], to_light[:, chosen])]
-        strength = cosine[chosen] * (1 if math.isinf(light.reach) else 1 / (1 + (distance[chosen] / light.reach) ** 2))
+        strength = cosine[chosen] * (
+            1 if math.isinf(light.reach) else 1 / (1 + (distance[chosen] / light.reach) ** 2)
+        )
         toward, look = to_light[:, chosen] / distance[chosen], view[:, chosen]
         half = toward - look / np.sqrt((look**2).sum(0))
         shine = np.maximum((half * normals[:, chosen]).sum(0) / np.sqrt((half**2).sum(0)), 0) ** 40
         color = np.array(light.color, np.float32)[:, None]
-        total[:, chosen] += color * (albedo[:, chosen] * strength + gloss[chosen] * shine * (strength > 0) * 0.6)
+        total[:, chosen] += color * (
+            albedo[:, chosen] * strength + gloss[chosen] * shine * (strength > 0) * 0.6
+        )
     return total
 
 
@@ -1171,7 +1276,9 @@ def shadowed(room: Room, light: Light, origin: np.ndarray, to_light: np.ndarray)
         # Only points in the cone that the solid's bounding sphere cuts out of the light, and behind its near side.
         offset = np.array(solid.center) - light.position
         away = float(np.sqrt((offset**2).sum()))
-        radius = math.hypot(solid.half[0] * (1 + abs(solid.taper)), solid.half[1] * (1 + abs(solid.taper)), solid.half[2])
+        radius = math.hypot(
+            solid.half[0] * (1 + abs(solid.taper)), solid.half[1] * (1 + abs(solid.taper)), solid.half[2]
+        )
         radius += light.radius
         candidates = ~dark & (distance > away - radius)
         if away > radius:
@@ -1201,7 +1308,9 @@ def place_camera(room: Room, rng: np.random.Generator) -> Camera:
     """A view at eye height, hand-held, that is not blocked: the best of some random ones, judged on a few rays."""
     best, best_score = None, -math.inf
     for _ in range(12):
-        position = np.array([rng.uniform(0.25, room.size[i] - 0.25) for i in range(2)] + [rng.uniform(1.1, 1.75)])
+        position = np.array(
+            [rng.uniform(0.25, room.size[i] - 0.25) for i in range(2)] + [rng.uniform(1.1, 1.75)]
+        )
         target = [rng.uniform(0.1, 0.9) * room.size[i] for i in range(2)]
         yaw = math.atan2(target[1] - position[1], target[0] - position[0])
         camera = Camera.looking(position, yaw, rng.normal(-0.16, 0.12), rng.normal(0, 0.035))
@@ -1250,11 +1359,15 @@ class Settings:
 
     def __post_init__(self):
         if self.scenes < 2 or self.views < 1 or self.unlabeled < 0:
-            raise ValueError("at least 2 scenes (one to train, one to test) of 1 view are needed, and unlabeled >= 0")
+            raise ValueError(
+                "at least 2 scenes (one to train, one to test) of 1 view are needed, and unlabeled >= 0"
+            )
         if self.scenes > 9999 or self.views > 9999:
             raise ValueError("scenes and views are numbered with four digits: at most 9999 of each")
         if min(self.size) < 16:
-            raise ValueError(f"size {self.size[0]} {self.size[1]} is too small to show a room: at least 16 pixels a side")
+            raise ValueError(
+                f"size {self.size[0]} {self.size[1]} is too small to show a room: at least 16 pixels a side"
+            )
         if not 0 < self.test_share < 1:
             raise ValueError(f"test_share is a share of the scenes, between 0 and 1, not {self.test_share}")
 
@@ -1288,13 +1401,19 @@ def render_scene(task: Task) -> int:
     stream = (settings.seed, int(task.labeled), task.index)
     kind = list(ROOMS)[task.index % len(ROOMS)]
     room = furnish(kind, np.random.default_rng((*stream, 0)))
-    views = settings.views if task.labeled else min(settings.views, settings.unlabeled - task.index * settings.views)
+    views = (
+        settings.views
+        if task.labeled
+        else min(settings.views, settings.unlabeled - task.index * settings.views)
+    )
     for view in range(views):
         rng = np.random.default_rng((*stream, 1 + view))
         camera = place_camera(room, rng)
         image = Image.fromarray(render_image(room, camera, settings.size, rng))
         if not task.labeled:
-            image.save(output / "unlabeled" / f"room_{task.index * settings.views + view:05d}.jpg", quality=92)
+            image.save(
+                output / "unlabeled" / f"room_{task.index * settings.views + view:05d}.jpg", quality=92
+            )
             continue
         folder = output / settings.scene_name(task.index)
         image.save(folder / f"rgb_{view:04d}.jpg", quality=92)
@@ -1431,14 +1550,25 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Render furnished rooms with exact metric depth, laid out on disk as NYU Depth V2 (BTS sync) is."
     )
-    parser.add_argument("--output", required=True, help="folder to write; new, empty, or made by this tool before")
+    parser.add_argument(
+        "--output", required=True, help="folder to write; new, empty, or made by this tool before"
+    )
     parser.add_argument("--scenes", type=int, default=default.scenes, help="scenes with depth (%(default)s)")
     parser.add_argument("--views", type=int, default=default.views, help="images of each scene (%(default)s)")
-    parser.add_argument("--unlabeled", type=int, default=default.unlabeled, help="images without depth (%(default)s)")
-    parser.add_argument("--size", type=int, nargs=2, default=default.size, metavar=("H", "W"), help="pixels (120 160)")
-    parser.add_argument("--seed", type=int, default=default.seed, help="another seed, another world (%(default)s)")
     parser.add_argument(
-        "--test_share", type=float, default=default.test_share, help="share of scenes in test.txt (%(default)s)"
+        "--unlabeled", type=int, default=default.unlabeled, help="images without depth (%(default)s)"
+    )
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=default.size, metavar=("H", "W"), help="pixels (120 160)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=default.seed, help="another seed, another world (%(default)s)"
+    )
+    parser.add_argument(
+        "--test_share",
+        type=float,
+        default=default.test_share,
+        help="share of scenes in test.txt (%(default)s)",
     )
     parser.add_argument("--workers", type=int, help="processes (one a core); the files do not depend on it")
     return parser.parse_args(argv)
@@ -1448,7 +1578,9 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = parse_arguments(argv)
     try:
-        settings = Settings(args.scenes, args.views, args.unlabeled, tuple(args.size), args.seed, args.test_share)
+        settings = Settings(
+            args.scenes, args.views, args.unlabeled, tuple(args.size), args.seed, args.test_share
+        )
         card = render(args.output, settings, args.workers)
     except (ValueError, OSError) as error:
         sys.exit(f"render_rooms: {error}")

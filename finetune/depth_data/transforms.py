@@ -1,12 +1,13 @@
 """From an RGB-D pair to network input: the augmentation of the field, written as one resampling of one
 window.
 
-Crop, zoom and the cut of the white border are a single window of the original frame, resampled once: nothing
-is resized twice, image and depth agree to the sub-pixel, and without augmentation training sees exactly the
-pixels that evaluation sees. Colours are resampled bilinearly over the area of a pixel, depth by nearest
+Crop and zoom are a single window of the original frame, resampled once: nothing is resized twice, image and
+depth agree to the sub-pixel, and without augmentation training sees exactly the pixels that evaluation sees.
+Colours are resampled bilinearly over the area of a pixel, depth by nearest
 neighbour, so a hole or an edge is never averaged with what lies beside it.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,7 +76,7 @@ class TrainTransform:
         zoom: range of the random magnification s; depth is divided by s. (1, 1) switches it off.
         flip: probability of a horizontal flip.
         rotation: largest random rotation, either way [degrees]; 0 switches it off, BTS takes 2.5. It turns
-            about the middle of the frame; what comes from outside the frame is black and has no valid depth.
+            about the middle of the used part; what comes from outside is black and has no valid depth.
         colour: probability that the colours change at all.
         gamma: range of the exponent of RGB in [0, 1].
         brightness: range of the factor common to the three channels.
@@ -147,15 +148,18 @@ class TrainTransform:
         # All numbers are drawn whatever is switched on, so that switching one thing off leaves the others as
         # they were.
         draw = torch.rand(12, dtype=torch.float64).tolist()
-        image, depth = sample.image, sample.depth
+        # The border goes first, so that neither a rotation nor an average over pixels can bring it back.
+        top, bottom, left, right = self._usable(sample.depth.shape)
+        first_row, first_column = math.floor(top), math.floor(left)
+        cut = (slice(first_row, math.ceil(bottom)), slice(first_column, math.ceil(right)))
+        image, depth = sample.image[cut], sample.depth[cut]
         if self.rotation:
             image, depth = rotate_pair(image, depth, _between((-self.rotation, self.rotation), draw[0]))
 
         zoom = _between(self.zoom, draw[1])
-        height, width = self._window_size(depth.shape, zoom)
-        top, bottom, left, right = self._usable(depth.shape)
-        row = top + draw[2] * max(0.0, bottom - top - height)
-        column = left + draw[3] * max(0.0, right - left - width)
+        height, width = self._window_size(sample.depth.shape, zoom)
+        row = top - first_row + draw[2] * max(0.0, bottom - top - height)
+        column = left - first_column + draw[3] * max(0.0, right - left - width)
         window = (row, row + height, column, column + width)
         colours = to_unit(resample_image(image, window, self.crop_size))
         metres = resample_depth(depth, window, self.crop_size) / np.float32(zoom)

@@ -33,6 +33,7 @@ class DepthRange(nn.Module):
             )
         self.min_depth = min_depth
         self.max_depth = max_depth
+        self.initial_depth = initial_depth
         share = (initial_depth - min_depth) / (max_depth - min_depth)
         self.initial_logit = math.log(share / (1 - share))
 

@@ -40,7 +40,9 @@ class UnetPlusPlus(nn.Module):
                 f"decoder_channels must hold {steps} positive numbers, one for each doubling from stride "
                 f"{self.levels[-1].stride} to 1, got {list(decoder_channels)}."
             )
-        nested = len(self.levels)  # this many doublings are inside the nested decoder, its last one without a skip
+        nested = len(
+            self.levels
+        )  # this many doublings are inside the nested decoder, its last one without a skip
         self.decoder = UnetPlusPlusDecoder(
             # The decoder drops its first entry, which stands for the image itself.
             encoder_channels=[0, *(level.channels for level in self.levels)],
@@ -49,7 +51,8 @@ class UnetPlusPlus(nn.Module):
         )
         widths = list(decoder_channels[nested - 1 :])
         self.upsample = nn.ModuleList(
-            DecoderBlock(width_in, 0, width_out) for width_in, width_out in zip(widths, widths[1:], strict=False)
+            DecoderBlock(width_in, 0, width_out)
+            for width_in, width_out in zip(widths, widths[1:], strict=False)
         )
         self.project = nn.Conv2d(decoder_channels[-1], 1, kernel_size=3, padding=1)
         self.depth_range = depth_range

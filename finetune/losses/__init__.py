@@ -18,7 +18,9 @@ from finetune.registry import construct
 
 __all__ = ["L1", "LOSSES", "MSE", "BerHu", "MaskedLoss", "NoGroundTruth", "SILog", "WeightedLoss"]
 
-LOSSES: Mapping[str, type[MaskedLoss]] = MappingProxyType({"silog": SILog, "l1": L1, "mse": MSE, "berhu": BerHu})
+LOSSES: Mapping[str, type[MaskedLoss]] = MappingProxyType(
+    {"silog": SILog, "l1": L1, "mse": MSE, "berhu": BerHu}
+)
 """Name in a configuration -> class; the arguments of its constructor are its options."""
 
 
@@ -30,17 +32,23 @@ class WeightedLoss(nn.Module):
         options: Loss name -> arguments of that loss, for those in `weights` only.
     """
 
-    def __init__(self, weights: Mapping[str, float], options: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    def __init__(
+        self, weights: Mapping[str, float], options: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> None:
         super().__init__()
         options = options or {}
         if not weights:
             raise ValueError(f"no loss is named: give at least one of {', '.join(LOSSES)} with a weight.")
         for name, weight in weights.items():
             if weight <= 0:
-                raise ValueError(f"the weight of loss {name!r} must be positive, got {weight}: leave it out to drop it.")
+                raise ValueError(
+                    f"the weight of loss {name!r} must be positive, got {weight}: leave it out to drop it."
+                )
         for name in options:
             if name not in weights:
-                raise ValueError(f"options are given for loss {name!r}, which is not among {', '.join(weights)}.")
+                raise ValueError(
+                    f"options are given for loss {name!r}, which is not among {', '.join(weights)}."
+                )
         self.weights = dict(weights)
         self.losses = nn.ModuleDict(
             {name: construct("loss", LOSSES, name, options.get(name, {})) for name in self.weights}

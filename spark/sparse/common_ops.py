@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from spark.sparse.sites import Sites
@@ -170,13 +169,14 @@ def _as_it_is(data: Tensor, sites: Sites, size: tuple[int, int, int, int]) -> Te
 
 # f(0) = 0
 ZERO_PRESERVING = (
-    "relu relu6 gelu silu hardswish mish leaky_relu elu celu selu tanh hardtanh softsign "
-    "dropout neg abs square sqrt sign alpha_dropout"
-).split()
+    *("relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "hardswish"),
+    *("tanh", "hardtanh", "softsign", "dropout", "alpha_dropout"),
+    *("neg", "abs", "sign", "square", "sqrt"),
+)
 # f(0) != 0
-NOT_ZERO_PRESERVING = "sigmoid hardsigmoid softplus exp cos logsigmoid".split()
-CONVERSIONS = "to float half bfloat16 double type contiguous clone detach".split()
-NEW = "new_empty new_zeros new_ones new_full new_tensor".split()
+NOT_ZERO_PRESERVING = ("sigmoid", "hardsigmoid", "logsigmoid", "softplus", "exp", "cos")
+CONVERSIONS = ["to", "float", "half", "bfloat16", "double", "type", "contiguous", "clone", "detach"]
+NEW = ["new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"]
 
 
 def with_inplace(names: Sequence[str], rule: Rule) -> dict[str, Rule]:
@@ -194,17 +194,3 @@ SHARED_RULES: dict[str, Rule] = {
     "max_pool2d": window,
     "avg_pool2d": window,
 }
-
-__all__ = [
-    "NOT_ZERO_PRESERVING",
-    "SHARED_RULES",
-    "F",
-    "elementwise",
-    "finish",
-    "global_pool_of",
-    "require_channels_first",
-    "require_channels_last",
-    "spatial_mean_of",
-    "window",
-    "with_inplace",
-]

@@ -8,7 +8,8 @@ which looks the function up in the rules of the value's *layout*:
 - packed: `data` is [N, C], one row a visible site, in the order of `sites.py`.
 - padded: what `F.pad` leaves: dense and larger than the map, good only as the input of a convolution or a pooling.
 
-A function without a rule raises `MissingRuleError`, naming the operator and the module that called it; nothing falls back.
+A function without a rule raises `MissingRuleError`, naming the operator and the module that called it; nothing falls
+back.
 
 In-place functions (`relu_`, `+=`) rebind the data of the value they were called on, so aliases see the change as they
 would with a tensor.

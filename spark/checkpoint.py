@@ -1,0 +1,280 @@
+"""Run checkpoints; the one door to encoders in and out (`spark.export`) and to official files (`spark.official`).
+
+A run checkpoint is a folder `checkpoints/step_NNNNNNN/` with `model.safetensors` and `state.pt` (optimizer, gradient
+scaler, step, and what else the loop keeps). It is written under a hidden name and renamed when all of it is on the
+disk, so what has its final name is whole. Nothing is ever unpickled: safetensors, and `torch.load(weights_only=True)`.
+"""
+
+import contextlib
+import json
+import logging
+import pickle
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from spark.export import STATE, WEIGHTS, architecture, load_encoder, read_encoder, save_encoder
+from spark.folders import whole_folder, write_tensors
+from spark.official import KeyReport, fit, load_official, read_torch_file
+
+__all__ = [
+    "KeyReport",
+    "find_run",
+    "load_encoder",
+    "load_official",
+    "load_run",
+    "read_encoder",
+    "save_encoder",
+    "save_run",
+]
+
+logger = logging.getLogger(__name__)
+
+_STEP_FOLDER = re.compile(r"step_(\d+)")
+
+
+def save_run(
+    output_dir: str | Path,
+    step: int,
+    *,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scaler: Any = None,
+    extra: dict[str, Any] | None = None,
+    keep: int = 2,
+) -> Path:
+    """Write the state of a run after optimizer step `step`; only the main process calls it.
+
+    Older checkpoints beyond the newest `keep` are removed once the new one is on the disk. Checkpoints of later steps
+    belong to a course that the run left when it was resumed from an earlier step; they are renamed to
+    `superseded_step_*`, so that the newest checkpoint is always the run's own.
+
+    Args:
+        output_dir: Folder of the run.
+        step: Optimizer steps done.
+        model: The model; wrappers for several processes or compilation are taken off.
+        optimizer: Its optimizer.
+        scaler: Gradient scaler, if there is one.
+        extra: What else the loop needs to go on: tensors and plain values only.
+        keep: Checkpoints to keep, at least 1.
+
+    Returns:
+        The folder `output_dir/checkpoints/step_NNNNNNN`.
+
+    Raises:
+        OSError: Disk full, or not writable: nothing half-written is left, and older checkpoints stay.
+        ValueError: `keep` below 1, or something in `extra` that could not be read back safely.
+    """
+    if keep < 1:
+        raise ValueError(f"keep_checkpoints must be at least 1, not {keep}")
+    extra = {} if extra is None else extra
+    _require_plain(extra, "extra")
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    metadata = {}
+    if isinstance(encoder := getattr(model, "encoder", None), nn.Module):
+        with contextlib.suppress(
+            ValueError
+        ):  # a network that timm does not know cannot be exported, but resumed
+            metadata["encoder"] = json.dumps(architecture(encoder))
+
+    folder = Path(output_dir) / "checkpoints" / f"step_{step:07d}"
+    with whole_folder(folder, (WEIGHTS, STATE)) as temporary:
+        write_tensors(model, temporary / WEIGHTS, metadata)
+        state = {
+            "step": step,
+            "optimizer": optimizer.state_dict(),
+            "optimizer_kind": _kind(optimizer),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "extra": extra,
+        }
+        with open(temporary / STATE, "wb") as file:
+            torch.save(state, file)
+
+    for leftover in folder.parent.glob(".step_*"):  # of a process that was killed while it wrote
+        shutil.rmtree(leftover, ignore_errors=True)
+    older = []
+    for other_step, other in _step_folders(folder.parent):
+        if other_step > step:
+            superseded = other.with_name(f"superseded_{other.name}")
+            shutil.rmtree(superseded, ignore_errors=True)
+            other.rename(superseded)
+            logger.warning(
+                "%s is of a later step than this run has reached: renamed to %s", other, superseded.name
+            )
+        else:
+            older.append(other)
+    for other in older[keep:]:
+        doomed = other.with_name(f".{other.name}.old")
+        other.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+    return folder
+
+
+def _require_plain(value: Any, where: str) -> None:
+    """Refuse what `torch.load(weights_only=True)` would not read back, while nothing is lost yet."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            _require_plain(key, f"a key of {where}")
+            _require_plain(entry, f"{where}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for index, entry in enumerate(value):
+            _require_plain(entry, f"{where}[{index}]")
+    elif type(value) not in (str, int, float, bool, type(None)) and not isinstance(value, Tensor):
+        raise ValueError(
+            f"{where} is a {type(value).__name__}; a checkpoint holds tensors, numbers, strings, lists and dicts only"
+        )
+
+
+def _kind(optimizer: Any) -> str:
+    """Class name of an optimizer; Accelerate's wrapper is taken off."""
+    return type(getattr(optimizer, "optimizer", optimizer)).__name__
+
+
+def _step_folders(checkpoints: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every checkpoint, newest first."""
+    if not checkpoints.is_dir():
+        return []
+    found = [
+        (int(match[1]), path)
+        for path in checkpoints.iterdir()
+        if path.is_dir() and (match := _STEP_FOLDER.fullmatch(path.name))
+    ]
+    return sorted(found, reverse=True)
+
+
+def find_run(output_dir: str | Path, resume: bool | str | Path) -> Path | None:
+    """Find the checkpoint to go on from.
+
+    Args:
+        output_dir: Folder of the run.
+        resume: True: the newest whole checkpoint of `output_dir`; damaged or foreign folders are passed over with a
+            warning. A path: that checkpoint, or the newest whole one of the run in that folder. False: none.
+
+    Returns:
+        The checkpoint's folder, or None if there is none to go on from.
+
+    Raises:
+        ValueError: `resume` names a folder that is not a whole checkpoint.
+    """
+    if resume is False:
+        return None
+    if resume is True:
+        for _, folder in _step_folders(Path(output_dir) / "checkpoints"):
+            problem = _damage(folder)
+            if problem is None:
+                return folder
+            logger.warning("%s is passed over: %s", folder, problem)
+        return None
+    folder = Path(resume)
+    if (folder / "checkpoints").is_dir():
+        newest = find_run(folder, True)
+        if newest is None:
+            raise ValueError(f"{folder} is a run without a whole checkpoint")
+        return newest
+    problem = _damage(folder)
+    if problem is not None:
+        raise ValueError(
+            f"cannot resume from {folder}: {problem}. Name a folder checkpoints/step_NNNNNNN of a run"
+        )
+    return folder
+
+
+def _damage(folder: Path) -> str | None:
+    """What keeps a folder from being a whole checkpoint, or None. Reads headers only, not the tensors."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    missing = [name for name in (WEIGHTS, STATE) if not (folder / name).is_file()]
+    if missing:
+        return f"it has no {' and no '.join(missing)}"
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            file.keys()
+    except (SafetensorError, OSError) as error:
+        return f"{WEIGHTS} is cut short or damaged ({error})"
+    try:
+        state = torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
+        return f"{STATE} is cut short or damaged"
+    if not isinstance(state, dict) or not {"step", "optimizer", "extra"} <= state.keys():
+        return f"{STATE} is not the state of a run"
+    named = _STEP_FOLDER.fullmatch(folder.name)
+    if named and int(named[1]) != state["step"]:
+        return f"its name says another step than its state, {state['step']}"
+    return None
+
+
+def load_run(
+    path: str | Path, *, model: nn.Module, optimizer: Optimizer, scaler: Any = None
+) -> dict[str, Any]:
+    """Restore a run in place; every process calls it.
+
+    Nothing is changed unless model and optimizer both fit. Learning rate and weight decay are restored too, and set
+    anew by the loop at its next step.
+
+    Args:
+        path: A folder from `find_run`.
+        model: Of the same architecture; wrappers for several processes or compilation are taken off.
+        optimizer: Of the same kind, over the same groups.
+        scaler: Gradient scaler, if the run uses one.
+
+    Returns:
+        `{"step": optimizer steps done, **extra}`.
+
+    Raises:
+        ValueError: The checkpoint is not whole, or is of another architecture or optimizer; the first difference is
+            named.
+    """
+    path = Path(path)
+    problem = _damage(path)
+    if problem is not None:
+        raise ValueError(f"{path} is not a whole checkpoint: {problem}")
+    state = read_torch_file(path / STATE)
+    difference = _optimizer_difference(state, optimizer)
+    if difference:
+        raise ValueError(
+            f"{path} was made with another optimizer: {difference}. Resume with the options of its run (config.yaml),"
+            " or start a new run in another output_dir"
+        )
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    fit(
+        load_file(path / WEIGHTS),
+        model,
+        source=str(path),
+        name="the model of this run",
+        advice="Resume with the options of the run that wrote it (its config.yaml), or start a new run elsewhere",
+    )
+    optimizer.load_state_dict(state["optimizer"])
+    if scaler is not None:
+        if state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+        else:
+            logger.warning(
+                "%s holds no gradient scaler (another precision): the loss scale starts afresh", path
+            )
+    return {**state["extra"], "step": state["step"]}
+
+
+def _optimizer_difference(state: dict[str, Any], optimizer: Optimizer) -> str:
+    """In words, why an optimizer's state does not belong to this optimizer; empty if it does."""
+    if state["optimizer_kind"] != _kind(optimizer):
+        return f"{state['optimizer_kind']}, here it is {_kind(optimizer)}"
+    theirs, ours = state["optimizer"]["param_groups"], optimizer.param_groups
+    if len(theirs) != len(ours):
+        return f"{len(theirs)} parameter groups, here there are {len(ours)}"
+    for index, (there, here) in enumerate(zip(theirs, ours, strict=True)):
+        label = here.get("name", f"number {index}")
+        if len(there["params"]) != len(here["params"]):
+            return f"group {label} has {len(there['params'])} parameters, here {len(here['params'])}"
+        for option in ("name", "lr_scale", "weight_decay_scale", "betas", "eps", "momentum"):
+            before, now = there.get(option), here.get(option)
+            if before != now and not (isinstance(before, list | tuple) and list(before) == list(now or ())):
+                return f"group {label} has {option} {before}, here {now}"
+    return ""

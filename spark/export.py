@@ -1,0 +1,371 @@
+"""Encoders in and out.
+
+An exported encoder is a folder with `config.json` and `model.safetensors` in the layout of timm's hub models, so that
+`timm.create_model("local-dir:FOLDER", pretrained=True)` reads it without this package.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import yaml
+from accelerate.utils import extract_model_from_parallel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from spark.encoder import build_encoder
+from spark.folders import whole_folder, write_tensors
+from spark.official import (
+    KeyReport,
+    fit_encoder,
+    input_channels,
+    read_torch_file,
+    read_weights,
+    timm_config,
+    timm_name,
+)
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+STATE = "state.pt"
+
+_NOT_ARCHITECTURE = (
+    "in_chans",
+    "num_classes",
+    "global_pool",
+    "drop_rate",
+    "drop_path_rate",
+    "drop_block_rate",
+    "pretrained_cfg_overlay",
+    "pretrained_strict",
+)
+"""Options of `timm.create_model` that are not part of an export: recorded elsewhere, or a matter of training."""
+
+_PREPROCESSING = ("interpolation", "crop_pct", "crop_mode", "fixed_input_size", "first_conv", "classifier")
+"""Entries of a timm model's `pretrained_cfg` that stay true of other weights."""
+
+
+def save_encoder(
+    encoder: nn.Module,
+    folder: str | Path,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    input_size: int | tuple[int, int] | None = None,
+) -> Path:
+    """Export a timm encoder: `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it.
+
+    It also loads with `features_only=True`, with another `in_chans`, and with `num_classes=N` for a new classifier.
+
+    Args:
+        encoder: A stock timm model, such as `SparK.encoder`.
+        folder: Written whole or not at all; an earlier export there is replaced.
+        mean: Of each channel, as the images were normalised. Default: what the model's `pretrained_cfg` says.
+        std: Likewise.
+        input_size: Training size [px], one number or (H, W), for the record: the encoder takes any.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: Not a stock timm model, or mean and std do not have a value for each channel.
+        OSError: Disk full, or not writable.
+    """
+    encoder = extract_model_from_parallel(encoder, keep_torch_compile=False)
+    config = _encoder_config(encoder, mean, std, input_size)
+    _require_rebuildable(encoder, config)
+    with whole_folder(folder, (CONFIG, WEIGHTS)) as temporary:
+        write_tensors(encoder, temporary / WEIGHTS, {})
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return Path(folder)
+
+
+def architecture(encoder: nn.Module) -> dict[str, Any]:
+    """What timm needs to build an encoder again, as plain values."""
+    known = timm_config(encoder)
+    if not known.get("architecture"):
+        raise ValueError(
+            f"{type(encoder).__name__} is not a timm model (it has no pretrained_cfg), so timm could not load its"
+            " export: save its state_dict() instead"
+        )
+    options = {k: v for k, v in getattr(encoder, "_model_args", {}).items() if k not in _NOT_ARCHITECTURE}
+    for key, value in options.items():
+        try:
+            json.dumps(value)
+        except TypeError:
+            raise ValueError(
+                f"the encoder was built with {key}={value!r}, which a config.json cannot hold: give timm its name,"
+                " as a string"
+            ) from None
+    return {"architecture": known["architecture"], "model_args": options}
+
+
+def _encoder_config(
+    encoder: nn.Module,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    input_size: int | tuple[int, int] | None,
+) -> dict[str, Any]:
+    """Content of config.json: the architecture and how its images are prepared."""
+    built = architecture(encoder)
+    known = timm_config(encoder)
+    channels = input_channels(encoder.state_dict())
+    if input_size is None:
+        input_size = tuple(known["input_size"][1:])
+    height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+    statistics = {
+        "mean": known["mean"] if mean is None else mean,
+        "std": known["std"] if std is None else std,
+    }
+    for name, values in statistics.items():
+        if len(values) != channels:
+            raise ValueError(
+                f"{name} has {len(values)} values and the encoder reads {channels} channels: give {name} with"
+                f" {channels} values, as the training images were normalised"
+            )
+    classes = getattr(encoder, "num_classes", 0)
+    return {
+        **built,
+        "num_classes": classes,
+        "num_features": getattr(encoder, "num_features", None),
+        "pretrained_cfg": {
+            **{key: known[key] for key in _PREPROCESSING if key in known},
+            **{name: list(values) for name, values in statistics.items()},
+            "input_size": [channels, height, width],
+            "pool_size": None,
+            "num_classes": classes,
+        },
+    }
+
+
+def _require_rebuildable(encoder: nn.Module, config: dict[str, Any]) -> None:
+    """Refuse an encoder whose tensors are not those of the timm model that its export would name."""
+    options = {**config["model_args"], "num_classes": config["num_classes"]}
+    stock = timm.create_model(
+        config["architecture"], in_chans=config["pretrained_cfg"]["input_size"][0], **options
+    )
+    there = {key: tuple(value.shape) for key, value in encoder.state_dict().items()}
+    here = {key: tuple(value.shape) for key, value in stock.state_dict().items()}
+    different = [key for key in {**here, **there} if here.get(key) != there.get(key)]
+    if different:
+        first = different[0]
+        raise ValueError(
+            f"the encoder is not timm's {config['architecture']} as it comes: {len(different)} tensors differ, first"
+            f" {first} ({there.get(first, 'absent')} in the encoder, {here.get(first, 'absent')} in timm's). Export the"
+            " stock model, not a features_only wrapper or a changed network"
+        )
+
+
+@dataclass
+class _Source:
+    """Encoder weights on their way in, from whatever holds them.
+
+    Attributes:
+        label: Where they came from, for messages.
+        name: timm name.
+        tensors: Under the names of timm, or of the original ConvNeXt code.
+        options: Of `timm.create_model`.
+        preparation: `mean`, `std`, `input_size` (H, W), as far as known.
+        ignored: (name, why it is not wanted).
+    """
+
+    label: str
+    name: str
+    tensors: dict[str, Tensor]
+    options: dict[str, Any] = field(default_factory=dict)
+    preparation: dict[str, Any] = field(default_factory=dict)
+    ignored: list[tuple[str, str]] = field(default_factory=list)
+
+
+def load_encoder(
+    source: str | Path,
+    *,
+    features_only: bool = False,
+    in_chans: int | None = None,
+    pretrained: bool = False,
+    model_name: str | None = None,
+    **timm_kwargs: Any,
+) -> nn.Module:
+    """Build an encoder from whatever holds one; logs every key that did not match.
+
+    Args:
+        source: An exported folder, a checkpoint folder of a run (`checkpoints/step_*`), an official `.pth` file of any
+            kind (see `spark.official`), or a timm model name.
+        features_only: timm's wrapper that returns the list of feature maps, instead of the model itself.
+        in_chans: Input channels. Default: those of the weights; 3 for a timm name. Where they differ, timm adapts the
+            first convolution.
+        pretrained: For a timm name: load timm's published weights (needs the network). Otherwise the weights of a
+            timm name are random. Files and folders are always loaded.
+        model_name: timm name of the encoder in a `.pth` file that does not say it.
+        timm_kwargs: Further options of `timm.create_model`, such as `drop_path_rate` or `out_indices`.
+
+    Returns:
+        A timm model without classifier; `encoder.pretrained_cfg` has `mean`, `std` and `input_size`.
+
+    Raises:
+        ValueError: Unknown timm name, unreadable or unsafe file, or weights of another architecture.
+        FileNotFoundError: A path that does not exist.
+    """
+    encoder, report = read_encoder(
+        source,
+        features_only=features_only,
+        in_chans=in_chans,
+        pretrained=pretrained,
+        model_name=model_name,
+        **timm_kwargs,
+    )
+    if report.source:
+        logger.log(logging.WARNING if report.missing else logging.INFO, "%s", report)
+    return encoder
+
+
+def read_encoder(
+    source: str | Path,
+    *,
+    features_only: bool = False,
+    in_chans: int | None = None,
+    pretrained: bool = False,
+    model_name: str | None = None,
+    **timm_kwargs: Any,
+) -> tuple[nn.Module, KeyReport]:
+    """`load_encoder`, with the report as a value; it is empty for a timm name."""
+    if "num_classes" in timm_kwargs:
+        raise ValueError(
+            "an encoder has no classifier: for one, export it (save_encoder) and use"
+            " timm.create_model('local-dir:FOLDER', pretrained=True, num_classes=...)"
+        )
+    found = _find_encoder(source, model_name)
+    if found is None:
+        name = str(source)
+        if features_only and timm.is_model(name.split(".")[0]):
+            options = {"in_chans": in_chans or 3, **timm_kwargs}
+            return _create(name, pretrained=pretrained, features_only=True, **options), KeyReport()
+        return build_encoder(name, in_chans or 3, pretrained=pretrained, **timm_kwargs), KeyReport()
+
+    channels = input_channels(found.tensors)
+    encoder = build_encoder(found.name, channels, **found.options)
+    report = fit_encoder(found.tensors, encoder, source=found.label, name=found.name, ignored=found.ignored)
+    height, width = found.preparation.get("input_size", timm_config(encoder)["input_size"][1:])
+    preparation = {**found.preparation, "input_size": (channels, height, width)}
+    if features_only or timm_kwargs or in_chans not in (None, channels):
+        # timm itself wraps and adapts: the weights go in as if they were its published ones
+        weights = {"state_dict": encoder.state_dict(), "num_classes": 0, "label_offset": None}
+        encoder = _create(
+            found.name,
+            pretrained=True,
+            pretrained_cfg_overlay={**preparation, **weights},
+            features_only=features_only,
+            **{**found.options, "num_classes": 0, "in_chans": in_chans or channels, **timm_kwargs},
+        )
+        timm_config(encoder).pop("state_dict")
+    timm_config(encoder).update(preparation)
+    return encoder, report
+
+
+def _create(name: str, **options: Any) -> nn.Module:
+    """`timm.create_model`, with an option that the model does not have as a ValueError."""
+    try:
+        return timm.create_model(name, **options)
+    except TypeError as error:
+        raise ValueError(f"timm model {name!r} does not accept these options: {error}") from error
+
+
+def _find_encoder(source: str | Path, model_name: str | None) -> _Source | None:
+    """Find the encoder weights that a path means; None if it is a timm name."""
+    path = Path(str(source).removeprefix("local-dir:")).expanduser()
+    is_name = os.sep not in str(source) and timm.is_model(str(source).split(".")[0])
+    if (path / CONFIG).is_file():
+        return _from_export(path)
+    if (path / STATE).is_file():
+        return _from_run(path)
+    if path.is_dir() and not is_name:
+        hint = "save_encoder and tools/export_encoder.py write such folders"
+        if (path / "encoder" / CONFIG).is_file():
+            hint = f"did you mean {path / 'encoder'}?"
+        raise ValueError(f"{path} is not an exported encoder (it has no {CONFIG}): {hint}")
+    if path.is_file():
+        weights = read_weights(path)
+        ignored = [*weights.ignored, *((key, "not part of the encoder") for key in weights.others)]
+        size = {} if weights.input_size is None else {"input_size": (weights.input_size, weights.input_size)}
+        return _Source(
+            weights.source, timm_name(weights, model_name), weights.encoder, preparation=size, ignored=ignored
+        )
+    if os.sep in str(source) or path.suffix in (".pth", ".pt", ".bin", ".safetensors", ".ckpt"):
+        raise FileNotFoundError(
+            f"no encoder at {path}: give an exported folder, a checkpoint file or a timm model name"
+        )
+    return None
+
+
+def _from_export(folder: Path) -> _Source:
+    """Read a folder with config.json: of `save_encoder`, or of another timm model on disk."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        name, cfg = config["architecture"], config.get("pretrained_cfg", {})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{folder / CONFIG} does not describe a timm model (no architecture in it)"
+        ) from error
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{folder / WEIGHTS} is missing, cut short or damaged ({error}): export it again"
+        ) from error
+    preparation = {key: tuple(cfg[key]) for key in ("mean", "std") if key in cfg}
+    if "input_size" in cfg:
+        preparation["input_size"] = tuple(cfg["input_size"][1:])
+    options = {k: v for k, v in config.get("model_args", {}).items() if k not in _NOT_ARCHITECTURE}
+    return _Source(str(folder), name, tensors, options, preparation)
+
+
+def _from_run(folder: Path) -> _Source:
+    """Read the encoder out of a checkpoint folder of a run."""
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            described = (file.metadata() or {}).get("encoder")
+            names = list(file.keys())
+            tensors = {
+                n.removeprefix("encoder."): file.get_tensor(n) for n in names if n.startswith("encoder.")
+            }
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{folder / WEIGHTS} is missing, cut short or damaged ({error})") from error
+    if described is None or not tensors:
+        raise ValueError(f"{folder} holds no timm encoder: only runs over a stock timm model can be exported")
+    ignored = [(name, "not part of the encoder") for name in names if not name.startswith("encoder.")]
+    built = json.loads(described)
+    return _Source(
+        str(folder),
+        built["architecture"],
+        tensors,
+        built["model_args"],
+        _run_preparation(folder),
+        ignored=ignored,
+    )
+
+
+def _run_preparation(folder: Path) -> dict[str, Any]:
+    """How a run prepared its images: from the config in its checkpoint, or config.yaml of its output folder."""
+    config = read_torch_file(folder / STATE)["extra"].get("config")
+    written = folder.parent.parent / "config.yaml"
+    if config is None and written.is_file():
+        config = yaml.safe_load(written.read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        logger.warning(
+            "%s: no config in it and none at %s, so mean, std and input_size are those of timm's model",
+            folder,
+            written,
+        )
+        return {}
+    data, model = config.get("data") or {}, config.get("model") or {}
+    preparation = {key: tuple(data[key]) for key in ("mean", "std") if data.get(key)}
+    if size := model.get("input_size"):
+        preparation["input_size"] = (size, size) if isinstance(size, int) else tuple(size)
+    return preparation

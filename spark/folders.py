@@ -1,0 +1,110 @@
+"""Folders of weights that are whole or absent: a run's checkpoints, exported encoders, depth models."""
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def whole_folder(folder: str | Path, files: Collection[str]) -> Iterator[Path]:
+    """Write a folder so that it appears whole or not at all.
+
+    The body writes `files` into the path it is given, a hidden folder beside the final one. Then they are flushed to
+    the disk and the folder takes its name in one rename; an earlier folder of that name gives way only then. If the
+    body fails, the hidden folder goes and everything else stays as it was.
+
+    Args:
+        folder: Final path; parents are made.
+        files: Names of the files that such a folder has. A folder that holds anything else is not replaced.
+
+    Raises:
+        ValueError: `folder` exists and is something else.
+        OSError: It could not be written, a full disk above all; says what to do.
+    """
+    folder = Path(folder).resolve()
+    if folder.exists():
+        foreign = (
+            [entry.name for entry in folder.iterdir() if entry.name not in files]
+            if folder.is_dir()
+            else ["a file"]
+        )
+        if foreign:
+            raise ValueError(
+                f"{folder} will not be replaced, because it is not (only) what is to be written there: it holds"
+                f" {', '.join(sorted(foreign)[:3])}. Choose another folder, or move these away"
+            )
+    temporary = folder.with_name(f".{folder.name}.new-{os.getpid()}")
+    retired = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        for path in [*temporary.iterdir(), temporary]:
+            _flush(path)
+        if folder.exists():
+            folder.rename(retired)
+        temporary.rename(folder)
+        _flush(folder.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if retired.exists() and not folder.exists():
+            retired.rename(folder)
+        number = _system_error(error) if isinstance(error, OSError | RuntimeError | SafetensorError) else None
+        if number is None:
+            raise
+        if number in _DISK_FULL:
+            raise OSError(
+                number,
+                f"the disk is full, {folder} was not written. Free some space or write elsewhere, then go on from the"
+                " newest checkpoint (resume); nothing half-written is left and older files are untouched",
+            ) from error
+        raise OSError(number, f"{folder} was not written: {os.strerror(number)}") from error
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Have the operating system put a file, or the entries of a folder, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _system_error(error: BaseException) -> int | None:
+    """The errno behind an error of writing, or None if it has none.
+
+    torch.save turns a failed write into a RuntimeError with the OSError as its context; safetensors writes it into
+    the text of its own error.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return cause.errno
+        if isinstance(cause, SafetensorError) and (found := re.search(r"os error (\d+)", str(cause))):
+            return int(found[1])
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def write_tensors(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
+    """Save a state dict as safetensors, which wants contiguous tensors that share no memory."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in module.state_dict().items():
+        tensor = tensor.detach().cpu().contiguous()
+        address = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if address in seen else tensor
+        seen.add(address)
+    save_file(tensors, path, metadata={"format": "pt", **metadata})
