@@ -1,6 +1,5 @@
-"""The options of a depth run. The dataclasses are the only list of options; `spark.config.parse_config` reads them."""
+"""The options of a depth run: dataclasses that `spark.config.parse_config` reads and explains."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -37,10 +36,11 @@ class DepthDataConfig:
 
     Attributes:
         root: folder that the lists' entries are relative to, or the folder or path of nyu_depth_v2_labeled.mat.
-        list: list of the training pairs, a path or a name inside root; null for the labelled file and its official split.
-        val_list: list of the pairs to validate on; null validates on the test split of the labelled file, and on nothing
-            where a list names the training pairs.
-        depth: which depth of the labelled file trains, raw (with holes) or filled; a list's depth is what its files hold.
+        list: list of the training pairs, a path or a name inside root; null for the labelled file.
+        val_list: list of the pairs to validate on; null validates on the test split of the labelled file, and on
+            nothing where a list names the training pairs.
+        depth: which depth of the labelled file trains, raw (with holes) or filled; a list's depth is what its files
+            hold.
         black_border: paint the white border of the labelled NYU images black, as the published test images have it.
         image_size: size [height, width] in pixels at which a whole frame is presented to the model.
         crop_size: size [height, width] of the random crop of it that one training sample is.
@@ -165,8 +165,8 @@ class DepthConfig:
         encoder: exported encoder folder, an official SparK .pth file, or a timm model name.
         output_dir: folder of the run: config.yaml, metrics.jsonl, tensorboard/, figures/, checkpoints/, model/ and
             evaluation.json.
-        pretrained: for a timm name, load timm's published weights (true) or start from random ones (false); a folder or
-            file brings its own weights.
+        pretrained: for a timm name, load timm's published weights (true) or start from random ones (false); a folder
+            or file brings its own weights.
         losses: name and weight of each loss in the sum; silog, l1, mse, berhu.
         loss_options: arguments of each of these losses, by its name, such as variance_focus of silog.
         epochs: length of the run in passes over the training pairs.
@@ -180,11 +180,11 @@ class DepthConfig:
         checkpoint_every: optimizer steps between checkpoints; 0 writes one at the end only.
         keep_checkpoints: number of the newest checkpoints that are kept.
         protocol: evaluation protocol of the validation and of evaluation.json.
-        flip_average: average predictions with those of the mirror image in the evaluation; null is the protocol's own choice.
+        flip_average: the evaluation averages with the mirror image's prediction; null is the protocol's own choice.
         validate_every: epochs between validations; 0 validates at the end only. The last one is always made.
         triptychs: number of validation images that every validation draws into figures/.
-        resume: true continues from the newest checkpoint of output_dir, and starts from the beginning where there is none; a
-            path continues from that checkpoint.
+        resume: true continues from the newest checkpoint of output_dir, and starts from the beginning where there is
+            none; a path continues from that checkpoint.
     """
 
     encoder: str

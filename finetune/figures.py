@@ -1,12 +1,12 @@
-"""Figures of depth: one colour scale in metres for everything on a page, a colour bar with numbers, holes in a colour of their own.
+"""Figures of depth: one colour scale in metres on a page, a colour bar with numbers, holes in a colour of their own.
 
-Drawn with matplotlib's object interface on the Agg canvas: no pyplot, so no global state, no display, and safe in threads.
-Near is red, far is blue (matplotlib's `turbo_r`, which tells more depths apart than the even maps do); grey is no reading.
+Drawn with matplotlib's object interface on the Agg canvas: no pyplot, so no global state, no display, and safe in
+threads. Near is red, far is blue (matplotlib's `turbo_r`, which tells more depths apart than the even maps do); grey
+is no reading.
 """
 
 import io
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+
+from finetune.files import write_whole
 
 HOLE_COLOUR = (0.75, 0.75, 0.75)
 """RGB of pixels without a reading: a grey, which the colour map does not contain."""
@@ -46,17 +48,15 @@ class Triptych:
 
 
 def depth_colours() -> Colormap:
-    """Return a fresh copy of the colour map of depth; masked entries take `HOLE_COLOUR`."""
-    colours = matplotlib.colormaps["turbo_r"].copy()
-    colours.set_bad(HOLE_COLOUR)
-    return colours
+    """Return the colour map of depth; masked entries take `HOLE_COLOUR`."""
+    return matplotlib.colormaps["turbo_r"].with_extremes(bad=HOLE_COLOUR)
 
 
 def shared_range(depths: Sequence[np.ndarray], floor: float = 0.0) -> tuple[float, float]:
-    """Return a colour range (near, far) [m] for these maps together: from `floor` to their 99th percentile, rounded up.
+    """Return a colour range (near, far) [m] for these maps together: `floor` to their 99th percentile, rounded up.
 
-    Computed from ground truth, it does not depend on the prediction, so figures of one run can be compared. Rounded up to
-    whole metres (half metres below 3 m). With no reading at all it is (floor, floor + 1).
+    Computed from ground truth, it does not depend on the prediction, so figures of one run can be compared. Rounded
+    up to whole metres (half metres below 3 m). With no reading at all it is (floor, floor + 1).
     """
     readings = np.concatenate([depth[_has_reading(depth)].ravel() for depth in depths] or [np.empty(0)])
     if readings.size == 0:
@@ -67,7 +67,7 @@ def shared_range(depths: Sequence[np.ndarray], floor: float = 0.0) -> tuple[floa
 
 
 def colourise(depth: np.ndarray, near: float, far: float) -> np.ndarray:
-    """Return depth [h, w] [m] as uint8 [h, w, 3]: red at `near` and nearer, blue at `far` and farther, grey without reading."""
+    """Return depth [h, w] [m] as uint8 [h, w, 3]: `near` and nearer red, `far` and farther blue, no reading grey."""
     masked = np.ma.masked_where(~_has_reading(depth), depth)
     return depth_colours()(Normalize(near, far, clip=True)(masked), bytes=True)[..., :3]
 
@@ -113,7 +113,7 @@ def triptychs(
 
 
 def depth_map(depth: np.ndarray, near: float, far: float, title: str = "") -> Figure:
-    """Draw one depth map [h, w] [m] at one figure pixel a depth pixel, with a colour bar from `near` to `far` metres."""
+    """Draw one depth map [h, w] [m], pixel for pixel, with a colour bar from `near` to `far` metres."""
     height, width = (side / 100 for side in depth.shape)
     left, top, bar_height = 0.12, 0.36 if title else 0.12, max(height, 1.2)
     page = Page(left + width + 0.95, top + bar_height + 0.12, dpi=100)
@@ -125,18 +125,13 @@ def depth_map(depth: np.ndarray, near: float, far: float, title: str = "") -> Fi
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write a figure as PNG, whole or not at all; the folder is made where missing."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_bytes(buffer.getvalue())
-    os.replace(temporary, path)
-    return path
+    return write_whole(path, buffer.getvalue())
 
 
 class Page:
-    """A white figure addressed in inches from its top left corner, so that text and pictures keep their sizes on any page."""
+    """A white figure addressed in inches from its top left corner: text and pictures keep their sizes on any page."""
 
     def __init__(self, width: float, height: float, dpi: int) -> None:
         self.width, self.height = width, height

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from finetune.heads import HEADS, DepthOutput, DepthRange
 from finetune.registry import construct
 from spark.checkpoint import load_encoder
-from spark.encoder import build_encoder, pyramid, pyramid_info, unreached_parameters
+from spark.encoder import PyramidLevel, build_encoder, pyramid, pyramid_info, unreached_parameters
 from spark.export import architecture
 from spark.folders import whole_folder, write_tensors
 
@@ -29,16 +29,17 @@ class DepthModel(nn.Module):
     """Encoder, head and depth range.
 
     Args:
-        encoder: Where the encoder comes from: an exported folder or an official SparK `.pth` (with their weights), a timm
-            name, or a timm model that is already made (it is used, not copied).
+        encoder: Where the encoder comes from: an exported folder or an official SparK `.pth` (with their weights), a
+            timm name, or a timm model that is already made (it is used, not copied).
         head: Name of a head in `finetune.heads.HEADS`.
         max_depth: Farthest depth that the model can say [m].
         min_depth: Nearest depth that the model can say [m].
         initial_depth: Depth near which the untrained head starts [m]; 2.7 is the median of NYU Depth V2.
-        pretrained: For a timm name: load timm's published weights instead of random ones. Folders and files bring their
-            own.
+        pretrained: For a timm name: load timm's published weights instead of random ones. Folders and files bring
+            their own.
         drop_path: Stochastic depth rate of the encoder, unless it is already made.
-        image_size: (H, W) at which whole frames are presented to the model [px], recorded for evaluation and prediction.
+        image_size: (H, W) at which whole frames are presented to the model [px], recorded for evaluation and
+            prediction.
             None: frames are presented as they are.
         mean: What is subtracted from RGB in [0, 1]; default what the encoder was trained with.
         std: What RGB is then divided by; default likewise.
@@ -69,7 +70,7 @@ class DepthModel(nn.Module):
                     "pretrained and drop_path shape an encoder given by name: one that is already made keeps its own"
                 )
         else:
-            options = {"drop_path_rate": drop_path} if drop_path else {}
+            options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
             encoder = load_encoder(encoder, in_chans=3, pretrained=pretrained, **options)
         self.encoder = encoder
         self.encoder_frozen = False
@@ -78,12 +79,13 @@ class DepthModel(nn.Module):
         self.depth_range = DepthRange(min_depth, max_depth, initial_depth)
         self.head_name = head
         self.head_options = head_options
-        self.head = construct("head", HEADS, head, head_options, levels, self.depth_range)
+        self.head: Any = construct("head", HEADS, head, head_options, levels, self.depth_range)
+        self.levels: list[PyramidLevel] = self.head.levels
         self.image_size = None if image_size is None else (int(image_size[0]), int(image_size[1]))
         self.mean = _three("mean", mean, encoder)
         self.std = _three("std", std, encoder)
         # What reaches no feature map (a classifier's norm) cannot learn; frozen, it troubles neither decay nor DDP.
-        unreached = set(unreached_parameters(encoder, self.head.levels, in_chans=3))
+        unreached = set(unreached_parameters(encoder, self.levels, in_chans=3))
         for name, parameter in encoder.named_parameters():
             if name in unreached:
                 parameter.requires_grad_(False)
@@ -91,8 +93,8 @@ class DepthModel(nn.Module):
     def forward(self, images: Tensor) -> DepthOutput:
         """Predict depth for images [B, 3, H, W] normalised with `mean` and `std`, at their size, whatever it is.
 
-        Sides that are no multiple of the encoder's stride are padded right and below with the edge pixels; the padding is
-        cut off the result.
+        Sides that are no multiple of the encoder's stride are padded right and below with the edge pixels; the
+        padding is cut off the result.
         """
         if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
             raise ValueError(f"images must be [B, 3, H, W] and not empty, got {list(images.shape)}.")
@@ -100,14 +102,15 @@ class DepthModel(nn.Module):
         missing = (0, -width % self.stride, 0, -height % self.stride)
         padded = F.pad(images, missing, mode="replicate") if any(missing) else images
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_frozen):
-            features = pyramid(self.encoder, padded, self.head.levels)
+            features = pyramid(self.encoder, padded, self.levels)
         output = self.head(padded, features)
         return output._replace(depth=output.depth[..., :height, :width])
 
     def freeze_encoder(self, frozen: bool = True) -> None:
         """Hold the encoder still, or let it learn again: no gradients, and batch norm uses its stored statistics.
 
-        The parameters keep `requires_grad`, so an optimizer can be built before; it passes over those without gradient.
+        The parameters keep `requires_grad`, so an optimizer can be built before; it passes over those without
+        gradient.
         """
         self.encoder_frozen = frozen
         self.train(self.training)
@@ -153,11 +156,16 @@ def load_depth_model(folder: str | Path) -> DepthModel:
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
         inside = (folder / "model" / CONFIG).is_file()
-        hint = f"did you mean {folder / 'model'}?" if inside else "finetune/depth.py writes one to OUTPUT_DIR/model."
+        hint = (
+            f"did you mean {folder / 'model'}?"
+            if inside
+            else "finetune/depth.py writes one to OUTPUT_DIR/model."
+        )
         raise ValueError(f"{folder} is not a depth model (it has no {' and no '.join(missing)}): {hint}")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        encoder = build_encoder(config["encoder"]["architecture"], in_chans=3, **config["encoder"]["model_args"])
+        built = config["encoder"]
+        encoder = build_encoder(built["architecture"], **built["model_args"])
         model = DepthModel(
             encoder,
             head=config["head"],
@@ -170,7 +178,9 @@ def load_depth_model(folder: str | Path) -> DepthModel:
             **config["head_options"],
         )
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / CONFIG} does not describe a depth model ({error!r}): copy the folder again.") from error
+        raise ValueError(
+            f"{folder / CONFIG} does not describe a depth model ({error!r}): copy the folder again."
+        ) from error
     try:
         model.load_state_dict(load_file(folder / WEIGHTS))
     except (SafetensorError, RuntimeError) as error:

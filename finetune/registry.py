@@ -1,4 +1,4 @@
-"""From a name and options of a configuration to an object of a family (heads, losses), with errors that name the way out."""
+"""From a name and options in a configuration to an object of a family (heads, losses)."""
 
 import difflib
 import inspect
@@ -22,7 +22,8 @@ def construct(
         kind: What the registry holds, for messages ("head", "loss").
         registry: Name -> class or function.
         name: The entry wanted.
-        options: The user's keyword arguments for it; must be parameters of the entry that are not in `args` or `given`.
+        options: The user's keyword arguments for it; must be parameters of the entry that are not in `args` or
+            `given`.
         args: Positional arguments that the caller, not the user, supplies.
         given: Keyword arguments likewise.
 

@@ -55,7 +55,8 @@ def save_run(
 
     Older checkpoints beyond the newest `keep` are removed once the new one is on the disk. Checkpoints of later steps
     belong to a course that the run left when it was resumed from an earlier step; they are renamed to
-    `superseded_step_*`, so that the newest checkpoint is always the run's own.
+    `superseded_step_*`, as is a folder of this step with foreign files in it, so that the newest checkpoint is always
+    the run's own.
 
     Args:
         output_dir: Folder of the run.
@@ -80,12 +81,13 @@ def save_run(
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     metadata = {}
     if isinstance(encoder := getattr(model, "encoder", None), nn.Module):
-        with contextlib.suppress(
-            ValueError
-        ):  # a network that timm does not know cannot be exported, but resumed
+        # What timm does not know cannot be exported from the checkpoint, but it resumes.
+        with contextlib.suppress(ValueError):
             metadata["encoder"] = json.dumps(architecture(encoder))
 
     folder = Path(output_dir) / "checkpoints" / f"step_{step:07d}"
+    if folder.exists() and any(entry.name not in (WEIGHTS, STATE) for entry in folder.iterdir()):
+        _set_aside(folder)
     with whole_folder(folder, (WEIGHTS, STATE)) as temporary:
         write_tensors(model, temporary / WEIGHTS, metadata)
         state = {
@@ -103,12 +105,7 @@ def save_run(
     older = []
     for other_step, other in _step_folders(folder.parent):
         if other_step > step:
-            superseded = other.with_name(f"superseded_{other.name}")
-            shutil.rmtree(superseded, ignore_errors=True)
-            other.rename(superseded)
-            logger.warning(
-                "%s is of a later step than this run has reached: renamed to %s", other, superseded.name
-            )
+            _set_aside(other)
         else:
             older.append(other)
     for other in older[keep:]:
@@ -116,6 +113,14 @@ def save_run(
         other.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
     return folder
+
+
+def _set_aside(folder: Path) -> None:
+    """Rename a folder that is not a checkpoint of this course of the run; nothing of it is deleted."""
+    superseded = folder.with_name(f"superseded_{folder.name}")
+    shutil.rmtree(superseded, ignore_errors=True)
+    folder.rename(superseded)
+    logger.warning("%s is not of this course of the run: renamed to %s", folder, superseded.name)
 
 
 def _require_plain(value: Any, where: str) -> None:

@@ -17,6 +17,7 @@ import yaml
 from accelerate.utils import extract_model_from_parallel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from spark.encoder import build_encoder
@@ -27,8 +28,10 @@ from spark.official import (
     input_channels,
     read_torch_file,
     read_weights,
+    stored_channels,
     timm_config,
     timm_name,
+    timm_names,
 )
 
 logger = logging.getLogger(__name__)
@@ -38,7 +41,6 @@ WEIGHTS = "model.safetensors"
 STATE = "state.pt"
 
 _NOT_ARCHITECTURE = (
-    "in_chans",
     "num_classes",
     "global_pool",
     "drop_rate",
@@ -96,6 +98,7 @@ def architecture(encoder: nn.Module) -> dict[str, Any]:
             " export: save its state_dict() instead"
         )
     options = {k: v for k, v in getattr(encoder, "_model_args", {}).items() if k not in _NOT_ARCHITECTURE}
+    options["in_chans"] = input_channels(encoder)
     for key, value in options.items():
         try:
             json.dumps(value)
@@ -116,7 +119,7 @@ def _encoder_config(
     """Content of config.json: the architecture and how its images are prepared."""
     built = architecture(encoder)
     known = timm_config(encoder)
-    channels = input_channels(encoder.state_dict())
+    channels = built["model_args"]["in_chans"]
     if input_size is None:
         input_size = tuple(known["input_size"][1:])
     height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
@@ -147,9 +150,8 @@ def _encoder_config(
 
 def _require_rebuildable(encoder: nn.Module, config: dict[str, Any]) -> None:
     """Refuse an encoder whose tensors are not those of the timm model that its export would name."""
-    options = {**config["model_args"], "num_classes": config["num_classes"]}
     stock = timm.create_model(
-        config["architecture"], in_chans=config["pretrained_cfg"]["input_size"][0], **options
+        config["architecture"], num_classes=config["num_classes"], **config["model_args"]
     )
     there = {key: tuple(value.shape) for key, value in encoder.state_dict().items()}
     here = {key: tuple(value.shape) for key, value in stock.state_dict().items()}
@@ -170,8 +172,8 @@ class _Source:
     Attributes:
         label: Where they came from, for messages.
         name: timm name.
-        tensors: Under the names of timm, or of the original ConvNeXt code.
-        options: Of `timm.create_model`.
+        tensors: Under timm's names.
+        options: Of `timm.create_model`, `in_chans` among them.
         preparation: `mean`, `std`, `input_size` (H, W), as far as known.
         ignored: (name, why it is not wanted).
     """
@@ -179,8 +181,8 @@ class _Source:
     label: str
     name: str
     tensors: dict[str, Tensor]
-    options: dict[str, Any] = field(default_factory=dict)
-    preparation: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any]
+    preparation: dict[str, Any]
     ignored: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -249,8 +251,8 @@ def read_encoder(
             return _create(name, pretrained=pretrained, features_only=True, **options), KeyReport()
         return build_encoder(name, in_chans or 3, pretrained=pretrained, **timm_kwargs), KeyReport()
 
-    channels = input_channels(found.tensors)
-    encoder = build_encoder(found.name, channels, **found.options)
+    channels = found.options["in_chans"]
+    encoder = build_encoder(found.name, **found.options)
     report = fit_encoder(found.tensors, encoder, source=found.label, name=found.name, ignored=found.ignored)
     height, width = found.preparation.get("input_size", timm_config(encoder)["input_size"][1:])
     preparation = {**found.preparation, "input_size": (channels, height, width)}
@@ -262,7 +264,8 @@ def read_encoder(
             pretrained=True,
             pretrained_cfg_overlay={**preparation, **weights},
             features_only=features_only,
-            **{**found.options, "num_classes": 0, "in_chans": in_chans or channels, **timm_kwargs},
+            num_classes=0,
+            **{**found.options, "in_chans": in_chans or channels, **timm_kwargs},
         )
         timm_config(encoder).pop("state_dict")
     timm_config(encoder).update(preparation)
@@ -291,17 +294,27 @@ def _find_encoder(source: str | Path, model_name: str | None) -> _Source | None:
             hint = f"did you mean {path / 'encoder'}?"
         raise ValueError(f"{path} is not an exported encoder (it has no {CONFIG}): {hint}")
     if path.is_file():
-        weights = read_weights(path)
-        ignored = [*weights.ignored, *((key, "not part of the encoder") for key in weights.others)]
-        size = {} if weights.input_size is None else {"input_size": (weights.input_size, weights.input_size)}
-        return _Source(
-            weights.source, timm_name(weights, model_name), weights.encoder, preparation=size, ignored=ignored
-        )
+        return _from_file(path, model_name)
     if os.sep in str(source) or path.suffix in (".pth", ".pt", ".bin", ".safetensors", ".ckpt"):
         raise FileNotFoundError(
             f"no encoder at {path}: give an exported folder, a checkpoint file or a timm model name"
         )
     return None
+
+
+def _from_file(path: Path, model_name: str | None) -> _Source:
+    """Read a `.pth` file. The official code normalises images with ImageNet's statistics."""
+    weights = read_weights(path)
+    name = timm_name(weights, model_name)
+    tensors = timm_names(weights.encoder)
+    channels = stored_channels(tensors, name)
+    preparation: dict[str, Any] = {}
+    if channels == 3:
+        preparation = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    if weights.input_size is not None:
+        preparation["input_size"] = (weights.input_size, weights.input_size)
+    ignored = [*weights.ignored, *((key, "not part of the encoder") for key in weights.others)]
+    return _Source(weights.source, name, tensors, {"in_chans": channels}, preparation, ignored)
 
 
 def _from_export(folder: Path) -> _Source:
@@ -322,7 +335,8 @@ def _from_export(folder: Path) -> _Source:
     preparation = {key: tuple(cfg[key]) for key in ("mean", "std") if key in cfg}
     if "input_size" in cfg:
         preparation["input_size"] = tuple(cfg["input_size"][1:])
-    options = {k: v for k, v in config.get("model_args", {}).items() if k not in _NOT_ARCHITECTURE}
+    options = {"in_chans": cfg.get("input_size", (3,))[0], **config.get("model_args", {})}
+    options = {key: value for key, value in options.items() if key not in _NOT_ARCHITECTURE}
     return _Source(str(folder), name, tensors, options, preparation)
 
 
@@ -347,7 +361,7 @@ def _from_run(folder: Path) -> _Source:
         tensors,
         built["model_args"],
         _run_preparation(folder),
-        ignored=ignored,
+        ignored,
     )
 
 

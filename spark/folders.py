@@ -66,8 +66,8 @@ def whole_folder(folder: str | Path, files: Collection[str]) -> Iterator[Path]:
         if number in _DISK_FULL:
             raise OSError(
                 number,
-                f"the disk is full, {folder} was not written. Free some space or write elsewhere, then go on from the"
-                " newest checkpoint (resume); nothing half-written is left and older files are untouched",
+                f"the disk is full, {folder} was not written. Nothing half-written is left and older files are"
+                " untouched: free some space or write elsewhere, and try again (a run goes on with resume)",
             ) from error
         raise OSError(number, f"{folder} was not written: {os.strerror(number)}") from error
     shutil.rmtree(retired, ignore_errors=True)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from spark.seeding import derive_seed
+
 
 def num_visible(grid: tuple[int, int], mask_ratio: float) -> int:
     """Visible patches of each image: round(fh * fw * (1 - mask_ratio)), the official rule.
@@ -61,8 +63,6 @@ def visible_at(
     The mask of an image is a function of (seed, position) alone, so that it does not depend on how the
     batch is split over processes or on where a run was resumed.
     """
-    from spark.run import derive_seed  # here because spark.run is about whole runs, masks are not
-
     noise = torch.stack(
         [
             torch.rand(

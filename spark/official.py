@@ -142,11 +142,6 @@ class Weights:
     input_size: int | None
     config: dict[str, Any]
 
-    @property
-    def in_chans(self) -> int:
-        """Channels that the first convolution reads."""
-        return input_channels(self.encoder)
-
 
 def timm_config(encoder: nn.Module) -> dict[str, Any]:
     """A timm model's `pretrained_cfg`, to read and to change; empty for any other network."""
@@ -154,9 +149,17 @@ def timm_config(encoder: nn.Module) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def input_channels(tensors: Mapping[str, Tensor]) -> int:
-    """Channels that the first convolution of a convnet's state dict reads; 3 if there is no convolution."""
-    return next((t.shape[1] for t in tensors.values() if t.ndim == 4), 3)
+def input_channels(encoder: nn.Module) -> int:
+    """Channels that a convnet reads: those of its first convolution."""
+    return next((p.shape[1] for p in encoder.parameters() if p.ndim == 4), 3)
+
+
+def stored_channels(tensors: Mapping[str, Tensor], name: str) -> int:
+    """Channels that the first convolution of the timm model `name` reads in these tensors, under timm's names."""
+    config = timm.get_pretrained_cfg(name)
+    first = config.first_conv if config is not None else None
+    weight = tensors.get(f"{first}.weight")
+    return 3 if weight is None or weight.ndim != 4 else weight.shape[1]
 
 
 def read_torch_file(path: str | Path) -> Any:
@@ -279,10 +282,14 @@ def timm_name(weights: Weights, model_name: str | None = None) -> str:
     shapes = {key: tuple(value.shape) for key, value in timm_names(weights.encoder).items()}
     for name in OFFICIAL_MODELS:
         with torch.device("meta"):
-            candidate = timm.create_model(name, num_classes=0, in_chans=weights.in_chans)
-        heads = (*_classifier_prefixes(candidate), "head.norm.")
+            candidate = timm.create_model(name, num_classes=0)
+        free = (
+            *_classifier_prefixes(candidate),
+            "head.norm.",
+            f"{timm_config(candidate)['first_conv']}.weight",
+        )
         wanted = {key: tuple(value.shape) for key, value in candidate.state_dict().items()}
-        if _without(wanted, heads) == _without(shapes, heads):
+        if _without(wanted, free) == _without(shapes, free):
             return name
     raise ValueError(
         f"{weights.source} does not say which encoder it holds, and it is none of {', '.join(OFFICIAL_MODELS)}: pass"
@@ -375,21 +382,20 @@ def fit_encoder(
     name: str,
     ignored: Collection[tuple[str, str]],
 ) -> KeyReport:
-    """`fit` for a stock timm encoder without classifier.
+    """`fit` for a stock timm encoder without classifier, and tensors under timm's names.
 
     The file's classifier is ignored, and what takes no part in the feature maps (ConvNeXt's final norm, which masked
     pretraining does not train) may be missing.
     """
-    renamed = timm_names(tensors)
     own = encoder.state_dict()
-    classifier = [key for key in renamed if key.startswith(_classifier_prefixes(encoder)) and key not in own]
+    classifier = [key for key in tensors if key.startswith(_classifier_prefixes(encoder)) and key not in own]
     return fit(
-        {key: value for key, value in renamed.items() if key not in classifier},
+        {key: value for key, value in tensors.items() if key not in classifier},
         encoder,
         source=source,
         name=name,
         advice=_NAME_ANOTHER,
-        optional=unreached_parameters(encoder, pyramid_info(encoder), input_channels(own)),
+        optional=unreached_parameters(encoder, pyramid_info(encoder), input_channels(encoder)),
         ignored=[*ignored, *((key, "classifier") for key in classifier)],
     )
 
@@ -425,16 +431,17 @@ def load_official(
             " pretrain it further SparK(load_encoder(...))"
         )
     name = timm_name(weights, model_name)
+    tensors = timm_names(weights.encoder)
     options: dict[str, Any] = {
         "input_size": weights.input_size or 224,
-        "in_chans": weights.in_chans,
+        "in_chans": stored_channels(tensors, name),
         "mask_ratio": weights.config.get("mask_ratio", 0.6),
         "densify_norm": "bn" if "densify.0.norm.running_mean" in weights.others else "ln",
     }
     if "decoder.blocks.0.upsample.weight" in weights.others:
         options["decoder_width"] = weights.others["decoder.blocks.0.upsample.weight"].shape[0]
     model = SparK(name, layout=layout, **{**options, **spark_kwargs})
-    tensors = {f"encoder.{key}": value for key, value in timm_names(weights.encoder).items()}
+    tensors = {f"encoder.{key}": value for key, value in tensors.items()}
     unreached = [key for key, parameter in model.encoder.named_parameters() if not parameter.requires_grad]
     report = fit(
         {**tensors, **weights.others},

@@ -23,7 +23,7 @@ from spark.images import (
     list_images,
     read_image,
 )
-from spark.run import derive_seed
+from spark.seeding import derive_seed
 
 
 def noise(height=24, width=32, channels=3, seed=0) -> np.ndarray:

@@ -95,7 +95,7 @@ def test_nothing_to_compare_is_refused():
 
 
 def test_mean_over_images_refuses_nan():
-    rows = [dict.fromkeys(METRICS, 1.0), dict.fromkeys(METRICS, 2.0)]
+    rows: list[dict[str, float]] = [dict.fromkeys(METRICS, 1.0), dict.fromkeys(METRICS, 2.0)]
     assert mean_metrics(rows) == dict.fromkeys(METRICS, 1.5)
     rows[1]["silog"] = float("nan")
     with pytest.raises(ValueError, match="mean of silog is not a finite number"):
@@ -114,6 +114,6 @@ def test_results_file(tmp_path):
 
 def test_results_file_leaves_nothing_half_written(tmp_path):
     (tmp_path / "results.json").mkdir()
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match=r"results\.json"):
         write_results(tmp_path / "results.json", {})
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]

@@ -60,7 +60,8 @@ def write_mat(folder: Path, count: int = 6, height: int = 24, width: int = 32) -
     return folder / "nyu_depth_v2_labeled.mat"
 
 
-# --- the sync layout -------------------------------------------------------------------------------------------
+# --- the sync layout
+# -------------------------------------------------------------------------------------------
 
 
 def test_sync_reads_metres_in_place(tmp_path):
@@ -97,7 +98,7 @@ def test_sync_list_forms(tmp_path, where):
         (root / "pairs.txt").write_text(line)
     elif where == "as a path":
         name = tmp_path / "elsewhere.txt"
-        name.write_text(line[1:].replace(" /", " ").rsplit(" ", 1)[0])  # no slash and no focal length
+        Path(name).write_text(line[1:].replace(" /", " ").rsplit(" ", 1)[0])  # no slash and no focal length
     elif where == "with comments and blanks":
         (root / "pairs.txt").write_text(f"# pairs\n\n{line}\n\n")
     else:
@@ -208,7 +209,8 @@ def test_black_border(tmp_path):
     np.testing.assert_array_equal(NYUSync(tmp_path, "list.txt", black_border=True)[0].image, black)
 
 
-# --- the labelled file -----------------------------------------------------------------------------------------
+# --- the labelled file
+# -----------------------------------------------------------------------------------------
 
 
 def test_labeled_is_transposed_not_rotated(tmp_path):
@@ -269,16 +271,16 @@ def test_labeled_errors(tmp_path):
         NYULabeled(path, split="val")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no file"):
         NYULabeled(tmp_path / "other.mat", splits_path=tmp_path / "splits.mat")
-    with pytest.raises(ValueError, match="cannot open .* as HDF5"):
+    with pytest.raises(ValueError, match=r"cannot open .* as HDF5"):
         NYULabeled(tmp_path / "splits.mat", splits_path=tmp_path / "splits.mat")
-    with pytest.raises(ValueError, match="cannot read .* as a MATLAB file"):
+    with pytest.raises(ValueError, match=r"cannot read .* as a MATLAB file"):
         NYULabeled(path, splits_path=path)
 
     savemat(tmp_path / "zero.mat", {"trainNdxs": np.array([[0], [1]])})
     with pytest.raises(ValueError, match="no 1-based image numbers"):
         NYULabeled(path, splits_path=tmp_path / "zero.mat")
     savemat(tmp_path / "long.mat", {"trainNdxs": np.array([[1], [7]])})
-    with pytest.raises(ValueError, match="image 7 but .* holds 6"):
+    with pytest.raises(ValueError, match=r"image 7 but .* holds 6"):
         NYULabeled(path, splits_path=tmp_path / "long.mat")
 
     with h5py.File(path, "r+") as file:
@@ -289,11 +291,12 @@ def test_labeled_errors(tmp_path):
     with h5py.File(path, "r+") as file:
         del file["depths"]
         file["depths"] = np.ones((6, 24, 32), np.float32)  # the axes of Python, not of MATLAB
-    with pytest.raises(ValueError, match="expected \\(N, 3, W, H\\)"):
+    with pytest.raises(ValueError, match=r"expected \(N, 3, W, H\)"):
         NYULabeled(path, depth="filled")
 
 
-# --- finding the layout ----------------------------------------------------------------------------------------
+# --- finding the layout
+# ----------------------------------------------------------------------------------------
 
 
 def test_open_picks_the_layout(tmp_path):
@@ -307,7 +310,7 @@ def test_open_picks_the_layout(tmp_path):
 def test_open_errors(tmp_path):
     with pytest.raises(ValueError, match="no folder"):
         open_depth_data(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="holds no .txt file"):
+    with pytest.raises(ValueError, match=r"holds no \.txt file"):
         open_depth_data(tmp_path)
     (tmp_path / "nyu_train.txt").write_text(write_pair(tmp_path / "hall"))
     with pytest.raises(ValueError, match=r"name the list file \(data\.list\)\. .* holds nyu_train\.txt"):
@@ -323,7 +326,8 @@ def test_sample_checks_its_arrays():
         DepthSample(np.zeros((4, 5, 3), np.uint8), np.zeros((5, 4), np.float32), "x")
 
 
-# --- the real thing --------------------------------------------------------------------------------------------
+# --- the real thing
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.real_data
@@ -339,6 +343,18 @@ def test_real_nyu(real_data):
         assert sample.depth.shape == (480, 640)
         readings = sample.depth[sample.depth > 0]
         assert 0.3 < readings.min() < readings.max() <= 10.0
+
+
+@pytest.mark.real_data
+def test_real_raw_depth_has_holes(real_data, tmp_path):
+    numbers = ("00000", "00050", "00100")
+    lines = [f"rgb/rgb_{number}.jpg depth/sync_depth_{number}.png 518.8579" for number in numbers]
+    (tmp_path / "raw.txt").write_text("\n".join(lines))
+    data = NYUSync(real_data / "nyu_16bit_raw_train", tmp_path / "raw.txt")
+    for index in range(len(data)):
+        depth = data[index].depth
+        assert 0.02 < (depth == 0).mean() < 0.6
+        assert 0.4 < depth[depth > 0].min() < 3 < depth.max() < 10
 
 
 @pytest.mark.real_data

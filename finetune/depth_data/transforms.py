@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from finetune.depth_data.sample import DepthFileError, DepthSample
-from spark.run import derive_seed
+from spark.seeding import derive_seed
 
 NYU_FRAME = (480, 640)
 NYU_BORDER = (45, 472, 43, 608)

@@ -1,8 +1,8 @@
 """Depth heads by name, one file a family.
 
-A head is an `nn.Module` made as `Head(levels, depth_range, **options)` from the encoder's pyramid. It keeps in `levels` those it
-wants to be given, and `forward(images, features)` returns a `DepthOutput` whose depth has the size of `images`. To add a head:
-write it in a file of this folder and name it in `HEADS`.
+A head is an `nn.Module` made as `Head(levels, depth_range, **options)` from the encoder's pyramid. It keeps in
+`levels` those it wants to be given, and `forward(images, features)` returns a `DepthOutput` whose depth has the size
+of `images`. To add a head: write it in a file of this folder and name it in `HEADS`.
 """
 
 from collections.abc import Mapping

@@ -20,8 +20,9 @@ class DepthRange(nn.Module):
     Args:
         min_depth: Nearest depth the model can say [m].
         max_depth: Farthest depth the model can say [m].
-        initial_depth: Depth near which an untrained head starts [m]: `initial_logit` is what its last bias is set to. Starting
-            at the data's typical depth spares the first steps, which otherwise only move the sigmoid from the middle of the range.
+        initial_depth: Depth near which an untrained head starts [m]: `initial_logit` is what its last bias is set to.
+            Starting at the data's typical depth spares the first steps, which otherwise only move the sigmoid from
+            the middle of the range.
     """
 
     def __init__(self, min_depth: float, max_depth: float, initial_depth: float) -> None:

@@ -1,7 +1,7 @@
 """Depth losses by name, one file a family, and their weighted sum.
 
-Every loss is called as `loss(prediction, target, valid)` on [B, 1, H, W] maps and returns a scalar. To add one: write it as a
-`MaskedLoss` in a file of this folder and name it in `LOSSES`.
+Every loss is called as `loss(prediction, target, valid)` on [B, 1, H, W] maps and returns a scalar. To add one: write
+it as a `MaskedLoss` in a file of this folder and name it in `LOSSES`.
 """
 
 from collections.abc import Mapping
@@ -55,7 +55,7 @@ class WeightedLoss(nn.Module):
         )
 
     def forward(self, prediction: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the weighted sum and each unweighted part, detached, by name; arguments as of `MaskedLoss.forward`."""
+        """Return the weighted sum, and each unweighted part detached, by name; arguments: `MaskedLoss.forward`."""
         parts = {name: loss(prediction, target, valid) for name, loss in self.losses.items()}
         total = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
         return total, {name: part.detach() for name, part in parts.items()}

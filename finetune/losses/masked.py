@@ -1,4 +1,4 @@
-"""What every depth loss does first: keep the pixels that have a ground truth, in fp32, and refuse a batch that has none."""
+"""What every depth loss does first: keep the pixels with a ground truth, in fp32, and refuse a batch without any."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,8 @@ class NoGroundTruth(ValueError):
     """A batch has too few pixels with a ground truth for its loss to be defined.
 
     A loss of zero would look like a perfect prediction, so losses raise this instead; the caller decides what a batch
-    without ground truth means to it (`finetune/depth.py` skips the micro-batch, counts it, and gives up beyond a share).
+    without ground truth means to it (`finetune/depth.py` skips the micro-batch, counts it, and gives up
+    beyond a share).
     """
 
 
@@ -16,8 +17,8 @@ class MaskedLoss(nn.Module):
     """Base of the losses between two depth maps: selects the valid pixels, leaves the formula to `formula`.
 
     The valid pixels of the whole batch are pooled (an image with few readings weighs little), in fp32 also inside
-    autocast, fp64 where the prediction is fp64. Pixels outside `valid` get a gradient of exactly zero whatever they hold,
-    NaN included; a NaN at a valid pixel comes out as NaN, never as 0.
+    autocast, fp64 where the prediction is fp64. Pixels outside `valid` get a gradient of exactly zero whatever they
+    hold, NaN included; a NaN at a valid pixel comes out as NaN, never as 0.
     """
 
     minimum_pixels: int = 1
@@ -46,8 +47,8 @@ class MaskedLoss(nn.Module):
             predicted = _at_least_fp32(prediction[valid])
             if predicted.numel() < self.minimum_pixels:
                 raise NoGroundTruth(
-                    f"{type(self).__name__} needs at least {self.minimum_pixels} pixel(s) with a ground truth, this batch "
-                    f"of {valid.shape[0]} has {predicted.numel()}: check the depth files and the depth limits of the data."
+                    f"{type(self).__name__} needs at least {self.minimum_pixels} pixel(s) with a ground truth, and this"
+                    f" batch of {valid.shape[0]} has {predicted.numel()}: check the depth files and the depth limits"
                 )
             return self.formula(predicted, target[valid].to(predicted.dtype))
 

@@ -23,10 +23,10 @@ class MSE(MaskedLoss):
 
 
 class BerHu(MaskedLoss):
-    """Reverse Huber: `abs(e)` where `abs(e) <= c`, else `(e^2 + c^2) / (2 c)`, with `c = fraction * max abs(e)` of the batch.
+    """Reverse Huber [m]: mean over the valid pixels of `abs(e)` where that is at most c, else of `(e^2 + c^2) / (2 c)`.
 
-    The threshold follows the errors but is a constant to the gradient, as in Laina et al. 2016 (arXiv 1606.00373, eq. 1),
-    who use a fraction of 0.2. The mean over the valid pixels of the batch [m].
+    `c = fraction * max abs(e)` of the batch follows the errors but is a constant to the gradient. Source: Laina et al.
+    2016 (arXiv 1606.00373, equation 1), with a fraction of 0.2.
     """
 
     def __init__(self, fraction: float = 0.2) -> None:
@@ -39,7 +39,7 @@ class BerHu(MaskedLoss):
         """Return the loss of the valid pixels, both [N] in metres, as a scalar."""
         error = (predicted - truth).abs()
         threshold = self.fraction * error.detach().max()
-        # A perfect batch has threshold 0 and takes the linear branch everywhere; the floor only keeps the branch not taken
-        # finite, because `where` multiplies its gradient by zero and zero times infinity is NaN.
+        # A perfect batch has threshold 0 and takes the linear branch everywhere; the floor only keeps the branch not
+        # taken finite, because `where` multiplies its gradient by zero and zero times infinity is NaN.
         quadratic = (error.square() + threshold.square()) / (2 * threshold.clamp(min=1e-12))
         return torch.where(error <= threshold, error, quadratic).mean()

@@ -9,14 +9,14 @@ from finetune.losses.masked import MaskedLoss
 class SILog(MaskedLoss):
     """`scale * sqrt(var(g) + (1 - variance_focus) * mean(g)^2)` with `g = log(prediction + eps) - log(target + eps)`.
 
-    `variance_focus` is the lambda of BTS (0.85): 1 ignores a common scale factor altogether, 0 is the RMSE of the log depth.
-    The defaults are ZoeDepth's loss (beta = 0.15 = 1 - lambda, unbiased variance, eps 1e-7); `unbiased=False, eps=0` is
-    `10 * sqrt(mean(g^2) - 0.85 mean(g)^2)`, BTS to the letter. The two agree within a factor sqrt(1 + 1/N).
-    All valid pixels of the (micro-)batch on this process are pooled, as both do: splitting a batch over accumulation steps
-    or processes changes the value slightly.
+    `variance_focus` is the lambda of BTS (0.85): 1 ignores a common scale factor altogether, 0 is the RMSE of the log
+    depth. The defaults are ZoeDepth's loss (beta = 0.15 = 1 - lambda, unbiased variance, eps 1e-7); `unbiased=False,
+    eps=0` is `10 * sqrt(mean(g^2) - 0.85 mean(g)^2)`, BTS to the letter. The two agree within a factor sqrt(1 + 1/N).
+    All valid pixels of the (micro-)batch on this process are pooled, as both do: splitting a batch over accumulation
+    steps or processes changes the value slightly.
 
-    At a perfect prediction the square root has no derivative; the radicand is held at 1e-12, so that the loss there is
-    `scale * 1e-6` with a gradient of zero rather than NaN.
+    At a perfect prediction the square root has no derivative; the radicand is held at 1e-12, so that the loss there
+    is `scale * 1e-6` with a gradient of zero rather than NaN.
 
     Source: BTS (arXiv 1907.10326, eq. 4-5), ZoeDepth (arXiv 2302.12288).
     """

@@ -62,7 +62,7 @@ class Camera:
         """
         fx, fy, cx, cy = intrinsics(size)
         offset = corners - self.position
-        x, y, z = (sum(offset[..., i] * self.rotation[i, j] for i in range(3)) for j in range(3))
+        x, y, z = np.moveaxis(np.einsum("nki,ij->nkj", offset, self.rotation), -1, 0)
         ahead = z > 0.02
         depth = np.where(ahead, z, 1.0)
         u, v = fx * x / depth + cx, fy * y / depth + cy

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+
 from rooms.solids import Solid
 from rooms.textures import Material, Palette, Range
 
@@ -39,7 +40,9 @@ class Kit:
         """A box between the given bounds."""
         self.add("box", x, y, z, material, **options)
 
-    def ball(self, x: float, y: float, z: float, radii: tuple[float, float, float], material: Material) -> None:
+    def ball(
+        self, x: float, y: float, z: float, radii: tuple[float, float, float], material: Material
+    ) -> None:
         """An ellipsoid about a point."""
         rx, ry, rz = radii
         self.add("ellipsoid", (x - rx, x + rx), (y - ry, y + ry), (z - rz, z + rz), material)
@@ -78,7 +81,13 @@ def stack_of_books(kit: Kit, x: float, y: float, z: float) -> None:
     """Books that lie on each other."""
     for level in range(kit.count(1, 5)):
         w, low = kit.uniform(0.08, 0.13), z + 0.035 * level
-        kit.box((x - w, x + w), (y - 0.1, y + 0.1), (low, low + 0.033), kit.palette.paint(), yaw=kit.uniform(-0.3, 0.3))
+        kit.box(
+            (x - w, x + w),
+            (y - 0.1, y + 0.1),
+            (low, low + 0.033),
+            kit.palette.paint(),
+            yaw=kit.uniform(-0.3, 0.3),
+        )
 
 
 def bottle(kit: Kit, x: float, y: float, z: float) -> None:
@@ -144,7 +153,9 @@ def table(kit: Kit) -> None:
     for side in (-1, 1):
         for x in (-w / 2, w / 2) if w > 0.65 else (0.0,):
             if kit.chance(0.75):
-                chair(kit, x + kit.uniform(-0.1, 0.1), y + side * (d + kit.uniform(0.0, 0.12)), side, seat, leg)
+                chair(
+                    kit, x + kit.uniform(-0.1, 0.1), y + side * (d + kit.uniform(0.0, 0.12)), side, seat, leg
+                )
 
 
 def chair(kit: Kit, x: float, y: float, facing: int, seat: Material, frame: Material) -> None:
@@ -164,7 +175,9 @@ def sofa(kit: Kit) -> None:
     arm = kit.uniform(0.5, 0.62)
     for side in (-1, 1):
         kit.box((side * w, side * (w - 0.16)), (0.02, 0.88), (0.0, arm), cloth)
-    for left, right in itertools.pairwise(np.linspace(-w + 0.17, w - 0.17, max(1, round((w - 0.16) / 0.34)) + 1)):
+    for left, right in itertools.pairwise(
+        np.linspace(-w + 0.17, w - 0.17, max(1, round((w - 0.16) / 0.34)) + 1)
+    ):
         kit.box((left + 0.01, right - 0.01), (0.26, 0.9), (0.28, 0.42), cushion)
     for _ in range(kit.count(0, 3)):
         kit.ball(kit.uniform(-w + 0.35, w - 0.35), 0.34, 0.58, (0.2, 0.1, 0.18), p.fabric())
@@ -218,7 +231,9 @@ def cabinet(kit: Kit, w: float, d: float, h: float) -> None:
     for i, (left, right) in enumerate(itertools.pairwise(columns)):
         for low, high in itertools.pairwise(np.linspace(0.06, h - 0.03, rows + 1)):
             panel = replace(front, seed=front.seed + i)
-            kit.box((left + 0.008, right - 0.008), (d, d + 0.018), (low + 0.008, high - 0.008), panel, casts=False)
+            kit.box(
+                (left + 0.008, right - 0.008), (d, d + 0.018), (low + 0.008, high - 0.008), panel, casts=False
+            )
             x, z = right - 0.07 if i % 2 == 0 else left + 0.07, min((low + high) / 2, 1.1)
             kit.box((x - 0.009, x + 0.009), (d + 0.018, d + 0.04), (z - 0.06, z + 0.06), handle)
 
@@ -232,7 +247,11 @@ def television(kit: Kit, x: float, y: float, z: float, half: float) -> None:
     kit.box((x - 0.04, x + 0.04), (y - 0.02, y + 0.02), (z, z + 0.1), black)
     kit.box((x - half, x + half), (y - 0.02, y + 0.02), (z + 0.07, z + 0.07 + height), black)
     kit.box(
-        (x - half + 0.02, x + half - 0.02), (y + 0.02, y + 0.024), (z + 0.09, z + 0.05 + height), picture, casts=False
+        (x - half + 0.02, x + half - 0.02),
+        (y + 0.02, y + 0.024),
+        (z + 0.09, z + 0.05 + height),
+        picture,
+        casts=False,
     )
 
 
@@ -288,7 +307,9 @@ def toys(kit: Kit) -> None:
         x, y, r = kit.uniform(-0.3, 0.3), kit.uniform(0.25, 0.6), kit.uniform(0.12, 0.24)
         if kit.chance(0.6):
             card = kit.palette.paint((0.2, 0.6), (0.4, 0.8), 0)
-            kit.box((x - r, x + r), (y - r, y + r), (0, kit.uniform(1.0, 2.2) * r), card, yaw=kit.uniform(-1, 1))
+            kit.box(
+                (x - r, x + r), (y - r, y + r), (0, kit.uniform(1.0, 2.2) * r), card, yaw=kit.uniform(-1, 1)
+            )
         else:
             kit.ball(x, y, r, (r, r, r), kit.palette.fabric())
 
@@ -312,8 +333,16 @@ ROOMS: dict[str, tuple[tuple[Piece, ...], tuple[Piece, ...], tuple[Piece, ...]]]
         (bookshelf, sofa, floor_lamp, big_plant, desk, bookshelf),
         (coffee_table, table, toys),
     ),
-    "office": ((desk, bookshelf), (desk, sideboard, bookshelf, big_plant, floor_lamp, wardrobe), (table, toys)),
+    "office": (
+        (desk, bookshelf),
+        (desk, sideboard, bookshelf, big_plant, floor_lamp, wardrobe),
+        (table, toys),
+    ),
     "kitchen": ((counter, counter), (sideboard, bookshelf, big_plant, sideboard, wardrobe), (table, toys)),
     "dining_room": ((sideboard,), (bookshelf, sofa, floor_lamp, big_plant, wardrobe), (table, table)),
-    "playroom": ((bookshelf, bed), (toys, wardrobe, toys, sofa, desk, floor_lamp), (toys, coffee_table, toys)),
+    "playroom": (
+        (bookshelf, bed),
+        (toys, wardrobe, toys, sofa, desk, floor_lamp),
+        (toys, coffee_table, toys),
+    ),
 }

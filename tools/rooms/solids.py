@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from rooms.textures import Material
 
 Vector = tuple[np.ndarray, np.ndarray, np.ndarray]

@@ -79,7 +79,7 @@ def plain(m: Material, u, v, noise: Noise) -> np.ndarray:
 def plaster(m: Material, u, v, noise: Noise) -> np.ndarray:
     """A painted wall: stains and fine grain."""
     stains = 0.16 * noise.cloud(u * 1.5, v * 1.5, m.seed)
-    return m.mix(0, 0, 0) * (0.86 + stains + 0.1 * noise.smooth(u * 40, v * 40, 5))
+    return m.mix(0, 0, 0) * (0.88 + stains + 0.06 * noise.smooth(u * 40, v * 40, 5))
 
 
 def carpet(m: Material, u, v, noise: Noise) -> np.ndarray:
@@ -145,7 +145,9 @@ def painting(m: Material, u, v, noise: Noise) -> np.ndarray:
     """An abstract picture of four colours."""
     shapes = noise.cloud(u / m.scale * 3, v / m.scale * 3, m.seed)
     ground = noise.cloud(u / m.scale * 2, v / m.scale * 5, m.seed + 9) > 0.52
-    return np.where(ground, m.mix(np.clip(5 * shapes - 2, 0, 1), 2, 3), m.mix(np.clip(6 * shapes - 2.6, 0, 1)))
+    return np.where(
+        ground, m.mix(np.clip(5 * shapes - 2, 0, 1), 2, 3), m.mix(np.clip(6 * shapes - 2.6, 0, 1))
+    )
 
 
 def outdoors(m: Material, u, v, noise: Noise) -> np.ndarray:
@@ -163,7 +165,21 @@ def screen(m: Material, u, v, noise: Noise) -> np.ndarray:
 
 
 Pattern = Callable[[Material, np.ndarray, np.ndarray, Noise], np.ndarray]
-ALL = (plain, plaster, carpet, stripes, checker, tiles, bricks, boards, wood, books, painting, outdoors, screen)
+ALL = (
+    plain,
+    plaster,
+    carpet,
+    stripes,
+    checker,
+    tiles,
+    bricks,
+    boards,
+    wood,
+    books,
+    painting,
+    outdoors,
+    screen,
+)
 PATTERNS: dict[str, Pattern] = {pattern.__name__: pattern for pattern in ALL}
 
 
@@ -184,16 +200,20 @@ class Palette:
         self.hue = rng.random()
         self.wood_hue, self.wood_value = rng.uniform(0.04, 0.1), rng.uniform(0.2, 0.75)
 
-    def color(self, saturation: Range = (0.2, 0.8), value: Range = (0.25, 0.9), hue: float | None = None) -> Color:
+    def color(
+        self, saturation: Range = (0.2, 0.8), value: Range = (0.25, 0.9), hue: float | None = None
+    ) -> Color:
         """A random colour; where the hue is free, half of them stay near the hue of the room."""
         if hue is None:
             hue = self.hue + self.rng.normal(0, 0.06) if self.rng.random() < 0.5 else self.rng.random()
         r, g, b = colorsys.hsv_to_rgb(hue % 1, self.rng.uniform(*saturation), self.rng.uniform(*value))
         return r**2.2, g**2.2, b**2.2
 
-    def make(self, pattern: str, colors: tuple[Color, ...], scale: Range | float = 0.3, gloss=0.0, glow=0.0) -> Material:
+    def make(
+        self, pattern: str, colors: tuple[Color, ...], scale: Range | float = 0.3, gloss=0.0, glow=0.0
+    ) -> Material:
         """A material with noise of its own, and a scale from a range."""
-        size = scale if isinstance(scale, float) else float(self.rng.uniform(*scale))
+        size = float(self.rng.uniform(*scale)) if isinstance(scale, tuple) else scale
         return Material(pattern, colors, size, gloss, glow, int(self.rng.integers(1000)))
 
     def timber(self, width: float | None = None) -> Material:
@@ -208,7 +228,9 @@ class Palette:
         pattern = str(self.rng.choice(["plain", "carpet", "carpet", "stripes", "checker"]))
         return self.make(pattern, (self.color(), self.color()), (0.08, 0.3))
 
-    def paint(self, saturation: Range = (0.0, 0.7), value: Range = (0.2, 0.95), gloss: float = 0.15) -> Material:
+    def paint(
+        self, saturation: Range = (0.0, 0.7), value: Range = (0.2, 0.95), gloss: float = 0.15
+    ) -> Material:
         """Lacquer or plastic."""
         return self.make("plain", (self.color(saturation, value),), gloss=gloss)
 
@@ -249,7 +271,8 @@ class Palette:
     def wall(self) -> Material:
         """Paint mostly; some wallpaper, brick and wood."""
         kind = self.rng.choice(["plaster", "stripes", "bricks", "boards"], p=[0.76, 0.12, 0.06, 0.06])
-        base = self.color((0.0, 0.35), (0.55, 0.93))
+        hue = self.rng.choice([self.rng.normal(0.1, 0.03), self.rng.uniform(0.2, 0.65), self.rng.random()])
+        base = self.color((0.0, 0.3), (0.55, 0.93), float(hue))
         if kind == "boards":
             return self.timber(0.14)
         if kind == "stripes":

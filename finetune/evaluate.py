@@ -1,0 +1,167 @@
+"""Evaluate a depth model on RGB-D pairs under a named protocol.
+
+    python finetune/evaluate.py --model RUN/model --data.root NYU --data.list nyu_val.txt --output results.json
+
+Prints a table and writes it, with every setting and the metrics of every image, to the output file.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from finetune.depth_data import open_depth_data
+from finetune.figures import save_figure, triptychs
+from finetune.inference import chosen_device, score, summary, transform_of
+from finetune.metrics import write_results
+from finetune.model import load_depth_model
+from finetune.protocols import get_protocol
+from spark.config import parse_config, require
+
+COLUMNS = {
+    "delta1": ("δ1", "↑"),
+    "delta2": ("δ2", "↑"),
+    "delta3": ("δ3", "↑"),
+    "abs_rel": ("AbsRel", "↓"),
+    "sq_rel": ("SqRel [m]", "↓"),
+    "rmse": ("RMSE [m]", "↓"),
+    "rmse_log": ("RMSE log", "↓"),
+    "log10": ("log10", "↓"),
+    "silog": ("SILog", "↓"),
+}
+
+
+@dataclass
+class EvaluationDataConfig:
+    """Data: the pairs to score on.
+
+    Attributes:
+        root: folder that the list's entries are relative to, or the folder or path of nyu_depth_v2_labeled.mat.
+        list: list of the pairs, a path or a name inside root; null scores on the labelled file.
+        split: official split of the labelled file.
+        depth: depth of the labelled file to score against; null is what the protocol stands on.
+        black_border: paint the white border of the labelled NYU images black, as the published test images have it.
+        workers: processes that read pairs.
+    """
+
+    root: str
+    list: str | None = None
+    split: Literal["train", "test"] = "test"
+    depth: Literal["raw", "filled"] | None = None
+    black_border: bool = False
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+
+
+@dataclass
+class EvaluationConfig:
+    """Evaluation: model, protocol and outputs.
+
+    Attributes:
+        model: folder of a depth model, such as OUTPUT_DIR/model of a training run.
+        data: the pairs to score on.
+        output: JSON file for the results.
+        protocol: name of the evaluation protocol.
+        flip_average: average predictions with those of the mirror image; null is the protocol's own choice.
+        image_size: size [height, width] in pixels at which the model sees an image; null is the size it was trained
+            at.
+        batch_size: images of one forward.
+        figures: folder for triptychs of input, ground truth and prediction; null draws none.
+        triptychs: how many images are drawn, spread evenly over the data.
+        device: where to compute; auto takes a GPU if there is one.
+    """
+
+    model: str
+    data: EvaluationDataConfig
+    output: str
+    protocol: str = "nyu-bts"
+    flip_average: bool | None = None
+    image_size: tuple[int, int] | None = None
+    batch_size: int = 8
+    figures: str | None = None
+    triptychs: int = 8
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        require(self.triptychs >= 1, "triptychs", self.triptychs, "at least 1")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status: 0, or 2 for a user error."""
+    config = parse_config(EvaluationConfig, argv, __doc__ or "")
+    try:
+        evaluate(config)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def evaluate(config: EvaluationConfig) -> dict[str, Any]:
+    """Score the model, print the table, write results and figures; returns the results."""
+    console = Console()
+    protocol = get_protocol(config.protocol, flip_average=config.flip_average)
+    model = load_depth_model(config.model).to(chosen_device(config.device))
+    data = open_depth_data(
+        config.data.root,
+        config.data.list,
+        config.data.split,
+        depth=config.data.depth or protocol.depth,
+        black_border=config.data.black_border,
+    )
+    console.print(f"{data}", highlight=False, markup=False)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("scored", total=len(data))
+        results, rows = score(
+            model,
+            data,
+            protocol,
+            transform_of(model, config.image_size),
+            batch_size=config.batch_size,
+            workers=config.data.workers,
+            draw=config.triptychs if config.figures else 0,
+            progress=lambda images: bar.advance(task, images),
+        )
+    write_results(config.output, {**results, "model": str(config.model), "data": repr(data)})
+    print_results(console, results, protocol.expected_images)
+    console.print(f"written to {config.output}", highlight=False, markup=False)
+    if config.figures:
+        figure = triptychs(
+            rows, f"{protocol.name}   {results['images']} images   {summary(results['metrics'])}"
+        )
+        path = save_figure(figure, Path(config.figures) / "triptychs.png")
+        console.print(f"drawn in {path}", highlight=False, markup=False)
+    return results
+
+
+def print_results(console: Console, results: dict[str, Any], expected_images: int | None) -> None:
+    """Print the metrics as a table, and below it whatever makes them less than the protocol's full measurement."""
+    settings = results["settings"]
+    title = f"{results['protocol']}{', flip average' if settings['flip_average'] else ''}: {results['images']} images"
+    table = Table(title=title, title_justify="left")
+    for heading, better in COLUMNS.values():
+        table.add_column(f"{heading} {better}", justify="right")
+    table.add_row(*(f"{results['metrics'][name]:.3f}" for name in COLUMNS))
+    console.print(table)
+    if expected_images is not None and results["images"] != expected_images:
+        console.print(
+            f"the official list of this protocol has {expected_images} images: published numbers stand on those"
+        )
+    if results["skipped"]:
+        console.print(f"{len(results['skipped'])} images without a pixel that counts were left out")
+    if results["nonfinite_pixels"]:
+        console.print(
+            f"{results['nonfinite_pixels']} predicted pixels, in {results['nonfinite_images']} images, were not finite"
+            " and scored as the nearest or farthest depth"
+        )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

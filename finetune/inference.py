@@ -1,0 +1,139 @@
+"""From images to depth, and from a data set to scores: what validation, evaluation and prediction share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from finetune.depth_data import DepthFileError, DepthSample, EvalTransform
+from finetune.figures import Triptych
+from finetune.model import DepthModel
+from finetune.protocols import Protocol, ProtocolEvaluator, merge_flipped
+
+
+def transform_of(model: DepthModel, image_size: tuple[int, int] | None = None) -> EvalTransform:
+    """The image preparation that a model asks for, at its own size unless another (H, W) is given."""
+    size = image_size or model.image_size
+    if size is None:
+        raise ValueError(
+            "the model does not record an image_size: say at which size [height, width] it is to see images."
+        )
+    return EvalTransform(size, model.mean, model.std)
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device of an option auto, cpu or cuda; ValueError if there is no GPU to choose."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for, but torch sees no GPU here: use auto or cpu.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+@torch.inference_mode()
+def predict_depth(model: DepthModel, images: Tensor, protocol: Protocol | None = None) -> np.ndarray:
+    """Predict depth for images [B, 3, H, W] in evaluation mode; the model returns to the mode it was in.
+
+    Args:
+        model: On any device; the images are moved to it.
+        images: Normalised as the model expects.
+        protocol: Averages with the prediction of the mirror image where this protocol says so.
+
+    Returns:
+        Depth [B, H, W] [m], float32, or float64 where two predictions were averaged.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        images = images.to(next(model.parameters()).device)
+        depth = _depth(model, images)
+        if protocol is not None and protocol.flip_average:
+            mirrored = _depth(model, images.flip(-1))
+            depth = np.stack([merge_flipped(protocol, *pair) for pair in zip(depth, mirrored, strict=True)])
+    finally:
+        model.train(was_training)
+    return depth
+
+
+def _depth(model: DepthModel, images: Tensor) -> np.ndarray:
+    return model(images).depth[:, 0].float().cpu().numpy()
+
+
+def score(
+    model: DepthModel,
+    data: Dataset[DepthSample],
+    protocol: Protocol,
+    transform: EvalTransform,
+    *,
+    batch_size: int = 8,
+    workers: int = 0,
+    draw: int = 0,
+    progress: Callable[[int], Any] | None = None,
+) -> tuple[dict[str, Any], list[Triptych]]:
+    """Evaluate a model on RGB-D pairs.
+
+    Every image is resized to the size of `transform`, predicted, and handed to the protocol, which resizes the
+    prediction to the ground truth. Images without a pixel that counts are left out and listed in the results.
+
+    Args:
+        model: The model.
+        data: Pairs with their ground truth at its native size.
+        protocol: What counts and how, flip averaging included.
+        transform: Size and normalisation that the model was trained with.
+        batch_size: Images of one forward.
+        workers: Processes that read pairs.
+        draw: How many images to return for drawing, spread evenly over the data.
+        progress: Called with the number of images of each batch done.
+
+    Returns:
+        The results as `ProtocolEvaluator.results` has them, with the `image_size` that the model saw, and the
+        triptychs.
+
+    Raises:
+        ValueError: A pair cannot be read (leaving it out would change what is measured), or no image has a valid
+            pixel.
+    """
+    evaluator = ProtocolEvaluator(protocol, skip_empty=True)
+    count = len(data)  # type: ignore[arg-type]
+    drawn = set(np.linspace(0, count - 1, min(draw, count)).round().astype(int).tolist())
+    rows: list[Triptych] = []
+    loader = DataLoader(_Prepared(data, transform), batch_size, num_workers=workers, collate_fn=list)
+    done = 0
+    for pairs in loader:
+        for pair in pairs:
+            if isinstance(pair, DepthFileError):
+                raise pair
+        predictions = predict_depth(model, torch.stack([image for _, image in pairs]), protocol)
+        for (sample, _), prediction in zip(pairs, predictions, strict=True):
+            row = evaluator.add(sample.name, prediction, sample.depth)
+            if done in drawn:
+                caption = summary(row) if row else "no pixel of the ground truth counts"
+                rows.append(Triptych(sample.image, sample.depth, prediction, sample.name, caption))
+            done += 1
+        if progress is not None:
+            progress(len(pairs))
+    return {**evaluator.results(), "image_size": list(transform.image_size)}, rows
+
+
+def summary(metrics: dict[str, float]) -> str:
+    """The three numbers that the field quotes, in one line."""
+    return f"delta1 {metrics['delta1']:.3f}   AbsRel {metrics['abs_rel']:.3f}   RMSE {metrics['rmse']:.3f} m"
+
+
+class _Prepared(Dataset):
+    """Pairs with their network input; an unreadable pair comes as its error (raised in a worker it is a
+    traceback)."""
+
+    def __init__(self, data: Dataset[DepthSample], transform: EvalTransform) -> None:
+        self.data, self.transform = data, transform
+
+    def __len__(self) -> int:
+        return len(self.data)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[DepthSample, Tensor] | DepthFileError:
+        try:
+            sample = self.data[index]
+            return sample, self.transform(sample)["image"]
+        except DepthFileError as error:
+            return error

@@ -1,0 +1,204 @@
+"""finetune/predict.py on good, odd and broken images."""
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from finetune import DepthModel
+from finetune.predict import fitted_size, main, output_stems, predict_image, to_millimetres
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    depth_model = DepthModel("test_resnet", decoder_channels=(16, 16, 8, 8, 8), image_size=(48, 64))
+    return depth_model.save(tmp_path_factory.mktemp("run") / "model")
+
+
+def photo(path: Path, height: int = 30, width: int = 40, seed: int = 0, **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def run(model: Path, source: Path, output: Path, *more: str) -> int:
+    return main(
+        ["--model", str(model), "--input", str(source), "--output", str(output), "--device", "cpu", *more]
+    )
+
+
+def test_one_image(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = photo(tmp_path / "room.jpg", 37, 61)
+    assert run(model, source, tmp_path / "out") == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "predictions.json",
+        "room.npy",
+        "room_colour.png",
+        "room_mm.png",
+    ]
+    depth = np.load(tmp_path / "out" / "room.npy")
+    assert depth.dtype == np.float32
+    assert depth.shape == (37, 61)
+    assert ((depth > 0) & (depth < 10)).all()
+    millimetres = cv2.imread(str(tmp_path / "out" / "room_mm.png"), cv2.IMREAD_UNCHANGED)
+    assert millimetres is not None
+    assert millimetres.dtype == np.uint16
+    np.testing.assert_array_equal(millimetres, np.rint(depth.astype(np.float64) * 1000))
+    report = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert report["colour_range_m"] == [0.0, 10.0]
+    assert report["predicted"][0]["size"] == [37, 61]
+    assert report["failed"] == []
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "1 of 1 images predicted" in printed
+    assert "from 0 to 10 m" in printed
+
+
+def test_folder_keeps_subfolders_and_names_apart(model: Path, tmp_path: Path) -> None:
+    source = tmp_path / "photos"
+    for number, name in enumerate(("a/x.png", "b/x.png", "x.png", "x.jpg", "b/deep/y.png")):
+        photo(source / name, seed=number)
+    assert run(model, source, tmp_path / "out") == 0
+    arrays = sorted(
+        path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.npy")
+    )
+    assert arrays == ["a/x.npy", "b/deep/y.npy", "b/x.npy", "x.jpg.npy", "x.png.npy"]
+    one, two = (np.load(tmp_path / "out" / name) for name in ("a/x.npy", "b/x.npy"))
+    assert not np.array_equal(one, two)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "photos"]
+
+
+def test_output_inside_input_is_not_read_again(model: Path, tmp_path: Path) -> None:
+    photo(tmp_path / "photos" / "x.png")
+    for _ in range(2):
+        assert run(model, tmp_path / "photos", tmp_path / "photos" / "depth") == 0
+    assert len(list((tmp_path / "photos" / "depth").rglob("*.npy"))) == 1
+
+
+def test_names_that_no_dropping_of_extensions_keeps_apart(tmp_path: Path) -> None:
+    for name in ("a.jpg", "a.png", "a.jpg.png"):
+        photo(tmp_path / "photos" / name)
+    stems = output_stems(tmp_path / "photos", tmp_path / "out")
+    assert sorted(stems.values()) == ["a.jpg", "a.jpg.png", "a.png"]
+
+
+def test_a_list_with_paths_upward_stays_inside_the_output(model: Path, tmp_path: Path) -> None:
+    photo(tmp_path / "far" / "x.png")
+    photo(tmp_path / "near" / "here" / "x.png")
+    source = tmp_path / "near" / "list.txt"
+    source.write_text(f"here/x.png\n../far/x.png\n{tmp_path}/far/../far/x.png\n")
+    assert run(model, source, tmp_path / "out") == 0
+    names = sorted(
+        path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.npy")
+    )
+    assert names == ["far/x.npy", "near/here/x.npy"]
+
+
+def test_broken_images_are_skipped_and_named(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "photos"
+    photo(source / "good.png")
+    whole = photo(source / "cut.jpg", 200, 200).read_bytes()
+    (source / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (source / "words.png").write_text("no image")
+    (source / "empty.png").touch()
+    assert run(model, source, tmp_path / "out") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "1 of 4 images predicted" in printed
+    for name in ("cut.jpg", "words.png", "empty.png"):
+        assert f"{name}:" in printed
+    assert len(list((tmp_path / "out").rglob("*.npy"))) == 1
+    assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())["failed"]) == 3
+
+
+def test_all_broken_is_a_failure(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "words.png").write_text("no image")
+    assert run(model, tmp_path / "words.png", tmp_path / "out") == 1
+
+
+def test_exif_orientation_and_odd_modes(model: Path, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright: 90 degrees clockwise to see it right
+    photo(tmp_path / "photos" / "upright.jpg", 30, 40, exif=exif)
+    Image.fromarray(np.full((20, 30), 128, np.uint8)).save(tmp_path / "photos" / "grey.png")
+    Image.fromarray(np.zeros((20, 30, 4), np.uint8)).save(tmp_path / "photos" / "transparent.png")
+    Image.fromarray(np.full((1, 1, 3), 9, np.uint8)).save(tmp_path / "photos" / "dot.png")
+    assert run(model, tmp_path / "photos", tmp_path / "out") == 0
+    shapes = {path.stem: np.load(path).shape for path in (tmp_path / "out").rglob("*.npy")}
+    assert shapes == {"upright": (40, 30), "grey": (20, 30), "transparent": (20, 30), "dot": (1, 1)}
+
+
+def test_options(model: Path, tmp_path: Path) -> None:
+    source = photo(tmp_path / "x.png")
+    assert run(model, source, tmp_path / "out") == 0
+    assert run(model, source, tmp_path / "flip", "--flip_average", "true", "--colour_far", "5") == 0
+    plain, flipped = (np.load(tmp_path / name / "x.npy") for name in ("out", "flip"))
+    assert flipped.dtype == np.float32
+    assert not np.array_equal(plain, flipped)
+    report = json.loads((tmp_path / "flip" / "predictions.json").read_text())
+    assert report["colour_range_m"] == [0.0, 5.0]
+
+
+def test_flip_average_of_an_image_and_its_mirror_agree(model: Path) -> None:
+    from finetune import load_depth_model
+
+    depth_model = load_depth_model(model)
+    image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    one = predict_image(depth_model, image, flip_average=True)
+    other = predict_image(depth_model, np.ascontiguousarray(image[:, ::-1]), flip_average=True)
+    np.testing.assert_allclose(one, other[:, ::-1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("image", "wanted", "expected"),
+    [
+        ((480, 640), (144, 192), (144, 192)),
+        ((481, 640), (144, 192), (144, 192)),
+        ((640, 480), (144, 192), (192, 144)),
+        ((1080, 1920), (144, 192), (108, 192)),
+        ((10, 10000), (144, 192), (1, 192)),
+        ((1, 1), (144, 192), (192, 192)),
+    ],
+)
+def test_proportions_are_kept(
+    image: tuple[int, int], wanted: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    assert fitted_size(image, wanted) == expected
+
+
+def test_millimetres_saturate_and_say_so() -> None:
+    depth = np.array([[0.0004, 0.0006, 1.2343, 65.534, 65.535, 70.0, np.nan]], np.float32)
+    millimetres, saturated = to_millimetres(depth)
+    assert millimetres.tolist() == [[0, 1, 1234, 65534, 65535, 65535, 0]]
+    assert saturated == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--input", "{tmp}/clip.mp4"], "is a video"),
+        (["--input", "{tmp}/nothing"], "there is no image folder"),
+        (["--input", "{tmp}/empty"], "no image in"),
+        (["--model", "{tmp}"], "is not a depth model"),
+        (["--colour_far", "0"], "colour_near must be"),
+        (["--input", "{tmp}/x.png", "--output", "{tmp}/x.png"], "x.png"),
+    ],
+)
+def test_user_errors_are_sentences(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    photo(tmp_path / "x.png")
+    (tmp_path / "clip.mp4").touch()
+    (tmp_path / "empty").mkdir()
+    given = [argument.format(tmp=tmp_path) for argument in arguments]
+    assert run(model, tmp_path / "x.png", tmp_path / "out", *given) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ")
+    assert message in errors
+    assert "Traceback" not in errors
