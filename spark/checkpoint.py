@@ -23,7 +23,8 @@ from torch.optim import Optimizer
 
 from spark.export import STATE, WEIGHTS, architecture, load_encoder, read_encoder, save_encoder
 from spark.folders import whole_folder, write_tensors
-from spark.official import KeyReport, fit, load_official, read_torch_file
+from spark.keys import KeyReport, fit
+from spark.official import load_official, read_torch_file
 
 __all__ = [
     "KeyReport",
@@ -276,9 +277,11 @@ def _optimizer_difference(state: dict[str, Any], optimizer: Optimizer) -> str:
         return f"{len(theirs)} parameter groups, here there are {len(ours)}"
     for index, (there, here) in enumerate(zip(theirs, ours, strict=True)):
         label = here.get("name", f"number {index}")
+        if there.get("name") != here.get("name"):
+            return f"group number {index} is {there.get('name')}, here {label}"
         if len(there["params"]) != len(here["params"]):
             return f"group {label} has {len(there['params'])} parameters, here {len(here['params'])}"
-        for option in ("name", "lr_scale", "weight_decay_scale", "betas", "eps", "momentum"):
+        for option in ("lr_scale", "weight_decay_scale", "betas", "eps", "momentum"):
             before, now = there.get(option), here.get(option)
             if before != now and not (isinstance(before, list | tuple) and list(before) == list(now or ())):
                 return f"group {label} has {option} {before}, here {now}"

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from spark.encoder import build_encoder
 from spark.folders import whole_folder, write_tensors
+from spark.keys import KeyReport
 from spark.official import (
-    KeyReport,
+    first_convolution,
     fit_encoder,
     input_channels,
     read_torch_file,
@@ -41,6 +42,9 @@ WEIGHTS = "model.safetensors"
 STATE = "state.pt"
 
 _NOT_ARCHITECTURE = (
+    "features_only",
+    "out_indices",
+    "feature_cls",
     "num_classes",
     "global_pool",
     "drop_rate",
@@ -49,9 +53,9 @@ _NOT_ARCHITECTURE = (
     "pretrained_cfg_overlay",
     "pretrained_strict",
 )
-"""Options of `timm.create_model` that are not part of an export: recorded elsewhere, or a matter of training."""
+"""Options of `timm.create_model` that are not part of an export: recorded elsewhere, or a matter of use."""
 
-_PREPROCESSING = ("interpolation", "crop_pct", "crop_mode", "fixed_input_size", "first_conv", "classifier")
+_PREPROCESSING = ("interpolation", "crop_pct", "crop_mode", "fixed_input_size", "classifier")
 """Entries of a timm model's `pretrained_cfg` that stay true of other weights."""
 
 
@@ -141,6 +145,7 @@ def _encoder_config(
         "pretrained_cfg": {
             **{key: known[key] for key in _PREPROCESSING if key in known},
             **{name: list(values) for name, values in statistics.items()},
+            "first_conv": first_convolution(encoder),
             "input_size": [channels, height, width],
             "pool_size": None,
             "num_classes": classes,
@@ -255,7 +260,11 @@ def read_encoder(
     encoder = build_encoder(found.name, **found.options)
     report = fit_encoder(found.tensors, encoder, source=found.label, name=found.name, ignored=found.ignored)
     height, width = found.preparation.get("input_size", timm_config(encoder)["input_size"][1:])
-    preparation = {**found.preparation, "input_size": (channels, height, width)}
+    preparation = {
+        **found.preparation,
+        "input_size": (channels, height, width),
+        "first_conv": first_convolution(encoder),
+    }
     if features_only or timm_kwargs or in_chans not in (None, channels):
         # timm itself wraps and adapts: the weights go in as if they were its published ones
         weights = {"state_dict": encoder.state_dict(), "num_classes": 0, "label_offset": None}
@@ -273,10 +282,10 @@ def read_encoder(
 
 
 def _create(name: str, **options: Any) -> nn.Module:
-    """`timm.create_model`, with an option that the model does not have as a ValueError."""
+    """`timm.create_model`, with options that the model or its weights cannot follow as a ValueError."""
     try:
         return timm.create_model(name, **options)
-    except TypeError as error:
+    except (TypeError, RuntimeError) as error:
         raise ValueError(f"timm model {name!r} does not accept these options: {error}") from error
 
 

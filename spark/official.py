@@ -16,7 +16,7 @@ import logging
 import pickle
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from timm.models.convnext import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from spark.encoder import pyramid_info, unreached_parameters
+from spark.keys import KeyReport, fit, some
 from spark.model import SparK
 
 logger = logging.getLogger(__name__)
@@ -73,53 +74,6 @@ _RENAMES = tuple(
 
 
 @dataclass
-class KeyReport:
-    """What became of every tensor when weights were loaded.
-
-    Attributes:
-        source: Where the weights came from.
-        loaded: Names that were filled from the file.
-        missing: Names the file lacks; they keep their initial values.
-        unexpected: Names in the file that the model lacks.
-        mismatched: (name, shape in the file, shape in the model).
-        ignored: (name in the file, why it is not wanted).
-    """
-
-    source: str = ""
-    loaded: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
-    ignored: list[tuple[str, str]] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        """One line a kind of key; kinds without keys are left out."""
-        lines = [f"{self.source}: {len(self.loaded)} tensors loaded"]
-        if self.missing:
-            lines.append(
-                f"  missing, left at their initial values ({len(self.missing)}): {_some(self.missing)}"
-            )
-        if self.unexpected:
-            lines.append(f"  unexpected ({len(self.unexpected)}): {_some(self.unexpected)}")
-        if self.mismatched:
-            shapes = [
-                f"{name} {list(there)} in the file, {list(here)} here"
-                for name, there, here in self.mismatched
-            ]
-            lines.append(f"  of another shape ({len(shapes)}): {_some(shapes, '; ')}")
-        for reason in dict.fromkeys(reason for _, reason in self.ignored):
-            names = [name for name, why in self.ignored if why == reason]
-            lines.append(f"  ignored, {reason} ({len(names)}): {_some(names)}")
-        return "\n".join(lines)
-
-
-def _some(names: list[str], separator: str = ", ", count: int = 4) -> str:
-    """The first few, and how many more there are."""
-    more = f"{separator}and {len(names) - count} more" if len(names) > count else ""
-    return separator.join(names[:count]) + more
-
-
-@dataclass
 class Weights:
     """The weights of a file, sorted by what they belong to.
 
@@ -147,6 +101,19 @@ def timm_config(encoder: nn.Module) -> dict[str, Any]:
     """A timm model's `pretrained_cfg`, to read and to change; empty for any other network."""
     config: Any = getattr(encoder, "pretrained_cfg", None)
     return config if isinstance(config, dict) else {}
+
+
+def first_convolution(encoder: nn.Module) -> str | list[str] | None:
+    """Name of the convolution that reads the image.
+
+    timm's own note of it goes first (some models have several), unless an option such as `stem_type` made it untrue.
+    """
+    noted = timm_config(encoder).get("first_conv")
+    names = [noted] if isinstance(noted, str) else list(noted or ())
+    parameters = dict(encoder.named_parameters())
+    if names and all(f"{name}.weight" in parameters for name in names):
+        return noted
+    return next((key.removesuffix(".weight") for key, p in parameters.items() if p.ndim == 4), None)
 
 
 def input_channels(encoder: nn.Module) -> int:
@@ -212,9 +179,7 @@ def read_weights(path: str | Path) -> Weights:
 
     tensors = {str(key): value for key, value in entries.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise ValueError(
-            f"{source} holds no tensors; its entries are: {_some([str(key) for key in entries])}"
-        )
+        raise ValueError(f"{source} holds no tensors; its entries are: {some([str(key) for key in entries])}")
     if all(key.startswith("module.") for key in tensors):  # saved from a DistributedDataParallel wrapper
         tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
     ignored = [(str(key), "not a tensor") for key, value in entries.items() if not isinstance(value, Tensor)]
@@ -299,79 +264,6 @@ def timm_name(weights: Weights, model_name: str | None = None) -> str:
 
 def _without(shapes: Mapping[str, tuple[int, ...]], prefixes: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
     return {key: shape for key, shape in shapes.items() if not key.startswith(prefixes)}
-
-
-def fit(
-    tensors: Mapping[str, Tensor],
-    model: nn.Module,
-    *,
-    source: str,
-    name: str,
-    advice: str,
-    optional: Collection[str] = (),
-    ignored: Collection[tuple[str, str]] = (),
-) -> KeyReport:
-    """Load tensors into a model whose every needed tensor they must hold, all or nothing.
-
-    Args:
-        tensors: Under the names of the model. A shape may differ by axes of length 1 (a linear layer as a 1x1
-            convolution).
-        model: Filled in place, if the tensors fit.
-        source: Where the tensors came from, for messages.
-        name: What the model is, for messages.
-        advice: What to do about tensors that do not fit, for messages.
-        optional: Names of parameters that may be missing, with all else of their module, and then keep their
-            initial values.
-        ignored: (name, reason) of what was left out before.
-
-    Raises:
-        ValueError: The tensors are those of another architecture; the first differences are named.
-    """
-    own = model.state_dict()
-    report = KeyReport(source, ignored=list(ignored))
-    state: dict[str, Tensor] = {}
-    for key, value in tensors.items():
-        if key not in own:
-            report.unexpected.append(key)
-        elif _squeezed(value) != _squeezed(own[key]):
-            report.mismatched.append((key, tuple(value.shape), tuple(own[key].shape)))
-        else:
-            state[key] = value.reshape(own[key].shape)
-            report.loaded.append(key)
-    report.missing = [key for key in own if key not in tensors]
-    unneeded = {_module_of(key) for key in optional}
-    needed = [
-        key
-        for key in report.missing
-        if _module_of(key) not in unneeded and not key.endswith(".num_batches_tracked")
-    ]
-    if needed or report.unexpected or report.mismatched:
-        wrong = []
-        if needed:
-            wrong.append(f"{len(needed)} tensors are missing in the file ({_some(needed)})")
-        if report.unexpected:
-            wrong.append(f"{len(report.unexpected)} are not in the model ({_some(report.unexpected)})")
-        if report.mismatched:
-            shapes = [
-                f"{key}: {list(there)} in the file, {list(here)} here"
-                for key, there, here in report.mismatched
-            ]
-            wrong.append(f"{len(shapes)} have another shape ({_some(shapes, '; ')})")
-        raise ValueError(
-            f"{source} does not fit {name}: {', '.join(wrong)}. It was made by another architecture. {advice}"
-        )
-    model.load_state_dict(state, strict=False)
-    return report
-
-
-def _module_of(key: str) -> str:
-    """Name of the module that a parameter or buffer belongs to."""
-    return key.rpartition(".")[0]
-
-
-def _squeezed(tensor: Tensor) -> list[int]:
-    """Shape without axes of length 1."""
-    return [size for size in tensor.shape if size != 1]
 
 
 def fit_encoder(

@@ -95,7 +95,7 @@ class StreamSampler(Sampler[list[tuple[int, int]]]):
         """Order of the data set in one pass: [num_samples] int64."""
         if not self.shuffle:
             return torch.arange(self.num_samples)
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, 2))
         return torch.randperm(self.num_samples, generator=generator)
 
 

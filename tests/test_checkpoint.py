@@ -1,13 +1,14 @@
 """Run checkpoints, exported encoders, and the files of SparK's official code, rebuilt here from their description."""
 
 import errno
-import importlib.util
 import json
 import logging
 import os
 import resource
+import runpy
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -28,7 +29,7 @@ from spark.checkpoint import (
 from spark.encoder import build_encoder, pyramid
 from spark.folders import whole_folder
 from spark.model import SparK
-from spark.official import Weights, timm_name
+from spark.official import Weights, timm_config, timm_name
 from spark.optim import build_optimizer, parameter_groups
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -162,8 +163,8 @@ def training_file(state, arch, input_size=224):
     }
 
 
-ATTO = {"dims": (40, 80, 160, 320), "depths": (2, 2, 6, 2)}
-NET18 = {"depths": (2, 2, 2, 2)}
+ATTO: dict[str, Any] = {"dims": (40, 80, 160, 320), "depths": (2, 2, 6, 2)}
+NET18: dict[str, Any] = {"depths": (2, 2, 2, 2)}
 
 
 def same(a, b):
@@ -226,7 +227,7 @@ def test_official_convnext(written, kind):
     if kind in ("training", "spark_style"):
         assert {("config", "not a tensor"), ("imn_m", "unused buffer")} <= set(report.ignored)
         assert len(report.ignored) == len(full) - len(state)
-    assert encoder.pretrained_cfg["mean"] == IMAGENET[0]
+    assert timm_config(encoder)["mean"] == IMAGENET[0]
 
 
 def test_official_resnet_lands_under_the_same_names(written):
@@ -234,7 +235,7 @@ def test_official_resnet_lands_under_the_same_names(written):
     encoder, report = read_encoder(written(training_file(state | affine("fc", 10, 512), "resnet18", 384)))
     assert same(encoder.state_dict(), state)
     assert report.missing == []
-    assert encoder.pretrained_cfg["input_size"] == (3, 384, 384)
+    assert timm_config(encoder)["input_size"] == (3, 384, 384)
 
 
 def test_missing_keys_are_logged(written, caplog):
@@ -298,7 +299,7 @@ def test_official_encoder_with_other_channels(written, features_only):
         encoder.state_dict()["conv1.weight"], state["conv1.weight"].sum(1, keepdim=True)
     )
     assert same({**encoder.state_dict(), "conv1.weight": state["conv1.weight"]}, state)
-    assert "state_dict" not in encoder.pretrained_cfg
+    assert "state_dict" not in timm_config(encoder)
 
 
 def test_features_only_of_an_official_convnext(written):
@@ -437,7 +438,7 @@ def test_load_official_with_something_missing(written):
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "efficientnet_lite0"])
 def test_export_is_read_by_timm_alone(tmp_path, name):
-    encoder = build_encoder(name, drop_path=0.1).eval()
+    encoder: Any = build_encoder(name, drop_path=0.1).eval()
     for buffer in (b for b in encoder.buffers() if b.is_floating_point()):
         nn.init.uniform_(buffer, 0.5, 1.5)
     encoder = encoder.to(memory_format=torch.channels_last)  # safetensors refuses such tensors as they are
@@ -448,8 +449,8 @@ def test_export_is_read_by_timm_alone(tmp_path, name):
     again = timm.create_model(source, pretrained=True).eval()
     assert same(again.state_dict(), encoder.state_dict())
     torch.testing.assert_close(again(images), encoder(images))
-    assert (again.pretrained_cfg["mean"], again.pretrained_cfg["std"]) == tuple(map(list, IMAGENET))
-    assert tuple(again.pretrained_cfg["input_size"]) == (3, 96, 128)
+    assert (timm_config(again)["mean"], timm_config(again)["std"]) == tuple(map(list, IMAGENET))
+    assert tuple(timm_config(again)["input_size"]) == (3, 96, 128)
 
     features = timm.create_model(source, pretrained=True, features_only=True).eval()(images)
     for ours, theirs in zip(
@@ -465,7 +466,7 @@ def test_load_encoder_of_an_export(tmp_path):
     folder = save_encoder(encoder, tmp_path / "encoder", *IMAGENET, input_size=64)
     again, report = read_encoder(folder, drop_path_rate=0.2)
     assert same(again.state_dict(), encoder.state_dict())
-    assert (again.pretrained_cfg["mean"], again.pretrained_cfg["input_size"]) == (IMAGENET[0], (3, 64, 64))
+    assert (timm_config(again)["mean"], timm_config(again)["input_size"]) == (IMAGENET[0], (3, 64, 64))
     assert report.missing == report.ignored == []
     assert same(load_encoder(f"local-dir:{folder}").state_dict(), encoder.state_dict())
     assert (
@@ -505,7 +506,7 @@ def test_what_cannot_be_exported(tmp_path):
     with pytest.raises(ValueError, match=r"not timm's test_convnext as it comes.*features_only wrapper"):
         save_encoder(load_encoder("test_convnext", features_only=True), tmp_path / "e")
     with pytest.raises(ValueError, match=r"act_layer=.*a config\.json cannot hold"):
-        save_encoder(build_encoder("test_resnet", act_layer=nn.GELU), tmp_path / "e")
+        save_encoder(build_encoder("test_resnet", act_layer=nn.SiLU), tmp_path / "e")
     assert not (tmp_path / "e").exists()
 
 
@@ -593,7 +594,9 @@ def test_resuming_is_exact(tmp_path, name):
     expected = train(model, optimizer, range(3, 8))
 
     again = training(name, seed=1)
-    state = load_run(find_run(tmp_path, True), model=again[0], optimizer=again[1])
+    newest = find_run(tmp_path, True)
+    assert newest == path
+    state = load_run(newest, model=again[0], optimizer=again[1])
     assert torch.equal(state.pop("t"), torch.arange(3))
     assert state == {"step": 3} | {key: extra[key] for key in ("images", "best", "log", "config")}
     assert train(*again, range(3, 8)) == expected
@@ -613,8 +616,8 @@ def test_spark_resumes_and_is_read_as_an_encoder(tmp_path):
 
     encoder, report = read_encoder(path)
     assert same(encoder.state_dict(), model.encoder.state_dict())
-    assert encoder.pretrained_cfg["mean"] == (0.1, 0.2, 0.3)
-    assert encoder.pretrained_cfg["input_size"] == (3, 64, 96)
+    assert timm_config(encoder)["mean"] == (0.1, 0.2, 0.3)
+    assert timm_config(encoder)["input_size"] == (3, 64, 96)
     assert ("decoder.head.weight", "not part of the encoder") in report.ignored
 
 
@@ -724,7 +727,10 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="will not be replaced"), whole_folder(tmp_path / "file", ["a"]):
         pass
-    with pytest.raises(OSError, match="Not a directory"), whole_folder(tmp_path / "file" / "x", ["a"]):
+    with (
+        pytest.raises(OSError, match=r"was not written: (Not a directory|File exists)"),
+        whole_folder(tmp_path / "file" / "x", ["a"]),
+    ):
         pass
 
 
@@ -743,7 +749,7 @@ def test_a_checkpoint_of_another_run_is_refused_whole(tmp_path):
     cases = {
         "Lamb, here it is AdamW": training("adamw"),
         r"group model/decay has betas \(0.9, 0.95\), here \(0.9, 0.999\)": training(betas=(0.9, 0.999)),
-        r"have another shape \(body.0.weight: \[4, 3, 3, 3\] in the file, \[8, 3, 3, 3\] here.*config.yaml": training(
+        r"have another shape \(body\.0\.weight: \[4, 3, 3, 3\] in the file, \[8, 3, 3, 3\] here.*config.yaml": training(
             width=8
         ),
     }
@@ -755,7 +761,7 @@ def test_a_checkpoint_of_another_run_is_refused_whole(tmp_path):
         assert not other_optimizer.state
     frozen = Net()
     frozen.body[0].requires_grad_(False)
-    with pytest.raises(ValueError, match="group model/decay has 2 parameters, here 1"):
+    with pytest.raises(ValueError, match="group number 0 is model/decay, here model/no_decay"):
         load_run(path, model=frozen, optimizer=build_optimizer("lamb", parameter_groups(frozen, 0.1), lr=0.1))
 
 
@@ -783,10 +789,7 @@ def test_the_gradient_scaler_is_kept(tmp_path, caplog):
 @pytest.fixture(scope="module")
 def export_tool():
     path = Path(__file__).parents[1] / "tools" / "export_encoder.py"
-    spec = importlib.util.spec_from_file_location("export_encoder_tool", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return runpy.run_path(str(path))["main"]
 
 
 def test_export_tool_on_a_run(tmp_path, export_tool, capsys):
@@ -811,8 +814,8 @@ def test_export_tool_on_an_official_file(tmp_path, written, export_tool, capsys)
     options = ["--mean", "0.5", "0.4", "0.3", "--std", "1", "1", "1", "--input_size", "96", "128"]
     export_tool(["--checkpoint", str(path), "--output", str(tmp_path / "e"), *options])
     encoder = load_encoder(tmp_path / "e")
-    assert encoder.pretrained_cfg["mean"] == (0.5, 0.4, 0.3)
-    assert encoder.pretrained_cfg["input_size"] == (3, 96, 128)
+    assert timm_config(encoder)["mean"] == (0.5, 0.4, 0.3)
+    assert timm_config(encoder)["input_size"] == (3, 96, 128)
     assert "head.norm.weight" in capsys.readouterr().out
 
 

@@ -142,8 +142,9 @@ def test_bad_group_options(kwargs, message):
 # --- optimizers ---
 
 
-def lamb_step(parameters, gradients, moments, step, lr, weight_decay, beta1, beta2, eps):
+def lamb_step(parameters, gradients, moments, step, lr, weight_decay, betas, eps):
     """The official LAMB, parameter by parameter: (value, decayed) pairs in, new values out."""
+    beta1, beta2 = betas
     new = []
     for (value, decayed), gradient, (m, v) in zip(parameters, gradients, moments, strict=True):
         m.copy_(beta1 * m + (1 - beta1) * gradient)
@@ -163,7 +164,7 @@ def test_lamb_is_the_official_one(betas):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1, bias=False)).double()
     with torch.no_grad():
-        model[2].weight.zero_()  # a weight of norm 0 takes a plain Adam step
+        model.get_parameter("2.weight").zero_()  # a weight of norm 0 takes a plain Adam step
     optimizer = build_optimizer("lamb", parameter_groups(model, 0.04), lr=0.01, betas=betas, eps=1e-6)
     values = [(p.detach().clone(), p.ndim > 1) for p in model.parameters()]
     moments = [(torch.zeros_like(value), torch.zeros_like(value)) for value, _ in values]
@@ -176,7 +177,7 @@ def test_lamb_is_the_official_one(betas):
             parameter.grad = gradient.clone()
         set_hyperparameters(optimizer, lr, decay)
         optimizer.step()
-        values = lamb_step(values, gradients, moments, step + 1, lr, decay, *betas, 1e-6)
+        values = lamb_step(values, gradients, moments, step + 1, lr, decay, betas, 1e-6)
         for parameter, (value, _) in zip(model.parameters(), values, strict=True):
             torch.testing.assert_close(parameter.detach(), value, rtol=1e-12, atol=1e-12)
 

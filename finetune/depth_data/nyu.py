@@ -17,12 +17,10 @@ SPLITS_MAT = "splits.mat"
 
 
 def blacken_border(image: np.ndarray) -> np.ndarray:
-    """Paint the white frame of a labelled NYU image black: what lies outside rows 7:474, columns 7:632 of
-    480x640.
+    """Paint the white frame of a labelled NYU image black: all but rows 7:474, columns 7:632 of 480x640.
 
     The labelled images carry a white border of about 7 px. The test images that published models were scored
-    on have it painted black by the script that unpacks them (BTS,
-    extract_official_train_test_set_from_mat.py).
+    on have it painted black by the script that unpacks them (BTS, extract_official_train_test_set_from_mat.py).
 
     Args:
         image: uint8 `[480, 640, 3]`; it is not changed.
@@ -46,12 +44,12 @@ class SyncEntry:
 
 
 class NYUSync(Dataset[DepthSample]):
-    """RGB-D pairs named by a list file, as BTS lays NYU out: `/scene/rgb_0.jpg /scene/sync_depth_0.png
-    518.8579`.
+    """RGB-D pairs named by a list file, as BTS lays NYU out.
 
-    Depth files are 16-bit PNG in millimetres, 0 = no reading. A leading slash does not make a path absolute:
-    entries are always relative to `root`. The third column (focal length in pixels) may be missing. Blank
-    lines and lines that start with # are skipped.
+    A line of the list is `/scene/rgb_00045.jpg /scene/sync_depth_00045.png 518.8579`. Depth files are 16-bit
+    PNG in millimetres, 0 = no reading. A leading slash does not make a path absolute: entries are always
+    relative to `root`. The third column (focal length in pixels) may be missing. Blank lines and lines that
+    start with # are skipped.
 
     Args:
         root: the folder that the entries are relative to.
@@ -61,7 +59,7 @@ class NYUSync(Dataset[DepthSample]):
     Raises:
         ValueError: no such root or list, an empty list, a line that cannot be parsed, files that are missing
             (how many, and the first), or a first pair that cannot be used (`DepthFileError`, which reading
-            later pairs raises too).
+            later pairs raises too): a validation list of the wrong kind shows before training, not after it.
     """
 
     def __init__(self, root: str | Path, list_file: str | Path, *, black_border: bool = False):
@@ -80,7 +78,7 @@ class NYUSync(Dataset[DepthSample]):
                 f"{len(missing)} of {2 * len(self.entries)} files named in {self.list_file} are missing,"
                 f" the first is {self.root / missing[0]}: is {self.root} what the list is relative to?"
             )
-        self[0]  # wrong file types show now, not after an hour of training
+        self[0]
 
     def __repr__(self) -> str:
         """What a run prints about its data."""
@@ -110,9 +108,8 @@ class NYULabeled(Dataset[DepthSample]):
             file.
         split: "train" (795 pairs) or "test" (654).
         depth: "raw" is what the sensor measured, with holes: what the BTS, AdaBins and ZoeDepth protocol
-            scores against.
-            "filled" is the inpainted map (`depths`): dense training targets; DenseDepth and Laina score
-            against it.
+            scores against. "filled" is the inpainted map (`depths`): dense training targets; DenseDepth and
+            Laina score against it.
         black_border: paint the white border black, see `blacken_border`.
 
     Raises:

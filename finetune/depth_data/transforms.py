@@ -1,10 +1,9 @@
-"""From an RGB-D pair to network input: the augmentation of the field, written as one resampling of one
-window.
+"""From an RGB-D pair to network input: the augmentation of the field, written as one resampling of one window.
 
 Crop and zoom are a single window of the original frame, resampled once: nothing is resized twice, image and
 depth agree to the sub-pixel, and without augmentation training sees exactly the pixels that evaluation sees.
-Colours are resampled bilinearly over the area of a pixel, depth by nearest
-neighbour, so a hole or an edge is never averaged with what lies beside it.
+Colours are resampled bilinearly over the area of a pixel, depth by nearest neighbour, so a hole or an edge is
+never averaged with what lies beside it.
 """
 
 import math
@@ -25,9 +24,7 @@ NYU_BORDER = (45, 472, 43, 608)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-Window = tuple[
-    float, float, float, float
-]  # top, bottom, left, right [px] of the original frame; fractions are fine
+Window = tuple[float, float, float, float]  # top, bottom, left, right [px]; fractions are fine
 
 
 @dataclass(frozen=True)
@@ -145,8 +142,7 @@ class TrainTransform:
             `{"image": float32 [3, h, w], "depth": float32 [1, h, w] in metres, "valid": bool [1, h, w]}` with
             (h, w) = crop_size; depth is 0 where there is no reading, valid is min_depth < depth < max_depth.
         """
-        # All numbers are drawn whatever is switched on, so that switching one thing off leaves the others as
-        # they were.
+        # All numbers are drawn whatever is switched on: switching one thing off leaves the others as they were.
         draw = torch.rand(12, dtype=torch.float64).tolist()
         # The border goes first, so that neither a rotation nor an average over pixels can bring it back.
         top, bottom, left, right = self._usable(sample.depth.shape)
@@ -199,8 +195,7 @@ class TrainTransform:
 
 
 class DepthTrainingSet(Dataset[dict]):
-    """Pairs, augmented by their position in the stream of samples: the result does not depend on workers or
-    ranks.
+    """Pairs, augmented by their position in the stream: the result depends neither on workers nor on ranks.
 
     Args:
         dataset: pairs, such as `NYUSync`: `len` and items of `DepthSample`.
@@ -229,8 +224,7 @@ class DepthTrainingSet(Dataset[dict]):
         """The sample of `(position in the stream, index in the data set)`.
 
         Returns:
-            what the transform returns, with "name", "position", "index" (of the pair that was read) and
-            "failed".
+            what the transform returns, with "name", "position", "index" (of the pair that was read), "failed".
         """
         position, index = where
         sample, index, failed = self._read(index)

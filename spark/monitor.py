@@ -1,0 +1,76 @@
+"""Is a run learning: reconstruction panels."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torchvision.transforms import functional
+from torchvision.utils import make_grid
+
+from spark.model import SparK
+
+_GAP = 2  # [px] between pictures
+_HEADER = 16  # [px] for the titles
+
+
+@torch.no_grad()
+def reconstruction_panels(
+    model: SparK, images: Tensor, visible: Tensor, mean: Sequence[float], std: Sequence[float]
+) -> Image.Image:
+    """Draw a row "input, masked, reconstruction" for each image.
+
+    The reconstruction shows visible patches as they are, and masked patches as predicted, brought back to image space
+    with the mean and standard deviation of the true patch, as the loss compares them. The model runs in evaluation mode
+    and is left in the mode it was in; no running statistic changes.
+
+    Args:
+        model: the model, not wrapped for several processes.
+        images: [B, C, H, W] on the model's device, normalised by `mean` and `std`. One channel is shown in grey, of
+            more than three the first three.
+        visible: [B, 1, fh, fw] bool, True = seen.
+        mean: per channel, on the scale 0 to 1.
+        std: per channel, on the scale 0 to 1.
+
+    Returns:
+        An RGB picture with B rows of three images.
+    """
+    was_training = model.training
+    model.eval()
+    output = model(images, visible)
+    restored = model.reconstruct(images, output)
+    model.train(was_training)
+
+    seen = (
+        functional.resize(
+            output.visible.float(), list(images.shape[2:]), functional.InterpolationMode.NEAREST
+        )
+        > 0
+    )
+    masked = images.where(seen, 0.0)  # the mean colour of the data set
+    rows = torch.stack([_displayable(x, mean, std) for x in (images, masked, restored)], dim=1).flatten(0, 1)
+    grid = functional.to_pil_image(make_grid(rows, nrow=3, padding=_GAP, pad_value=1.0))
+
+    picture = Image.new("RGB", (grid.width, grid.height + _HEADER), "white")
+    picture.paste(grid, (0, _HEADER))
+    width = images.shape[3]
+    for column, title in enumerate(("input", "masked", "reconstruction")):
+        ImageDraw.Draw(picture).text((_GAP + column * (width + _GAP), 2), title, fill="black")
+    return picture
+
+
+def save_panels(picture: Image.Image, output_dir: str | Path, step: int) -> Path:
+    """Write panels to ``output_dir/figures/panels_NNNNNNN.png`` and return that path."""
+    path = Path(output_dir) / "figures" / f"panels_{step:07d}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+    return path
+
+
+def _displayable(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """[B, C, H, W] normalised -> [B, 3, H, W] on the CPU, between 0 and 1."""
+    images = images.float().cpu()
+    scale, shift = (torch.tensor(list(values)).view(1, -1, 1, 1) for values in (std, mean))
+    images = (images * scale + shift).clamp(0, 1)
+    return images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)

@@ -1,0 +1,436 @@
+"""Pretrain any timm convnet on unlabeled images with SparK: config -> objects -> one loop.
+
+    accelerate launch spark/pretrain.py --config configs/pretrain/resnet50.yaml --data.train PATH --output_dir DIR
+
+One process or several, on CPUs or GPUs, run this same file. Every random number is a function of the seed and of the
+position in the stream of images (see `spark.run`), so a resumed run goes on exactly where it was.
+"""
+
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from spark.checkpoint import find_run, load_run, save_encoder, save_run
+from spark.config import PretrainConfig, config_dict, parse_config, save_config
+from spark.images import PretrainTransform, UnlabeledImages, UnreadableImages, collate_images, list_images
+from spark.masking import visible_at
+from spark.model import SparK
+from spark.monitor import reconstruction_panels, save_panels
+from spark.optim import build_optimizer, lr_at, parameter_groups, set_hyperparameters, weight_decay_at
+from spark.run import (
+    RunLog,
+    StopRequest,
+    StreamSampler,
+    check_finite,
+    derive_seed,
+    ignore_stop_signals,
+    micro_batch_size,
+    one_line_errors,
+    prepare_output_dir,
+    progress_bar,
+    reduce_sum,
+    start_accelerator,
+    worker_count,
+)
+
+DESCRIPTION = """Pretrain a timm convnet on unlabeled images with SparK (sparse and hierarchical masked modelling).
+SIGTERM and Ctrl-C save a checkpoint and end with exit code 0; continue with --resume true. SIGUSR1 to the main process
+writes the encoder to output_dir/encoder at once; the end of the run does so anyway."""
+
+PANEL_IMAGES = 6
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    with one_line_errors():
+        pretrain(parse_config(PretrainConfig, argv, DESCRIPTION))
+
+
+def pretrain(config: PretrainConfig) -> None:
+    """Run one pretraining, from its first step or from a checkpoint, to its end or to a request to stop.
+
+    Args:
+        config: the options; the folder `config.output_dir` receives the results.
+
+    Raises:
+        ValueError: something about the options, the data or the checkpoint is wrong, or the loss is not finite; the
+            sentence says what to do.
+        OSError: a file cannot be read or written; likewise.
+    """
+    # --- objects; nothing is written before all of them fit together
+    prepare_output_dir(config.output_dir, config.resume)
+    accelerator = start_accelerator(config.output_dir, config.precision)
+    device: torch.device = accelerator.device
+    rank: int = accelerator.process_index
+    world: int = accelerator.num_processes
+    main_process: bool = accelerator.is_main_process
+    micro_batch = micro_batch_size(config.optim.batch_size, world, config.accumulation)
+    torch.backends.cudnn.benchmark = True
+
+    torch.manual_seed(derive_seed(config.seed, 0, 3))
+    spark = SparK(
+        config.model.name,
+        input_size=config.model.input_size,
+        mask_ratio=config.model.mask_ratio,
+        in_chans=config.model.in_chans,
+        patch_size=config.model.patch_size,
+        decoder_width=config.model.decoder_width,
+        layout=config.model.layout,
+        drop_path=config.model.drop_path,
+        sync_bn=config.model.sync_bn,
+    )
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    spark.to(device=device, memory_format=memory_format)
+
+    files = list_images(config.data.train)
+    transform = PretrainTransform(
+        spark.input_size,
+        config.model.in_chans,
+        config.data.crop_scale,
+        config.data.mean,
+        config.data.std,
+        config.data.hflip,
+    )
+    images = UnlabeledImages(files, transform, config.seed, config.data.max_pixels)
+    unreadable = UnreadableImages(len(files), config.data.max_unreadable)
+    config = resolve(config, spark, transform)
+    betas, mean, std = config.optim.betas, config.data.mean, config.data.std
+    assert betas is not None and mean is not None and std is not None
+
+    peak_lr = config.optim.base_lr * config.optim.batch_size / 256
+    start_decay = config.optim.weight_decay
+    end_decay = start_decay if config.optim.weight_decay_end is None else config.optim.weight_decay_end
+    total_steps, warmup_steps = run_length(config, len(files))
+    groups = parameter_groups(spark, start_decay)
+    model, optimizer = accelerator.prepare(
+        spark, build_optimizer(config.optim.name, groups, peak_lr, betas, config.optim.eps)
+    )
+
+    # --- resume
+    checkpoint = find_run(config.output_dir, config.resume)
+    step = 0
+    if checkpoint is not None:
+        state = load_run(checkpoint, model=spark, optimizer=optimizer, scaler=accelerator.scaler)
+        step = state["step"]
+        unreadable.load_state_dict(state["unreadable"])
+        accelerator.print(f"continuing from {checkpoint}")
+        for line in changes(state["config"], config_dict(config)):
+            accelerator.print(f"changed since that checkpoint: {line}")
+    elif config.resume:
+        accelerator.print(f"no checkpoint in {config.output_dir} yet: starting from the beginning")
+
+    # --- the stream of batches, from the step on
+    workers = worker_count(config.data.workers, accelerator)
+    stream = StreamSampler(
+        len(files),
+        micro_batch,
+        rank=rank,
+        world_size=world,
+        seed=config.seed,
+        start=step * config.accumulation,
+        stop=total_steps * config.accumulation,
+    )
+    loader = DataLoader(
+        images,
+        batch_sampler=stream,
+        num_workers=workers,
+        collate_fn=MaskedBatches(spark.grid, config.model.mask_ratio, config.seed),
+        pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_stop_signals,
+    )
+    panel_batch = fixed_batch(images, spark, config.seed) if main_process else None
+
+    # --- logs
+    log = RunLog(config.output_dir, accelerator, None if checkpoint is None else step)
+    if main_process:
+        save_config(config, Path(config.output_dir) / "config.yaml")
+        print(summary(config, spark, accelerator, len(files), total_steps, warmup_steps, workers), flush=True)
+
+    def save(keep: int = config.keep_checkpoints) -> Path:
+        """Write the state after `step` steps; main process only."""
+        return save_run(
+            config.output_dir,
+            step,
+            model=spark,
+            optimizer=optimizer,
+            scaler=accelerator.scaler,
+            extra={"config": config_dict(config), "unreadable": unreadable.state_dict()},
+            keep=keep,
+        )
+
+    def draw() -> None:
+        """Write reconstruction panels of the fixed images; main process only."""
+        assert panel_batch is not None
+        pixels, visible = (tensor.to(device) for tensor in panel_batch)
+        picture = reconstruction_panels(spark, pixels, visible, mean, std)
+        save_panels(picture, config.output_dir, step)
+
+    def export() -> Path:
+        """Write the encoder; main process only."""
+        folder = Path(config.output_dir) / "encoder"
+        return save_encoder(spark.encoder, folder, mean, std, spark.input_size)
+
+    # Batch norm's running statistics change in the forward pass already. To be able to go back to the state before a
+    # step whose loss is not finite, they are copied first.
+    running = list(spark.buffers())
+    running_before = [buffer.clone() for buffer in running]
+
+    def rescue() -> Path | None:
+        """Write the state before the step under way, unless it is spoilt already; main process only."""
+        torch._foreach_copy_(running, running_before)  # pyright: ignore[reportPrivateImportUsage]
+        sound = all(torch.isfinite(parameter).all() for parameter in spark.parameters())
+        return save(config.keep_checkpoints + 1) if sound else None
+
+    # --- the loop
+    model.train()
+    saved_step = drawn_step = step if checkpoint is not None else -1
+    failed: list[str] = []
+    since, steps_since, waited = time.perf_counter(), 0, 0.0
+    with (
+        StopRequest() as stop,
+        progress_bar(total_steps, step, every=config.log_every, enabled=main_process) as bar,
+    ):
+        batches = iter(loader)
+        while step < total_steps and not stop.agreed(accelerator):
+            lr = lr_at(step, peak=peak_lr, total_steps=total_steps, warmup_steps=warmup_steps)
+            weight_decay = weight_decay_at(step, start=start_decay, end=end_decay, total_steps=total_steps)
+            set_hyperparameters(optimizer, lr, weight_decay)
+            log_due = (step + 1) % config.log_every == 0 or step + 1 in (1, total_steps)
+            torch._foreach_copy_(running_before, running)  # pyright: ignore[reportPrivateImportUsage]
+
+            try:
+                # forward and backward, in parts; the processes average their gradients in the last one
+                loss_sum = torch.zeros((), device=device)
+                indices: list[int] = []
+                for part in range(config.accumulation):
+                    asked = time.perf_counter()
+                    batch = next(batches)
+                    waited += time.perf_counter() - asked
+                    indices += batch["index"].tolist()
+                    failed += batch["failed"]
+                    pixels = batch["image"].to(device, non_blocking=True, memory_format=memory_format)
+                    visible = batch["visible"].to(device, non_blocking=True)
+                    torch.manual_seed(derive_seed(config.seed, step * config.accumulation + part, rank, 4))
+                    is_last = part == config.accumulation - 1
+                    with nullcontext() if is_last else accelerator.no_sync(model):
+                        loss = model(pixels, visible).loss / config.accumulation
+                        accelerator.backward(loss)
+                    loss_sum += loss.detach()
+                if log_due:
+                    for line in unreadable.add(gather_object(failed)):
+                        bar.say(f"skipped {line}")
+                    failed = []
+            except (ValueError, OSError):
+                if main_process and (folder := rescue()):
+                    bar.say(f"the state before this step is saved in {folder}")
+                raise
+            except torch.cuda.OutOfMemoryError as error:
+                raise ValueError(
+                    f"the GPU has too little memory for {micro_batch} images at once; a larger accumulation than "
+                    f"{config.accumulation} divides the batch further, or use precision bf16"
+                ) from error
+            mean_loss = reduce_sum(accelerator, [loss_sum.item()])[0] / world
+            norm = accelerator.clip_grad_norm_(spark.parameters(), config.optim.clip_grad or math.inf)
+            grad_norm = float(norm)  # type: ignore[arg-type]
+
+            # update, unless it would spoil the weights; fp16 skips steps by itself while it seeks its loss scale
+            numbers = {"the loss": mean_loss}
+            if accelerator.scaler is None or accelerator.scaler.get_scale() < 1:
+                numbers["the gradient norm"] = grad_norm
+            batch_files = [images.files[index] for index in indices]
+            check_finite(
+                accelerator, step + 1, numbers, files=batch_files, output_dir=config.output_dir, save=rescue
+            )
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            steps_since += 1
+
+            # report, draw, save, export
+            now = time.perf_counter()
+            rate = steps_since * config.optim.batch_size / (now - since)
+            bar.update(step, loss=mean_loss, lr=lr, images_per_second=rate)
+            if log_due:
+                log.row(
+                    step,
+                    loss=mean_loss,
+                    lr=lr,
+                    weight_decay=weight_decay,
+                    grad_norm=grad_norm,
+                    epoch=step * config.optim.batch_size / len(files),
+                    images_per_second=rate,
+                    data_wait=waited / (now - since),
+                )
+            if main_process and config.panels_every and step % config.panels_every == 0:
+                draw()
+                drawn_step = step
+            if main_process and config.checkpoint_every and step % config.checkpoint_every == 0:
+                save()
+                saved_step = step
+            if main_process and stop.export:
+                stop.export = False
+                bar.say(f"encoder after step {step} written to {export()}")
+            if log_due:
+                since, steps_since, waited = time.perf_counter(), 0, 0.0
+
+        # --- the end, or an early stop
+        if main_process:
+            if step != saved_step:
+                save()
+            if step == total_steps:
+                if step != drawn_step:
+                    draw()
+                bar.say(f"done after step {step}: the encoder is in {export()}")
+            else:
+                bar.say(f"stopped and saved after step {step} of {total_steps}; to continue:")
+                bar.say(f"  {resume_command(config, accelerator)}")
+            unreadable.report(Path(config.output_dir) / "skipped_images.txt")
+            if unreadable:
+                bar.say(
+                    f"{len(unreadable)} unreadable images were skipped, see skipped_images.txt in the same folder"
+                )
+    accelerator.wait_for_everyone()
+    log.close()
+
+
+class MaskedBatches:
+    """Collate function: a batch of images and, under "visible", the masks of its positions: [B, 1, fh, fw] bool.
+
+    Masks are drawn here so that the loader's processes do it.
+    """
+
+    def __init__(self, grid: tuple[int, int], mask_ratio: float, seed: int):
+        self.grid = grid
+        self.mask_ratio = mask_ratio
+        self.seed = seed
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Batch samples of `UnlabeledImages`."""
+        batch = collate_images(samples)
+        batch["visible"] = visible_at(batch["position"].tolist(), self.grid, self.mask_ratio, self.seed)
+        return batch
+
+
+def resolve(config: PretrainConfig, spark: SparK, transform: PretrainTransform) -> PretrainConfig:
+    """Fill in what was left to a rule: betas by the encoder's family, mean and std by the transform.
+
+    Betas are those of the paper's recipe (Tian et al., ICLR 2023), which gives them for ResNets and ConvNeXts only. The
+    family is the timm module that defines the encoder, not its name.
+
+    Raises:
+        ValueError: betas are not set and the encoder belongs to neither family.
+    """
+    recipes = {"timm.models.resnet": (0.9, 0.95), "timm.models.convnext": (0.9, 0.999)}
+    betas = config.optim.betas or recipes.get(type(spark.encoder).__module__)
+    if betas is None:
+        raise ValueError(
+            f"SparK has no recipe for {config.model.name}, which is neither a ResNet nor a ConvNeXt: set optim.betas, "
+            "for example --optim.betas [0.9,0.95] (as for ResNets) or [0.9,0.999] (as for ConvNeXts)"
+        )
+    return replace(
+        config,
+        optim=replace(config.optim, betas=betas),
+        data=replace(config.data, mean=tuple(transform.mean or ()), std=tuple(transform.std or ())),
+    )
+
+
+def run_length(config: PretrainConfig, num_images: int) -> tuple[int, int]:
+    """Optimizer steps of the run, and of its warm-up.
+
+    Raises:
+        ValueError: warmup_steps are more than the steps of the run.
+    """
+    steps_per_epoch = num_images / config.optim.batch_size
+    total = config.max_steps or math.ceil(config.epochs * steps_per_epoch)
+    if config.optim.warmup_steps is None:
+        # A trial run by max_steps may well be shorter than the warm-up of the recipe: it is then all warm-up.
+        return total, min(round(config.optim.warmup_epochs * steps_per_epoch), total)
+    if config.optim.warmup_steps > total:
+        raise ValueError(
+            f"optim.warmup_steps {config.optim.warmup_steps} are more than the {total} steps of the whole run; "
+            "lower them, or raise epochs or max_steps"
+        )
+    return total, config.optim.warmup_steps
+
+
+def fixed_batch(images: UnlabeledImages, spark: SparK, seed: int) -> tuple[Tensor, Tensor]:
+    """Images and masks for the panels, always the same: [B, C, H, W] and [B, 1, fh, fw]."""
+    count = min(PANEL_IMAGES, len(images))
+    samples = [images[position, position * len(images) // count] for position in range(count)]
+    batch = MaskedBatches(spark.grid, spark.mask_ratio, seed)(samples)
+    return batch["image"], batch["visible"]
+
+
+def changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """Options that differ between the config of a checkpoint and that of the run which continues from it."""
+    lines = []
+    for name in [*before, *(name for name in now if name not in before)]:
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += changes(old, new, f"{prefix}{name}.")
+        elif old != new and prefix + name != "resume":
+            lines.append(f"{prefix}{name} was {old}, is {new}")
+    return lines
+
+
+def summary(
+    config: PretrainConfig,
+    spark: SparK,
+    accelerator: Accelerator,
+    num_images: int,
+    total_steps: int,
+    warmup_steps: int,
+    workers: int,
+) -> str:
+    """What is going to run, in a few lines."""
+
+    def millions(module: nn.Module) -> str:
+        return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.2f}M"
+
+    optim, world = config.optim, accelerator.num_processes
+    height, width = spark.input_size
+    warmup = (
+        f"{warmup_steps} of warm-up"
+        if warmup_steps < total_steps or not warmup_steps
+        else "all of them warm-up"
+    )
+    return "\n".join(
+        (
+            f"model      {config.model.name}: {millions(spark.encoder)} parameters, with decoder {millions(spark)}; "
+            f"{height}x{width} px, {spark.grid[0]}x{spark.grid[1]} patches, mask {config.model.mask_ratio}",
+            f"data       {num_images} images in {config.data.train}; {workers} loader processes for each process",
+            f"batch      {optim.batch_size} = {world} processes x {config.accumulation} parts x "
+            f"{optim.batch_size // world // config.accumulation} images; {accelerator.device.type}, {config.precision}",
+            f"optimizer  {optim.name}, betas {list(optim.betas or ())}, "
+            f"lr {optim.base_lr * optim.batch_size / 256:.3g} at its peak",
+            f"length     {total_steps} steps ({warmup}), {total_steps * optim.batch_size / num_images:.1f} epochs",
+            f"output     {config.output_dir}; kill -USR1 {os.getpid()} writes the encoder at once",
+        )
+    )
+
+
+def resume_command(config: PretrainConfig, accelerator: Accelerator) -> str:
+    """The command that continues a run, to be given in the same folder."""
+    if accelerator.num_processes > 1:
+        launcher = f"accelerate launch --multi_gpu --num_processes {accelerator.num_processes}"
+    else:
+        launcher = "python"
+    saved = Path(config.output_dir) / "config.yaml"
+    return shlex.join([*launcher.split(), sys.argv[0], "--config", str(saved), "--resume", "true"])
+
+
+if __name__ == "__main__":
+    main()
