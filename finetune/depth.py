@@ -1,6 +1,6 @@
 """Train a depth model from a pretrained encoder, or from scratch: config -> objects -> one loop.
 
-    python finetune/depth.py --config configs/depth/unetpp_nyu.yaml --encoder RUN/encoder --data.root NYU --output_dir DIR
+    python finetune/depth.py --config configs/depth/unetpp_nyu.yaml --encoder ENCODER --data.root NYU --output_dir DIR
 
 One process or several (`accelerate launch finetune/depth.py ...`), on CPUs or GPUs, run this same file. Every random
 number is a function of the seed and of the position in the stream of pairs (see `spark.run`), so a resumed run goes on
@@ -8,27 +8,38 @@ exactly where it was.
 """
 
 import math
+import os
+import shlex
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import torch
 from accelerate.utils import gather_object
-from timm.layers import convert_sync_batchnorm
+from timm.layers.norm_act import convert_sync_batchnorm
+from torch import nn
 from torch.utils.data import DataLoader
 
 from finetune.config import DepthConfig
-from finetune.depth_data import DepthTrainingSet, TrainTransform, collate_depth, open_depth_data
+from finetune.depth_data import (
+    DepthTrainingSet,
+    NYULabeled,
+    NYUSync,
+    TrainTransform,
+    collate_depth,
+    open_depth_data,
+)
 from finetune.figures import save_figure, triptychs
 from finetune.inference import score, summary, transform_of
 from finetune.losses import NoGroundTruth, WeightedLoss
 from finetune.metrics import write_results
-from finetune.model import DepthModel
-from finetune.protocols import get_protocol
-from spark.checkpoint import find_run, load_run, read_encoder, save_run
+from finetune.model import DepthModel, load_depth_model
+from finetune.protocols import Protocol, get_protocol
+from spark.checkpoint import KeyReport, find_run, load_run, read_encoder, save_run
 from spark.config import config_dict, parse_config, save_config
 from spark.images import UnreadableImages
 from spark.optim import build_optimizer, lr_at, parameter_groups, set_hyperparameters
@@ -48,11 +59,14 @@ from spark.run import (
     worker_count,
 )
 
-DESCRIPTION = """Train a depth model (encoder and head) on RGB-D pairs. SIGTERM and Ctrl-C save a checkpoint and end with
-exit code 0; continue with --resume true. SIGUSR1 to the main process writes the model to output_dir/model at once; the
-end of the run does so anyway."""
+DESCRIPTION = """Train a depth model (encoder and head) on RGB-D pairs. SIGTERM and Ctrl-C save a checkpoint and end
+with exit code 0; continue with --resume true. SIGUSR1 to the main process writes the model to output_dir/model at once;
+the end of the run does so anyway."""
 
-ENCODER_WEIGHTS, HEAD_WEIGHTS, STEP = 10, 11, 12  # what a seed is for, so that no two uses share random numbers
+DepthData: TypeAlias = NYUSync | NYULabeled
+
+# What a seed is for, so that no two uses share random numbers.
+ENCODER_WEIGHTS, HEAD_WEIGHTS, STEP = 10, 11, 12
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -75,17 +89,334 @@ def train(config: DepthConfig) -> None:
     # --- objects; nothing is written before all of them fit together
     prepare_output_dir(config.output_dir, config.resume)
     accelerator = start_accelerator(config.output_dir, config.precision)
-    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    device = cast(torch.device, accelerator.device)
+    rank: int = accelerator.process_index
+    world: int = accelerator.num_processes
+    main_process: bool = accelerator.is_main_process
     micro_batch = micro_batch_size(config.optim.batch_size, world, config.accumulation)
     torch.backends.cudnn.benchmark = True
     output = Path(config.output_dir)
 
-    # The head starts from the same weights whatever the encoder's are, so that encoders can be compared.
+    depth_model, report = build_model(config)
+    config = replace(config, data=replace(config.data, mean=depth_model.mean, std=depth_model.std))
+    if config.sync_bn and world > 1 and device.type == "cuda":
+        convert_sync_batchnorm(
+            depth_model
+        )  # timm's, because torch's drops the activation inside timm's norms
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    depth_model.to(device).to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
+
+    protocol = get_protocol(config.protocol, flip_average=config.flip_average)
+    pairs, held_out = open_data(config, protocol)
+    training_set = DepthTrainingSet(pairs, train_transform(config), config.seed, skip_unreadable=True)
+    unreadable = UnreadableImages(len(pairs), config.data.max_unreadable)
+    criterion = WeightedLoss(config.losses, config.loss_options)
+
+    optim = config.optim
+    length = run_length(config, len(pairs))
+    groups = parameter_groups(
+        depth_model,
+        optim.weight_decay,
+        layer_decay=optim.layer_decay,
+        encoder_lr_factor=optim.encoder_lr_factor,
+    )
+    if length.frozen and accelerator.ddp_handler is not None:
+        accelerator.ddp_handler.find_unused_parameters = True  # a frozen encoder has no gradients to exchange
+    model, optimizer = accelerator.prepare(
+        depth_model, build_optimizer(optim.name, groups, optim.lr, optim.betas, optim.eps)
+    )
+
+    # --- resume
+    checkpoint = find_run(config.output_dir, config.resume)
+    step = empty = 0  # optimizer steps, and micro-batches without ground truth, so far
+    if checkpoint is not None:
+        state = load_run(checkpoint, model=depth_model, optimizer=optimizer, scaler=accelerator.scaler)
+        step, empty = state["step"], state["empty"]
+        unreadable.load_state_dict(state["unreadable"])
+        accelerator.print(f"continuing from {checkpoint}")
+        for line in changes(state["config"], config_dict(config)):
+            accelerator.print(f"changed since that checkpoint: {line}")
+    elif config.resume:
+        accelerator.print(f"no checkpoint in {config.output_dir} yet: starting from the beginning")
+
+    # --- the stream of batches, from the step on
+    workers = worker_count(config.data.workers, accelerator)
+    stream = StreamSampler(
+        len(pairs),
+        micro_batch,
+        rank=rank,
+        world_size=world,
+        seed=config.seed,
+        start=step * config.accumulation,
+        stop=length.steps * config.accumulation,
+    )
+    loader = DataLoader(
+        training_set,
+        batch_sampler=stream,
+        num_workers=workers,
+        collate_fn=collate_depth,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_stop_signals,
+    )
+
+    # --- logs
+    log = RunLog(config.output_dir, accelerator, None if checkpoint is None else step)
+    if main_process:
+        save_config(config, output / "config.yaml")
+        print(describe(config, depth_model, report, pairs, held_out, length, world, device), flush=True)
+
+    def save(keep: int = config.keep_checkpoints) -> Path:
+        """Write the state after `step` steps; main process only."""
+        return save_run(
+            config.output_dir,
+            step,
+            model=depth_model,
+            optimizer=optimizer,
+            scaler=accelerator.scaler,
+            extra={"config": config_dict(config), "unreadable": unreadable.state_dict(), "empty": empty},
+            keep=keep,
+        )
+
+    def validate() -> dict[str, Any]:
+        """Score and draw the model as it is; main process only.
+
+        At the end of the run it is the exported model that is scored, so that evaluate.py reports the same numbers: in
+        fp32, where the validations before it run in the precision of the training.
+        """
+        assert held_out is not None
+        finished = step == length.steps
+        scored = load_depth_model(output / "model").to(device) if finished else depth_model
+        results, rows = score(
+            scored, held_out, protocol, transform_of(depth_model), workers=workers, draw=config.triptychs
+        )
+        if rows:
+            title = (
+                f"step {step}   {protocol.name}   {results['images']} images   {summary(results['metrics'])}"
+            )
+            save_figure(triptychs(rows, title), output / "figures" / f"triptychs_step_{step:07d}.png")
+        if finished:
+            about = {"model": str(output / "model"), "data": repr(held_out), "step": step}
+            write_results(output / "evaluation.json", {**results, **about})
+        return results["metrics"]
+
+    # Batch norm's running statistics change in the forward pass already. To be able to go back to the state before a
+    # step whose loss is not finite, they are copied first.
+    running = list(depth_model.buffers())
+    running_before = [buffer.clone() for buffer in running]
+
+    def rescue() -> Path | None:
+        """Write the state before the step under way, unless it is spoilt already; main process only."""
+        torch._foreach_copy_(running, running_before)  # pyright: ignore[reportPrivateImportUsage]
+        sound = all(torch.isfinite(parameter).all() for parameter in depth_model.parameters())
+        return save(config.keep_checkpoints + 1) if sound else None
+
+    # --- the loop
+    model.train()
+    saved_step = step if checkpoint is not None else -1
+    metrics: dict[str, float] | None = None
+    failed: list[str] = []
+    since, steps_since, waited = time.perf_counter(), 0, 0.0
+    with (
+        StopRequest() as stop,
+        progress_bar(length.steps, step, every=config.log_every, enabled=main_process) as bar,
+    ):
+        batches = iter(loader)
+        while step < length.steps and not stop.agreed(accelerator):
+            lr = learning_rate(config, length, step)
+            set_hyperparameters(optimizer, lr, optim.weight_decay)
+            if depth_model.encoder_frozen != (step < length.frozen):
+                depth_model.freeze_encoder(step < length.frozen)
+            log_due = (step + 1) % config.log_every == 0 or step + 1 in (1, length.steps)
+            torch._foreach_copy_(running_before, running)  # pyright: ignore[reportPrivateImportUsage]
+
+            try:
+                # forward and backward, in parts; the processes average their gradients in the last one
+                losses = torch.zeros(1 + len(config.losses), device=device)  # the sum, and each by itself
+                filled = 0
+                names: list[str] = []
+                for part in range(config.accumulation):
+                    asked = time.perf_counter()
+                    batch = next(batches)
+                    waited += time.perf_counter() - asked
+                    names += batch["name"]
+                    failed += batch["failed"]
+                    images = batch["image"].to(device, non_blocking=True, memory_format=memory_format)
+                    truth, valid = (batch[key].to(device, non_blocking=True) for key in ("depth", "valid"))
+                    torch.manual_seed(derive_seed(config.seed, step * config.accumulation + part, rank, STEP))
+                    is_last = part == config.accumulation - 1
+                    with nullcontext() if is_last else accelerator.no_sync(model):
+                        depth = model(images).depth
+                        try:
+                            loss, each = criterion(depth, truth, valid)
+                            losses += torch.stack([loss.detach(), *each.values()])
+                            filled += 1
+                        except NoGroundTruth:
+                            # Nothing to learn from; the backward pass still runs, for the other processes wait in it.
+                            loss = 0.0 * depth.sum()
+                        accelerator.backward(loss / config.accumulation)
+                if log_due:
+                    for line in unreadable.add(gather_object(failed)):
+                        bar.say(f"skipped {line}")
+                    failed = []
+                *sums, total_filled = reduce_sum(accelerator, [*losses.tolist(), filled])
+                empty += world * config.accumulation - round(total_filled)
+                refuse_empty(config, empty, length.steps * config.accumulation * world)
+            except (ValueError, OSError):
+                if main_process and (folder := rescue()):
+                    bar.say(f"the state before this step is saved in {folder}")
+                raise
+            except torch.cuda.OutOfMemoryError as error:
+                raise ValueError(
+                    f"the GPU has too little memory for {micro_batch} images at once; a larger accumulation than "
+                    f"{config.accumulation} divides the batch further, or use precision bf16"
+                ) from error
+            mean_loss, *parts = (value / total_filled if total_filled else math.nan for value in sums)
+            norm = accelerator.clip_grad_norm_(depth_model.parameters(), optim.clip_grad or math.inf)
+            grad_norm = float(norm)  # type: ignore[arg-type]
+
+            # update, unless it would spoil the weights; fp16 skips steps by itself while it seeks its loss scale
+            if total_filled:
+                numbers: dict[str, float] = {"the loss": mean_loss}
+                if accelerator.scaler is None or accelerator.scaler.get_scale() < 1:
+                    numbers["the gradient norm"] = grad_norm
+                check_finite(
+                    accelerator, step + 1, numbers, files=names, output_dir=config.output_dir, save=rescue
+                )
+                optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            steps_since += 1
+
+            # report, validate, save, export
+            now = time.perf_counter()
+            rate = steps_since * optim.batch_size / (now - since)
+            bar.update(step, loss=mean_loss, lr=lr, images_per_second=rate)
+            if main_process and (step == length.steps or stop.export):
+                depth_model.save(output / "model")
+                if stop.export:
+                    stop.export = False
+                    bar.say(f"model after step {step} written to {output / 'model'}")
+            validation_due = held_out is not None and length.validates_after(step)
+            if main_process and validation_due:
+                metrics = validate()
+                bar.say(f"step {step}  {protocol.name}  {summary(metrics)}")
+            if log_due or validation_due:
+                log.row(
+                    step,
+                    loss=mean_loss,
+                    lr=lr,
+                    **(
+                        {f"loss_{n}": v for n, v in zip(config.losses, parts, strict=True)}
+                        if len(parts) > 1
+                        else {}
+                    ),
+                    grad_norm=grad_norm,
+                    epoch=step * optim.batch_size / len(pairs),
+                    images_per_second=rate,
+                    data_wait=waited / (now - since),
+                    empty_batches=empty,
+                    **({f"val_{n}": v for n, v in metrics.items()} if validation_due and metrics else {}),
+                )
+                since, steps_since, waited = time.perf_counter(), 0, 0.0
+            if main_process and config.checkpoint_every and step % config.checkpoint_every == 0:
+                save()
+                saved_step = step
+
+        # --- the end, or an early stop
+        if main_process:
+            if step != saved_step:
+                save()
+            if step == length.steps:
+                if not (output / "model").is_dir():  # a run resumed at its very end
+                    depth_model.save(output / "model")
+                if held_out is not None and metrics is None:
+                    metrics = validate()
+                bar.say(f"done after step {step}: the model is in {output / 'model'}")
+            else:
+                bar.say(f"stopped and saved after step {step} of {length.steps}; to continue:")
+                bar.say(f"  {resume_command(config, world)}")
+            unreadable.report(output / "skipped_images.txt")
+            if unreadable:
+                bar.say(
+                    f"{len(unreadable)} unreadable pairs were skipped, see skipped_images.txt in the same folder"
+                )
+            if empty:
+                bar.say(f"{empty} micro-batches had no pixel with a ground truth and taught nothing")
+    accelerator.wait_for_everyone()
+    log.close()
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """How long the phases of a run are.
+
+    Args:
+        steps: Optimizer steps of the run.
+        warmup: Steps of the warm-up.
+        frozen: Steps at the start with a frozen encoder.
+        steps_per_epoch: Steps of one pass over the pairs; need not be whole.
+        validate_every: Epochs between validations, 0 for the end only.
+    """
+
+    steps: int
+    warmup: int
+    frozen: int
+    steps_per_epoch: float
+    validate_every: float
+
+    def validates_after(self, step: int) -> bool:
+        """Whether `step` (counted from 1) is the last of the run, or the one that completes a validation's epochs."""
+        if step == self.steps or not self.validate_every:
+            return step == self.steps
+        interval = self.validate_every * self.steps_per_epoch
+        return math.floor(step / interval + 1e-9) > math.floor((step - 1) / interval + 1e-9)
+
+
+def run_length(config: DepthConfig, num_pairs: int) -> RunLength:
+    """The phases of a run in steps.
+
+    Raises:
+        ValueError: The warm-up, where it is given in steps, is longer than the run.
+    """
+    per_epoch = num_pairs / config.optim.batch_size
+    steps = config.max_steps or math.ceil(config.epochs * per_epoch)
+    warmup = config.optim.warmup_steps
+    if warmup is None:
+        # A trial run by max_steps may well be shorter than the warm-up of the recipe: it is then all warm-up.
+        warmup = min(round(config.optim.warmup_epochs * per_epoch), steps)
+    elif warmup > steps:
+        raise ValueError(
+            f"optim.warmup_steps {warmup} are more than the {steps} steps of the whole run; lower them, or raise"
+            " epochs or max_steps"
+        )
+    return RunLength(
+        steps, warmup, round(config.optim.frozen_epochs * per_epoch), per_epoch, config.validate_every
+    )
+
+
+def learning_rate(config: DepthConfig, length: RunLength, step: int) -> float:
+    """Learning rate of the head at a step, counted from 0."""
+    return lr_at(
+        step,
+        peak=config.optim.lr,
+        total_steps=length.steps,
+        warmup_steps=length.warmup,
+        start_factor=config.optim.start_factor,
+        end_factor=config.optim.end_factor,
+    )
+
+
+def build_model(config: DepthConfig) -> tuple[DepthModel, KeyReport]:
+    """The model of a run, and what became of the encoder's weights.
+
+    The head is seeded apart from the encoder: it starts from the same weights whatever the encoder's are, so that
+    encoders can be compared.
+    """
     torch.manual_seed(derive_seed(config.seed, ENCODER_WEIGHTS))
     options: dict[str, Any] = {"drop_path_rate": config.model.drop_path} if config.model.drop_path else {}
     encoder, report = read_encoder(config.encoder, in_chans=3, pretrained=config.pretrained, **options)
     torch.manual_seed(derive_seed(config.seed, HEAD_WEIGHTS))
-    depth_model = DepthModel(
+    model = DepthModel(
         encoder,
         head=config.model.head,
         max_depth=config.model.max_depth,
@@ -96,34 +427,121 @@ def train(config: DepthConfig) -> None:
         std=config.data.std,
         **config.model.head_options,
     )
-    config = replace(config, data=replace(config.data, mean=depth_model.mean, std=depth_model.std))
-    if config.sync_bn and world > 1 and device.type == "cuda":
-        depth_model = convert_sync_batchnorm(depth_model)
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    depth_model.to(device=device, memory_format=memory_format)
-    criterion = WeightedLoss(config.losses, config.loss_options)
-    protocol = get_protocol(config.protocol, flip_average=config.flip_average)
+    return model, report
 
-    pairs = open_depth_data(
-        config.data.root, config.data.list, "train", depth=config.data.depth, black_border=config.data.black_border
+
+def open_data(config: DepthConfig, protocol: Protocol) -> tuple[DepthData, DepthData | None]:
+    """The pairs to train on, and those to validate on if there are any.
+
+    Raises:
+        ValueError: Either is not there, or the ground truth to validate on does not fit the protocol.
+    """
+    data = config.data
+    pairs = open_depth_data(data.root, data.list, "train", depth=data.depth, black_border=data.black_border)
+    if data.val_list is None and data.list is not None:
+        return pairs, None
+    held_out = open_depth_data(
+        data.root, data.val_list, "test", depth=protocol.depth, black_border=data.black_border
     )
-    held_out = None
-    if config.data.val_list is not None or config.data.list is None:
-        held_out = open_depth_data(
-            config.data.root, config.data.val_list, "test", depth=protocol.depth, black_border=config.data.black_border
+    protocol.crop_at(held_out[0].depth.shape)  # refuses a size now, not after the first epoch
+    return pairs, held_out
+
+
+def train_transform(config: DepthConfig) -> TrainTransform:
+    """The augmentation of a run."""
+    data = config.data
+    assert data.mean is not None
+    assert data.std is not None
+    return TrainTransform(
+        image_size=data.image_size,
+        crop_size=data.crop_size,
+        border=data.border,
+        zoom=data.zoom,
+        flip=data.flip,
+        rotation=data.rotation,
+        colour=data.colour,
+        gamma=data.gamma,
+        brightness=data.brightness,
+        channel=data.channel,
+        contrast=data.contrast,
+        min_depth=config.model.min_depth,
+        max_depth=config.model.max_depth,
+        mean=data.mean,
+        std=data.std,
+    )
+
+
+def refuse_empty(config: DepthConfig, empty: int, planned: int) -> None:
+    """Raise ValueError once more micro-batches had no ground truth than the accepted share of those planned."""
+    if empty > config.data.max_empty * planned:
+        raise ValueError(
+            f"{empty} micro-batches had no pixel with a ground truth between {config.model.min_depth:g} and"
+            f" {config.model.max_depth:g} m, more than the accepted share of {config.data.max_empty:g} of the {planned}"
+            " of the run: check the depth files and model.max_depth, use a larger batch or crop, or raise data.max_empty"
         )
-    training_set = DepthTrainingSet(pairs, train_transform(config), config.seed, skip_unreadable=True)
-    unreadable = UnreadableImages(len(pairs), config.data.max_unreadable)
 
-    groups = parameter_groups(
-        depth_model,
-        config.optim.weight_decay,
-        layer_decay=config.optim.layer_decay,
-        encoder_lr_factor=config.optim.encoder_lr_factor,
+
+def changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """Options that differ between the config of a checkpoint and that of the run which continues from it."""
+    lines = []
+    for name in [*before, *(name for name in now if name not in before)]:
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += changes(old, new, f"{prefix}{name}.")
+        elif old != new and prefix + name != "resume":
+            lines.append(f"{prefix}{name} was {old}, is {new}")
+    return lines
+
+
+def describe(
+    config: DepthConfig,
+    model: DepthModel,
+    report: KeyReport,
+    pairs: DepthData,
+    held_out: DepthData | None,
+    length: RunLength,
+    world: int,
+    device: torch.device,
+) -> str:
+    """What is going to run, in a few lines."""
+
+    def millions(module: nn.Module) -> str:
+        return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.2f}M"
+
+    optim, data = config.optim, config.data
+    if report.source:
+        weights = str(report)
+    elif config.pretrained:
+        weights = f"{config.encoder}: timm's published weights"
+    else:
+        weights = f"{config.encoder}: random weights (--pretrained true takes timm's published ones)"
+    frozen = f", encoder frozen for {length.frozen}" if length.frozen else ""
+    return "\n".join(
+        (
+            f"encoder    {weights}",
+            f"model      {millions(model.encoder)} parameters, with {model.head_name} head {millions(model)}; depth"
+            f" {config.model.min_depth:g} to {config.model.max_depth:g} m",
+            f"data       {pairs}; frames at {data.image_size[0]}x{data.image_size[1]}, crops of"
+            f" {data.crop_size[0]}x{data.crop_size[1]}",
+            f"validation {held_out or 'none: name pairs to validate on with --data.val_list'}",
+            f"loss       {' + '.join(f'{weight:g} {name}' for name, weight in config.losses.items())}",
+            f"batch      {optim.batch_size} = {world} processes x {config.accumulation} parts x"
+            f" {optim.batch_size // world // config.accumulation} pairs; {device.type}, {config.precision}",
+            f"optimizer  {optim.name}, lr {optim.lr:.3g} at its peak, encoder x {optim.encoder_lr_factor:g}"
+            + (f", layer decay {optim.layer_decay:g}" if optim.layer_decay else ""),
+            f"length     {length.steps} steps ({length.warmup} of warm-up{frozen}),"
+            f" {length.steps / length.steps_per_epoch:.1f} epochs",
+            f"output     {config.output_dir}; kill -USR1 {os.getpid()} writes the model at once",
+        )
     )
-    optimizer = build_optimizer(config.optim.name, groups, config.optim.lr, config.optim.betas, config.optim.eps)
-    length = run_length(config, len(pairs))
-    if length.frozen and accelerator.ddp_handler is not None:
-        accelerator.ddp_handler.find_unused_parameters = True  # a frozen encoder has no gradients to exchange
-    model, optimizer = accelerator.prepare(depth_model, optimizer)
-    lr_at(0, peak=config.optim.lr, total_steps=length.steps, warmup_steps=length.warmup)  # refuses a bad schedule now
+
+
+def resume_command(config: DepthConfig, world: int) -> str:
+    """The command that continues a run, to be given in the same folder."""
+    launcher = f"accelerate launch --multi_gpu --num_processes {world}" if world > 1 else "python"
+    saved = Path(config.output_dir) / "config.yaml"
+    return shlex.join([*launcher.split(), sys.argv[0], "--config", str(saved), "--resume", "true"])
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,7 @@
 Prints a table and writes it, with every setting and the metrics of every image, to the output file.
 """
 
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from finetune.metrics import write_results
 from finetune.model import load_depth_model
 from finetune.protocols import get_protocol
 from spark.config import parse_config, require
+from spark.run import one_line_errors
 
 COLUMNS = {
     "delta1": ("δ1", "↑"),
@@ -93,15 +94,10 @@ class EvaluationConfig:
         require(self.triptychs >= 1, "triptychs", self.triptychs, "at least 1")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0, or 2 for a user error."""
-    config = parse_config(EvaluationConfig, argv, __doc__ or "")
-    try:
-        evaluate(config)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    with one_line_errors():
+        evaluate(parse_config(EvaluationConfig, argv, __doc__ or ""))
 
 
 def evaluate(config: EvaluationConfig) -> dict[str, Any]:
@@ -164,4 +160,4 @@ def print_results(console: Console, results: dict[str, Any], expected_images: in
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

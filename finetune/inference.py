@@ -12,6 +12,7 @@ from finetune.depth_data import DepthFileError, DepthSample, EvalTransform
 from finetune.figures import Triptych
 from finetune.model import DepthModel
 from finetune.protocols import Protocol, ProtocolEvaluator, merge_flipped
+from spark.run import ignore_stop_signals
 
 
 def transform_of(model: DepthModel, image_size: tuple[int, int] | None = None) -> EvalTransform:
@@ -98,7 +99,13 @@ def score(
     count = len(data)  # type: ignore[arg-type]
     drawn = set(np.linspace(0, count - 1, min(draw, count)).round().astype(int).tolist())
     rows: list[Triptych] = []
-    loader = DataLoader(_Prepared(data, transform), batch_size, num_workers=workers, collate_fn=list)
+    loader = DataLoader(
+        _Prepared(data, transform),
+        batch_size,
+        num_workers=workers,
+        collate_fn=list,
+        worker_init_fn=ignore_stop_signals,
+    )
     done = 0
     for pairs in loader:
         for pair in pairs:

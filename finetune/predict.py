@@ -10,8 +10,8 @@ metres). predictions.json says what was written and what could not be read.
 import io
 import json
 import os
-import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,6 +30,7 @@ from finetune.model import DepthModel, load_depth_model
 from finetune.protocols import Protocol
 from spark.config import parse_config, require
 from spark.images import list_images, read_image
+from spark.run import one_line_errors
 
 VIDEO = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
 MOST_MM = np.iinfo(np.uint16).max
@@ -69,14 +70,10 @@ class PredictConfig:
         )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0, 1 if no image could be read, 2 for a user error."""
-    config = parse_config(PredictConfig, argv, __doc__ or "")
-    try:
-        return predict(config)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 0, or 1 if no image could be read."""
+    with one_line_errors():
+        return predict(parse_config(PredictConfig, argv, __doc__ or ""))
 
 
 def predict(config: PredictConfig) -> int:

@@ -4,6 +4,7 @@ An exported encoder is a folder with `config.json` and `model.safetensors` in th
 `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it without this package.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 import yaml
 from accelerate.utils import extract_model_from_parallel
 from safetensors import SafetensorError, safe_open
@@ -155,9 +157,12 @@ def _encoder_config(
 
 def _require_rebuildable(encoder: nn.Module, config: dict[str, Any]) -> None:
     """Refuse an encoder whose tensors are not those of the timm model that its export would name."""
-    stock = timm.create_model(
-        config["architecture"], num_classes=config["num_classes"], **config["model_args"]
-    )
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # exporting in mid-training must not change what the run draws next
+        stock = timm.create_model(
+            config["architecture"], num_classes=config["num_classes"], **config["model_args"]
+        )
     there = {key: tuple(value.shape) for key, value in encoder.state_dict().items()}
     here = {key: tuple(value.shape) for key, value in stock.state_dict().items()}
     different = [key for key in {**here, **there} if here.get(key) != there.get(key)]
@@ -379,10 +384,11 @@ def _run_preparation(folder: Path) -> dict[str, Any]:
     config = read_torch_file(folder / STATE)["extra"].get("config")
     written = folder.parent.parent / "config.yaml"
     if config is None and written.is_file():
-        config = yaml.safe_load(written.read_text(encoding="utf-8"))
+        with contextlib.suppress(yaml.YAMLError):
+            config = yaml.safe_load(written.read_text(encoding="utf-8"))
     if not isinstance(config, dict):
         logger.warning(
-            "%s: no config in it and none at %s, so mean, std and input_size are those of timm's model",
+            "%s: no config in it and no readable one at %s, so mean, std and input_size are those of timm's model",
             folder,
             written,
         )

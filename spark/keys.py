@@ -111,7 +111,7 @@ def fit(
             ]
             wrong.append(f"{len(shapes)} have another shape ({some(shapes, '; ')})")
         raise ValueError(
-            f"{source} does not fit {name}: {', '.join(wrong)}. It was made by another architecture. {advice}"
+            f"{source} does not fit {name}: {', '.join(wrong)}. It is of another architecture, or not whole. {advice}"
         )
     model.load_state_dict(state, strict=False)
     return report

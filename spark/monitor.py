@@ -13,6 +13,7 @@ from spark.model import SparK
 
 _GAP = 2  # [px] between pictures
 _HEADER = 16  # [px] for the titles
+_READABLE = 128  # [px] smaller images are enlarged by a whole factor up to this width
 
 
 @torch.no_grad()
@@ -34,7 +35,7 @@ def reconstruction_panels(
         std: per channel, on the scale 0 to 1.
 
     Returns:
-        An RGB picture with B rows of three images.
+        An RGB picture with B rows of three images, small ones enlarged.
     """
     was_training = model.training
     model.eval()
@@ -50,11 +51,13 @@ def reconstruction_panels(
     )
     masked = images.where(seen, 0.0)  # the mean colour of the data set
     rows = torch.stack([_displayable(x, mean, std) for x in (images, masked, restored)], dim=1).flatten(0, 1)
+    zoom = max(1, _READABLE // images.shape[3])
+    rows = rows.repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)
     grid = functional.to_pil_image(make_grid(rows, nrow=3, padding=_GAP, pad_value=1.0))
 
     picture = Image.new("RGB", (grid.width, grid.height + _HEADER), "white")
     picture.paste(grid, (0, _HEADER))
-    width = images.shape[3]
+    width = rows.shape[3]
     for column, title in enumerate(("input", "masked", "reconstruction")):
         ImageDraw.Draw(picture).text((_GAP + column * (width + _GAP), 2), title, fill="black")
     return picture

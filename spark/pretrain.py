@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -39,6 +39,7 @@ from spark.run import (
     ignore_stop_signals,
     micro_batch_size,
     one_line_errors,
+    prepare,
     prepare_output_dir,
     progress_bar,
     reduce_sum,
@@ -73,7 +74,7 @@ def pretrain(config: PretrainConfig) -> None:
     # --- objects; nothing is written before all of them fit together
     prepare_output_dir(config.output_dir, config.resume)
     accelerator = start_accelerator(config.output_dir, config.precision)
-    device: torch.device = accelerator.device
+    device = cast(torch.device, accelerator.device)
     rank: int = accelerator.process_index
     world: int = accelerator.num_processes
     main_process: bool = accelerator.is_main_process
@@ -93,7 +94,7 @@ def pretrain(config: PretrainConfig) -> None:
         sync_bn=config.model.sync_bn,
     )
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    spark.to(device=device, memory_format=memory_format)
+    spark.to(device).to(memory_format=memory_format)
 
     files = list_images(config.data.train)
     transform = PretrainTransform(
@@ -108,27 +109,28 @@ def pretrain(config: PretrainConfig) -> None:
     unreadable = UnreadableImages(len(files), config.data.max_unreadable)
     config = resolve(config, spark, transform)
     betas, mean, std = config.optim.betas, config.data.mean, config.data.std
-    assert betas is not None and mean is not None and std is not None
+    assert betas is not None
+    assert mean is not None
+    assert std is not None
 
     peak_lr = config.optim.base_lr * config.optim.batch_size / 256
     start_decay = config.optim.weight_decay
     end_decay = start_decay if config.optim.weight_decay_end is None else config.optim.weight_decay_end
     total_steps, warmup_steps = run_length(config, len(files))
     groups = parameter_groups(spark, start_decay)
-    model, optimizer = accelerator.prepare(
-        spark, build_optimizer(config.optim.name, groups, peak_lr, betas, config.optim.eps)
-    )
+    optimizer = build_optimizer(config.optim.name, groups, peak_lr, betas, config.optim.eps)
+    model, optimizer = prepare(accelerator, spark, optimizer)
 
     # --- resume
     checkpoint = find_run(config.output_dir, config.resume)
     step = 0
     if checkpoint is not None:
+        accelerator.print(f"continuing from {checkpoint}")
+        for line in changes(read_extra(checkpoint)["config"], config_dict(config)):
+            accelerator.print(f"changed since that checkpoint: {line}")
         state = load_run(checkpoint, model=spark, optimizer=optimizer, scaler=accelerator.scaler)
         step = state["step"]
         unreadable.load_state_dict(state["unreadable"])
-        accelerator.print(f"continuing from {checkpoint}")
-        for line in changes(state["config"], config_dict(config)):
-            accelerator.print(f"changed since that checkpoint: {line}")
     elif config.resume:
         accelerator.print(f"no checkpoint in {config.output_dir} yet: starting from the beginning")
 
@@ -247,7 +249,7 @@ def pretrain(config: PretrainConfig) -> None:
             grad_norm = float(norm)  # type: ignore[arg-type]
 
             # update, unless it would spoil the weights; fp16 skips steps by itself while it seeks its loss scale
-            numbers = {"the loss": mean_loss}
+            numbers: dict[str, float] = {"the loss": mean_loss}
             if accelerator.scaler is None or accelerator.scaler.get_scale() < 1:
                 numbers["the gradient norm"] = grad_norm
             batch_files = [images.files[index] for index in indices]
@@ -372,6 +374,11 @@ def fixed_batch(images: UnlabeledImages, spark: SparK, seed: int) -> tuple[Tenso
     samples = [images[position, position * len(images) // count] for position in range(count)]
     batch = MaskedBatches(spark.grid, spark.mask_ratio, seed)(samples)
     return batch["image"], batch["visible"]
+
+
+def read_extra(checkpoint: Path) -> dict[str, Any]:
+    """What this loop keeps in a checkpoint beside weights and optimizer, read without the rest."""
+    return torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True, mmap=True)["extra"]
 
 
 def changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

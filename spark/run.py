@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import Sampler
 
 from spark.seeding import derive_seed
@@ -134,6 +136,18 @@ def start_accelerator(output_dir: str | Path, precision: str) -> Accelerator:
             flush=True,
         )
     return accelerator
+
+
+def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Any]:
+    """Hand model and optimizer to Accelerate: several processes get DistributedDataParallel, fp16 a loss scale.
+
+    Returns:
+        The model to train with (the one given stays the one to save), and the wrapped optimizer.
+    """
+    with warnings.catch_warnings():
+        # The new name of this option does not exist in all versions of torch that this project runs on.
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+        return accelerator.prepare(model, optimizer)
 
 
 def worker_count(workers: int | None, accelerator: Accelerator) -> int:

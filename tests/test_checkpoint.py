@@ -264,6 +264,8 @@ def test_an_encoder_nobody_names_is_asked_for(written):
     with pytest.raises(ValueError, match=r"does not say which encoder.*--model_name"):
         load_encoder(path)
     assert same(load_encoder(path, model_name="resnet18").state_dict(), torch.load(path))
+    with pytest.raises(ValueError, match="no model named 'resnet118'"):
+        load_encoder(path, model_name="resnet118")
     with pytest.raises(ValueError, match=r"'your_convnet', which timm does not have.*--model_name"):
         load_encoder(written(training_file(plain_resnet(**NET18), "your_convnet")))
 
@@ -367,7 +369,7 @@ def test_paths_that_are_not_there(tmp_path):
             load_encoder(source)
     with pytest.raises(ValueError, match=r"is not an exported encoder \(it has no config.json\)"):
         load_encoder(tmp_path)
-    with pytest.raises(ValueError, match="resnet18"):
+    with pytest.raises(ValueError, match=r"no model named 'resnet118'; nearest: .*resnet18"):
         load_encoder("resnet118")
 
 
@@ -419,9 +421,21 @@ def test_load_official_resnet(written, caplog):
 
 
 def test_load_official_without_a_decoder(written):
-    path = written({"arch": "resnet18", "module": plain_resnet(**NET18)})
-    with pytest.raises(ValueError, match=r"holds an encoder only.*load_encoder\("):
+    state = plain_resnet(**NET18)
+    path = written({"arch": "resnet18", "module": state})
+    with pytest.raises(ValueError, match=r"holds an encoder only.*SparK\(load_encoder"):
         load_official(path)
+    model = SparK(load_encoder(path), input_size=64, decoder_width=32)  # what the sentence says to do
+    assert same(model.encoder.state_dict(), state)
+
+
+def test_official_files_are_rebuilt_here_with_all_their_entries():
+    """426 and 434 entries: counted in files that the official code wrote."""
+    with torch.device("meta"):
+        resnet50 = plain_resnet((3, 4, 6, 3), bottleneck=True)
+        small = original_convnext((96, 192, 384, 768), (3, 3, 27, 3))
+        assert len(spark_style(resnet50, (256, 512, 1024, 2048), 768, "bn")) == 426
+        assert len(spark_style(small, (96, 192, 384, 768), 768, "ln")) == 434
 
 
 def test_load_official_with_something_missing(written):
@@ -463,7 +477,9 @@ def test_export_is_read_by_timm_alone(tmp_path, name):
 
 def test_load_encoder_of_an_export(tmp_path):
     encoder = build_encoder("test_resnet", drop_path=0.1)
+    before = torch.get_rng_state()
     folder = save_encoder(encoder, tmp_path / "encoder", *IMAGENET, input_size=64)
+    assert torch.equal(torch.get_rng_state(), before)  # an export in mid-training changes nothing
     again, report = read_encoder(folder, drop_path_rate=0.2)
     assert same(again.state_dict(), encoder.state_dict())
     assert (timm_config(again)["mean"], timm_config(again)["input_size"]) == (IMAGENET[0], (3, 64, 64))
@@ -594,9 +610,8 @@ def test_resuming_is_exact(tmp_path, name):
     expected = train(model, optimizer, range(3, 8))
 
     again = training(name, seed=1)
-    newest = find_run(tmp_path, True)
-    assert newest == path
-    state = load_run(newest, model=again[0], optimizer=again[1])
+    assert find_run(tmp_path, True) == path
+    state = load_run(path, model=again[0], optimizer=again[1])
     assert torch.equal(state.pop("t"), torch.arange(3))
     assert state == {"step": 3} | {key: extra[key] for key in ("images", "best", "log", "config")}
     assert train(*again, range(3, 8)) == expected

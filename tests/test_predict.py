@@ -197,7 +197,8 @@ def test_user_errors_are_sentences(
     (tmp_path / "clip.mp4").touch()
     (tmp_path / "empty").mkdir()
     given = [argument.format(tmp=tmp_path) for argument in arguments]
-    assert run(model, tmp_path / "x.png", tmp_path / "out", *given) == 2
+    with pytest.raises(SystemExit, match="2"):
+        run(model, tmp_path / "x.png", tmp_path / "out", *given)
     errors = capsys.readouterr().err
     assert errors.startswith("error: ")
     assert message in errors

@@ -47,8 +47,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True, help="RESULTS: .csv and .md are added")
     parser.add_argument("--encoders", nargs="+", default=["resnet18", "convnext_atto"], help="timm names")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--pretrain_epochs", type=float, default=10)
-    parser.add_argument("--depth_epochs", type=float, default=8)
+    parser.add_argument("--pretrain_epochs", type=float, default=5)
+    parser.add_argument("--depth_epochs", type=float, default=5)
     parser.add_argument(
         "--pretrain_config", default="configs/pretrain/nyu_{encoder}.yaml", help="{encoder} is filled in"
     )
