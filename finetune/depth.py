@@ -477,7 +477,7 @@ def refuse_empty(config: DepthConfig, empty: int, planned: int) -> None:
         raise ValueError(
             f"{empty} micro-batches had no pixel with a ground truth between {config.model.min_depth:g} and"
             f" {config.model.max_depth:g} m, more than the accepted share of {config.data.max_empty:g} of the {planned}"
-            " of the run: check the depth files and model.max_depth, use a larger batch or crop, or raise data.max_empty"
+            " of the run: check the depth files and model.max_depth, enlarge batch or crop, or raise data.max_empty"
         )
 
 

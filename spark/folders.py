@@ -69,7 +69,8 @@ def whole_folder(folder: str | Path, files: Collection[str]) -> Iterator[Path]:
                 f"the disk is full, {folder} was not written. Nothing half-written is left and older files are"
                 " untouched: free some space or write elsewhere, and try again (a run goes on with resume)",
             ) from error
-        raise OSError(number, f"{folder} was not written: {os.strerror(number)}") from error
+        where = getattr(error, "filename", None) or folder
+        raise OSError(number, f"{folder} was not written: {os.strerror(number)} ({where})") from error
     shutil.rmtree(retired, ignore_errors=True)
 
 

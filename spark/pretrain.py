@@ -35,7 +35,6 @@ from spark.run import (
     StopRequest,
     StreamSampler,
     check_finite,
-    derive_seed,
     ignore_stop_signals,
     micro_batch_size,
     one_line_errors,
@@ -46,6 +45,7 @@ from spark.run import (
     start_accelerator,
     worker_count,
 )
+from spark.seeding import derive_seed
 
 DESCRIPTION = """Pretrain a timm convnet on unlabeled images with SparK (sparse and hierarchical masked modelling).
 SIGTERM and Ctrl-C save a checkpoint and end with exit code 0; continue with --resume true. SIGUSR1 to the main process

@@ -18,7 +18,11 @@ LAYERS = [
     {"sparse"},
     {"encoder", "decoder", "criterion"},
     {"model"},
-    {"folders", "images", "optim", "official", "export", "checkpoint", "config", "run", "monitor"},
+    {"folders", "keys", "config", "optim", "images", "monitor"},
+    {"official"},
+    {"export"},
+    {"checkpoint"},
+    {"run"},
     {"pretrain"},
 ]
 

@@ -1,0 +1,242 @@
+"""spark.config: the command line and YAML files become dataclasses; every mistake is one sentence."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+
+from spark.config import PretrainConfig, config_dict, parse_config, save_config
+
+REQUIRED = ["--model.name", "resnet18", "--data.train", "images", "--output_dir", "out"]
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def parse(*argv):
+    return parse_config(PretrainConfig, list(argv), "Test.")
+
+
+def error_of(capsys, *argv):
+    with pytest.raises(SystemExit) as stopped:
+        parse(*argv)
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1, captured.err
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+def test_defaults_are_the_paper_recipe():
+    config = parse(*REQUIRED)
+    assert (config.model.name, config.data.train, config.output_dir) == ("resnet18", "images", "out")
+    assert config.model.mask_ratio == 0.6
+    assert (config.optim.base_lr, config.optim.batch_size, config.optim.clip_grad) == (2e-4, 4096, 5.0)
+    assert (config.optim.weight_decay, config.optim.weight_decay_end) == (0.04, 0.2)
+    assert (config.epochs, config.optim.warmup_epochs, config.max_steps) == (1600, 40, None)
+    assert config.optim.betas is None
+
+
+def test_file_then_overrides(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {name: resnet50, input_size: [96, 128]}\noptim:\n  base_lr: 1e-3\n  betas: [0.9, 0.95]\n")
+    config = parse(
+        "--config", str(file), "--data.train=x", "--output_dir", "o", "--optim.base_lr", "2e-3", "--resume", "true"
+    )
+    assert config.model.input_size == (96, 128)
+    assert config.optim.base_lr == 2e-3
+    assert config.optim.betas == (0.9, 0.95)
+    assert config.resume is True
+
+
+def test_resume_takes_a_path():
+    assert parse(*REQUIRED, "--resume", "runs/a/checkpoints/step_0000010").resume.endswith("step_0000010")
+    assert parse(*REQUIRED, "--resume", "false").resume is False
+
+
+def test_saved_config_reads_back(tmp_path):
+    config = parse(*REQUIRED, "--optim.betas", "[0.9, 0.99]", "--optim.eps", "1e-9", "--data.mean", "[0.1,0.2,0.3]")
+    save_config(config, tmp_path / "config.yaml")
+    assert parse("--config", str(tmp_path / "config.yaml")) == config
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == config_dict(config)
+
+
+def test_print_config_and_help(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(*REQUIRED, "--print_config")
+    assert stopped.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["optim"]["batch_size"] == 4096
+    with pytest.raises(SystemExit) as stopped:
+        parse("--help")
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert "share of the patches that is hidden" in text
+    assert "--optim.warmup_epochs" in text
+
+
+def test_every_option_is_explained(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = capsys.readouterr().out
+
+    def options(values, prefix=""):
+        for name, value in values.items():
+            if isinstance(value, dict):
+                yield from options(value, f"{prefix}{name}.")
+            else:
+                yield prefix + name
+
+    for name in options(config_dict(parse(*REQUIRED))):
+        after = text.split(f"\n  --{name} ", 1)[1]
+        explanation = " ".join(after.split("\n  --", 1)[0].split())
+        assert len(explanation.split("(")[0].split()) > 3, f"{name} has no explanation in --help: {explanation}"
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--optim.bas_lr", "did you mean optim.base_lr?"),
+        ("--base_lr", "did you mean optim.base_lr?"),
+        ("--lr", "did you mean optim.base_lr?"),
+        ("--batch_size", "did you mean optim.batch_size?"),
+        ("--modle.name", "did you mean model.name?"),
+        ("--model.mask", "did you mean model.mask_ratio?"),
+        ("--max_step", "did you mean max_steps?"),
+        ("--optim.frobnicate", "optim has name, base_lr"),
+        ("--frobnicate", "--help lists all options"),
+    ],
+)
+def test_unknown_option_names_the_nearest(capsys, argument, words):
+    text = error_of(capsys, *REQUIRED, argument, "3")
+    assert f"unknown option {argument}" in text
+    assert words in text
+
+
+def test_unknown_key_in_file_names_path_and_nearest(capsys, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("optim:\n  batch_sise: 8\n")
+    text = error_of(capsys, *REQUIRED, "--config", str(file))
+    assert "unknown option optim.batch_sise" in text
+    assert str(file) in text
+    assert "did you mean optim.batch_size?" in text
+    file.write_text("epoch: 8\n")
+    assert "unknown option epoch in" in error_of(capsys, *REQUIRED, "--config", str(file))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--optim.base_lr", "abc"], "optim.base_lr must be a number, got abc"),
+        (["--seed", "1.5"], "seed must be a whole number, got 1.5"),
+        (["--model.input_size", "[1, 2, 3]"], "model.input_size must be a whole number or a list [...] of 2 whole numbers"),
+        (["--optim.betas", "0.9"], "optim.betas must be a list [...] of 2 numbers or null, got 0.9"),
+        (["--data.mean", "0.5"], "data.mean must be a list [...] of numbers or null"),
+        (["--model.sync_bn", "3"], "model.sync_bn must be true or false, got 3"),
+        (["--model.layout", "dense"], "model.layout must be one of packed, masked, got dense"),
+        (["--precision", "fp8"], "precision must be one of fp32, bf16, fp16, got fp8"),
+        (["--optim.clip_grad", "x"], "optim.clip_grad must be a number or null, got x"),
+        (["--model", "resnet50"], "single options are set as --model.name VALUE"),
+        (["stray"], "unexpected argument stray"),
+        (["--config"], "expected one argument"),
+        (["--config", "no/such/file.yaml"], "there is no config file no/such/file.yaml"),
+        (["--model.mask_ratio", "1.5"], "model.mask_ratio must be between 0 and 1, got 1.5"),
+        (["--optim.base_lr", "0"], "optim.base_lr must be above 0"),
+        (["--optim.clip_grad", "0"], "optim.clip_grad must be above 0, or null"),
+        (["--data.crop_scale", "[0.9, 0.5]"], "data.crop_scale must be"),
+        (["--accumulation", "0"], "accumulation must be at least 1"),
+        (["--epochs", "0"], "epochs must be above 0"),
+    ],
+)
+def test_wrong_value(capsys, arguments, words):
+    assert words in error_of(capsys, *REQUIRED, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("optim: {base_lr: fast}\n", "optim.base_lr must be a number, got fast"),
+        ("optim: 3\n", "optim in"),
+        ("optim:\n", "must hold options (name, base_lr"),
+        ("", "must hold options (output_dir"),
+        ("model: {name: x\n", "is not valid YAML"),
+        ("- a\n", "must hold options"),
+    ],
+)
+def test_bad_file(capsys, tmp_path, content, words):
+    file = tmp_path / "run.yaml"
+    file.write_text(content)
+    assert words in error_of(capsys, *REQUIRED, "--config", str(file))
+
+
+def test_missing_options_are_named(capsys):
+    text = error_of(capsys, "--model.name", "resnet18")
+    assert "data.train and output_dir must be set" in text
+    assert "--data.train VALUE" in text
+
+
+def test_only_the_main_process_speaks(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as stopped:
+        parse("--nonsense", "1")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == ""
+
+
+@dataclass
+class HeadConfig:
+    """Head.
+
+    Attributes:
+        name: kind of head.
+    """
+
+    name: str = "unetpp"
+
+
+@dataclass
+class OtherConfig:
+    """Run.
+
+    Attributes:
+        encoder: where the encoder is.
+        head: the head.
+    """
+
+    encoder: str | None = None
+    head: HeadConfig = field(default_factory=HeadConfig)
+
+
+def test_any_dataclass():
+    config = parse_config(OtherConfig, ["--encoder", "runs/a/encoder", "--head.name", "dorn"], "Other.")
+    assert config == OtherConfig("runs/a/encoder", HeadConfig("dorn"))
+
+
+@pytest.mark.parametrize("file", sorted((CONFIGS / "pretrain").glob("*.yaml")), ids=lambda path: path.stem)
+def test_configs_are_run_cards_that_parse(file):
+    config = parse("--config", str(file), "--data.train", "x", "--output_dir", "y")
+    assert config.optim.betas is not None, "the recipes say their betas"
+    assert config.optim.batch_size % config.accumulation == 0
+    text = file.read_text()
+    for word in ("# Command", "# Hardware", "# Time", "# Expected", f"--config configs/pretrain/{file.name}"):
+        assert word in text
+
+
+def test_paper_recipes():
+    resnet, convnext = (
+        parse("--config", str(CONFIGS / "pretrain" / name), "--data.train", "x", "--output_dir", "y")
+        for name in ("resnet50.yaml", "convnext_small.yaml")
+    )
+    for config in (resnet, convnext):
+        assert config.optim.base_lr * config.optim.batch_size / 256 == pytest.approx(3.2e-3)
+        assert (config.epochs, config.optim.warmup_epochs, config.optim.name) == (1600, 40, "lamb")
+    assert resnet.optim.betas == (0.9, 0.95)
+    assert convnext.optim.betas == (0.9, 0.999)
+    assert (resnet.model.drop_path, convnext.model.drop_path) == (0.05, 0.2)
+
+
+@pytest.mark.parametrize("file", sorted((CONFIGS / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_configs_are_known_to_accelerate(file):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(file))
+    assert config.num_processes in (1, 2, 8)

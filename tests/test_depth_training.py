@@ -1,0 +1,414 @@
+"""finetune/depth.py end to end on a tiny world: what a run writes, exact resume, freezing, stopping, and bad input."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+import finetune.depth
+from finetune import load_depth_model
+from finetune.config import DepthConfig, DepthDataConfig, DepthOptimConfig
+from finetune.depth import RunLength, build_model, main, run_length
+from spark.checkpoint import save_encoder
+from spark.encoder import build_encoder
+from tests.depth_world import make_depth_world
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_depth_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate remembers the precision of the first run of a process; every run here is a process of its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def arguments(world: Path, output: Path, **options: Any) -> list[str]:
+    """A run of 6 pairs in batches of 2, 3 steps an epoch."""
+    given = {
+        "encoder": "test_resnet",
+        "data.root": world,
+        "data.list": "nyu_train.txt",
+        "data.val_list": "nyu_val.txt",
+        "data.image_size": "[48,64]",
+        "data.crop_size": "[32,32]",
+        "data.border": "null",
+        "data.workers": 0,
+        "model.head_options": '{"decoder_channels": [16, 8, 8, 8, 8]}',
+        "protocol": "nyu-bts-scaled",
+        "optim.batch_size": 2,
+        "optim.lr": 3e-3,
+        "optim.warmup_steps": 1,
+        "max_steps": 6,
+        "log_every": 1,
+        "triptychs": 1,
+        "validate_every": 0,
+        "output_dir": output,
+        **options,
+    }
+    return [text for name, value in given.items() for text in (f"--{name}", str(value))]
+
+
+def run(world: Path, output: Path, **options: Any) -> list[dict]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    main(arguments(world, output, **options))
+    return rows_of(output)
+
+
+def rows_of(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(rows: list[dict]) -> list[float]:
+    return [row["loss"] for row in rows]
+
+
+def weights_of(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "model" / "model.safetensors")
+
+
+def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+def fails(world: Path, output: Path, capsys: pytest.CaptureFixture[str], **options: Any) -> str:
+    """Run what must fail with one sentence and exit code 2; returns the sentence."""
+    with pytest.raises(SystemExit) as stopped:
+        run(world, output, **options)
+    assert stopped.value.code == 2
+    errors = capsys.readouterr().err.strip()
+    assert errors.startswith("error: ")
+    assert len(errors.splitlines()) == 1
+    return errors
+
+
+# --- what a run writes
+
+
+def test_a_run_writes_everything_and_learns(world: Path, tmp_path: Path) -> None:
+    options = {"data.zoom": "[1,1]", "data.colour": 0, "losses": '{"silog": 1.0, "l1": 0.5}', "max_steps": 18}
+    rows = run(world, tmp_path / "run", **options, validate_every=3)
+    assert [row["step"] for row in rows] == list(range(1, 19))
+    for row in rows:
+        assert {
+            "loss",
+            "loss_silog",
+            "loss_l1",
+            "lr",
+            "grad_norm",
+            "epoch",
+            "images_per_second",
+        } <= row.keys()
+        assert row["loss"] == pytest.approx(row["loss_silog"] + 0.5 * row["loss_l1"], rel=1e-5)
+    assert np.mean(losses_of(rows)[-4:]) < 0.8 * np.mean(losses_of(rows)[:4])
+    assert [row["step"] for row in rows if "val_delta1" in row] == [9, 18]
+    assert rows[2]["epoch"] == 1.0
+
+    output = tmp_path / "run"
+    names = {path.name for path in output.iterdir()}
+    assert names == {
+        "config.yaml",
+        "metrics.jsonl",
+        "tensorboard",
+        "figures",
+        "checkpoints",
+        "model",
+        "evaluation.json",
+    }
+    figures = sorted(path.name for path in (output / "figures").iterdir())
+    assert figures == ["triptychs_step_0000009.png", "triptychs_step_0000018.png"]
+    results = json.loads((output / "evaluation.json").read_text())
+    assert (results["protocol"], results["images"], results["step"]) == ("nyu-bts-scaled", 2, 18)
+    assert len(results["per_image"]) == 2
+    assert results["metrics"]["rmse"] == pytest.approx(rows[-1]["val_rmse"])
+    model = load_depth_model(output / "model")
+    assert model.image_size == (48, 64)
+    config = yaml.safe_load((output / "config.yaml").read_text())
+    assert config["data"]["mean"] == list(model.mean)
+    assert config["losses"] == {"silog": 1.0, "l1": 0.5}
+
+
+def test_config_yaml_makes_the_same_run(world: Path, tmp_path: Path) -> None:
+    first = run(world, tmp_path / "one")
+    main(["--config", str(tmp_path / "one" / "config.yaml"), "--output_dir", str(tmp_path / "two")])
+    assert losses_of(first) == losses_of(rows_of(tmp_path / "two"))
+
+
+def test_without_pairs_to_validate_on(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(world, tmp_path / "run", **{"data.val_list": "null", "max_steps": 1})
+    assert not (tmp_path / "run" / "evaluation.json").exists()
+    assert (tmp_path / "run" / "model").is_dir()
+    assert "--data.val_list" in capsys.readouterr().out
+
+
+def test_bf16_is_evaluated_in_fp32(world: Path, tmp_path: Path) -> None:
+    rows = run(world, tmp_path / "run", precision="bf16", channels_last="true", max_steps=2)
+    assert all(math.isfinite(loss) for loss in losses_of(rows))
+    assert all(value.dtype != torch.bfloat16 for value in weights_of(tmp_path / "run").values())
+
+
+# --- exactness
+
+
+def test_resume_is_exact(world: Path, tmp_path: Path) -> None:
+    """Drop path, accumulation, two losses, layer decay, the end of a frozen phase: all as if never stopped."""
+    options = {
+        "encoder": "test_convnext",
+        "model.drop_path": 0.3,
+        "accumulation": 2,
+        "optim.frozen_epochs": 1,
+        "optim.layer_decay": 0.8,
+        "optim.encoder_lr_factor": 0.5,
+        "losses": '{"silog": 1.0, "berhu": 0.5}',
+        "checkpoint_every": 2,
+        "keep_checkpoints": 3,
+    }
+    whole = run(world, tmp_path / "whole", **options)
+    for step in (2, 4):
+        checkpoint = tmp_path / "whole" / "checkpoints" / f"step_{step:07d}"
+        rest = run(world, tmp_path / f"from{step}", **options, resume=checkpoint)
+        assert losses_of(rest) == losses_of(whole)[step:]
+        assert_same_weights(weights_of(tmp_path / f"from{step}"), weights_of(tmp_path / "whole"))
+
+
+def test_loader_processes_change_nothing(world: Path, tmp_path: Path) -> None:
+    alone = run(world, tmp_path / "alone", max_steps=3)
+    helped = run(world, tmp_path / "helped", max_steps=3, **{"data.workers": 2})
+    assert losses_of(alone) == losses_of(helped)
+
+
+def test_stop_signal_saves_and_resume_goes_on(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = run(world, tmp_path / "whole")
+    write_row = finetune.depth.RunLog.row
+
+    def stop_after_three(log: Any, step: int, **values: Any) -> None:
+        write_row(log, step, **values)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.depth.RunLog, "row", stop_after_three)
+        stopped = run(world, tmp_path / "run")  # returns: exit code 0
+    assert len(stopped) == 3
+    assert not (tmp_path / "run" / "model").exists()
+    printed = capsys.readouterr().out
+    assert "stopped and saved after step 3 of 6" in printed
+    assert f"--config {tmp_path}/run/config.yaml --resume true" in printed
+    main(["--config", str(tmp_path / "run" / "config.yaml"), "--resume", "true"])
+    assert losses_of(rows_of(tmp_path / "run")) == losses_of(whole)
+    assert_same_weights(weights_of(tmp_path / "run"), weights_of(tmp_path / "whole"))
+
+
+def test_resuming_a_finished_run_changes_nothing(world: Path, tmp_path: Path) -> None:
+    run(world, tmp_path / "run", max_steps=2)
+    before = weights_of(tmp_path / "run")
+    (tmp_path / "run" / "evaluation.json").unlink()
+    rows = run(world, tmp_path / "run", max_steps=2, resume="true")
+    assert len(rows) == 2
+    assert_same_weights(before, weights_of(tmp_path / "run"))
+    assert (tmp_path / "run" / "evaluation.json").exists()
+
+
+# --- encoders
+
+
+def test_frozen_epochs_hold_the_encoder_still(world: Path, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    encoder = build_encoder("test_resnet")
+    save_encoder(encoder, tmp_path / "encoder")
+    options = {"encoder": tmp_path / "encoder", "optim.frozen_epochs": 1, "checkpoint_every": 3}
+    run(world, tmp_path / "run", **options)
+    stored = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
+    frozen = load_file(tmp_path / "run" / "checkpoints" / "step_0000003" / "model.safetensors")
+    for name, value in stored.items():
+        assert torch.equal(frozen[name], value), name
+    final = weights_of(tmp_path / "run")
+    assert all(
+        not torch.equal(final[name], value) for name, value in stored.items() if name.endswith("conv1.weight")
+    )
+    assert final["encoder.bn1.num_batches_tracked"] == 3
+
+
+def test_the_head_starts_alike_whatever_the_encoder_weights(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    save_encoder(build_encoder("test_resnet"), tmp_path / "encoder")
+
+    def head_of(source: str, seed: int = 0) -> dict[str, torch.Tensor]:
+        config = DepthConfig(encoder=source, data=DepthDataConfig(root=""), output_dir="", seed=seed)
+        return build_model(config)[0].head.state_dict()
+
+    assert_same_weights(head_of("test_resnet"), head_of(str(tmp_path / "encoder")))
+    assert not torch.equal(
+        head_of("test_resnet")["project.weight"], head_of("test_resnet", seed=1)["project.weight"]
+    )
+
+
+@pytest.mark.parametrize("encoder", ["test_resnet", "other"])
+def test_checkpoint_of_another_architecture(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], encoder: str
+) -> None:
+    run(world, tmp_path / "run", max_steps=1)
+    changed = (
+        {"encoder": "test_convnext"} if encoder == "other" else {"losses": '{"l1": 1.0}', "optim.name": "sgd"}
+    )
+    sentence = fails(world, tmp_path / "run", capsys, max_steps=2, resume="true", **changed)
+    assert "step_0000001" in sentence
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data.root": "/no/such/folder"}, "/no/such/folder"),
+        ({"data.list": "nyu_trian.txt"}, "no list file nyu_trian.txt"),
+        ({"data.val_list": "none.txt"}, "no list file none.txt"),
+        ({"encoder": "resnet5O"}, "resnet50"),
+        ({"encoder": "no/encoder"}, "no encoder at"),
+        ({"encoder": "vit_tiny_patch16_224"}, "pyramid"),
+        ({"model.head": "unet"}, "unetpp"),
+        ({"model.max_deph": 3}, "model.max_depth"),
+        ({"losses": '{"silok": 1.0}'}, "did you mean 'silog'"),
+        ({"data.crop_size": "[300,32]"}, "does not fit"),
+        ({"protocol": "nyu-bst"}, "nyu-bts"),
+        ({"protocol": "nyu-bts"}, "480x640"),
+        ({"accumulation": 3}, "optim.batch_size 2"),
+        ({"optim.warmup_steps": 9}, "optim.warmup_steps"),
+        ({"optim.lr": -1}, "optim.lr must be above 0"),
+        ({"precision": "fp16"}, "fp16 needs a GPU"),
+    ],
+)
+def test_user_errors_are_sentences(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict, message: str
+) -> None:
+    if options.get("precision") == "fp16" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert message in fails(world, tmp_path / "run", capsys, **options)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_folder_with_a_run_is_not_overwritten(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = run(world, tmp_path / "run", max_steps=1)
+    assert "--resume true" in fails(world, tmp_path / "run", capsys, max_steps=1)
+    assert rows_of(tmp_path / "run") == rows
+
+
+def test_nan_stops_with_the_state_saved_and_the_batch_named(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = run(world, tmp_path / "whole", max_steps=4)
+    forward = finetune.depth.WeightedLoss.forward
+    calls = []
+
+    def spoil(self: Any, *maps: torch.Tensor) -> Any:
+        calls.append(0)
+        total, parts = forward(self, *maps)
+        return (total * math.nan if len(calls) == 3 else total), parts
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.depth.WeightedLoss, "forward", spoil)
+        sentence = fails(world, tmp_path / "run", capsys, max_steps=4)
+    assert "the loss is nan at step 3" in sentence
+    named = (tmp_path / "run" / "nonfinite_step_0000003.txt").read_text().splitlines()
+    assert len(named) == 2
+    assert all(name.startswith("train_scene/rgb_") for name in named)
+    rows = run(world, tmp_path / "run", max_steps=4, resume="true")
+    assert losses_of(rows) == losses_of(whole)
+    assert_same_weights(weights_of(tmp_path / "run"), weights_of(tmp_path / "whole"))
+
+
+def test_pairs_without_ground_truth_are_counted_and_limited(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = make_depth_world(tmp_path / "world", train=4)
+    depth = world / "train_scene" / "sync_depth_0001.png"
+    cv2.imwrite(str(depth), np.zeros((48, 64), np.uint16))
+    options = {"optim.batch_size": 1, "max_steps": 4}
+    rows = run(world, tmp_path / "run", **options, **{"data.max_empty": 0.5})
+    assert rows[-1]["empty_batches"] == 1
+    assert sum(loss is None for loss in losses_of(rows)) == 1
+    assert all(value.isfinite().all() for value in weights_of(tmp_path / "run").values())
+    assert "1 micro-batches had no pixel" in capsys.readouterr().out
+    assert "data.max_empty" in fails(world, tmp_path / "strict", capsys, **options)
+
+
+def test_unreadable_pairs_are_skipped_reported_and_limited(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = make_depth_world(tmp_path / "world", train=4)
+    image = world / "train_scene" / "rgb_0002.png"
+    image.write_bytes(image.read_bytes()[:200])
+    options = {"data.max_unreadable": 0.3, "max_steps": 2}
+    run(world, tmp_path / "run", **options)
+    assert "rgb_0002.png" in (tmp_path / "run" / "skipped_images.txt").read_text()
+    assert "rgb_0002.png" in capsys.readouterr().out
+    assert "data.max_unreadable" in fails(world, tmp_path / "strict", capsys, max_steps=2)
+
+
+# --- length
+
+
+def length_of(num_pairs: int, **options: Any) -> RunLength:
+    optim = DepthOptimConfig(batch_size=32, frozen_epochs=2)
+    return run_length(
+        DepthConfig(encoder="", data=DepthDataConfig(root=""), output_dir="", optim=optim, **options),
+        num_pairs,
+    )
+
+
+def test_phases_in_steps() -> None:
+    length = length_of(795, epochs=15)
+    assert (length.steps, length.warmup, length.frozen) == (373, 25, 50)
+    assert [step for step in range(1, 374) if length.validates_after(step)] == [
+        *(math.ceil(epoch * 795 / 32) for epoch in range(1, 15)),
+        373,
+    ]
+    assert length_of(795, max_steps=10).warmup == 10
+    rare = length_of(64, epochs=4, validate_every=0)
+    assert [step for step in range(1, 9) if rare.validates_after(step)] == [8]
+    often = length_of(64, epochs=2, validate_every=0.5)
+    assert [step for step in range(1, 5) if often.validates_after(step)] == [1, 2, 3, 4]
+
+
+# --- several processes
+
+
+def test_two_processes_with_a_frozen_encoder(world: Path, tmp_path: Path, free_port: int) -> None:
+    """DDP must accept an encoder without gradients, and its learning afterwards."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port)]
+    script = str(Path(finetune.depth.__file__))
+    options = {"encoder": "test_convnext", "optim.frozen_epochs": 0.67, "max_steps": 4}
+    command = [sys.executable, *launcher, script, *arguments(world, tmp_path / "run", **options)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(math.isfinite(loss) for loss in losses_of(rows))
+    assert (tmp_path / "run" / "evaluation.json").exists()
+    assert "2 processes x 1 parts x 1 pairs" in done.stdout
