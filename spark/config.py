@@ -98,7 +98,7 @@ class OptimConfig:
     """Optimizer and schedules.
 
     Attributes:
-        name: optimizer.
+        name: optimizer; the paper uses lamb for pretraining.
         base_lr: learning rate at a batch of 256 images; the run uses base_lr * batch_size / 256.
         batch_size: images of one optimizer step, over all processes and all accumulated parts.
         betas: decay rates of the optimizer's running moments; null takes the recipe of the encoder's family,

@@ -39,9 +39,19 @@ def test_defaults_are_the_paper_recipe():
 
 def test_file_then_overrides(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("model: {name: resnet50, input_size: [96, 128]}\noptim:\n  base_lr: 1e-3\n  betas: [0.9, 0.95]\n")
+    file.write_text(
+        "model: {name: resnet50, input_size: [96, 128]}\noptim:\n  base_lr: 1e-3\n  betas: [0.9, 0.95]\n"
+    )
     config = parse(
-        "--config", str(file), "--data.train=x", "--output_dir", "o", "--optim.base_lr", "2e-3", "--resume", "true"
+        "--config",
+        str(file),
+        "--data.train=x",
+        "--output_dir",
+        "o",
+        "--optim.base_lr",
+        "2e-3",
+        "--resume",
+        "true",
     )
     assert config.model.input_size == (96, 128)
     assert config.optim.base_lr == 2e-3
@@ -55,7 +65,9 @@ def test_resume_takes_a_path():
 
 
 def test_saved_config_reads_back(tmp_path):
-    config = parse(*REQUIRED, "--optim.betas", "[0.9, 0.99]", "--optim.eps", "1e-9", "--data.mean", "[0.1,0.2,0.3]")
+    config = parse(
+        *REQUIRED, "--optim.betas", "[0.9, 0.99]", "--optim.eps", "1e-9", "--data.mean", "[0.1,0.2,0.3]"
+    )
     save_config(config, tmp_path / "config.yaml")
     assert parse("--config", str(tmp_path / "config.yaml")) == config
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == config_dict(config)
@@ -89,7 +101,9 @@ def test_every_option_is_explained(capsys):
     for name in options(config_dict(parse(*REQUIRED))):
         after = text.split(f"\n  --{name} ", 1)[1]
         explanation = " ".join(after.split("\n  --", 1)[0].split())
-        assert len(explanation.split("(")[0].split()) > 3, f"{name} has no explanation in --help: {explanation}"
+        assert len(explanation.split("(")[0].split()) > 3, (
+            f"{name} has no explanation in --help: {explanation}"
+        )
 
 
 @pytest.mark.parametrize(
@@ -128,7 +142,10 @@ def test_unknown_key_in_file_names_path_and_nearest(capsys, tmp_path):
     [
         (["--optim.base_lr", "abc"], "optim.base_lr must be a number, got abc"),
         (["--seed", "1.5"], "seed must be a whole number, got 1.5"),
-        (["--model.input_size", "[1, 2, 3]"], "model.input_size must be a whole number or a list [...] of 2 whole numbers"),
+        (
+            ["--model.input_size", "[1, 2, 3]"],
+            "model.input_size must be a whole number or a list [...] of 2 whole numbers",
+        ),
         (["--optim.betas", "0.9"], "optim.betas must be a list [...] of 2 numbers or null, got 0.9"),
         (["--data.mean", "0.5"], "data.mean must be a list [...] of numbers or null"),
         (["--model.sync_bn", "3"], "model.sync_bn must be true or false, got 3"),

@@ -48,6 +48,8 @@ def test_panels(tmp_path, channels, size):
 
 def test_large_images_are_not_enlarged():
     model = SparK("test_resnet", 160, decoder_width=32).eval()
-    picture = reconstruction_panels(model, torch.zeros(1, 3, 160, 160), random_visible(1, model.grid, 0.6), MEAN, STD)
+    picture = reconstruction_panels(
+        model, torch.zeros(1, 3, 160, 160), random_visible(1, model.grid, 0.6), MEAN, STD
+    )
     assert picture.width == 3 * 160 + 4 * 2
     assert not model.training

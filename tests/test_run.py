@@ -98,7 +98,9 @@ def test_output_dir_is_not_overwritten(tmp_path):
     (tmp_path / "notes.txt").write_text("a folder with other things is fine")
     prepare_output_dir(tmp_path, False)
     (tmp_path / "config.yaml").write_text("")
-    with pytest.raises(ValueError, match=r"already holds a run \(config.yaml\); continue it with --resume true"):
+    with pytest.raises(
+        ValueError, match=r"already holds a run \(config.yaml\); continue it with --resume true"
+    ):
         prepare_output_dir(tmp_path, False)
     prepare_output_dir(tmp_path, True)
     prepare_output_dir(tmp_path, str(tmp_path / "checkpoints" / "step_0000010"))
@@ -245,7 +247,9 @@ def test_finite_numbers_pass_and_others_stop(tmp_path):
 
     check_finite(accelerator, 7, {"the loss": 1.0}, files=["a.jpg"], output_dir=tmp_path, save=save)
     assert not saved
-    with pytest.raises(ValueError, match=r"the loss is nan at step 7.*step_0000006.*nonfinite_step_0000007.txt"):
+    with pytest.raises(
+        ValueError, match=r"the loss is nan at step 7.*step_0000006.*nonfinite_step_0000007.txt"
+    ):
         check_finite(
             accelerator, 7, {"the loss": math.nan}, files=["a.jpg", "b.jpg"], output_dir=tmp_path, save=save
         )
@@ -276,7 +280,9 @@ def test_bugs_keep_their_traceback():
     with pytest.raises(KeyError), one_line_errors():
         {}["x"]
     with pytest.raises(ValueError, match="Caught ValueError in DataLoader worker"), one_line_errors():
-        list(DataLoader(Numbers(), sampler=[3], num_workers=1))  # raised by this test, which is not the project
+        list(
+            DataLoader(Numbers(), sampler=[3], num_workers=1)
+        )  # raised by this test, which is not the project
 
 
 def test_user_error_in_a_loader_process(capsys, monkeypatch):

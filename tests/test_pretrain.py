@@ -1,0 +1,544 @@
+"""spark.pretrain in this process: results, exact resume, stopping, and every mistake a user can make."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+
+import spark.checkpoint
+from spark import pretrain
+from spark.config import parse_config
+from spark.model import SparK
+from spark.run import RunLog, read_rows
+
+NOT_REPEATED = ("images_per_second", "data_wait")
+EXACT = ("--model.drop_path=0.3", "--accumulation=2", "--data.workers=1")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Folder with 12 coloured images in two class folders."""
+    folder = tmp_path_factory.mktemp("photos")
+    random = np.random.default_rng(0)
+    for number in range(12):
+        tiles = random.integers(0, 256, (5, 6, 3)).repeat(16, 0).repeat(16, 1).astype(np.uint8)
+        path = folder / f"class{number % 2}" / f"{number:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(tiles).save(path)
+    return folder
+
+
+def small_run(photos, folder, *more):
+    """Arguments of a small run of 8 steps; later ones override them."""
+    options = {
+        "model.name": "test_resnet",
+        "model.input_size": "64",
+        "model.decoder_width": "32",
+        "data.train": str(photos),
+        "data.workers": "0",
+        "optim.batch_size": "8",
+        "optim.base_lr": "0.1",
+        "optim.warmup_steps": "2",
+        "max_steps": "8",
+        "log_every": "1",
+        "checkpoint_every": "0",
+        "panels_every": "0",
+        "output_dir": str(folder),
+    }
+    return [f"--{name}={value}" for name, value in options.items()] + list(more)
+
+
+@pytest.fixture
+def command(photos, tmp_path):
+    """Arguments of a small run into a folder of this test."""
+    return lambda *more, output="run": small_run(photos, tmp_path / output, *more)
+
+
+@pytest.fixture(scope="module")
+def whole(photos, tmp_path_factory):
+    """An uninterrupted run; interrupted ones must come to the same."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(small_run(photos, folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole_exact(photos, tmp_path_factory):
+    """An uninterrupted run with everything that draws random numbers."""
+    folder = tmp_path_factory.mktemp("whole_exact")
+    run(small_run(photos, folder, *EXACT))
+    return folder
+
+
+def run(arguments):
+    """A run as from the command line, each time as if in a new process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    pretrain.main(arguments)
+
+
+def curve(folder):
+    """Rows without what depends on the clock."""
+    rows = read_rows(folder / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if name not in NOT_REPEATED} for row in rows]
+
+
+def weights(folder, step):
+    return load_file(folder / "checkpoints" / f"step_{step:07d}" / "model.safetensors")
+
+
+def moments(folder, step):
+    state = torch.load(folder / "checkpoints" / f"step_{step:07d}" / "state.pt", weights_only=True)
+    return {
+        f"{i}.{k}": v
+        for i, s in state["optimizer"]["state"].items()
+        for k, v in s.items()
+        if torch.is_tensor(v)
+    }
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def error_of(capsys, arguments):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run(arguments)
+    assert stopped.value.code == 2
+    text = capsys.readouterr().err
+    lines = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, text
+    assert "Traceback" not in text
+    return lines[0]
+
+
+def at_step(monkeypatch, step, action):
+    """Do something in the middle of a run: when the row of this step is logged."""
+    original = RunLog.row
+
+    def row(self, number, **values):
+        original(self, number, **values)
+        if number == step:
+            action()
+
+    monkeypatch.setattr(RunLog, "row", row)
+
+
+# --- what a run leaves
+
+
+def test_a_run_and_its_results(command, tmp_path, capsys):
+    run(command("--panels_every=5", "--checkpoint_every=3", "--optim.base_lr=0.1"))
+    folder = tmp_path / "run"
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["optim"]["betas"] == [0.9, 0.95], "resolved by family and saved"
+    assert config["data"]["mean"] == [0.485, 0.456, 0.406]
+    assert parse_config(pretrain.PretrainConfig, ["--config", str(folder / "config.yaml")], "").max_steps == 8
+
+    rows = read_rows(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    for row in rows:
+        assert {"loss", "lr", "weight_decay", "grad_norm", "images_per_second", "epoch"} <= row.keys()
+        assert row["loss"] == pytest.approx(1.0, abs=0.1)
+        assert row["epoch"] == pytest.approx(row["step"] * 8 / 12)
+    peak = 0.1 * 8 / 256
+    assert rows[0]["lr"] == pytest.approx(0.005 * peak)
+    assert rows[2]["lr"] == pytest.approx(peak)
+    assert rows[7]["lr"] == pytest.approx(0.001 * peak)
+    assert (rows[0]["weight_decay"], rows[7]["weight_decay"]) == (pytest.approx(0.04), pytest.approx(0.2))
+
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        "step_0000006",
+        "step_0000008",
+    ]
+    assert sorted(path.name for path in (folder / "figures").iterdir()) == [
+        "panels_0000005.png",
+        "panels_0000008.png",
+    ]
+    assert list((folder / "tensorboard").iterdir())
+    assert not (folder / "skipped_images.txt").exists()
+    encoder = timm.create_model(f"local-dir:{folder / 'encoder'}", pretrained=True)
+    trained = weights(folder, 8)
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, trained[f"encoder.{name}"]), name
+
+    text = capsys.readouterr().out
+    assert "betas [0.9, 0.95]" in text
+    assert "batch      8 = 1 processes x 1 parts x 8 images; cpu, fp32" in text
+    assert f"the encoder is in {folder / 'encoder'}" in text
+
+
+def test_it_learns(command, tmp_path, photos):
+    """Four images over and over, their tiles of random colours learned by heart: the loss must fall."""
+    few = tmp_path / "few.txt"
+    few.write_text("\n".join(str(path) for path in sorted(photos.rglob("*.png"))[:4]))
+    run(
+        command(
+            f"--data.train={few}",
+            "--optim.name=adamw",
+            "--optim.base_lr=0.2",
+            "--optim.batch_size=4",
+            "--optim.weight_decay=0",
+            "--optim.weight_decay_end=null",
+            "--data.crop_scale=[1,1]",
+            "--data.hflip=0",
+            "--max_steps=60",
+        )
+    )
+    losses = [row["loss"] for row in curve(tmp_path / "run")]
+    assert np.mean(losses[-5:]) < 0.93 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--model.name=test_convnext", "--model.input_size=[64,96]", "--model.drop_path=0.2"],
+        ["--model.in_chans=1", "--optim.name=sgd", "--optim.clip_grad=null"],
+        ["--precision=bf16", "--channels_last=true", "--accumulation=2"],
+        ["--model.layout=masked", "--model.patch_size=64", "--model.input_size=128", "--optim.name=adamw"],
+    ],
+)
+def test_other_options(command, tmp_path, options):
+    run(command("--max_steps=3", *options))
+    rows = curve(tmp_path / "run")
+    assert len(rows) == 3
+    assert all(row["loss"] == pytest.approx(1.0, abs=0.15) for row in rows)
+    assert all(row["grad_norm"] > 0 for row in rows)
+    assert timm.create_model(f"local-dir:{tmp_path / 'run' / 'encoder'}", pretrained=True) is not None
+
+
+def test_convnext_takes_its_own_betas(command, tmp_path):
+    run(command("--max_steps=2", "--model.name=test_convnext"))
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["optim"]["betas"] == [0.9, 0.999]
+
+
+def test_loader_processes_change_nothing(command, tmp_path, whole):
+    run(command("--data.workers=2"))
+    assert curve(tmp_path / "run") == curve(whole)
+
+
+def test_seed_changes_the_run(command, tmp_path, whole):
+    run(command("--seed=1", "--checkpoint_every=0"))
+    assert curve(tmp_path / "run")[0]["loss"] != curve(whole)[0]["loss"]
+
+
+def test_length_and_warmup():
+    def length(*more):
+        base = ["--model.name=x", "--data.train=x", "--output_dir=x", "--optim.batch_size=32"]
+        return pretrain.run_length(parse_config(pretrain.PretrainConfig, [*base, *more], ""), 100)
+
+    assert length("--epochs=10", "--optim.warmup_epochs=2") == (32, 6)
+    assert length("--epochs=10", "--optim.warmup_steps=5") == (32, 5)
+    assert length("--max_steps=7", "--optim.warmup_steps=5") == (7, 5)
+    assert length("--max_steps=7") == (7, 7), "the recipe's warm-up is cut to a shorter trial run"
+    assert length("--epochs=0.01", "--optim.warmup_epochs=0") == (1, 0)
+    with pytest.raises(ValueError, match="warmup_steps 9 are more than the 7 steps"):
+        length("--max_steps=7", "--optim.warmup_steps=9")
+
+
+# --- resume
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_and_resumed_is_the_same_run(command, tmp_path, monkeypatch, capsys, whole_exact, number):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: os.kill(os.getpid(), number))
+        run(command(*EXACT))  # ends without SystemExit: exit code 0
+    text = capsys.readouterr().out
+    assert "stopped and saved after step 3 of 8" in text
+    assert f"--config {folder / 'config.yaml'} --resume true" in text
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_0000003"]
+    assert not (folder / "encoder").exists()
+
+    run([f"--config={folder / 'config.yaml'}", "--resume=true"])
+    assert "changed since" not in capsys.readouterr().out
+    assert curve(folder) == curve(whole_exact)
+    assert_equal(weights(folder, 8), weights(whole_exact, 8))
+    assert_equal(moments(folder, 8), moments(whole_exact, 8))
+
+
+def test_crashed_and_resumed_is_the_same_run(command, tmp_path, monkeypatch, whole_exact):
+    """Rows after the last checkpoint are computed again, and stand in the log once."""
+    folder = tmp_path / "run"
+
+    def crash():
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(command(*EXACT, "--checkpoint_every=2"))
+    assert len(curve(folder)) == 5
+    run(command(*EXACT, "--checkpoint_every=2", "--resume=true"))
+    assert curve(folder) == curve(whole_exact)
+    assert_equal(weights(folder, 8), weights(whole_exact, 8))
+
+
+def test_resume_from_a_path_into_another_folder(command, tmp_path):
+    run(command("--max_steps=8", "--checkpoint_every=5"))
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_0000005"
+    run(command(f"--resume={checkpoint}", output="fork"))
+    assert curve(tmp_path / "fork") == curve(tmp_path / "run")[5:]
+    assert_equal(weights(tmp_path / "fork", 8), weights(tmp_path / "run", 8))
+
+
+def test_resume_without_checkpoint_starts_anew_and_says_so(command, capsys):
+    run(command("--max_steps=1", "--optim.warmup_steps=0", "--resume=true"))
+    assert "starting from the beginning" in capsys.readouterr().out
+
+
+def test_resume_of_a_finished_run_trains_no_further(command, tmp_path, capsys):
+    run(command())
+    before = curve(tmp_path / "run")
+    run(command("--resume=true"))
+    assert curve(tmp_path / "run") == before
+    assert "done after step 8" in capsys.readouterr().out
+
+
+def test_changed_options_are_listed_on_resume(command, tmp_path, capsys):
+    run(command("--max_steps=4"))
+    run(command("--max_steps=5", "--optim.base_lr=0.2", "--resume=true"))
+    text = capsys.readouterr().out
+    assert "changed since that checkpoint: max_steps was 4, is 5" in text
+    assert "changed since that checkpoint: optim.base_lr was 0.1, is 0.2" in text
+    assert "resume was" not in text
+    assert len(curve(tmp_path / "run")) == 5
+
+
+def test_another_architecture_is_refused_on_resume(command, tmp_path, capsys):
+    run(command("--max_steps=2"))
+    before = weights(tmp_path / "run", 2)
+    text = error_of(capsys, command("--max_steps=3", "--model.name=resnet10t", "--resume=true"))
+    assert "step_0000002" in text
+    assert_equal(weights(tmp_path / "run", 2), before)
+
+
+def test_resume_from_nothing_is_refused(command, tmp_path, capsys):
+    text = error_of(capsys, command(f"--resume={tmp_path / 'nowhere'}"))
+    assert f"cannot resume from {tmp_path / 'nowhere'}" in text
+
+
+# --- on demand
+
+
+def test_encoder_is_exported_on_demand(command, tmp_path, monkeypatch, capsys):
+    exported = []
+    at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    original = pretrain.save_encoder
+    monkeypatch.setattr(
+        pretrain,
+        "save_encoder",
+        lambda *args: exported.append(len(curve(tmp_path / "run"))) or original(*args),
+    )
+    run(command("--max_steps=4"))
+    assert exported == [2, 4]
+    assert "encoder after step 2 written to" in capsys.readouterr().out
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--data.train=no/such/folder"], "no/such/folder"),
+        (["--model.input_size=100"], "96x96 or 128x128"),
+        (["--model.name=resnet51"], "nearest: resnet"),
+        (["--model.name=test_vit"], "no feature pyramid"),
+        (["--model.name=test_efficientnet"], "set optim.betas, for example --optim.betas [0.9,0.95]"),
+        (["--accumulation=3"], "use 6 or 9"),
+        (["--optim.warmup_steps=9"], "more than the 8 steps"),
+        (["--model.mask_ratio=0.99"], "mask_ratio 0.99"),
+        (["--model.in_chans=2"], "in_chans"),
+        (["--data.mean=[0.5]"], "mean has 1 values for 3 channels"),
+        (["--data.std=[0,1,1]"], "std must be above 0"),
+    ],
+)
+def test_mistakes_are_sentences_and_write_nothing(command, tmp_path, capsys, options, words):
+    assert words in error_of(capsys, command(*options))
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_betas_are_taken_for_any_family_when_given(command, tmp_path):
+    run(command("--max_steps=2", "--model.name=test_efficientnet", "--optim.betas=[0.8,0.9]"))
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["optim"]["betas"] == [0.8, 0.9]
+
+
+def test_empty_folder(command, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert "no image in" in error_of(capsys, command(f"--data.train={tmp_path / 'empty'}"))
+
+
+def test_folder_with_a_run_is_not_overwritten(command, tmp_path, capsys):
+    run(command("--max_steps=2"))
+    before = curve(tmp_path / "run")
+    assert "already holds a run" in error_of(capsys, command("--max_steps=2"))
+    assert curve(tmp_path / "run") == before
+
+
+@pytest.fixture
+def damaged(photos, tmp_path):
+    """The images and three files that are none."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(photos, folder)
+    for number in range(3):
+        whole = (folder / "class0" / "00.png").read_bytes()
+        (folder / f"damaged{number}.png").write_bytes(whole[: len(whole) // 2])
+    return folder
+
+
+def test_unreadable_images_are_skipped_and_reported(command, tmp_path, capsys, damaged):
+    run(command(f"--data.train={damaged}", "--data.max_unreadable=0.2"))
+    report = (tmp_path / "run" / "skipped_images.txt").read_text().splitlines()
+    assert [Path(line.split(": ")[0]).name for line in report] == [
+        "damaged0.png",
+        "damaged1.png",
+        "damaged2.png",
+    ]
+    text = capsys.readouterr().out
+    assert text.count("skipped ") == 3
+    assert "3 unreadable images were skipped" in text
+
+
+def test_unreadable_images_count_the_same_after_resume(command, tmp_path, damaged):
+    options = (f"--data.train={damaged}", "--data.max_unreadable=0.2", "--checkpoint_every=4")
+    run(command(*options))
+    run(command(*options, f"--resume={tmp_path / 'run' / 'checkpoints' / 'step_0000004'}", output="b"))
+    reports = [(tmp_path / name / "skipped_images.txt").read_text() for name in ("run", "b")]
+    assert reports[0] == reports[1]
+    assert curve(tmp_path / "b") == curve(tmp_path / "run")[4:]
+
+
+def test_too_many_unreadable_images_stop_the_run_and_lose_nothing(command, tmp_path, capsys, damaged):
+    options = (f"--data.train={damaged}", "--max_steps=12")
+    text = error_of(capsys, command(*options, "--data.max_unreadable=0.1"))
+    assert "raise data.max_unreadable" in text
+    folder = tmp_path / "run"
+    (checkpoint,) = (folder / "checkpoints").iterdir()
+    assert checkpoint.name == f"step_{len(curve(folder)):07d}"
+    run(command(*options, "--data.max_unreadable=0.5", "--resume=true"))
+    run(command(*options, "--data.max_unreadable=0.5", output="whole"))
+    assert curve(folder) == curve(tmp_path / "whole")
+    assert_equal(weights(folder, 12), weights(tmp_path / "whole", 12))
+
+
+def test_no_readable_image_at_all(command, tmp_path, capsys):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.jpg").write_text("no image")
+    for workers in (0, 1):
+        text = error_of(capsys, command(f"--data.train={folder}", f"--data.workers={workers}"))
+        assert "none could be read" in text
+
+
+def poisoned(monkeypatch, step):
+    """From this step on (counted from 1) every batch holds a NaN, which reaches batch norm's statistics too."""
+    calls = [0]
+    original = SparK.forward
+
+    def forward(self, images, visible=None):
+        calls[0] += self.training
+        if self.training and calls[0] >= step:
+            images = images.clone()
+            images[:, :, ::7] = float("nan")
+        return original(self, images, visible)
+
+    monkeypatch.setattr(SparK, "forward", forward)
+
+
+def test_nan_loss_stops_saves_and_names_the_batch(command, tmp_path, monkeypatch, capsys, photos, whole):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        poisoned(patch, 6)
+        text = error_of(capsys, command("--checkpoint_every=2", "--keep_checkpoints=1"))
+    assert "the loss is nan" in text
+    assert "at step 6" in text
+    assert "lower optim.base_lr" in text
+    named = (folder / "nonfinite_step_0000006.txt").read_text().splitlines()
+    assert len(named) == 8
+    assert set(named) <= {str(path) for path in photos.rglob("*.png")}
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == ["step_0000004", "step_0000005"], "the older one stays"
+    saved = weights(folder, 5)
+    assert all(torch.isfinite(value).all() for value in saved.values()), "batch norm's statistics among them"
+
+    run(command("--resume=true"))
+    assert curve(folder) == curve(whole)
+    assert_equal(weights(folder, 8), weights(whole, 8))
+
+
+def test_diverging_run_stops(command, tmp_path, capsys):
+    text = error_of(
+        capsys,
+        command("--optim.name=sgd", "--optim.base_lr=1e30", "--optim.clip_grad=null", "--checkpoint_every=1"),
+    )
+    assert "has stopped" in text
+    steps = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert all(torch.isfinite(v).all() for v in load_file(steps[0] / "model.safetensors").values())
+    assert list((tmp_path / "run").glob("nonfinite_step_*.txt"))
+
+
+def test_full_disk_keeps_older_checkpoints(command, tmp_path, monkeypatch, capsys, whole):
+    folder = tmp_path / "run"
+    original = spark.checkpoint.write_tensors
+    saves = []
+
+    def write_tensors(model, path, metadata):
+        saves.append(path)
+        if len(saves) == 3:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(model, path, metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(spark.checkpoint, "write_tensors", write_tensors)
+        text = error_of(capsys, command("--checkpoint_every=2"))
+    assert "the disk is full" in text
+    assert "free some space" in text
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        "step_0000002",
+        "step_0000004",
+    ]
+    run(command("--resume=true"))
+    assert curve(folder) == curve(whole)
+
+
+def test_bugs_are_not_dressed_up(command, monkeypatch):
+    def broken(self, images, visible=None):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(SparK, "forward", broken)
+    with pytest.raises(KeyError, match="a bug"):
+        run(command())
+
+
+def test_changes():
+    before = {"a": 1, "b": {"c": [1, 2], "gone": 3}, "resume": False}
+    now = {"a": 1, "b": {"c": [1, 3], "new": 4}, "resume": True}
+    assert pretrain.changes(before, now) == [
+        "b.c was [1, 2], is [1, 3]",
+        "b.gone was 3, is None",
+        "b.new was None, is 4",
+    ]
+    assert json.dumps(pretrain.changes(before, before)) == "[]"
