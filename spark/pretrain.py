@@ -198,8 +198,7 @@ def pretrain(config: PretrainConfig) -> None:
 
     # --- the loop
     model.train()
-    saved_step = drawn_step = step if checkpoint is not None else -1
-    failed: list[str] = []
+    saved_step = drawn_step = -1
     since, steps_since, waited = time.perf_counter(), 0, 0.0
     with (
         StopRequest() as stop,
@@ -210,13 +209,13 @@ def pretrain(config: PretrainConfig) -> None:
             lr = lr_at(step, peak=peak_lr, total_steps=total_steps, warmup_steps=warmup_steps)
             weight_decay = weight_decay_at(step, start=start_decay, end=end_decay, total_steps=total_steps)
             set_hyperparameters(optimizer, lr, weight_decay)
-            log_due = (step + 1) % config.log_every == 0 or step + 1 in (1, total_steps)
             torch._foreach_copy_(running_before, running)  # pyright: ignore[reportPrivateImportUsage]
 
             try:
                 # forward and backward, in parts; the processes average their gradients in the last one
                 loss_sum = torch.zeros((), device=device)
                 indices: list[int] = []
+                failed: list[str] = []
                 for part in range(config.accumulation):
                     asked = time.perf_counter()
                     batch = next(batches)
@@ -231,20 +230,22 @@ def pretrain(config: PretrainConfig) -> None:
                         loss = model(pixels, visible).loss / config.accumulation
                         accelerator.backward(loss)
                     loss_sum += loss.detach()
-                if log_due:
+                all_loss, all_failed = reduce_sum(accelerator, [loss_sum.item(), len(failed)])
+                mean_loss = all_loss / world
+                if all_failed:
                     for line in unreadable.add(gather_object(failed)):
                         bar.say(f"skipped {line}")
-                    failed = []
-            except (ValueError, OSError):
-                if main_process and (folder := rescue()):
-                    bar.say(f"the state before this step is saved in {folder}")
+            except (ValueError, OSError, torch.cuda.OutOfMemoryError) as error:
+                if main_process:
+                    unreadable.report(Path(config.output_dir) / "skipped_images.txt")
+                    if folder := rescue():
+                        bar.say(f"the state before this step is saved in {folder}")
+                if isinstance(error, torch.cuda.OutOfMemoryError):
+                    raise ValueError(
+                        f"the GPU has too little memory for {micro_batch} images at once: divide the batch further "
+                        f"with accumulation (it is {config.accumulation}), or use precision bf16"
+                    ) from error
                 raise
-            except torch.cuda.OutOfMemoryError as error:
-                raise ValueError(
-                    f"the GPU has too little memory for {micro_batch} images at once; a larger accumulation than "
-                    f"{config.accumulation} divides the batch further, or use precision bf16"
-                ) from error
-            mean_loss = reduce_sum(accelerator, [loss_sum.item()])[0] / world
             norm = accelerator.clip_grad_norm_(spark.parameters(), config.optim.clip_grad or math.inf)
             grad_norm = float(norm)  # type: ignore[arg-type]
 
@@ -265,6 +266,7 @@ def pretrain(config: PretrainConfig) -> None:
             now = time.perf_counter()
             rate = steps_since * config.optim.batch_size / (now - since)
             bar.update(step, loss=mean_loss, lr=lr, images_per_second=rate)
+            log_due = step % config.log_every == 0 or step in (1, total_steps)
             if log_due:
                 log.row(
                     step,
@@ -275,6 +277,7 @@ def pretrain(config: PretrainConfig) -> None:
                     epoch=step * config.optim.batch_size / len(files),
                     images_per_second=rate,
                     data_wait=waited / (now - since),
+                    **memory_use(device),
                 )
             if main_process and config.panels_every and step % config.panels_every == 0:
                 draw()
@@ -292,7 +295,7 @@ def pretrain(config: PretrainConfig) -> None:
         if main_process:
             if step != saved_step:
                 save()
-            if step == total_steps:
+            if step >= total_steps:
                 if step != drawn_step:
                     draw()
                 bar.say(f"done after step {step}: the encoder is in {export()}")
@@ -324,6 +327,11 @@ class MaskedBatches:
         batch = collate_images(samples)
         batch["visible"] = visible_at(batch["position"].tolist(), self.grid, self.mask_ratio, self.seed)
         return batch
+
+
+def memory_use(device: torch.device) -> dict[str, float]:
+    """Most GPU memory that this process has used so far [GB]; nothing on other devices."""
+    return {"peak_memory_gb": torch.cuda.max_memory_allocated(device) / 1e9} if device.type == "cuda" else {}
 
 
 def resolve(config: PretrainConfig, spark: SparK, transform: PretrainTransform) -> PretrainConfig:
@@ -418,9 +426,10 @@ def summary(
         (
             f"model      {config.model.name}: {millions(spark.encoder)} parameters, with decoder {millions(spark)}; "
             f"{height}x{width} px, {spark.grid[0]}x{spark.grid[1]} patches, mask {config.model.mask_ratio}",
-            f"data       {num_images} images in {config.data.train}; {workers} loader processes for each process",
-            f"batch      {optim.batch_size} = {world} processes x {config.accumulation} parts x "
-            f"{optim.batch_size // world // config.accumulation} images; {accelerator.device.type}, {config.precision}",
+            f"data       {num_images} images in {config.data.train}; loader processes {world} x {workers}",
+            f"batch      {optim.batch_size} images: processes {world} x accumulation {config.accumulation} x "
+            f"{optim.batch_size // world // config.accumulation} at once; "
+            f"{accelerator.device.type}, {config.precision}",
             f"optimizer  {optim.name}, betas {list(optim.betas or ())}, "
             f"lr {optim.base_lr * optim.batch_size / 256:.3g} at its peak",
             f"length     {total_steps} steps ({warmup}), {total_steps * optim.batch_size / num_images:.1f} epochs",

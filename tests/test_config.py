@@ -60,7 +60,8 @@ def test_file_then_overrides(tmp_path):
 
 
 def test_resume_takes_a_path():
-    assert parse(*REQUIRED, "--resume", "runs/a/checkpoints/step_0000010").resume.endswith("step_0000010")
+    path = "runs/a/checkpoints/step_0000010"
+    assert parse(*REQUIRED, "--resume", path).resume == path
     assert parse(*REQUIRED, "--resume", "false").resume is False
 
 
@@ -256,4 +257,4 @@ def test_accelerate_configs_are_known_to_accelerate(file):
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(str(file))
-    assert config.num_processes in (1, 2, 8)
+    assert vars(config)["num_processes"] in (1, 2, 8)

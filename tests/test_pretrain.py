@@ -183,7 +183,7 @@ def test_a_run_and_its_results(command, tmp_path, capsys):
 
     text = capsys.readouterr().out
     assert "betas [0.9, 0.95]" in text
-    assert "batch      8 = 1 processes x 1 parts x 8 images; cpu, fp32" in text
+    assert "batch      8 images: processes 1 x accumulation 1 x 8 at once; cpu, fp32" in text
     assert f"the encoder is in {folder / 'encoder'}" in text
 
 
@@ -201,11 +201,11 @@ def test_it_learns(command, tmp_path, photos):
             "--optim.weight_decay_end=null",
             "--data.crop_scale=[1,1]",
             "--data.hflip=0",
-            "--max_steps=60",
+            "--max_steps=40",
         )
     )
     losses = [row["loss"] for row in curve(tmp_path / "run")]
-    assert np.mean(losses[-5:]) < 0.93 * losses[0]
+    assert np.mean(losses[-3:]) < 0.96 * losses[0]
 
 
 @pytest.mark.parametrize(
@@ -310,9 +310,10 @@ def test_resume_without_checkpoint_starts_anew_and_says_so(command, capsys):
 def test_resume_of_a_finished_run_trains_no_further(command, tmp_path, capsys):
     run(command())
     before = curve(tmp_path / "run")
-    run(command("--resume=true"))
-    assert curve(tmp_path / "run") == before
-    assert "done after step 8" in capsys.readouterr().out
+    for steps in (8, 4):
+        run(command("--resume=true", f"--max_steps={steps}"))
+        assert curve(tmp_path / "run") == before
+        assert "done after step 8" in capsys.readouterr().out
 
 
 def test_changed_options_are_listed_on_resume(command, tmp_path, capsys):
@@ -379,6 +380,12 @@ def test_mistakes_are_sentences_and_write_nothing(command, tmp_path, capsys, opt
     assert list((tmp_path / "run").iterdir()) == []
 
 
+def test_unknown_option(command, tmp_path, capsys):
+    text = error_of(capsys, command("--data.trian=x"))
+    assert text == "error: unknown option --data.trian; did you mean data.train?"
+    assert not (tmp_path / "run").exists()
+
+
 def test_betas_are_taken_for_any_family_when_given(command, tmp_path):
     run(command("--max_steps=2", "--model.name=test_efficientnet", "--optim.betas=[0.8,0.9]"))
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["optim"]["betas"] == [0.8, 0.9]
@@ -434,6 +441,7 @@ def test_too_many_unreadable_images_stop_the_run_and_lose_nothing(command, tmp_p
     text = error_of(capsys, command(*options, "--data.max_unreadable=0.1"))
     assert "raise data.max_unreadable" in text
     folder = tmp_path / "run"
+    assert (folder / "skipped_images.txt").exists()
     (checkpoint,) = (folder / "checkpoints").iterdir()
     assert checkpoint.name == f"step_{len(curve(folder)):07d}"
     run(command(*options, "--data.max_unreadable=0.5", "--resume=true"))

@@ -40,7 +40,7 @@ def test_two_processes_equal_one(photos, tmp_path):  # noqa: F811
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    assert "batch      8 = 2 processes x 2 parts x 2 images" in done.stdout
+    assert "batch      8 images: processes 2 x accumulation 2 x 2 at once; cpu, fp32" in done.stdout
     assert done.stdout.count("step 5/5") == 1, "one process speaks"
 
     # One process with the same parts: batch norm takes its statistics over what goes through the network at once.
@@ -68,7 +68,7 @@ def test_sigterm_saves_and_the_printed_command_continues(photos, tmp_path):  # n
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while len(read_rows(folder / "metrics.jsonl")) < 3:
         assert process.poll() is None
         assert time.monotonic() < deadline
@@ -82,25 +82,7 @@ def test_sigterm_saves_and_the_printed_command_continues(photos, tmp_path):  # n
 
     resume = shlex.split(next(line for line in text.splitlines() if "--resume true" in line))
     assert resume[0] == "python"
-    done = subprocess.run(
-        [sys.executable, *resume[1:], f"--max_steps={step + 2}"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    assert resume[1] == SCRIPT
+    run([*resume[2:], f"--max_steps={step + 2}"])
     assert sorted(losses(folder)) == list(range(1, step + 3))
     assert (folder / "encoder" / "model.safetensors").exists()
-
-
-def test_mistake_in_a_real_process(tmp_path):
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--model.name=resnet18", "--data.trian=x", f"--output_dir={tmp_path}"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 2
-    assert done.stderr == "error: unknown option --data.trian; did you mean data.train?\n"

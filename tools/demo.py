@@ -33,7 +33,7 @@ RECORD = "steps.json"  # in the output folder: what has been run, and the mark t
 
 SIZE = (120, 160)  # (H, W) of the rendered images [px]
 SCENES, VIEWS, UNLABELED = 40, 5, 300
-ENCODER = "resnet18"
+ENCODER = "convnext_atto"  # small, and quick on a CPU: no feature map of stride 2 for the head to work on
 PROTOCOL = "nyu-bts-scaled"  # nyu-bts is for images of 480x640 only
 
 TIMM_CHECK = """
@@ -92,7 +92,7 @@ def demo_steps(output: str, seed: int) -> list[Step]:
                 data__zoom="[1.0,1.3]",
                 data__workers=1,
                 model__head_options="{decoder_channels: [64, 48, 32, 24, 16]}",
-                optim__lr="1e-3",
+                optim__lr="5e-4",
                 optim__batch_size=10,
                 epochs=20,
                 channels_last="true",
@@ -130,7 +130,7 @@ def demo_steps(output: str, seed: int) -> list[Step]:
                 "spark/pretrain.py",
                 *options(
                     model__name=ENCODER,
-                    model__input_size="[96,128]",
+                    model__input_size="[128,160]",
                     model__decoder_width=128,
                     data__train=f"{rooms}/unlabeled",
                     data__workers=1,
@@ -138,7 +138,7 @@ def demo_steps(output: str, seed: int) -> list[Step]:
                     optim__base_lr="8e-3",
                     optim__batch_size=32,
                     optim__warmup_epochs=2,
-                    epochs=25,
+                    epochs=30,
                     channels_last="true",
                     log_every=5,
                     checkpoint_every=50,

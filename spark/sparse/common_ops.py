@@ -106,6 +106,30 @@ def require_channels_last(func: Callable, x: SparseTensor) -> None:
         raise MissingRuleError(f"no sparse rule for {func.__name__} in the order [B, C, h, w]")
 
 
+def arithmetic_of(
+    as_operand: Callable[[Any, SparseTensor], Any], clean: Callable[[SparseTensor, Tensor], Tensor]
+) -> Rule:
+    """Make the rule of a + b, a - b, a * b, a / b: of two sparse values, or of one and what broadcasts to its shape.
+
+    Args:
+        as_operand: (operand, x) -> what meets x's data: a number, or a tensor that broadcasts to it.
+        clean: (x, data) -> data with masked sites at zero again.
+    """
+
+    def arithmetic(func: Callable, a: Any, b: Any, **kwargs: Any) -> SparseTensor:
+        x = a if isinstance(a, SparseTensor) else b
+        if isinstance(a, SparseTensor) and isinstance(b, SparseTensor) and a.shape != b.shape:
+            raise MissingRuleError(f"no sparse rule for {func.__name__} of {a!r} and {b!r}: shapes differ")
+        out = func(as_operand(a, x), as_operand(b, x), **kwargs)
+        if out.shape != x.data.shape:
+            raise MissingRuleError(
+                f"no sparse rule for {func.__name__}: its result {list(out.shape)} outgrows {x!r}"
+            )
+        return finish(func, kwargs, x, clean(x, out))
+
+    return arithmetic
+
+
 def spatial_mean_of(sum_over_sites: Callable[[SparseTensor], Tensor]) -> Rule:
     """Make the rule of `mean` over both spatial dimensions, given how a layout adds up sites to [B, C].
 
@@ -175,6 +199,7 @@ ZERO_PRESERVING = (
 )
 # f(0) != 0
 NOT_ZERO_PRESERVING = ("sigmoid", "hardsigmoid", "logsigmoid", "softplus", "exp", "cos")
+ARITHMETIC = ("add", "sub", "mul", "div")
 CONVERSIONS = ["to", "float", "half", "bfloat16", "double", "type", "contiguous", "clone", "detach"]
 NEW = ["new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"]
 

@@ -37,21 +37,6 @@ def elementwise_remasked(func: Callable, x: SparseTensor, *args: Any, **kwargs: 
     return common.finish(func, kwargs, x, remask(x, func(x.data, *args, **kwargs)))
 
 
-def arithmetic(func: Callable, a: Any, b: Any, **kwargs: Any) -> SparseTensor:
-    """a + b, a - b, a * b, a / b of two sparse values, or of one and anything that broadcasts to its shape."""
-    x = a if isinstance(a, SparseTensor) else b
-    if isinstance(a, SparseTensor) and isinstance(b, SparseTensor) and a.shape != b.shape:
-        raise MissingRuleError(f"no sparse rule for {func.__name__} of {a!r} and {b!r}: shapes differ")
-    left = a.data if isinstance(a, SparseTensor) else a
-    right = b.data if isinstance(b, SparseTensor) else b
-    out = func(left, right, **kwargs)
-    if out.shape != x.data.shape:
-        raise MissingRuleError(
-            f"no sparse rule for {func.__name__} whose result, {list(out.shape)}, outgrows {x!r}"
-        )
-    return common.finish(func, kwargs, x, remask(x, out))
-
-
 def batch_norm(
     func: Callable,
     x: SparseTensor,
@@ -105,6 +90,10 @@ def _sum_over_sites(x: SparseTensor) -> Tensor:
     return x.data.sum((1, 2) if x.channels_last else (2, 3))
 
 
+def _operand(operand: Any, x: SparseTensor) -> Any:
+    return operand.data if isinstance(operand, SparseTensor) else operand
+
+
 _mean = common.spatial_mean_of(_sum_over_sites)
 
 MASKED = Layout(
@@ -112,7 +101,7 @@ MASKED = Layout(
     {
         **common.SHARED_RULES,
         **common.with_inplace(common.NOT_ZERO_PRESERVING, elementwise_remasked),
-        **common.with_inplace(["add", "sub", "mul", "div"], arithmetic),
+        **common.with_inplace(common.ARITHMETIC, common.arithmetic_of(_operand, remask)),
         "conv2d": common.window,
         "batch_norm": batch_norm,
         "layer_norm": layer_norm,

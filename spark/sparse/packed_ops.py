@@ -48,19 +48,6 @@ def conv2d(
     return common.window(func, x, weight, bias, stride, padding, dilation, groups)
 
 
-def arithmetic(func: Callable, a: Any, b: Any, **kwargs: Any) -> SparseTensor:
-    """a + b, a - b, a * b, a / b of two sparse values, or of one and anything that broadcasts to its shape."""
-    x = a if isinstance(a, SparseTensor) else b
-    if isinstance(a, SparseTensor) and isinstance(b, SparseTensor) and a.shape != b.shape:
-        raise MissingRuleError(f"no sparse rule for {func.__name__} of {a!r} and {b!r}: shapes differ")
-    out = func(_as_rows(a, x), _as_rows(b, x), **kwargs)
-    if out.shape != x.data.shape:
-        raise MissingRuleError(
-            f"no sparse rule for {func.__name__} whose result, {list(out.shape)}, outgrows {x!r}"
-        )
-    return common.finish(func, kwargs, x, out)
-
-
 def _as_rows(operand: Any, x: SparseTensor) -> Any:
     """What an operand is at the rows of x: numbers stay, a tensor broadcast to x's shape becomes [N or 1, C or 1]."""
     if isinstance(operand, SparseTensor):
@@ -127,7 +114,7 @@ PACKED = Layout(
     {
         **common.SHARED_RULES,
         **common.with_inplace(common.NOT_ZERO_PRESERVING, common.elementwise),
-        **common.with_inplace(["add", "sub", "mul", "div"], arithmetic),
+        **common.with_inplace(common.ARITHMETIC, common.arithmetic_of(_as_rows, lambda x, data: data)),
         "conv2d": conv2d,
         "batch_norm": batch_norm,
         "layer_norm": layer_norm,
