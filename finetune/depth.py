@@ -100,9 +100,8 @@ def train(config: DepthConfig) -> None:
     depth_model, report = build_model(config)
     config = replace(config, data=replace(config.data, mean=depth_model.mean, std=depth_model.std))
     if config.sync_bn and world > 1 and device.type == "cuda":
-        convert_sync_batchnorm(
-            depth_model
-        )  # timm's, because torch's drops the activation inside timm's norms
+        # timm's conversion, because torch's drops the activation inside timm's norms
+        convert_sync_batchnorm(depth_model)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     depth_model.to(device).to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
 
@@ -213,6 +212,7 @@ def train(config: DepthConfig) -> None:
     # --- the loop
     model.train()
     saved_step = step if checkpoint is not None else -1
+    exported_step = -1
     metrics: dict[str, float] | None = None
     failed: list[str] = []
     since, steps_since, waited = time.perf_counter(), 0, 0.0
@@ -259,8 +259,8 @@ def train(config: DepthConfig) -> None:
                         bar.say(f"skipped {line}")
                     failed = []
                 *sums, total_filled = reduce_sum(accelerator, [*losses.tolist(), filled])
-                empty += world * config.accumulation - round(total_filled)
-                refuse_empty(config, empty, length.steps * config.accumulation * world)
+                newly_empty = world * config.accumulation - round(total_filled)
+                refuse_empty(config, empty + newly_empty, length.steps * config.accumulation * world)
             except (ValueError, OSError):
                 if main_process and (folder := rescue()):
                     bar.say(f"the state before this step is saved in {folder}")
@@ -271,11 +271,13 @@ def train(config: DepthConfig) -> None:
                     f"{config.accumulation} divides the batch further, or use precision bf16"
                 ) from error
             mean_loss, *parts = (value / total_filled if total_filled else math.nan for value in sums)
-            norm = accelerator.clip_grad_norm_(depth_model.parameters(), optim.clip_grad or math.inf)
-            grad_norm = float(norm)  # type: ignore[arg-type]
 
-            # update, unless it would spoil the weights; fp16 skips steps by itself while it seeks its loss scale
+            # update, unless there is nothing to learn from or it would spoil the weights; fp16 skips steps by itself
+            # while it seeks its loss scale
+            grad_norm = math.nan
             if total_filled:
+                norm = accelerator.clip_grad_norm_(depth_model.parameters(), optim.clip_grad or math.inf)
+                grad_norm = float(norm)  # type: ignore[arg-type]
                 numbers: dict[str, float] = {"the loss": mean_loss}
                 if accelerator.scaler is None or accelerator.scaler.get_scale() < 1:
                     numbers["the gradient norm"] = grad_norm
@@ -286,6 +288,7 @@ def train(config: DepthConfig) -> None:
             optimizer.zero_grad()
             step += 1
             steps_since += 1
+            empty += newly_empty
 
             # report, validate, save, export
             now = time.perf_counter()
@@ -293,6 +296,7 @@ def train(config: DepthConfig) -> None:
             bar.update(step, loss=mean_loss, lr=lr, images_per_second=rate)
             if main_process and (step == length.steps or stop.export):
                 depth_model.save(output / "model")
+                exported_step = step
                 if stop.export:
                     stop.export = False
                     bar.say(f"model after step {step} written to {output / 'model'}")
@@ -327,7 +331,7 @@ def train(config: DepthConfig) -> None:
             if step != saved_step:
                 save()
             if step == length.steps:
-                if not (output / "model").is_dir():  # a run resumed at its very end
+                if step != exported_step:  # a run resumed at its very end
                     depth_model.save(output / "model")
                 if held_out is not None and metrics is None:
                     metrics = validate()
@@ -415,6 +419,10 @@ def build_model(config: DepthConfig) -> tuple[DepthModel, KeyReport]:
     torch.manual_seed(derive_seed(config.seed, ENCODER_WEIGHTS))
     options: dict[str, Any] = {"drop_path_rate": config.model.drop_path} if config.model.drop_path else {}
     encoder, report = read_encoder(config.encoder, in_chans=3, pretrained=config.pretrained, **options)
+    if config.pretrained and report.source:
+        raise ValueError(
+            f"pretrained is for timm names: {report.source} brings its own weights, leave it out"
+        )
     torch.manual_seed(derive_seed(config.seed, HEAD_WEIGHTS))
     model = DepthModel(
         encoder,

@@ -23,6 +23,9 @@ from finetune.protocols import get_protocol
 from spark.config import parse_config, require
 from spark.run import one_line_errors
 
+DESCRIPTION = """Evaluate a depth model on RGB-D pairs under a named protocol: print a table, and write it with every
+setting and the metrics of every image to the output file."""
+
 COLUMNS = {
     "delta1": ("δ1", "↑"),
     "delta2": ("δ2", "↑"),
@@ -97,7 +100,7 @@ class EvaluationConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     with one_line_errors():
-        evaluate(parse_config(EvaluationConfig, argv, __doc__ or ""))
+        evaluate(parse_config(EvaluationConfig, argv, DESCRIPTION))
 
 
 def evaluate(config: EvaluationConfig) -> dict[str, Any]:
@@ -112,7 +115,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         depth=config.data.depth or protocol.depth,
         black_border=config.data.black_border,
     )
-    console.print(f"{data}", highlight=False, markup=False)
+    console.print(f"{data}", highlight=False, markup=False, soft_wrap=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("scored", total=len(data))
         results, rows = score(
@@ -127,13 +130,13 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         )
     write_results(config.output, {**results, "model": str(config.model), "data": repr(data)})
     print_results(console, results, protocol.expected_images)
-    console.print(f"written to {config.output}", highlight=False, markup=False)
+    console.print(f"written to {config.output}", highlight=False, markup=False, soft_wrap=True)
     if config.figures:
         figure = triptychs(
             rows, f"{protocol.name}   {results['images']} images   {summary(results['metrics'])}"
         )
         path = save_figure(figure, Path(config.figures) / "triptychs.png")
-        console.print(f"drawn in {path}", highlight=False, markup=False)
+        console.print(f"drawn in {path}", highlight=False, markup=False, soft_wrap=True)
     return results
 
 

@@ -113,10 +113,11 @@ def triptychs(
 
 
 def depth_map(depth: np.ndarray, near: float, far: float, title: str = "") -> Figure:
-    """Draw one depth map [h, w] [m], pixel for pixel, with a colour bar from `near` to `far` metres."""
-    height, width = (side / 100 for side in depth.shape)
+    """Draw one depth map [h, w] [m], pixel for pixel up to 1600, with a colour bar from `near` to `far` metres."""
+    per_inch = 100 * max(1.0, max(depth.shape) / 1600)
+    height, width = (side / per_inch for side in depth.shape)
     left, top, bar_height = 0.12, 0.36 if title else 0.12, max(height, 1.2)
-    page = Page(left + width + 0.95, top + bar_height + 0.12, dpi=100)
+    page = Page(left + max(width, 1.5) + 0.95, top + bar_height + 0.12, dpi=100)
     page.text(left, 0.13, title, fontsize=9)
     drawn = _draw_depth(page.axes(left, top, width, height), depth, near, far)
     _colour_bar(page.figure, page.axes(left + width + 0.14, top, 0.17, bar_height), drawn)

@@ -32,6 +32,9 @@ from spark.config import parse_config, require
 from spark.images import list_images, read_image
 from spark.run import one_line_errors
 
+DESCRIPTION = """Predict depth for an image or a folder of images: for each NAME.npy (metres), NAME_mm.png (16-bit
+millimetres) and NAME_colour.png, and predictions.json with what was written and what could not be read."""
+
 VIDEO = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
 MOST_MM = np.iinfo(np.uint16).max
 
@@ -73,7 +76,7 @@ class PredictConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0, or 1 if no image could be read."""
     with one_line_errors():
-        return predict(parse_config(PredictConfig, argv, __doc__ or ""))
+        return predict(parse_config(PredictConfig, argv, DESCRIPTION))
 
 
 def predict(config: PredictConfig) -> int:
@@ -128,13 +131,18 @@ def predict(config: PredictConfig) -> int:
     write_whole(output / "predictions.json", (json.dumps(report, indent=1) + "\n").encode())
     for failure in failed:
         console.print(
-            f"skipped {failure['image']}: {failure['reason']}", style="yellow", highlight=False, markup=False
+            f"skipped {failure['image']}: {failure['reason']}",
+            style="yellow",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
         )
     console.print(
         f"{len(written)} of {len(images)} images predicted into {output}: .npy in metres, _mm.png in millimetres,"
         f" _colour.png from {config.colour_near:g} to {far:g} m",
         highlight=False,
         markup=False,
+        soft_wrap=True,
     )
     if saturated := sum(entry["saturated_pixels"] for entry in written):
         console.print(

@@ -298,6 +298,8 @@ def test_checkpoint_of_another_architecture(
         ({"accumulation": 3}, "optim.batch_size 2"),
         ({"optim.warmup_steps": 9}, "optim.warmup_steps"),
         ({"optim.lr": -1}, "optim.lr must be above 0"),
+        ({"model.head_options": '{"decoder_chanels": [8]}'}, "did you mean 'decoder_channels'"),
+        ({"loss_options": '{"silog": {"variance": 1}}'}, "variance_focus"),
         ({"precision": "fp16"}, "fp16 needs a GPU"),
     ],
 )
