@@ -9,8 +9,6 @@ exactly where it was.
 
 import math
 import os
-import shlex
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -40,7 +38,7 @@ from finetune.metrics import write_results
 from finetune.model import DepthModel, load_depth_model
 from finetune.protocols import Protocol, get_protocol
 from spark.checkpoint import KeyReport, find_run, load_run, read_encoder, save_run
-from spark.config import config_dict, parse_config, save_config
+from spark.config import config_changes, config_dict, parse_config, save_config
 from spark.images import UnreadableImages
 from spark.optim import build_optimizer, lr_at, parameter_groups, set_hyperparameters
 from spark.run import (
@@ -52,9 +50,12 @@ from spark.run import (
     ignore_stop_signals,
     micro_batch_size,
     one_line_errors,
+    prepare,
     prepare_output_dir,
     progress_bar,
     reduce_sum,
+    resume_command,
+    run_length,
     start_accelerator,
     worker_count,
 )
@@ -112,7 +113,7 @@ def train(config: DepthConfig) -> None:
     criterion = WeightedLoss(config.losses, config.loss_options)
 
     optim = config.optim
-    length = run_length(config, len(pairs))
+    length = run_phases(config, len(pairs))
     groups = parameter_groups(
         depth_model,
         optim.weight_decay,
@@ -121,8 +122,8 @@ def train(config: DepthConfig) -> None:
     )
     if length.frozen and accelerator.ddp_handler is not None:
         accelerator.ddp_handler.find_unused_parameters = True  # a frozen encoder has no gradients to exchange
-    model, optimizer = accelerator.prepare(
-        depth_model, build_optimizer(optim.name, groups, optim.lr, optim.betas, optim.eps)
+    model, optimizer = prepare(
+        accelerator, depth_model, build_optimizer(optim.name, groups, optim.lr, optim.betas, optim.eps)
     )
 
     # --- resume
@@ -133,7 +134,7 @@ def train(config: DepthConfig) -> None:
         step, empty = state["step"], state["empty"]
         unreadable.load_state_dict(state["unreadable"])
         accelerator.print(f"continuing from {checkpoint}")
-        for line in changes(state["config"], config_dict(config)):
+        for line in config_changes(state["config"], config_dict(config)):
             accelerator.print(f"changed since that checkpoint: {line}")
     elif config.resume:
         accelerator.print(f"no checkpoint in {config.output_dir} yet: starting from the beginning")
@@ -338,7 +339,7 @@ def train(config: DepthConfig) -> None:
                 bar.say(f"done after step {step}: the model is in {output / 'model'}")
             else:
                 bar.say(f"stopped and saved after step {step} of {length.steps}; to continue:")
-                bar.say(f"  {resume_command(config, world)}")
+                bar.say(f"  {resume_command(config.output_dir, world)}")
             unreadable.report(output / "skipped_images.txt")
             if unreadable:
                 bar.say(
@@ -376,23 +377,17 @@ class RunLength:
         return math.floor(step / interval + 1e-9) > math.floor((step - 1) / interval + 1e-9)
 
 
-def run_length(config: DepthConfig, num_pairs: int) -> RunLength:
+def run_phases(config: DepthConfig, num_pairs: int) -> RunLength:
     """The phases of a run in steps.
 
     Raises:
         ValueError: The warm-up, where it is given in steps, is longer than the run.
     """
     per_epoch = num_pairs / config.optim.batch_size
-    steps = config.max_steps or math.ceil(config.epochs * per_epoch)
-    warmup = config.optim.warmup_steps
-    if warmup is None:
-        # A trial run by max_steps may well be shorter than the warm-up of the recipe: it is then all warm-up.
-        warmup = min(round(config.optim.warmup_epochs * per_epoch), steps)
-    elif warmup > steps:
-        raise ValueError(
-            f"optim.warmup_steps {warmup} are more than the {steps} steps of the whole run; lower them, or raise"
-            " epochs or max_steps"
-        )
+    optim = config.optim
+    steps, warmup = run_length(
+        per_epoch, config.epochs, config.max_steps, optim.warmup_epochs, optim.warmup_steps
+    )
     return RunLength(
         steps, warmup, round(config.optim.frozen_epochs * per_epoch), per_epoch, config.validate_every
     )
@@ -489,18 +484,6 @@ def refuse_empty(config: DepthConfig, empty: int, planned: int) -> None:
         )
 
 
-def changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """Options that differ between the config of a checkpoint and that of the run which continues from it."""
-    lines = []
-    for name in [*before, *(name for name in now if name not in before)]:
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            lines += changes(old, new, f"{prefix}{name}.")
-        elif old != new and prefix + name != "resume":
-            lines.append(f"{prefix}{name} was {old}, is {new}")
-    return lines
-
-
 def describe(
     config: DepthConfig,
     model: DepthModel,
@@ -542,13 +525,6 @@ def describe(
             f"output     {config.output_dir}; kill -USR1 {os.getpid()} writes the model at once",
         )
     )
-
-
-def resume_command(config: DepthConfig, world: int) -> str:
-    """The command that continues a run, to be given in the same folder."""
-    launcher = f"accelerate launch --multi_gpu --num_processes {world}" if world > 1 else "python"
-    saved = Path(config.output_dir) / "config.yaml"
-    return shlex.join([*launcher.split(), sys.argv[0], "--config", str(saved), "--resume", "true"])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from finetune.heads import HEADS, DepthOutput, DepthRange
 from finetune.registry import construct
 from spark.checkpoint import load_encoder
-from spark.encoder import PyramidLevel, build_encoder, pyramid, pyramid_info, unreached_parameters
+from spark.encoder import PyramidLevel, build_encoder, freeze_unreached, pyramid, pyramid_info
 from spark.export import architecture
 from spark.folders import whole_folder, write_tensors
 
@@ -84,11 +84,7 @@ class DepthModel(nn.Module):
         self.image_size = None if image_size is None else (int(image_size[0]), int(image_size[1]))
         self.mean = _three("mean", mean, encoder)
         self.std = _three("std", std, encoder)
-        # What reaches no feature map (a classifier's norm) cannot learn; frozen, it troubles neither decay nor DDP.
-        unreached = set(unreached_parameters(encoder, self.levels, in_chans=3))
-        for name, parameter in encoder.named_parameters():
-            if name in unreached:
-                parameter.requires_grad_(False)
+        freeze_unreached(encoder, self.levels, in_chans=3)
 
     def forward(self, images: Tensor) -> DepthOutput:
         """Predict depth for images [B, 3, H, W] normalised with `mean` and `std`, at their size, whatever it is.

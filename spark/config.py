@@ -257,6 +257,18 @@ def config_dict(config: Any) -> dict[str, Any]:
     }
 
 
+def config_changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """Options that differ between the config of a checkpoint and that of the run which continues from it."""
+    lines = []
+    for name in [*before, *(name for name in now if name not in before)]:
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += config_changes(old, new, f"{prefix}{name}.")
+        elif old != new and prefix + name != "resume":
+            lines.append(f"{prefix}{name} was {old}, is {new}")
+    return lines
+
+
 def _options(cls: type, prefix: str = "") -> tuple[dict[str, Any], dict[str, list[str]]]:
     """Dotted name -> type of every option of a dataclass; dotted name -> names of the members of every group."""
     options, groups = {}, {}

@@ -41,7 +41,7 @@ def build_encoder(
     if not timm.is_model(base):
         near = difflib.get_close_matches(base, timm.list_models(), n=4, cutoff=0.5)
         hint = f"; nearest: {', '.join(near)}" if near else "; timm.list_models() lists all names"
-        raise ValueError(f"timm {timm.__version__} has no model named {name!r}{hint}")
+        raise ValueError(f"timm {timm.__version__} has no model trained {name!r}{hint}")
     if drop_path > 0:
         timm_kwargs["drop_path_rate"] = drop_path
     try:
@@ -91,18 +91,23 @@ def pyramid(encoder: nn.Module, x: Any, levels: Sequence[PyramidLevel] | None = 
 
 
 def unreached_parameters(encoder: nn.Module, levels: Sequence[PyramidLevel], in_chans: int) -> list[str]:
-    """Names of the parameters that do not take part in these feature maps (a classifier's norm, say).
+    """Names of the trainable parameters that take part in none of these feature maps (a classifier's norm, say).
 
     Found by differentiating a small dense forward, so no architecture has to be known by name.
     """
     named = [(name, p) for name, p in encoder.named_parameters() if p.requires_grad]
-    first = named[0][1]
-    side = 2 * levels[-1].stride
+    first, side = named[0][1], 2 * levels[-1].stride
     was_training = encoder.training
     encoder.eval()
     with torch.enable_grad():
         probe = torch.zeros(1, in_chans, side, side, device=first.device, dtype=first.dtype)
-        total = sum(feature.sum() for feature in pyramid(encoder, probe, levels))
-        grads = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)  # type: ignore[arg-type]
+        total = torch.stack([feature.sum() for feature in pyramid(encoder, probe, levels)]).sum()
+        grads = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
     encoder.train(was_training)
     return [name for (name, _), grad in zip(named, grads, strict=True) if grad is None]
+
+
+def freeze_unreached(encoder: nn.Module, levels: Sequence[PyramidLevel], in_chans: int) -> None:
+    """Freeze what `unreached_parameters` finds: without gradients, it would trouble DistributedDataParallel."""
+    for name in unreached_parameters(encoder, levels, in_chans):
+        encoder.get_parameter(name).requires_grad_(False)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spark.criterion import masked_patch_loss, normalise_patches, restore_patches
 from spark.decoder import Densify, LightDecoder
-from spark.encoder import build_encoder, pyramid, pyramid_info, unreached_parameters
+from spark.encoder import build_encoder, freeze_unreached, pyramid, pyramid_info
 from spark.masking import num_visible, random_visible
 from spark.sparse import LAYOUTS, sparsify
 
@@ -117,11 +117,7 @@ class SparK(nn.Module):
             )
             for depth, level in enumerate(reversed(self.levels))
         )
-        # A classifier's norm takes part in no feature map; frozen, it does not trouble weight decay or DDP.
-        unreached = set(unreached_parameters(encoder, self.levels, in_chans))
-        for name, parameter in encoder.named_parameters():
-            if name in unreached:
-                parameter.requires_grad_(False)
+        freeze_unreached(encoder, self.levels, in_chans)
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """Patches (fh, fw) of an image of this size [px].

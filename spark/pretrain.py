@@ -8,8 +8,6 @@ position in the stream of images (see `spark.run`), so a resumed run goes on exa
 
 import math
 import os
-import shlex
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -24,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from spark.checkpoint import find_run, load_run, save_encoder, save_run
-from spark.config import PretrainConfig, config_dict, parse_config, save_config
+from spark.config import PretrainConfig, config_changes, config_dict, parse_config, save_config
 from spark.images import PretrainTransform, UnlabeledImages, UnreadableImages, collate_images, list_images
 from spark.masking import visible_at
 from spark.model import SparK
@@ -42,6 +40,8 @@ from spark.run import (
     prepare_output_dir,
     progress_bar,
     reduce_sum,
+    resume_command,
+    run_length,
     start_accelerator,
     worker_count,
 )
@@ -116,7 +116,13 @@ def pretrain(config: PretrainConfig) -> None:
     peak_lr = config.optim.base_lr * config.optim.batch_size / 256
     start_decay = config.optim.weight_decay
     end_decay = start_decay if config.optim.weight_decay_end is None else config.optim.weight_decay_end
-    total_steps, warmup_steps = run_length(config, len(files))
+    total_steps, warmup_steps = run_length(
+        len(files) / config.optim.batch_size,
+        config.epochs,
+        config.max_steps,
+        config.optim.warmup_epochs,
+        config.optim.warmup_steps,
+    )
     groups = parameter_groups(spark, start_decay)
     optimizer = build_optimizer(config.optim.name, groups, peak_lr, betas, config.optim.eps)
     model, optimizer = prepare(accelerator, spark, optimizer)
@@ -126,7 +132,7 @@ def pretrain(config: PretrainConfig) -> None:
     step = 0
     if checkpoint is not None:
         accelerator.print(f"continuing from {checkpoint}")
-        for line in changes(read_extra(checkpoint)["config"], config_dict(config)):
+        for line in config_changes(read_extra(checkpoint)["config"], config_dict(config)):
             accelerator.print(f"changed since that checkpoint: {line}")
         state = load_run(checkpoint, model=spark, optimizer=optimizer, scaler=accelerator.scaler)
         step = state["step"]
@@ -301,7 +307,7 @@ def pretrain(config: PretrainConfig) -> None:
                 bar.say(f"done after step {step}: the encoder is in {export()}")
             else:
                 bar.say(f"stopped and saved after step {step} of {total_steps}; to continue:")
-                bar.say(f"  {resume_command(config, accelerator)}")
+                bar.say(f"  {resume_command(config.output_dir, world)}")
             unreadable.report(Path(config.output_dir) / "skipped_images.txt")
             if unreadable:
                 bar.say(
@@ -357,25 +363,6 @@ def resolve(config: PretrainConfig, spark: SparK, transform: PretrainTransform) 
     )
 
 
-def run_length(config: PretrainConfig, num_images: int) -> tuple[int, int]:
-    """Optimizer steps of the run, and of its warm-up.
-
-    Raises:
-        ValueError: warmup_steps are more than the steps of the run.
-    """
-    steps_per_epoch = num_images / config.optim.batch_size
-    total = config.max_steps or math.ceil(config.epochs * steps_per_epoch)
-    if config.optim.warmup_steps is None:
-        # A trial run by max_steps may well be shorter than the warm-up of the recipe: it is then all warm-up.
-        return total, min(round(config.optim.warmup_epochs * steps_per_epoch), total)
-    if config.optim.warmup_steps > total:
-        raise ValueError(
-            f"optim.warmup_steps {config.optim.warmup_steps} are more than the {total} steps of the whole run; "
-            "lower them, or raise epochs or max_steps"
-        )
-    return total, config.optim.warmup_steps
-
-
 def fixed_batch(images: UnlabeledImages, spark: SparK, seed: int) -> tuple[Tensor, Tensor]:
     """Images and masks for the panels, always the same: [B, C, H, W] and [B, 1, fh, fw]."""
     count = min(PANEL_IMAGES, len(images))
@@ -387,18 +374,6 @@ def fixed_batch(images: UnlabeledImages, spark: SparK, seed: int) -> tuple[Tenso
 def read_extra(checkpoint: Path) -> dict[str, Any]:
     """What this loop keeps in a checkpoint beside weights and optimizer, read without the rest."""
     return torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True, mmap=True)["extra"]
-
-
-def changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """Options that differ between the config of a checkpoint and that of the run which continues from it."""
-    lines = []
-    for name in [*before, *(name for name in now if name not in before)]:
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            lines += changes(old, new, f"{prefix}{name}.")
-        elif old != new and prefix + name != "resume":
-            lines.append(f"{prefix}{name} was {old}, is {new}")
-    return lines
 
 
 def summary(
@@ -436,16 +411,6 @@ def summary(
             f"output     {config.output_dir}; kill -USR1 {os.getpid()} writes the encoder at once",
         )
     )
-
-
-def resume_command(config: PretrainConfig, accelerator: Accelerator) -> str:
-    """The command that continues a run, to be given in the same folder."""
-    if accelerator.num_processes > 1:
-        launcher = f"accelerate launch --multi_gpu --num_processes {accelerator.num_processes}"
-    else:
-        launcher = "python"
-    saved = Path(config.output_dir) / "config.yaml"
-    return shlex.join([*launcher.split(), sys.argv[0], "--config", str(saved), "--resume", "true"])
 
 
 if __name__ == "__main__":

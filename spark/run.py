@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -148,6 +149,30 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) ->
         # The new name of this option does not exist in all versions of torch that this project runs on.
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
         return accelerator.prepare(model, optimizer)
+
+
+def run_length(
+    steps_per_epoch: float,
+    epochs: float,
+    max_steps: int | None,
+    warmup_epochs: float,
+    warmup_steps: int | None,
+) -> tuple[int, int]:
+    """Optimizer steps of a run, and of its warm-up; numbers of steps take the place of numbers of epochs.
+
+    Raises:
+        ValueError: warmup_steps are more than the steps of the run.
+    """
+    total = max_steps or math.ceil(epochs * steps_per_epoch)
+    if warmup_steps is None:
+        # A trial run by max_steps may well be shorter than the warm-up of the recipe: it is then all warm-up.
+        return total, min(round(warmup_epochs * steps_per_epoch), total)
+    if warmup_steps > total:
+        raise ValueError(
+            f"optim.warmup_steps {warmup_steps} are more than the {total} steps of the whole run; "
+            "lower them, or raise epochs or max_steps"
+        )
+    return total, warmup_steps
 
 
 def worker_count(workers: int | None, accelerator: Accelerator) -> int:
@@ -458,8 +483,15 @@ def check_finite(
     accelerator.wait_for_everyone()
     raise ValueError(
         f"{' and '.join(bad)} at step {step}, the run has stopped; {kept}. The images of this batch are listed in "
-        f"{listing}. Look at these images, lower optim.base_lr or use precision fp32, then continue with --resume true"
+        f"{listing}. Look at these images, lower the learning rate or use precision fp32, then use --resume true"
     )
+
+
+def resume_command(output_dir: str | Path, world_size: int) -> str:
+    """The command that continues this script's run, to be given in the same folder."""
+    launcher = f"accelerate launch --multi_gpu --num_processes {world_size}" if world_size > 1 else "python"
+    saved = Path(output_dir) / "config.yaml"
+    return shlex.join([*launcher.split(), sys.argv[0], "--config", str(saved), "--resume", "true"])
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from spark.config import PretrainConfig, config_dict, parse_config, save_config
+from spark.config import PretrainConfig, config_changes, config_dict, parse_config, save_config
 
 REQUIRED = ["--model.name", "resnet18", "--data.train", "images", "--output_dir", "out"]
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -258,3 +258,14 @@ def test_accelerate_configs_are_known_to_accelerate(file):
 
     config = load_config_from_file(str(file))
     assert vars(config)["num_processes"] in (1, 2, 8)
+
+
+def test_changes_between_two_configs_are_named():
+    before = {"a": 1, "b": {"c": [1, 2], "gone": 3}, "resume": False}
+    now = {"a": 1, "b": {"c": [1, 3], "new": 4}, "resume": True}
+    assert config_changes(before, now) == [
+        "b.c was [1, 2], is [1, 3]",
+        "b.gone was 3, is None",
+        "b.new was None, is 4",
+    ]
+    assert config_changes(before, before) == []

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import finetune.depth
 from finetune import load_depth_model
 from finetune.config import DepthConfig, DepthDataConfig, DepthOptimConfig
-from finetune.depth import RunLength, build_model, main, run_length
+from finetune.depth import RunLength, build_model, main, run_phases
 from spark.checkpoint import save_encoder
 from spark.encoder import build_encoder
 from tests.depth_world import make_depth_world
@@ -378,7 +378,7 @@ def test_unreadable_pairs_are_skipped_reported_and_limited(
 
 def length_of(num_pairs: int, **options: Any) -> RunLength:
     optim = DepthOptimConfig(batch_size=32, frozen_epochs=2)
-    return run_length(
+    return run_phases(
         DepthConfig(encoder="", data=DepthDataConfig(root=""), output_dir="", optim=optim, **options),
         num_pairs,
     )

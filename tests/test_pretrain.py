@@ -1,7 +1,6 @@
 """spark.pretrain in this process: results, exact resume, stopping, and every mistake a user can make."""
 
 import errno
-import json
 import os
 import shutil
 import signal
@@ -239,20 +238,6 @@ def test_loader_processes_change_nothing(command, tmp_path, whole):
 def test_seed_changes_the_run(command, tmp_path, whole):
     run(command("--seed=1", "--checkpoint_every=0"))
     assert curve(tmp_path / "run")[0]["loss"] != curve(whole)[0]["loss"]
-
-
-def test_length_and_warmup():
-    def length(*more):
-        base = ["--model.name=x", "--data.train=x", "--output_dir=x", "--optim.batch_size=32"]
-        return pretrain.run_length(parse_config(pretrain.PretrainConfig, [*base, *more], ""), 100)
-
-    assert length("--epochs=10", "--optim.warmup_epochs=2") == (32, 6)
-    assert length("--epochs=10", "--optim.warmup_steps=5") == (32, 5)
-    assert length("--max_steps=7", "--optim.warmup_steps=5") == (7, 5)
-    assert length("--max_steps=7") == (7, 7), "the recipe's warm-up is cut to a shorter trial run"
-    assert length("--epochs=0.01", "--optim.warmup_epochs=0") == (1, 0)
-    with pytest.raises(ValueError, match="warmup_steps 9 are more than the 7 steps"):
-        length("--max_steps=7", "--optim.warmup_steps=9")
 
 
 # --- resume
@@ -539,14 +524,3 @@ def test_bugs_are_not_dressed_up(command, monkeypatch):
     monkeypatch.setattr(SparK, "forward", broken)
     with pytest.raises(KeyError, match="a bug"):
         run(command())
-
-
-def test_changes():
-    before = {"a": 1, "b": {"c": [1, 2], "gone": 3}, "resume": False}
-    now = {"a": 1, "b": {"c": [1, 3], "new": 4}, "resume": True}
-    assert pretrain.changes(before, now) == [
-        "b.c was [1, 2], is [1, 3]",
-        "b.gone was 3, is None",
-        "b.new was None, is 4",
-    ]
-    assert json.dumps(pretrain.changes(before, before)) == "[]"

@@ -318,3 +318,14 @@ def test_live_progress_bar(monkeypatch, capsys):
 
 def test_format_duration():
     assert format_duration(3725.4) == "1:02:05"
+
+
+def test_length_and_warmup():
+    length = run.run_length
+    assert length(100 / 32, 10, None, 2, None) == (32, 6)
+    assert length(100 / 32, 10, None, 2, 5) == (32, 5)
+    assert length(100 / 32, 10, 7, 2, 5) == (7, 5)
+    assert length(100 / 32, 10, 7, 40, None) == (7, 7), "the recipe's warm-up is cut to a shorter trial run"
+    assert length(100 / 32, 0.01, None, 0, None) == (1, 0)
+    with pytest.raises(ValueError, match="warmup_steps 9 are more than the 7 steps"):
+        length(100 / 32, 10, 7, 2, 9)
