@@ -94,16 +94,26 @@ def unreached_parameters(encoder: nn.Module, levels: Sequence[PyramidLevel], in_
     """Names of the trainable parameters that take part in none of these feature maps (a classifier's norm, say).
 
     Found by differentiating a small dense forward, so no architecture has to be known by name.
+
+    Raises:
+        ValueError: the encoder does not run on an image of twice its stride (it attends over a fixed grid, say).
     """
     named = [(name, p) for name, p in encoder.named_parameters() if p.requires_grad]
     first, side = named[0][1], 2 * levels[-1].stride
     was_training = encoder.training
     encoder.eval()
-    with torch.enable_grad():
-        probe = torch.zeros(1, in_chans, side, side, device=first.device, dtype=first.dtype)
-        total = torch.stack([feature.sum() for feature in pyramid(encoder, probe, levels)]).sum()
-        grads = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
-    encoder.train(was_training)
+    try:
+        with torch.enable_grad():
+            probe = torch.zeros(1, in_chans, side, side, device=first.device, dtype=first.dtype)
+            total = torch.stack([feature.sum() for feature in pyramid(encoder, probe, levels)]).sum()
+            grads = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
+    except (AssertionError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{type(encoder).__name__} does not run on an image of {side}x{side} px, {in_chans} channels ({error}): "
+            "use a convnet that takes any multiple of its stride (ResNet, ConvNeXt, ...), made for these channels"
+        ) from error
+    finally:
+        encoder.train(was_training)
     return [name for (name, _), grad in zip(named, grads, strict=True) if grad is None]
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from spark.encoder import build_encoder, pyramid
 from spark.masking import random_visible, visible_at
-from spark.sparse import MASKED, PACKED, MissingRuleError, Sites, SyncBatchNorm2d, sparsify
+from spark.sparse import MASKED, PACKED, MissingRuleError, Sites, SparseTensor, SyncBatchNorm2d, sparsify
 from tests.test_model import lively
 
 ENCODERS = [
@@ -24,10 +24,12 @@ ENCODERS = [
     "ecaresnet26t",
     "resnetblur50",
     "resnetaa50",
+    "resnet50_gn",
     "test_resnet",
     "convnext_atto",
     "convnext_atto_ols",  # overlapping stem
     "convnext_tiny_hnf",  # head norm first
+    "convnext_zepto_rms",  # norm without mean
     "test_convnext",
 ]
 LAYOUTS = ["masked", "packed"]
@@ -36,7 +38,7 @@ LAYOUTS = ["masked", "packed"]
 def encoder_of(name):
     torch.manual_seed(0)
     short = {"convnext": {"depths": (1, 1, 2, 1)}, "resnet": {"layers": (1, 1, 2, 1)}}
-    families = ("convnext", "resnetblur", "resnetaa", "seresnet")  # the long members
+    families = ("convnext", "resnetblur", "resnetaa", "resnet50_gn", "seresnet")  # the long members
     options = short["convnext" if "convnext" in name else "resnet"] if name.startswith(families) else {}
     return lively(build_encoder(name, **options)).double()
 
@@ -209,6 +211,15 @@ def sparse_pair(channels=6, seed=0):
     return sparsify(x, visible, "masked"), sparsify(x, visible, "packed"), Sites(visible).mask(8, 12)
 
 
+def group_norm_of_visible(x):
+    """`F.group_norm` of the visible sites of each image of `sparse_pair`, laid out as an image of their own."""
+    out = torch.zeros_like(x)
+    for image, mask in zip(range(2), sparse_pair()[2][:, 0], strict=True):
+        visible = F.group_norm(x[image][:, mask][None], 2, torch.ones(6).double(), torch.ones(6).double())
+        out[image][:, mask] = visible[0]
+    return out
+
+
 OPERATIONS = {
     "conv3x3": lambda x: F.conv2d(x, torch.ones(4, 6, 3, 3).double(), torch.ones(4).double(), padding=1),
     "conv3x3 stride 2": lambda x: F.conv2d(x, torch.ones(4, 6, 3, 3).double(), None, 2, 1),
@@ -246,6 +257,13 @@ OPERATIONS = {
     "linear": lambda x: F.linear(
         x.permute(0, 2, 3, 1), torch.ones(4, 6).double(), torch.ones(4).double()
     ).permute(0, 3, 1, 2),
+    "group norm": lambda x: (
+        F.group_norm(x, 2, torch.ones(6).double(), torch.ones(6).double())
+        if isinstance(x, SparseTensor)
+        else group_norm_of_visible(x)
+    ),
+    "per-site mean": lambda x: x * x.pow(2).mean(dim=1, keepdim=True),
+    "per-site variance": lambda x: x * torch.rsqrt(x.var(dim=1, keepdim=True) + 0.5),
     "gamma in the order BHWC": lambda x: (x.permute(0, 2, 3, 1) * torch.arange(6.0).double()).permute(
         0, 3, 1, 2
     ),
@@ -333,6 +351,7 @@ class TestRefusals:
         "call",
         [
             lambda x: x.mean(1),
+            lambda x: x.var(dim=2, keepdim=True),
             lambda x: x.permute(0, 3, 2, 1),
             lambda x: F.linear(x, torch.ones(2, 12).double()),
             lambda x: F.layer_norm(x, (12,)),

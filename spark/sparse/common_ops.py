@@ -118,8 +118,12 @@ def arithmetic_of(
 
     def arithmetic(func: Callable, a: Any, b: Any, **kwargs: Any) -> SparseTensor:
         x = a if isinstance(a, SparseTensor) else b
-        if isinstance(a, SparseTensor) and isinstance(b, SparseTensor) and a.shape != b.shape:
-            raise MissingRuleError(f"no sparse rule for {func.__name__} of {a!r} and {b!r}: shapes differ")
+        if isinstance(a, SparseTensor) and isinstance(b, SparseTensor):
+            x = a if a.size4[1] >= b.size4[1] else b  # one of them may be a statistic per site: one channel
+            if x.shape != torch.broadcast_shapes(a.shape, b.shape):
+                raise MissingRuleError(
+                    f"no sparse rule for {func.__name__} of {a!r} and {b!r}: shapes differ"
+                )
         out = func(as_operand(a, x), as_operand(b, x), **kwargs)
         if out.shape != x.data.shape:
             raise MissingRuleError(
@@ -128,6 +132,24 @@ def arithmetic_of(
         return finish(func, kwargs, x, clean(x, out))
 
     return arithmetic
+
+
+def over_channels(x: SparseTensor, dim: Any) -> bool:
+    """Whether a reduction over `dim` runs over the channels of each site."""
+    dims = {d % 4 for d in (dim if isinstance(dim, Sequence) else [dim])} if dim is not None else None
+    return dims == ({3} if x.channels_last else {1})
+
+
+def per_site(
+    func: Callable, x: SparseTensor, dim: Any = None, keepdim: bool = False, **kwargs: Any
+) -> SparseTensor:
+    """`mean` or `var` over channels, kept as a map of one channel.  A statistic per site; preserves zero."""
+    if not over_channels(x, dim) or not keepdim:
+        raise MissingRuleError(
+            f"no sparse rule for {func.__name__} over dimensions {dim} of {x!r}: only channels, kept"
+        )
+    axis = 3 if x.channels_last and x.data.ndim == 4 else 1
+    return x.like(func(x.data, dim=axis, keepdim=True, **kwargs), channels=1)
 
 
 def spatial_mean_of(sum_over_sites: Callable[[SparseTensor], Tensor]) -> Rule:
@@ -195,10 +217,10 @@ def _as_it_is(data: Tensor, sites: Sites, size: tuple[int, int, int, int]) -> Te
 ZERO_PRESERVING = (
     *("relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "hardswish"),
     *("tanh", "hardtanh", "softsign", "dropout", "alpha_dropout"),
-    *("neg", "abs", "sign", "square", "sqrt"),
+    *("neg", "abs", "sign", "square", "sqrt", "pow"),  # pow: exponents above 0
 )
 # f(0) != 0
-NOT_ZERO_PRESERVING = ("sigmoid", "hardsigmoid", "logsigmoid", "softplus", "exp", "cos")
+NOT_ZERO_PRESERVING = ("sigmoid", "hardsigmoid", "logsigmoid", "softplus", "exp", "cos", "rsqrt")
 ARITHMETIC = ("add", "sub", "mul", "div")
 CONVERSIONS = ["to", "float", "half", "bfloat16", "double", "type", "contiguous", "clone", "detach"]
 NEW = ["new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"]
@@ -215,6 +237,7 @@ SHARED_RULES: dict[str, Rule] = {
     **with_inplace(ZERO_PRESERVING, elementwise),
     "expand_as": expand_as,
     "permute": permute,
+    "var": per_site,
     "pad": pad,
     "max_pool2d": window,
     "avg_pool2d": window,

@@ -33,8 +33,10 @@ def remask(x: SparseTensor, data: Tensor) -> Tensor:
 
 
 def elementwise_remasked(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
-    """f(x) where f(0) != 0."""
-    return common.finish(func, kwargs, x, remask(x, func(x.data, *args, **kwargs)))
+    """f(x) where f(0) != 0.  Masked sites are computed at 1, where f has a gradient, then zeroed."""
+    mask = x.sites.mask(*x.size4[2:])
+    inside = torch.where(mask.permute(0, 2, 3, 1) if x.channels_last else mask, x.data, 1)
+    return common.finish(func, kwargs, x, remask(x, func(inside, *args, **kwargs)))
 
 
 def batch_norm(
@@ -66,6 +68,31 @@ def batch_norm(
     out = rows.new_zeros(channels_last.shape)
     out[mask] = rows
     return x.like(out.permute(0, 3, 1, 2))
+
+
+def group_norm(
+    func: Callable,
+    x: SparseTensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> SparseTensor:
+    """Statistics per image and group of channels: over the visible sites of that image."""
+    common.require_channels_first(func, x)
+    b, c, h, w = x.size4
+    grouped = x.data.view(b, num_groups, c // num_groups, h, w)
+    mask = x.sites.mask(h, w)[:, None]
+    count = mask.sum((2, 3, 4), keepdim=True) * (c // num_groups)
+    mean = grouped.sum((2, 3, 4), keepdim=True) / count
+    centred = torch.where(mask, grouped - mean, 0)
+    var = centred.square().sum((2, 3, 4), keepdim=True) / count
+    out = (centred * (var + eps).rsqrt()).view(b, c, h, w)
+    if weight is not None:
+        out = out * weight[:, None, None]
+    if bias is not None:
+        out = out + bias[:, None, None]
+    return x.like(remask(x, out))
 
 
 def layer_norm(
@@ -104,6 +131,7 @@ MASKED = Layout(
         **common.with_inplace(common.ARITHMETIC, common.arithmetic_of(_operand, remask)),
         "conv2d": common.window,
         "batch_norm": batch_norm,
+        "group_norm": group_norm,
         "layer_norm": layer_norm,
         "linear": linear,
         "mean": _mean,

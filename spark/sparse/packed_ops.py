@@ -84,6 +84,33 @@ def batch_norm(
     return x.like(rows)
 
 
+def group_norm(
+    func: Callable,
+    x: SparseTensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> SparseTensor:
+    """Statistics per image and group of channels: over the rows of that image, two passes."""
+    common.require_channels_first(func, x)
+    b, c, h, w = x.size4
+    images = x.sites.row_images(h, w)
+    grouped = x.data.view(-1, num_groups, c // num_groups)
+    count = x.sites.sites_per_image(h, w)[:, None] * (c // num_groups)
+
+    def per_image(rows: Tensor) -> Tensor:
+        """[N, groups] summed over the rows of each image, divided by the number of values: [B, groups]."""
+        return rows.new_zeros(b, num_groups).index_add(0, images, rows) / count
+
+    centred = grouped - per_image(grouped.sum(2)).index_select(0, images)[:, :, None]
+    var = per_image(centred.square().sum(2))
+    rows = (centred * (var + eps).rsqrt().index_select(0, images)[:, :, None]).flatten(1)
+    if weight is not None:
+        rows = rows * weight
+    return x.like(rows if bias is None else rows + bias)
+
+
 def layer_norm(
     func: Callable, x: SparseTensor, normalized_shape: Any, *args: Any, **kwargs: Any
 ) -> SparseTensor:
@@ -117,6 +144,7 @@ PACKED = Layout(
         **common.with_inplace(common.ARITHMETIC, common.arithmetic_of(_as_rows, lambda x, data: data)),
         "conv2d": conv2d,
         "batch_norm": batch_norm,
+        "group_norm": group_norm,
         "layer_norm": layer_norm,
         "linear": linear,
         "mean": _mean,
