@@ -152,19 +152,20 @@ def per_site(
     return x.like(func(x.data, dim=axis, keepdim=True, **kwargs), channels=1)
 
 
-def spatial_mean_of(sum_over_sites: Callable[[SparseTensor], Tensor]) -> Rule:
-    """Make the rule of `mean` over both spatial dimensions, given how a layout adds up sites to [B, C].
+def mean_of(sum_over_sites: Callable[[SparseTensor], Tensor]) -> Rule:
+    """Make the rule of `mean`, given how a layout adds up sites to [B, C].
 
-    A statistic per image: the mean over the visible sites of each image, as a plain tensor.
+    Over both spatial dimensions: a statistic per image, the mean over its visible sites, as a plain tensor. Over
+    channels: a statistic per site.
     """
 
-    def mean(
-        func: Callable, x: SparseTensor, dim: Any = None, keepdim: bool = False, **kwargs: Any
-    ) -> Tensor:
+    def mean(func: Callable, x: SparseTensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
+        if over_channels(x, dim):
+            return per_site(func, x, dim, keepdim, **kwargs)
         dims = {d % 4 for d in (dim if isinstance(dim, Sequence) else [dim])} if dim is not None else None
         if dims != ({1, 2} if x.channels_last else {2, 3}) or kwargs:
             raise MissingRuleError(
-                f"no sparse rule for mean over dimensions {dim} of {x!r}: only both spatial ones"
+                f"no sparse rule for mean over dimensions {dim} of {x!r}: only both spatial ones, or channels"
             )
         count = x.sites.sites_per_image(*x.size4[2:]).clamp(min=1)
         value = sum_over_sites(x) / count[:, None].to(x.dtype)

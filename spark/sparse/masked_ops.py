@@ -121,7 +121,7 @@ def _operand(operand: Any, x: SparseTensor) -> Any:
     return operand.data if isinstance(operand, SparseTensor) else operand
 
 
-_mean = common.spatial_mean_of(_sum_over_sites)
+_mean = common.mean_of(_sum_over_sites)
 
 MASKED = Layout(
     "masked",

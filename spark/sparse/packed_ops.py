@@ -134,7 +134,7 @@ def _sum_over_sites(x: SparseTensor) -> Tensor:
     return x.data.new_zeros(b, c).index_add(0, x.sites.row_images(h, w), x.data)
 
 
-_mean = common.spatial_mean_of(_sum_over_sites)
+_mean = common.mean_of(_sum_over_sites)
 
 PACKED = Layout(
     "packed",
