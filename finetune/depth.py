@@ -7,6 +7,7 @@ number is a function of the seed and of the position in the stream of pairs (see
 exactly where it was.
 """
 
+import hashlib
 import math
 import os
 import time
@@ -31,6 +32,7 @@ from finetune.depth_data import (
     collate_depth,
     open_depth_data,
 )
+from finetune.depth_data.transforms import NYU_FRAME
 from finetune.figures import save_figure, triptychs
 from finetune.inference import score, summary, transform_of
 from finetune.losses import NoGroundTruth, WeightedLoss
@@ -61,8 +63,8 @@ from spark.run import (
 )
 
 DESCRIPTION = """Train a depth model (encoder and head) on RGB-D pairs. SIGTERM and Ctrl-C save a checkpoint and end
-with exit code 0; continue with --resume true. SIGUSR1 to the main process writes the model to output_dir/model at once;
-the end of the run does so anyway."""
+a run of one process with exit code 0 (a launcher of several may report its own); continue with --resume true. SIGUSR1
+to the main process writes the model to output_dir/model at once; the end of the run does so anyway."""
 
 DepthData: TypeAlias = NYUSync | NYULabeled
 
@@ -134,6 +136,11 @@ def train(config: DepthConfig) -> None:
         step, empty = state["step"], state["empty"]
         unreadable.load_state_dict(state["unreadable"])
         accelerator.print(f"continuing from {checkpoint}")
+        if "pairs" in state and state["pairs"] != fingerprint(pairs):  # older checkpoints have none
+            accelerator.print(
+                f"changed since that checkpoint: the pairs to train on, {state['pairs']['count']} then and {len(pairs)}"
+                " now, or their names or order; the run goes on with those of now, no longer the run it was"
+            )
         for line in config_changes(state["config"], config_dict(config)):
             accelerator.print(f"changed since that checkpoint: {line}")
     elif config.resume:
@@ -173,7 +180,12 @@ def train(config: DepthConfig) -> None:
             model=depth_model,
             optimizer=optimizer,
             scaler=accelerator.scaler,
-            extra={"config": config_dict(config), "unreadable": unreadable.state_dict(), "empty": empty},
+            extra={
+                "config": config_dict(config),
+                "unreadable": unreadable.state_dict(),
+                "empty": empty,
+                "pairs": fingerprint(pairs),
+            },
             keep=keep,
         )
 
@@ -193,7 +205,10 @@ def train(config: DepthConfig) -> None:
             title = (
                 f"step {step}   {protocol.name}   {results['images']} images   {summary(results['metrics'])}"
             )
-            save_figure(triptychs(rows, title), output / "figures" / f"triptychs_step_{step:07d}.png")
+            try:
+                save_figure(triptychs(rows, title), output / "figures" / f"triptychs_step_{step:07d}.png")
+            except OSError as error:  # pictures are no reason to stop
+                bar.say(f"no triptychs of step {step}, the run goes on: {error}")
         if finished:
             about = {"model": str(output / "model"), "data": repr(held_out), "step": step}
             write_results(output / "evaluation.json", {**results, **about})
@@ -215,7 +230,6 @@ def train(config: DepthConfig) -> None:
     saved_step = step if checkpoint is not None else -1
     exported_step = -1
     metrics: dict[str, float] | None = None
-    failed: list[str] = []
     since, steps_since, waited = time.perf_counter(), 0, 0.0
     with (
         StopRequest() as stop,
@@ -235,6 +249,7 @@ def train(config: DepthConfig) -> None:
                 losses = torch.zeros(1 + len(config.losses), device=device)  # the sum, and each by itself
                 filled = 0
                 names: list[str] = []
+                failed: list[str] = []
                 for part in range(config.accumulation):
                     asked = time.perf_counter()
                     batch = next(batches)
@@ -255,22 +270,29 @@ def train(config: DepthConfig) -> None:
                             # Nothing to learn from; the backward pass still runs, for the other processes wait in it.
                             loss = 0.0 * depth.sum()
                         accelerator.backward(loss / config.accumulation)
-                if log_due:
+                *sums, total_filled, total_failed = reduce_sum(
+                    accelerator, [*losses.tolist(), filled, len(failed)]
+                )
+                if total_failed:
                     for line in unreadable.add(gather_object(failed)):
                         bar.say(f"skipped {line}")
-                    failed = []
-                *sums, total_filled = reduce_sum(accelerator, [*losses.tolist(), filled])
                 newly_empty = world * config.accumulation - round(total_filled)
                 refuse_empty(config, empty + newly_empty, length.steps * config.accumulation * world)
-            except (ValueError, OSError):
-                if main_process and (folder := rescue()):
-                    bar.say(f"the state before this step is saved in {folder}")
+            except (
+                ValueError,
+                OSError,
+                RuntimeError,
+            ) as error:  # RuntimeError: GPU memory, a loader that was killed
+                if main_process:
+                    unreadable.report(output / "skipped_images.txt")
+                    if folder := rescue():
+                        bar.say(f"the state before this step is saved in {folder}")
+                if isinstance(error, torch.cuda.OutOfMemoryError):
+                    raise ValueError(
+                        f"the GPU has too little memory for {micro_batch} images at once; a larger accumulation than "
+                        f"{config.accumulation} divides the batch further, or use precision bf16"
+                    ) from error
                 raise
-            except torch.cuda.OutOfMemoryError as error:
-                raise ValueError(
-                    f"the GPU has too little memory for {micro_batch} images at once; a larger accumulation than "
-                    f"{config.accumulation} divides the batch further, or use precision bf16"
-                ) from error
             mean_loss, *parts = (value / total_filled if total_filled else math.nan for value in sums)
 
             # update, unless there is nothing to learn from or it would spoil the weights; fp16 skips steps by itself
@@ -291,41 +313,49 @@ def train(config: DepthConfig) -> None:
             steps_since += 1
             empty += newly_empty
 
-            # report, validate, save, export
+            # save, report, validate, export: the state first, so that none of the others can lose it
+            validation_due = held_out is not None and length.validates_after(step)
+            save_due = config.checkpoint_every and step % config.checkpoint_every == 0
+            if main_process and (save_due or validation_due or step == length.steps):
+                save()
+                saved_step = step
             now = time.perf_counter()
             rate = steps_since * optim.batch_size / (now - since)
             bar.update(step, loss=mean_loss, lr=lr, images_per_second=rate)
-            if main_process and (step == length.steps or stop.export):
-                depth_model.save(output / "model")
-                exported_step = step
-                if stop.export:
-                    stop.export = False
+            row: dict[str, float] = {"loss": mean_loss, "lr": lr}
+            if len(parts) > 1:
+                row |= {f"loss_{n}": v for n, v in zip(config.losses, parts, strict=True)}
+            row |= {
+                "grad_norm": grad_norm,
+                "epoch": step * optim.batch_size / len(pairs),
+                "images_per_second": rate,
+                "data_wait": waited / (now - since),
+                "empty_batches": empty,
+            }
+            if main_process and stop.export and step < length.steps:
+                stop.export = False
+                try:
+                    depth_model.save(output / "model")
                     bar.say(f"model after step {step} written to {output / 'model'}")
-            validation_due = held_out is not None and length.validates_after(step)
-            if main_process and validation_due:
-                metrics = validate()
-                bar.say(f"step {step}  {protocol.name}  {summary(metrics)}")
-            if log_due or validation_due:
-                log.row(
-                    step,
-                    loss=mean_loss,
-                    lr=lr,
-                    **(
-                        {f"loss_{n}": v for n, v in zip(config.losses, parts, strict=True)}
-                        if len(parts) > 1
-                        else {}
-                    ),
-                    grad_norm=grad_norm,
-                    epoch=step * optim.batch_size / len(pairs),
-                    images_per_second=rate,
-                    data_wait=waited / (now - since),
-                    empty_batches=empty,
-                    **({f"val_{n}": v for n, v in metrics.items()} if validation_due and metrics else {}),
+                except (ValueError, OSError) as error:  # the run itself does not need it yet
+                    bar.say(f"the model was not written, the run goes on: {error}")
+            try:
+                if main_process and step == length.steps:
+                    depth_model.save(output / "model")
+                    exported_step = step
+                if main_process and validation_due:
+                    metrics = validate()
+                    row |= {f"val_{n}": v for n, v in metrics.items()}
+                    bar.say(f"step {step}  {protocol.name}  {summary(metrics)}")
+            except (ValueError, OSError, RuntimeError):
+                bar.say(
+                    f"the state after step {step} is saved in {output / 'checkpoints'}, --resume true goes on"
                 )
-                since, steps_since, waited = time.perf_counter(), 0, 0.0
-            if main_process and config.checkpoint_every and step % config.checkpoint_every == 0:
-                save()
-                saved_step = step
+                raise
+            finally:
+                if log_due or validation_due:
+                    log.row(step, **row)
+                    since, steps_since, waited = time.perf_counter(), 0, 0.0
 
         # --- the end, or an early stop
         if main_process:
@@ -446,7 +476,8 @@ def open_data(config: DepthConfig, protocol: Protocol) -> tuple[DepthData, Depth
     held_out = open_depth_data(
         data.root, data.val_list, "test", depth=protocol.depth, black_border=data.black_border
     )
-    protocol.crop_at(held_out[0].depth.shape)  # refuses a size now, not after the first epoch
+    held_out.check_headers()  # these refuse now, not after the first epoch
+    protocol.crop_at(held_out[0].depth.shape)
     return pairs, held_out
 
 
@@ -474,6 +505,12 @@ def train_transform(config: DepthConfig) -> TrainTransform:
     )
 
 
+def fingerprint(pairs: DepthData) -> dict[str, Any]:
+    """How many pairs, and a digest of their names in order: what a stream of pairs depends on beside the seed."""
+    digest = hashlib.sha256("\n".join(pairs.names()).encode("utf-8", "surrogateescape")).hexdigest()
+    return {"count": len(pairs), "sha256": digest}
+
+
 def refuse_empty(config: DepthConfig, empty: int, planned: int) -> None:
     """Raise ValueError once more micro-batches had no ground truth than the accepted share of those planned."""
     if empty > config.data.max_empty * planned:
@@ -482,6 +519,21 @@ def refuse_empty(config: DepthConfig, empty: int, planned: int) -> None:
             f" {config.model.max_depth:g} m, more than the accepted share of {config.data.max_empty:g} of the {planned}"
             " of the run: check the depth files and model.max_depth, enlarge batch or crop, or raise data.max_empty"
         )
+
+
+def border_text(border: tuple[int, int, int, int] | None, pairs: DepthData) -> str:
+    """What the border cut means for frames that are not NYU's, judged by the first pair; "" where it needs no word."""
+    frame = pairs[0].depth.shape
+    if border is None or frame == NYU_FRAME:
+        return ""
+    rows, columns = frame[0] / NYU_FRAME[0], frame[1] / NYU_FRAME[1]
+    top, bottom, left, right = (
+        f"{n * f:.0f}" for n, f in zip(border, (rows, rows, columns, columns), strict=True)
+    )
+    return (
+        f"NYU's cut is scaled to these frames of {frame[0]}x{frame[1]}: crops come from rows {top}:{bottom}, columns"
+        f" {left}:{right}; --data.border null uses all of them"
+    )
 
 
 def describe(
@@ -514,6 +566,7 @@ def describe(
             f" {config.model.min_depth:g} to {config.model.max_depth:g} m",
             f"data       {pairs}; frames at {data.image_size[0]}x{data.image_size[1]}, crops of"
             f" {data.crop_size[0]}x{data.crop_size[1]}",
+            *([f"border     {border}"] if (border := border_text(data.border, pairs)) else []),
             f"validation {held_out or 'none: name pairs to validate on with --data.val_list'}",
             f"loss       {' + '.join(f'{weight:g} {name}' for name, weight in config.losses.items())}",
             f"batch      {optim.batch_size} = {world} processes x {config.accumulation} parts x"

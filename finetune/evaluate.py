@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -31,9 +32,9 @@ COLUMNS = {
     "delta2": ("δ2", "↑"),
     "delta3": ("δ3", "↑"),
     "abs_rel": ("AbsRel", "↓"),
-    "sq_rel": ("SqRel [m]", "↓"),
-    "rmse": ("RMSE [m]", "↓"),
-    "rmse_log": ("RMSE log", "↓"),
+    "sq_rel": ("SqRel m", "↓"),
+    "rmse": ("RMSE m", "↓"),
+    "rmse_log": ("RMSElog", "↓"),
     "log10": ("log10", "↓"),
     "silog": ("SILog", "↓"),
 }
@@ -128,8 +129,8 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
             draw=config.triptychs if config.figures else 0,
             progress=lambda images: bar.advance(task, images),
         )
+    print_results(console, results, protocol.expected_images)  # first: a full disk must not lose the scores
     write_results(config.output, {**results, "model": str(config.model), "data": repr(data)})
-    print_results(console, results, protocol.expected_images)
     console.print(f"written to {config.output}", highlight=False, markup=False, soft_wrap=True)
     if config.figures:
         figure = triptychs(
@@ -144,9 +145,11 @@ def print_results(console: Console, results: dict[str, Any], expected_images: in
     """Print the metrics as a table, and below it whatever makes them less than the protocol's full measurement."""
     settings = results["settings"]
     title = f"{results['protocol']}{', flip average' if settings['flip_average'] else ''}: {results['images']} images"
-    table = Table(title=title, title_justify="left")
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True
+    )  # fits 80 columns
     for heading, better in COLUMNS.values():
-        table.add_column(f"{heading} {better}", justify="right")
+        table.add_column(f"{heading}{better}", justify="right", no_wrap=True)
     table.add_row(*(f"{results['metrics'][name]:.3f}" for name in COLUMNS))
     console.print(table)
     if expected_images is not None and results["images"] != expected_images:

@@ -97,7 +97,7 @@ def triptychs(
     drawn: Any = None
     for number, row in enumerate(rows):
         y = top + number * (label + picture) + label
-        page.text(left, y - 0.16, row.name, fontsize=8)
+        page.text(left, y - 0.16, shortened(row.name, 2 * panel + gap, fontsize=8), fontsize=8)
         page.text(left + 2 * (panel + gap), y - 0.16, row.caption, fontsize=8)
         page.axes(left, y, panel, picture).imshow(row.image, aspect="auto", interpolation="antialiased")
         for column, depth in ((1, row.truth), (2, row.prediction)):
@@ -113,15 +113,29 @@ def triptychs(
 
 
 def depth_map(depth: np.ndarray, near: float, far: float, title: str = "") -> Figure:
-    """Draw one depth map [h, w] [m], pixel for pixel up to 1600, with a colour bar from `near` to `far` metres."""
-    per_inch = 100 * max(1.0, max(depth.shape) / 1600)
-    height, width = (side / per_inch for side in depth.shape)
+    """Draw one depth map [h, w] [m] with a colour bar from `near` to `far` metres.
+
+    Pixel for pixel if its long side is between 400 and 1600 pixels; a smaller map is enlarged by a whole number, its
+    pixels as squares, and a larger one reduced. A title too long for the page loses its middle.
+    """
+    longest = max(depth.shape)
+    per_inch = 100 * longest / 1600 if longest > 1600 else 100 / math.ceil(400 / longest)
+    height, width = (max(side / per_inch, 0.1) for side in depth.shape)  # a map of one row is to be seen too
     left, top, bar_height = 0.12, 0.36 if title else 0.12, max(height, 1.2)
     page = Page(left + max(width, 1.5) + 0.95, top + bar_height + 0.12, dpi=100)
-    page.text(left, 0.13, title, fontsize=9)
+    page.text(left, 0.13, shortened(title, page.width - 2 * left, fontsize=9), fontsize=9)
     drawn = _draw_depth(page.axes(left, top, width, height), depth, near, far)
     _colour_bar(page.figure, page.axes(left + width + 0.14, top, 0.17, bar_height), drawn)
     return page.figure
+
+
+def shortened(text: str, width: float, fontsize: float) -> str:
+    """Text that fits `width` [inches] in letters of average width; the middle gives way, as names differ at the end."""
+    most = max(8, int(width / (0.6 * fontsize / 72)))
+    if len(text) <= most:
+        return text
+    start = most // 3
+    return f"{text[:start]}…{text[len(text) - (most - start - 1) :]}"
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
@@ -161,7 +175,8 @@ def _draw_depth(axes: Axes, depth: np.ndarray, near: float, far: float) -> AxesI
 
 def _colour_bar(figure: Figure, axes: Axes, drawn: AxesImage) -> None:
     axes.set_axis_on()
-    bar = figure.colorbar(drawn, cax=axes)
+    # The pointed ends say that what lies beyond has the end's colour; nothing is nearer than 0.
+    bar = figure.colorbar(drawn, cax=axes, extend="both" if drawn.norm.vmin else "max")
     axes.invert_yaxis()  # near on top
     axes.tick_params(labelsize=8, colors=INK, width=0.6, length=3)
     bar.outline.set_linewidth(0.6)  # type: ignore[operator]

@@ -20,12 +20,13 @@ ZoeDepth and the KITTI benchmark share. Eigen's scale-invariant error is silog /
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
+
+from finetune.files import write_whole
 
 METRICS = ("delta1", "delta2", "delta3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog")
 
@@ -139,16 +140,8 @@ def mean_metrics(rows: list[dict[str, float]]) -> dict[str, float]:
 
 def write_results(path: str | Path, results: Mapping) -> None:
     """Write results as JSON, whole or not at all; NaN and infinity are refused, JSON has no such numbers."""
-    path = Path(path)
     try:
         text = json.dumps(results, indent=1, allow_nan=False) + "\n"
     except ValueError as error:
         raise ValueError(f"results for {path} hold a number that is not finite: {error}") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
+    write_whole(path, text.encode())

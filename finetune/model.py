@@ -41,7 +41,8 @@ class DepthModel(nn.Module):
         image_size: (H, W) at which whole frames are presented to the model [px], recorded for evaluation and
             prediction.
             None: frames are presented as they are.
-        mean: What is subtracted from RGB in [0, 1]; default what the encoder was trained with.
+        mean: What is subtracted from RGB in [0, 1]; default what the encoder was trained with. That of an encoder of
+            one channel counts for red, green and blue alike, as timm spreads its first weights over the three.
         std: What RGB is then divided by; default likewise.
         head_options: Arguments of the head, such as `decoder_channels` of unetpp.
 
@@ -187,9 +188,12 @@ def load_depth_model(folder: str | Path) -> DepthModel:
 
 
 def _three(name: str, values: Sequence[float] | None, encoder: nn.Module) -> tuple[float, ...]:
-    """The given mean or std, or the encoder's own."""
-    known: Any = getattr(encoder, "pretrained_cfg", None) or {}
-    values = known.get(name) if values is None else values
+    """The given mean or std, or the encoder's own; a single one of an encoder for grey images is repeated."""
+    if values is None:
+        known: Any = getattr(encoder, "pretrained_cfg", None) or {}
+        values = known.get(name)
+        if values is not None and len(values) == 1:
+            values = tuple(values) * 3
     if values is None or len(values) != 3:
         raise ValueError(f"{name} must hold three numbers, one for each of red, green, blue, got {values}.")
     return tuple(float(value) for value in values)

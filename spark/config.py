@@ -36,6 +36,10 @@ class ModelConfig:
         layout: how the encoder runs on masked images; packed computes visible sites only, masked is the reference.
         drop_path: stochastic depth rate of the encoder.
         sync_bn: batch normalisation takes its statistics over all processes.
+        densify_norm: normalisation of the encoder's feature maps before the decoder, bn (batch) or ln (layer); null is
+            the kind that the encoder itself uses.
+        grad_checkpointing: compute the encoder's activations again in the backward pass instead of keeping them, which
+            costs time and saves memory; batch normalisation's running statistics then see each batch twice.
     """
 
     name: str
@@ -47,6 +51,8 @@ class ModelConfig:
     layout: Literal["packed", "masked"] = "packed"
     drop_path: float = 0.0
     sync_bn: bool = True
+    densify_norm: Literal["bn", "ln"] | None = None
+    grad_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         require(0 < self.mask_ratio < 1, "model.mask_ratio", self.mask_ratio, "between 0 and 1")
@@ -67,7 +73,8 @@ class DataConfig:
         crop_scale: smallest and largest share of an image's area that a random crop keeps.
         hflip: probability of a horizontal flip.
         max_pixels: images of more pixels are skipped as unreadable.
-        max_unreadable: share of the files that may be unreadable before the run stops, between 0 and 1.
+        max_unreadable: share of the files that may be unreadable before the run stops, between 0 and 1; above 0 it
+            allows one file at least, however few there are.
     """
 
     train: str
@@ -80,6 +87,7 @@ class DataConfig:
     max_unreadable: float = 0.01
 
     def __post_init__(self) -> None:
+        self.train = os.path.expanduser(self.train)
         low, high = self.crop_scale
         require(
             0 < low <= high <= 1,
@@ -185,6 +193,9 @@ class PretrainConfig:
     resume: bool | str = False
 
     def __post_init__(self) -> None:
+        self.output_dir = os.path.expanduser(self.output_dir)
+        if isinstance(self.resume, str):
+            self.resume = os.path.expanduser(self.resume)
         require(self.epochs > 0, "epochs", self.epochs, "above 0")
         require(
             self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "null or at least 1"

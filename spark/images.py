@@ -398,7 +398,8 @@ class UnreadableImages:
 
     Args:
         num_files: size of the data set.
-        max_share: at most this share of the files may be unreadable, 0 to 1.
+        max_share: at most this share of the files may be unreadable, 0 to 1. Above 0 it allows one file at least: in
+            a data set of 50 files a share of 0.01 is one file, not none.
 
     Raises:
         ValueError: a share out of range.
@@ -422,7 +423,8 @@ class UnreadableImages:
             Those that are new, to be told to the user once.
 
         Raises:
-            ValueError: more than `max_share` of all files have failed by now.
+            ValueError: more than `max_share` of all files, and more than one, have failed by now; with a share of 0
+                any failure.
         """
         new = []
         for failure in failed:
@@ -430,7 +432,8 @@ class UnreadableImages:
             if path not in self.reasons:
                 self.reasons[path] = reason
                 new.append(failure)
-        if new and len(self) > self.max_share * self.num_files:
+        allowed = max(self.max_share * self.num_files, 1 if self.max_share > 0 else 0)
+        if new and len(self) > allowed:
             raise ValueError(
                 f"{len(self)} of {self.num_files} images could not be read, more than the accepted share of "
                 f"{self.max_share:g}: repair or remove them, or raise data.max_unreadable. "

@@ -6,10 +6,11 @@ One process or several, on CPUs or GPUs, run this same file. Every random number
 position in the stream of images (see `spark.run`), so a resumed run goes on exactly where it was.
 """
 
+import hashlib
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -48,8 +49,9 @@ from spark.run import (
 from spark.seeding import derive_seed
 
 DESCRIPTION = """Pretrain a timm convnet on unlabeled images with SparK (sparse and hierarchical masked modelling).
-SIGTERM and Ctrl-C save a checkpoint and end with exit code 0; continue with --resume true. SIGUSR1 to the main process
-writes the encoder to output_dir/encoder at once; the end of the run does so anyway."""
+SIGTERM and Ctrl-C save a checkpoint; continue with --resume true. A single process then ends with exit code 0; of
+several processes the state is saved likewise, but their launcher reports the signal, with an exit code of its own.
+SIGUSR1 to the main process writes the encoder to output_dir/encoder at once; the end of the run does so anyway."""
 
 PANEL_IMAGES = 6
 
@@ -92,11 +94,16 @@ def pretrain(config: PretrainConfig) -> None:
         layout=config.model.layout,
         drop_path=config.model.drop_path,
         sync_bn=config.model.sync_bn,
+        densify_norm=config.model.densify_norm,
     )
+    if config.model.grad_checkpointing:
+        checkpoint_activations(spark.encoder, config.model.name)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     spark.to(device).to(memory_format=memory_format)
+    try_forward(spark, device)
 
     files = list_images(config.data.train)
+    data = fingerprint(files, config.data.train)
     transform = PretrainTransform(
         spark.input_size,
         config.model.in_chans,
@@ -132,7 +139,10 @@ def pretrain(config: PretrainConfig) -> None:
     step = 0
     if checkpoint is not None:
         accelerator.print(f"continuing from {checkpoint}")
-        for line in config_changes(read_extra(checkpoint)["config"], config_dict(config)):
+        before = read_extra(checkpoint)
+        for line in config_changes(before["config"], config_dict(config)):
+            accelerator.print(f"changed since that checkpoint: {line}")
+        for line in data_changes(before.get("data", data), data):
             accelerator.print(f"changed since that checkpoint: {line}")
         state = load_run(checkpoint, model=spark, optimizer=optimizer, scaler=accelerator.scaler)
         step = state["step"]
@@ -175,21 +185,32 @@ def pretrain(config: PretrainConfig) -> None:
             model=spark,
             optimizer=optimizer,
             scaler=accelerator.scaler,
-            extra={"config": config_dict(config), "unreadable": unreadable.state_dict()},
+            extra={"config": config_dict(config), "unreadable": unreadable.state_dict(), "data": data},
             keep=keep,
         )
 
-    def draw() -> None:
+    def draw() -> Path:
         """Write reconstruction panels of the fixed images; main process only."""
         assert panel_batch is not None
         pixels, visible = (tensor.to(device) for tensor in panel_batch)
         picture = reconstruction_panels(spark, pixels, visible, mean, std)
-        save_panels(picture, config.output_dir, step)
+        return save_panels(picture, config.output_dir, step)
 
     def export() -> Path:
         """Write the encoder; main process only."""
         folder = Path(config.output_dir) / "encoder"
         return save_encoder(spark.encoder, folder, mean, std, spark.input_size)
+
+    def attempt(what: str, write: Callable[[], Path]) -> Path | None:
+        """Write what the run can do without: a failure is told, and the run goes on."""
+        try:
+            return write()
+        except OSError as error:
+            bar.say(
+                f"{what} after step {step} could not be written: {error}. The run goes on without; free space "
+                f"or correct the permissions of {config.output_dir} before the next checkpoint"
+            )
+            return None
 
     # Batch norm's running statistics change in the forward pass already. To be able to go back to the state before a
     # step whose loss is not finite, they are copied first.
@@ -241,18 +262,25 @@ def pretrain(config: PretrainConfig) -> None:
                 if all_failed:
                     for line in unreadable.add(gather_object(failed)):
                         bar.say(f"skipped {line}")
-            except (ValueError, OSError, torch.cuda.OutOfMemoryError) as error:
+                norm = accelerator.clip_grad_norm_(spark.parameters(), config.optim.clip_grad or math.inf)
+            except (
+                Exception
+            ) as error:  # whatever it is, a bug or a killed loader too, the steps so far are kept
                 if main_process:
-                    unreadable.report(Path(config.output_dir) / "skipped_images.txt")
-                    if folder := rescue():
-                        bar.say(f"the state before this step is saved in {folder}")
+                    try:
+                        unreadable.report(Path(config.output_dir) / "skipped_images.txt")
+                        if folder := rescue():
+                            bar.say(f"the state before this step is saved in {folder}")
+                    except (
+                        Exception
+                    ) as failure:  # a broken GPU, a full disk: the first error is the one to show
+                        bar.say(f"the state before this step could not be saved: {failure}")
                 if isinstance(error, torch.cuda.OutOfMemoryError):
                     raise ValueError(
                         f"the GPU has too little memory for {micro_batch} images at once: divide the batch further "
                         f"with accumulation (it is {config.accumulation}), or use precision bf16"
                     ) from error
                 raise
-            norm = accelerator.clip_grad_norm_(spark.parameters(), config.optim.clip_grad or math.inf)
             grad_norm = float(norm)  # type: ignore[arg-type]
 
             # update, unless it would spoil the weights; fp16 skips steps by itself while it seeks its loss scale
@@ -268,7 +296,7 @@ def pretrain(config: PretrainConfig) -> None:
             step += 1
             steps_since += 1
 
-            # report, draw, save, export
+            # report, save, draw, export
             now = time.perf_counter()
             rate = steps_since * config.optim.batch_size / (now - since)
             bar.update(step, loss=mean_loss, lr=lr, images_per_second=rate)
@@ -285,15 +313,16 @@ def pretrain(config: PretrainConfig) -> None:
                     data_wait=waited / (now - since),
                     **memory_use(device),
                 )
-            if main_process and config.panels_every and step % config.panels_every == 0:
-                draw()
-                drawn_step = step
             if main_process and config.checkpoint_every and step % config.checkpoint_every == 0:
                 save()
                 saved_step = step
+            if main_process and config.panels_every and step % config.panels_every == 0:
+                attempt("panels", draw)
+                drawn_step = step
             if main_process and stop.export:
                 stop.export = False
-                bar.say(f"encoder after step {step} written to {export()}")
+                if folder := attempt("the encoder", export):
+                    bar.say(f"encoder after step {step} written to {folder}")
             if log_due:
                 since, steps_since, waited = time.perf_counter(), 0, 0.0
 
@@ -303,7 +332,7 @@ def pretrain(config: PretrainConfig) -> None:
                 save()
             if step >= total_steps:
                 if step != drawn_step:
-                    draw()
+                    attempt("panels", draw)
                 bar.say(f"done after step {step}: the encoder is in {export()}")
             else:
                 bar.say(f"stopped and saved after step {step} of {total_steps}; to continue:")
@@ -333,6 +362,61 @@ class MaskedBatches:
         batch = collate_images(samples)
         batch["visible"] = visible_at(batch["position"].tolist(), self.grid, self.mask_ratio, self.seed)
         return batch
+
+
+def checkpoint_activations(encoder: nn.Module, name: str) -> None:
+    """Let the encoder compute activations again in the backward pass instead of keeping them, which saves memory.
+
+    Raises:
+        ValueError: the timm model cannot do so.
+    """
+    switch = getattr(encoder, "set_grad_checkpointing", None)
+    advice = "leave model.grad_checkpointing false; a larger accumulation saves memory too"
+    if switch is None:
+        raise ValueError(f"timm model {name} cannot checkpoint its activations: {advice}")
+    try:
+        switch(True)
+    except (AssertionError, NotImplementedError, TypeError) as error:  # what timm's models refuse with
+        raise ValueError(
+            f"timm model {name} refuses to checkpoint its activations ({error}): {advice}"
+        ) from error
+
+
+@torch.no_grad()
+def try_forward(spark: SparK, device: torch.device) -> None:
+    """Send black images through the model, to learn what it refuses before anything is written.
+
+    Evaluation mode and a mask of its own: no statistic moves and no random number of the run is drawn.
+
+    Raises:
+        MissingRuleError: an operator of the encoder has no rule for sparse values.
+    """
+    spark.eval()
+    visible = visible_at(range(2), spark.grid, spark.mask_ratio, seed=0, device=device)
+    spark(torch.zeros(2, spark.in_chans, *spark.input_size, device=device), visible)
+    spark.train()
+
+
+def fingerprint(files: Sequence[Path], source: str) -> dict[str, Any]:
+    """Number of files and a digest of their names, which do not change when the whole data set is moved."""
+    root = Path(source).expanduser()
+    prefix = f"{root if root.is_dir() else root.parent}{os.sep}"
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(os.fsencode(str(file).removeprefix(prefix)) + b"\0")
+    return {"images": len(files), "names": digest.hexdigest()}
+
+
+def data_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Say how the list of images differs from that of the checkpoint, for the positions of the stream are its."""
+    if before == now:
+        return []
+    change = (
+        f"data was {before['images']} images, is {now['images']}"
+        if before["images"] != now["images"]
+        else f"data is {now['images']} images as before, but of other names or in another order"
+    )
+    return [f"{change}: the stream of images differs from here on"]
 
 
 def memory_use(device: torch.device) -> dict[str, float]:

@@ -32,6 +32,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Sampler
 
 from spark.seeding import derive_seed
+from spark.sparse import MissingRuleError
 
 
 class StreamSampler(Sampler[list[tuple[int, int]]]):
@@ -498,13 +499,14 @@ def resume_command(output_dir: str | Path, world_size: int) -> str:
 def one_line_errors() -> Iterator[None]:
     """End an entry script with one line ``error: ...`` and exit code 2 for a user's error; bugs keep their traceback.
 
-    A user's error is a ValueError or OSError that this project raises itself, in this process or in a loader's, or an
-    OSError about a file. The main process speaks. The others wait for the launcher to end them, and speak only if
-    it does not, which means that the error was theirs alone.
+    A user's error is a ValueError or OSError that this project raises itself, in this process or in a loader's, an
+    OSError about a file or a full disk, or a model with an operator that has no sparse rule. The main
+    process speaks. The others wait for the launcher to end them, and speak only if it does not, which means that the
+    error was theirs alone.
     """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MissingRuleError) as error:
         sentence = _user_sentence(error)
         if sentence is None:
             raise
@@ -515,7 +517,7 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-def _user_sentence(error: ValueError | OSError) -> str | None:
+def _user_sentence(error: ValueError | OSError | MissingRuleError) -> str | None:
     """One line for a user's error, None for what may be a bug."""
     text = str(error)
     if text.startswith("Caught ") and "DataLoader worker" in text:
@@ -526,11 +528,14 @@ def _user_sentence(error: ValueError | OSError) -> str | None:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     ours = trace is not None and _is_ours(trace.tb_frame.f_code.co_filename)
-    if (
-        isinstance(error, OSError)
-        and error.strerror
-        and (ours or error.filename or error.errno == errno.ENOSPC)
-    ):
+    bare = isinstance(error, OSError) and error.errno and error.strerror == os.strerror(error.errno)
+    if bare and isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" ({error.filename})" if error.filename else ""
+        text = (
+            f"the disk is full{where}: free space, then run the same command again; a training run goes on where it "
+            "was with --resume true"
+        )
+    elif isinstance(error, OSError) and error.strerror and (ours or error.filename):
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     elif not ours:
         return None

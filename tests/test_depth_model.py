@@ -233,3 +233,12 @@ def test_saving_never_replaces_something_else(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"thesis\.tex"):
         tiny().save(tmp_path / "model")
     assert (tmp_path / "model" / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_grey_encoder_learns_on_colours(tmp_path: Path) -> None:
+    save_encoder(build_encoder("test_resnet", in_chans=1), tmp_path / "encoder", mean=(0.459,), std=(0.2,))
+    model = DepthModel(tmp_path / "encoder", decoder_channels=TINY)
+    assert (model.mean, model.std) == ((0.459,) * 3, (0.2,) * 3)
+    assert model(torch.rand(2, 3, 32, 64)).depth.shape == (2, 1, 32, 64)
+    with pytest.raises(ValueError, match="three numbers"):
+        DepthModel(tmp_path / "encoder", decoder_channels=TINY, mean=(0.5,))

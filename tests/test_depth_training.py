@@ -370,7 +370,111 @@ def test_unreadable_pairs_are_skipped_reported_and_limited(
     run(world, tmp_path / "run", **options)
     assert "rgb_0002.png" in (tmp_path / "run" / "skipped_images.txt").read_text()
     assert "rgb_0002.png" in capsys.readouterr().out
-    assert "data.max_unreadable" in fails(world, tmp_path / "strict", capsys, max_steps=2)
+    assert "data.max_unreadable" in fails(
+        world, tmp_path / "strict", capsys, max_steps=2, **{"data.max_unreadable": 0}
+    )
+
+
+def test_a_failing_validation_does_not_lose_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its header passes the check at the start; repaired, the run goes on as if nothing had been."""
+    world = make_depth_world(tmp_path / "world")
+    options = {"validate_every": 1, "max_steps": 4}
+    whole = run(world, tmp_path / "whole", **options)
+    depth = world / "val_scene" / "sync_depth_0001.png"
+    sound = depth.read_bytes()
+    depth.write_bytes(sound[:100])
+    assert "sync_depth_0001.png" in fails(world, tmp_path / "run", capsys, **options)
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2, 3]
+    depth.write_bytes(sound)
+    resumed = run(world, tmp_path / "run", **options, resume="true")
+    assert losses_of(resumed) == losses_of(whole)
+    assert_same_weights(weights_of(tmp_path / "run"), weights_of(tmp_path / "whole"))
+
+
+def test_every_validation_pair_is_checked_at_the_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = make_depth_world(tmp_path / "world")
+    (world / "val_scene" / "rgb_0001.png").write_bytes(b"no image")
+    assert "rgb_0001.png" in fails(world, tmp_path / "run", capsys)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_figures_that_cannot_be_written_do_not_stop_the_run(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(finetune.depth, "save_figure", full)
+    rows = run(world, tmp_path / "run", max_steps=1)
+    assert "val_delta1" in rows[0]
+    assert "no triptychs of step 1, the run goes on: the disk is full" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.cuda.OutOfMemoryError("out of memory"), RuntimeError("DataLoader worker (pid 1) was killed")],
+    ids=["GPU memory", "loader"],
+)
+def test_errors_outside_our_hands_save_the_state(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    whole = run(world, tmp_path / "whole", max_steps=3)
+    forward = finetune.depth.WeightedLoss.forward
+    calls = []
+
+    def fail(self: Any, *maps: torch.Tensor) -> Any:
+        calls.append(0)
+        if len(calls) == 3:
+            raise error
+        return forward(self, *maps)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.depth.WeightedLoss, "forward", fail)
+        with pytest.raises((SystemExit, RuntimeError)):
+            run(world, tmp_path / "run", max_steps=3)
+    assert losses_of(run(world, tmp_path / "run", max_steps=3, resume="true")) == losses_of(whole)
+
+
+def test_skipped_pairs_are_in_every_checkpoint(tmp_path: Path) -> None:
+    world = make_depth_world(tmp_path / "world", train=4)
+    image = world / "train_scene" / "rgb_0002.png"
+    image.write_bytes(image.read_bytes()[:200])
+    run(
+        world,
+        tmp_path / "run",
+        **{"data.max_unreadable": 0.3, "max_steps": 3, "log_every": 100, "checkpoint_every": 2},
+    )
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_0000002"
+    extra = torch.load(checkpoint / "state.pt", weights_only=True)["extra"]
+    assert [Path(name).name for name in extra["unreadable"]["reasons"]] == ["rgb_0002.png"]
+
+
+def test_resume_says_that_the_pairs_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    world = make_depth_world(tmp_path / "world")
+    run(world, tmp_path / "run", max_steps=1)
+    capsys.readouterr()
+    run(world, tmp_path / "run", max_steps=2, resume="true")
+    assert "the pairs to train on" not in capsys.readouterr().out
+    lines = (world / "nyu_train.txt").read_text().splitlines()
+    (world / "nyu_train.txt").write_text("\n".join(lines[1:]))
+    run(world, tmp_path / "run", max_steps=3, resume="true")
+    assert "the pairs to train on, 6 then and 5 now" in capsys.readouterr().out
+
+
+def test_the_border_of_other_frames_is_announced(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"data.crop_size": "[32,48]", "max_steps": 1, "data.val_list": "null"}
+    run(world, tmp_path / "cut", **options, **{"data.border": "[45,472,43,608]"})
+    assert (
+        "scaled to these frames of 48x64: crops come from rows 4:47, columns 4:61" in capsys.readouterr().out
+    )
+    run(world, tmp_path / "whole", **options)
+    assert "scaled to" not in capsys.readouterr().out
 
 
 # --- length

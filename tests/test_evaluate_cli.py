@@ -1,5 +1,6 @@
 """finetune/evaluate.py: its table, results.json and figures, and what it refuses."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -196,3 +197,24 @@ def test_real_nyu_pairs(
     assert (results["protocol"], results["images"]) == ("nyu-bts", 3)
     assert 0 < results["metrics"]["rmse"] < 10
     assert "654 images" in capsys.readouterr().out
+
+
+def test_a_full_disk_does_not_lose_the_scores(
+    model: Path,
+    world: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match="2"):
+        run(model, world, tmp_path / "results.json")
+    said = capsys.readouterr()
+    assert "the disk is full" in said.err
+    headings = next(line for line in said.out.splitlines() if "AbsRel" in line)
+    assert "δ1↑" in headings
+    assert "SILog↓" in headings  # all in one line of 80 columns

@@ -640,6 +640,10 @@ def test_share_of_failures(tmp_path):
     with pytest.raises(ValueError, match="1 of 10"):
         UnreadableImages(10, 0.0).add(["a: x"])
     UnreadableImages(2, 1.0).add(["a: x", "b: x"])
+    few = UnreadableImages(10, 0.01)  # a tenth of a file is one file
+    few.add(["a: x"])
+    with pytest.raises(ValueError, match="2 of 10 images"):
+        few.add(["b: x"])
     with pytest.raises(ValueError, match=r"lies in 0\.\.1"):
         UnreadableImages(10, 5)
 

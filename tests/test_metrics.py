@@ -1,7 +1,9 @@
 """Metrics against numbers worked out by hand, and what they refuse."""
 
+import errno
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,3 +119,13 @@ def test_results_file_leaves_nothing_half_written(tmp_path):
     with pytest.raises(OSError, match=r"results\.json"):
         write_results(tmp_path / "results.json", {})
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_a_full_disk_is_a_sentence(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"the disk is full, .*results\.json was not written: free some space"):
+        write_results(tmp_path / "results.json", {})
+    assert list(tmp_path.iterdir()) == []

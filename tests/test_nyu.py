@@ -1,6 +1,9 @@
 """NYU readers: units, orientation, names, and what a user is told about data that is not as it should be."""
 
 import pickle
+import struct
+import warnings
+import zlib
 from pathlib import Path
 
 import cv2
@@ -362,3 +365,35 @@ def test_real_nyu_white_border(real_data):
     image = NYUSync(real_data / "nyu", "nyu_train.txt")[0].image
     assert image[:4].mean() > 240
     assert image[45:472, 43:608].mean() < 200
+
+
+@pytest.mark.parametrize("read", [read_depth_mm, read_rgb])
+def test_huge_images_are_refused_before_decoding(tmp_path, read):
+    """Only the header says that it is huge: decoding it would end otherwise."""
+    path = tmp_path / "huge.png"
+    for width, height in ((70000, 70000), (2**20 + 1, 171), (18000, 10000)):
+        header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 16, 0, 0, 0, 0)
+        chunks = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks + struct.pack(">I", 0) + b"IDAT" + bytes(4))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(DepthFileError, match=r"huge\.png: "):
+                read(path)
+
+
+def test_headers_of_all_pairs_can_be_checked(tmp_path):
+    lines = [write_pair(tmp_path / "hall", n) for n in range(3)]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    pairs = NYUSync(tmp_path, "list.txt")
+    pairs.check_headers()
+    assert pairs.names() == [pairs[n].name for n in range(3)]
+    depth = tmp_path / "hall" / "sync_depth_2.png"
+    cv2.imwrite(str(depth), depth_mm(24, 30))
+    with pytest.raises(DepthFileError, match=r"rgb_2\.png: .*24x32.*24x30"):
+        pairs.check_headers()
+    cv2.imwrite(str(depth), np.zeros((24, 32), np.uint8))
+    with pytest.raises(DepthFileError, match=r"sync_depth_2\.png: .*kind L, expected 16-bit"):
+        pairs.check_headers()
+    depth.write_bytes(b"no image")
+    with pytest.raises(DepthFileError, match=r"sync_depth_2\.png: cannot be read as a depth map"):
+        pairs.check_headers()

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from finetune import DepthModel
+from finetune.figures import colourise, depth_map, save_figure, shortened
 from finetune.predict import fitted_size, main, output_stems, predict_image, to_millimetres
 
 
@@ -203,3 +204,22 @@ def test_user_errors_are_sentences(
     assert errors.startswith("error: ")
     assert message in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("size", [(1, 1), (40, 50), (1, 300)])
+def test_the_picture_of_a_small_image_is_enlarged(tmp_path: Path, size: tuple[int, int]) -> None:
+    figure = depth_map(np.full(size, 2.0, np.float32), 0.0, 10.0, "a name " * 40)
+    with Image.open(save_figure(figure, tmp_path / "colour.png")) as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    colour = np.array(colourise(np.full((1, 1), 2.0), 0.0, 10.0)[0, 0], int)
+    rows, columns = np.nonzero(np.abs(pixels[:, :-90] - colour).max(2) <= 2)
+    assert np.ptp(columns) >= 390
+    assert np.ptp(rows) >= (390 * size[0] // size[1] if min(size) > 1 or size == (1, 1) else 8)
+
+
+def test_long_names_lose_their_middle() -> None:
+    assert shortened("room.jpg", 3.0, 9) == "room.jpg"
+    short = shortened("a" * 100 + "_0017.jpg", 3.0, 9)
+    assert len(short) <= 40
+    assert short.startswith("aaa")
+    assert short.endswith("_0017.jpg")

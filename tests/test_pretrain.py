@@ -20,6 +20,7 @@ from spark import pretrain
 from spark.config import parse_config
 from spark.model import SparK
 from spark.run import RunLog, read_rows
+from spark.sparse import PACKED
 
 NOT_REPEATED = ("images_per_second", "data_wait")
 EXACT = ("--model.drop_path=0.3", "--accumulation=2", "--data.workers=1")
@@ -467,7 +468,7 @@ def test_nan_loss_stops_saves_and_names_the_batch(command, tmp_path, monkeypatch
         text = error_of(capsys, command("--checkpoint_every=2", "--keep_checkpoints=1"))
     assert "the loss is nan" in text
     assert "at step 6" in text
-    assert "lower optim.base_lr" in text
+    assert "lower the learning rate" in text
     named = (folder / "nonfinite_step_0000006.txt").read_text().splitlines()
     assert len(named) == 8
     assert set(named) <= {str(path) for path in photos.rglob("*.png")}
@@ -515,6 +516,125 @@ def test_full_disk_keeps_older_checkpoints(command, tmp_path, monkeypatch, capsy
     ]
     run(command("--resume=true"))
     assert curve(folder) == curve(whole)
+
+
+def test_pictures_and_exports_on_demand_do_not_stop_training(command, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    saved_before = []
+
+    def full(*args):
+        saved_before.append((folder / "checkpoints" / "step_0000002").exists())
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "panels.png")
+
+    original = pretrain.save_encoder
+    exports = []
+
+    def first_fails(*args):
+        exports.append(args)
+        return full() if len(exports) == 1 else original(*args)
+
+    monkeypatch.setattr(pretrain, "save_panels", full)
+    monkeypatch.setattr(pretrain, "save_encoder", first_fails)
+    at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    run(command("--max_steps=4", "--panels_every=2", "--checkpoint_every=2"))
+    assert saved_before == [True, True, True]
+    text = capsys.readouterr().out
+    assert "panels after step 2 could not be written: [Errno 28]" in text
+    assert "the encoder after step 2 could not be written" in text
+    assert "free space" in text
+    assert "done after step 4" in text
+    assert len(curve(folder)) == 4
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(torch.cuda.OutOfMemoryError("full"), SystemExit), (RuntimeError("loader killed"), RuntimeError)],
+)
+def test_whatever_breaks_a_step_the_steps_before_are_kept(
+    command, tmp_path, monkeypatch, capsys, whole, error, kind
+):
+    folder, calls = tmp_path / "run", []
+    original = SparK.forward
+
+    def forward(self, images, visible=None):
+        calls.extend([1] * self.training)
+        output = original(self, images, visible)
+        if len(calls) == 4:
+            raise error
+        return output
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SparK, "forward", forward)
+        with pytest.raises(kind):
+            run(command())
+    assert "the state before this step is saved in" in capsys.readouterr().out
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_0000003"]
+    run(command("--resume=true"))
+    assert curve(folder) == curve(whole)
+    assert_equal(weights(folder, 8), weights(whole, 8))
+
+
+def test_model_without_a_sparse_rule_is_refused_before_anything_is_written(
+    command, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.delitem(PACKED.rules, "conv2d")
+    text = error_of(capsys, command())
+    assert "no sparse rule for operator 'conv2d'" in text
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_the_trial_forward_leaves_no_trace():
+    torch.manual_seed(0)
+    model = SparK("test_resnet", input_size=64, decoder_width=32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    pretrain.try_forward(model, torch.device("cpu"))
+    assert torch.equal(state, torch.get_rng_state())
+    assert_equal(before, model.state_dict())
+    assert model.training
+
+
+def test_changed_images_are_told_on_resume(command, tmp_path, capsys, photos):
+    names = [str(path) for path in sorted(photos.rglob("*.png"))]
+    listing = tmp_path / "list.txt"
+
+    def resumed(lines, steps):
+        listing.write_text("\n".join(lines))
+        run(command(f"--data.train={listing}", f"--max_steps={steps}", "--resume=true"))
+        return capsys.readouterr().out
+
+    resumed(names[:6], 2)
+    assert "data " not in resumed(names[:6], 3).replace("data       ", "")
+    assert "data was 6 images, is 8: the stream of images differs from here on" in resumed(names[:8], 4)
+    assert "data is 8 images as before, but of other names" in resumed(names[1:9], 5)
+
+
+def test_fingerprint_moves_with_the_data(tmp_path):
+    prints = []
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        prints.append(pretrain.fingerprint([tmp_path / place / "x.png"], str(tmp_path / place)))
+    assert prints[0] == prints[1]
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext"])
+def test_grad_checkpointing_gives_the_same_losses(command, tmp_path, name):
+    options = (f"--model.name={name}", "--max_steps=3", "--model.densify_norm=ln")
+    run(command(*options, output="plain"))
+    run(command(*options, "--model.grad_checkpointing=true"))
+    losses = [[row["loss"] for row in curve(tmp_path / folder)] for folder in ("plain", "run")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_grad_checkpointing_is_refused_by_models_that_cannot():
+    class Refuses(torch.nn.Module):
+        def set_grad_checkpointing(self, enable=True):
+            raise AssertionError("gradient checkpointing not supported")
+
+    with pytest.raises(ValueError, match=r"dla34 refuses .*not supported.*model.grad_checkpointing false"):
+        pretrain.checkpoint_activations(Refuses(), "dla34")
+    with pytest.raises(ValueError, match="x cannot checkpoint"):
+        pretrain.checkpoint_activations(torch.nn.Identity(), "x")
 
 
 def test_bugs_are_not_dressed_up(command, monkeypatch):

@@ -1,5 +1,6 @@
 """spark.run: the stream of samples, logs, stopping, refusing."""
 
+import errno
 import json
 import math
 import os
@@ -29,6 +30,7 @@ from spark.run import (
     worker_count,
 )
 from spark.seeding import derive_seed
+from spark.sparse import sparsify
 
 
 @pytest.fixture(autouse=True)
@@ -270,6 +272,23 @@ def test_user_errors_are_one_line(capsys, tmp_path):
     with pytest.raises(SystemExit), one_line_errors():
         (tmp_path / "missing.txt").read_text()
     assert capsys.readouterr().err == f"error: No such file or directory: {tmp_path / 'missing.txt'}\n"
+
+
+@pytest.mark.parametrize("filename", [None, "out/depth.png"])
+def test_full_disk_anywhere_comes_with_advice(capsys, filename):
+    with pytest.raises(SystemExit), one_line_errors():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), filename)
+    where = f" ({filename})" if filename else ""
+    text = capsys.readouterr().err
+    assert text.startswith(f"error: the disk is full{where}: free space, then run the same command again")
+    assert "--resume true" in text
+
+
+def test_operators_without_a_sparse_rule_are_a_users_error(capsys):
+    value = sparsify(torch.zeros(1, 3, 4, 4), torch.ones(1, 1, 2, 2, dtype=torch.bool))
+    with pytest.raises(SystemExit), one_line_errors():
+        torch.fft.fft2(value)  # type: ignore[arg-type]
+    assert capsys.readouterr().err.startswith("error: no sparse rule for operator")
 
 
 def test_bugs_keep_their_traceback():

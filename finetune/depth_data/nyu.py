@@ -10,7 +10,14 @@ import numpy as np
 from scipy.io import loadmat
 from torch.utils.data import Dataset
 
-from finetune.depth_data.sample import DepthSample, file_error, read_depth_mm, read_rgb, size_text
+from finetune.depth_data.sample import (
+    DepthSample,
+    check_pair_headers,
+    file_error,
+    read_depth_mm,
+    read_rgb,
+    size_text,
+)
 
 LABELED_MAT = "nyu_depth_v2_labeled.mat"
 SPLITS_MAT = "splits.mat"
@@ -87,6 +94,19 @@ class NYUSync(Dataset[DepthSample]):
     def __len__(self) -> int:
         return len(self.entries)
 
+    def names(self) -> list[str]:
+        """Names of the pairs, in order."""
+        return [entry.image for entry in self.entries]
+
+    def check_headers(self) -> None:
+        """Read the header of every file, not its pixels: all can be opened, depth has 16 bits, a pair has one size.
+
+        Raises:
+            DepthFileError: the first pair that is otherwise.
+        """
+        for entry in self.entries:
+            check_pair_headers(self.root / entry.image, self.root / entry.depth)
+
     def __getitem__(self, index: int) -> DepthSample:
         entry = self.entries[index]
         image = read_rgb(self.root / entry.image)
@@ -158,6 +178,13 @@ class NYULabeled(Dataset[DepthSample]):
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def names(self) -> list[str]:
+        """Names of the pairs, in order."""
+        return [f"{number:04d}" for number in self.ids]
+
+    def check_headers(self) -> None:
+        """Nothing: all pairs share the arrays that opening the file checked."""
 
     def __getitem__(self, index: int) -> DepthSample:
         number = int(self.ids[index])

@@ -1,11 +1,16 @@
 """One RGB-D pair, and how its two files are read."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import Image
+
+from spark.images import MAX_PIXELS
 
 
 class DepthFileError(ValueError):
@@ -60,10 +65,58 @@ def read_rgb(path: str | Path) -> np.ndarray:
         DepthFileError: the file is missing, truncated, too large, or no image.
     """
     try:
-        with Image.open(path) as image:
+        with opened_image(path) as image:
             return np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except DepthFileError:
+        raise
+    except (OSError, SyntaxError, ValueError) as error:
         raise file_error(path, f"cannot be read as an image ({error})") from error
+
+
+@contextmanager
+def opened_image(path: str | Path) -> Iterator[Image.Image]:
+    """An image of which only the header is read yet.
+
+    Raises:
+        DepthFileError: more pixels than `MAX_PIXELS`, known before anything is decoded. Pillow's own limits, which
+            warn at half of that, are left alone.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            image = Image.open(path)
+        except Image.DecompressionBombError as error:
+            raise file_error(path, f"has more than the {MAX_PIXELS} pixels that are accepted") from error
+    with image:
+        if image.width * image.height > MAX_PIXELS:
+            raise file_error(path, f"has more than the {MAX_PIXELS} pixels that are accepted")
+        yield image
+
+
+def check_pair_headers(image_path: Path, depth_path: Path) -> None:
+    """Check what the headers of a pair tell, without decoding pixels: readable, depth of 16 bits, one size.
+
+    Raises:
+        DepthFileError: one of these is not so.
+    """
+    sizes = []
+    for path, what in ((image_path, "an image"), (depth_path, "a depth map")):
+        try:
+            with opened_image(path) as image:
+                sizes.append((image.height, image.width))
+                mode = image.mode
+        except DepthFileError:
+            raise
+        except (OSError, SyntaxError, ValueError) as error:
+            raise file_error(path, f"cannot be read as {what} ({error})") from error
+        if path == depth_path and not mode.startswith("I"):
+            raise file_error(path, f"the depth map has pixels of kind {mode}, expected 16-bit millimetres")
+    if sizes[0] != sizes[1]:
+        raise file_error(
+            image_path,
+            f"the image is {size_text(sizes[0])}, its depth map {size_text(sizes[1])}; a pair has one size"
+            " (was one of them resized or cropped?)",
+        )
 
 
 def read_depth_mm(path: str | Path) -> np.ndarray:
@@ -77,7 +130,10 @@ def read_depth_mm(path: str | Path) -> np.ndarray:
     except OSError as error:
         raise file_error(path, f"cannot be read as a depth map ({error})") from error
     # IMREAD_UNCHANGED, because every other mode of opencv turns 16 bits into 8.
-    depth = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
+    try:
+        depth = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
+    except cv2.error as error:  # above all more pixels than opencv accepts
+        raise file_error(path, f"cannot be read as a depth map ({' '.join(str(error).split())})") from error
     if depth is None:
         raise file_error(path, "cannot be read as a depth map (truncated, or not an image file)")
     if depth.ndim != 2:

@@ -194,11 +194,11 @@ def place_camera(room: Room, rng: np.random.Generator) -> Camera:
     best, best_score = None, -math.inf
     for _ in range(40):
         position = np.array(
-            [*(rng.uniform(0.25, room.size[i] - 0.25) for i in range(2)), rng.uniform(1.1, 1.75)]
+            [*(rng.uniform(0.25, room.size[i] - 0.25) for i in range(2)), rng.uniform(1.3, 1.65)]
         )
         target = [rng.uniform(0.1, 0.9) * room.size[i] for i in range(2)]
         yaw = math.atan2(target[1] - position[1], target[0] - position[0])
-        camera = Camera.looking(position, yaw, rng.normal(-0.18, 0.12), rng.normal(0, 0.035))
+        camera = Camera.looking(position, yaw, rng.normal(-0.2, 0.06), rng.normal(0, 0.02))
         if any(solid.contains(position, 0.25) for solid in room.solids):
             continue
         depth, hit = cast(room, camera, (9, 12))
