@@ -39,7 +39,7 @@ class ModelConfig:
         densify_norm: normalisation of the encoder's feature maps before the decoder, bn (batch) or ln (layer); null is
             the kind that the encoder itself uses.
         grad_checkpointing: compute the encoder's activations again in the backward pass instead of keeping them, which
-            costs time and saves memory; batch normalisation's running statistics then see each batch twice.
+            costs time and saves memory; the results stay the same.
     """
 
     name: str
