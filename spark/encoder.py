@@ -41,7 +41,7 @@ def build_encoder(
     if not timm.is_model(base):
         near = difflib.get_close_matches(base, timm.list_models(), n=4, cutoff=0.5)
         hint = f"; nearest: {', '.join(near)}" if near else "; timm.list_models() lists all names"
-        raise ValueError(f"timm {timm.__version__} has no model trained {name!r}{hint}")
+        raise ValueError(f"timm {timm.__version__} has no model named {name!r}{hint}")
     if drop_path > 0:
         timm_kwargs["drop_path_rate"] = drop_path
     try:
