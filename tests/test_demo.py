@@ -26,7 +26,7 @@ def arguments(step: demo.Step, script: str) -> list[str]:
 
 @pytest.fixture
 def steps() -> dict[str, demo.Step]:
-    return {step.name: step for step in demo.demo_steps("runs/demo", seed=3)}
+    return {step.name: step for group in demo.demo_steps("runs/demo", seed=3) for step in group}
 
 
 def test_every_command_is_understood_by_its_script(steps):
@@ -60,13 +60,14 @@ def test_the_two_trainings_differ_in_their_encoder_only(steps):
 
 def test_commands_can_be_typed_as_printed(steps):
     for step in steps.values():
-        assert shlex.split(step.command) == ["python", *step.arguments]
+        threads = [f"OMP_NUM_THREADS={step.threads}"] if step.threads else []
+        assert shlex.split(step.command) == [*threads, "python", *step.arguments]
     compile(steps["timm"].arguments[1], "timm", "exec")
 
 
 @pytest.fixture
 def short(monkeypatch, tmp_path):
-    """A demo of three steps, the second of which can be told what to do."""
+    """A demo of four steps; the second can be told what to do, the third runs beside it."""
 
     def say(name: str) -> demo.Step:
         return demo.Step(
@@ -74,8 +75,13 @@ def short(monkeypatch, tmp_path):
         )
 
     middle = demo.Step("middle", "Do as told", ("-c", f"exec(open({str(tmp_path / 'order.py')!r}).read())"))
+    beside = demo.Step(
+        "beside", "Tell", ("-c", "import os; print('threads:', os.environ['OMP_NUM_THREADS'])"), 3
+    )
     (tmp_path / "order.py").write_text("print('fine')")
-    monkeypatch.setattr(demo, "demo_steps", lambda output, seed: [say("first"), middle, say(f"last{seed}")])
+    monkeypatch.setattr(
+        demo, "demo_steps", lambda output, seed: [[say("first")], [middle, beside], [say(f"last{seed}")]]
+    )
     monkeypatch.setattr(demo, "report_step", lambda output, figure: say("report"))
     monkeypatch.setattr(demo, "is_finished", lambda name, folder: (tmp_path / "said").exists())
     return tmp_path
@@ -89,7 +95,8 @@ def test_it_goes_on_where_it_failed(short, capsys):
     assert "step middle failed with exit status 7" in shown.err
     log = re.search(r"its output is in (\S+)", shown.err)[1]  # type: ignore[index]
     assert "a word on why" in Path(log).read_text()
-    assert "a word on why" in shown.out
+    assert re.search(r"middle +a word on why", shown.out)
+    assert re.search(r"beside +threads: 3", shown.out)
     (short / "order.py").write_text("print('better')")
     assert demo.main(command) == 0
     assert "done before" in capsys.readouterr().out
@@ -113,7 +120,7 @@ def test_other_settings_need_a_fresh_start(short, capsys):
     command = ["--output_dir", str(short / "demo")]
     assert demo.main(command) == 0
     steps = demo.demo_steps("", 0)
-    changed = [demo.Step("first", "Say else", ("-c", "pass")), *steps[1:]]
+    changed = [[demo.Step("first", "Say else", ("-c", "pass"))], *steps[1:]]
     demo.demo_steps = lambda output, seed: changed  # the fixture puts the real one back
     assert demo.main(command) == 2
     assert "--fresh" in capsys.readouterr().err

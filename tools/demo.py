@@ -2,16 +2,16 @@
 
     python tools/demo.py --output_dir runs/demo
 
-Runs the project's own scripts one after another, exactly as they are run by hand, and prints every command:
+Runs the project's own scripts, exactly as they are run by hand, and prints every command:
 
     1. render     a small RGB-D world of furnished rooms                 tools/render_rooms.py
     2. pretrain   an encoder on the images without depth                 spark/pretrain.py
     3. timm       plain timm loads the exported encoder                  timm.create_model("local-dir:...")
-    4. train      UNet++ from scratch and from that encoder, equal budget    finetune/depth.py, twice
+    4. train      UNet++ from scratch and from that encoder, alike       finetune/depth.py, twice
     5. evaluate   both on rooms that no training saw                     finetune/evaluate.py, twice
     6. report     OUTPUT_DIR/report.html and OUTPUT_DIR/figure.png       tools/report.py
 
-The output of every step is also in OUTPUT_DIR/logs. A demo that was stopped goes on where it was when the same command
+The two trainings run side by side on half of the cores each, and so do the two evaluations. The output of every step is also in OUTPUT_DIR/logs. A demo that was stopped goes on where it was when the same command
 is given again: finished steps are not repeated, a training continues from its checkpoint. `--fresh` starts over; it
 deletes the output folder, and only if a demo made it.
 """
@@ -23,6 +23,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,9 +34,7 @@ RECORD = "steps.json"  # in the output folder: what has been run, and the mark t
 
 SIZE = (120, 160)  # (H, W) of the rendered images [px]
 SCENES, VIEWS, UNLABELED = 100, 3, 240
-ENCODER = (
-    "test_resnet"  # timm's smallest ResNet, 0.4 million parameters: learns something within minutes on a CPU
-)
+ENCODER = "test_resnet"  # timm's smallest ResNet, 0.4 million parameters: learns within minutes on a CPU
 PROTOCOL = "nyu-bts-scaled"  # nyu-bts is for images of 480x640 only
 
 TIMM_CHECK = """
@@ -58,20 +57,23 @@ class Step:
         name: what it is called, in the log's file name too.
         title: a sentence about it.
         arguments: of the Python that runs the demo.
+        threads: how many it computes with; None leaves it to the libraries.
     """
 
     name: str
     title: str
     arguments: tuple[str, ...]
+    threads: int | None = None
 
     @property
     def command(self) -> str:
         """The command line as one would type it."""
-        return shlex.join(["python", *self.arguments])
+        threads = f"OMP_NUM_THREADS={self.threads} " if self.threads else ""
+        return threads + shlex.join(["python", *self.arguments])
 
 
-def demo_steps(output: str, seed: int) -> list[Step]:
-    """All steps but the report, for an output folder given relative to the repository."""
+def demo_steps(output: str, seed: int) -> list[list[Step]]:
+    """All steps but the report, for an output folder given relative to the repository; those of a list run together."""
     rooms, pretrain = f"{output}/rooms", f"{output}/pretrain"
     launch = ("-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1")
     launch += ("--mixed_precision", "no", "--dynamo_backend", "no")
@@ -96,9 +98,9 @@ def demo_steps(output: str, seed: int) -> list[Step]:
                 model__head_options="{decoder_channels: [32, 24, 16, 12, 8]}",
                 optim__lr="2e-3",
                 optim__batch_size=8,
-                epochs=25,
+                epochs=12,
                 channels_last="true",
-                validate_every=5,
+                validate_every=3,
                 log_every=20,
                 checkpoint_every=200,
                 keep_checkpoints=1,
@@ -114,55 +116,58 @@ def demo_steps(output: str, seed: int) -> list[Step]:
         run = f"{output}/{name}"
         return ("finetune/evaluate.py", "--model", f"{run}/model", *data, "--output", f"{run}/results.json")
 
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    half = max(1, cores // 2)
+    render = Step(
+        "render",
+        f"Render {SCENES} rooms with depth and {UNLABELED} images of other rooms without",
+        (
+            "tools/render_rooms.py",
+            *options(output=rooms, scenes=SCENES, views=VIEWS, unlabeled=UNLABELED),
+            *("--size", str(SIZE[0]), str(SIZE[1]), "--seed", str(seed)),
+        ),
+    )
+    pretraining = Step(
+        "pretrain",
+        f"Pretrain {ENCODER} on the images without depth",
+        (
+            *launch,
+            "spark/pretrain.py",
+            *options(
+                model__name=ENCODER,
+                model__input_size="[128,160]",
+                model__decoder_width=128,
+                data__train=f"{rooms}/unlabeled",
+                data__workers=1,
+                optim__name="adamw",
+                optim__base_lr="1.6e-2",
+                optim__batch_size=24,
+                optim__warmup_epochs=2,
+                epochs=12,
+                channels_last="true",
+                log_every=10,
+                checkpoint_every=50,
+                keep_checkpoints=1,
+                panels_every=50,
+                seed=seed,
+                resume="true",
+                output_dir=pretrain,
+            ),
+        ),
+    )
+    check = TIMM_CHECK.format(encoder=f"{pretrain}/encoder")
     return [
-        Step(
-            "render",
-            f"Render {SCENES} rooms with depth and {UNLABELED} images of other rooms without",
-            (
-                "tools/render_rooms.py",
-                *options(output=rooms, scenes=SCENES, views=VIEWS, unlabeled=UNLABELED),
-                *("--size", str(SIZE[0]), str(SIZE[1]), "--seed", str(seed)),
-            ),
-        ),
-        Step(
-            "pretrain",
-            f"Pretrain {ENCODER} on the images without depth",
-            (
-                *launch,
-                "spark/pretrain.py",
-                *options(
-                    model__name=ENCODER,
-                    model__input_size="[128,160]",
-                    model__decoder_width=128,
-                    data__train=f"{rooms}/unlabeled",
-                    data__workers=1,
-                    optim__name="adamw",
-                    optim__base_lr="1.6e-2",
-                    optim__batch_size=24,
-                    optim__warmup_epochs=2,
-                    epochs=30,
-                    channels_last="true",
-                    log_every=10,
-                    checkpoint_every=50,
-                    keep_checkpoints=1,
-                    panels_every=50,
-                    seed=seed,
-                    resume="true",
-                    output_dir=pretrain,
-                ),
-            ),
-        ),
-        Step(
-            "timm",
-            "Load the exported encoder with plain timm",
-            ("-c", TIMM_CHECK.format(encoder=f"{pretrain}/encoder")),
-        ),
-        Step("train_scratch", "Train UNet++ from scratch", depth("scratch", ENCODER)),
-        Step(
-            "train_spark", "Train UNet++ from the pretrained encoder", depth("spark", f"{pretrain}/encoder")
-        ),
-        Step("evaluate_scratch", "Evaluate the one from scratch on unseen rooms", evaluation("scratch")),
-        Step("evaluate_spark", "Evaluate the other on the same images", evaluation("spark")),
+        [render],
+        [pretraining],
+        [Step("timm", "Load the exported encoder with plain timm", ("-c", check))],
+        [
+            Step("train_scratch", "Train UNet++ from scratch", depth("scratch", ENCODER), half),
+            Step("train_spark", "Train it from that encoder", depth("spark", f"{pretrain}/encoder"), half),
+        ],
+        [
+            Step("evaluate_scratch", "Evaluate on unseen rooms: from scratch", evaluation("scratch"), half),
+            Step("evaluate_spark", "and from the pretrained encoder", evaluation("spark"), half),
+        ],
     ]
 
 
@@ -215,22 +220,30 @@ class Record:
                 return entry
         return None
 
-    def add(self, step: Step, seconds: float, cpu_seconds: float, done: bool) -> None:
-        """Add an attempt at a step; the times of several attempts add up."""
+    def add(self, step: Step, group: int, outcome: "Outcome", done: bool) -> None:
+        """Add an attempt at a step; the times of several attempts add up. Steps of one group ran side by side."""
         entry = self.find(step)
         if entry is None:
             entry = {
                 "name": step.name,
                 "command": step.command,
+                "group": group,
                 "seconds": 0.0,
                 "cpu_seconds": 0.0,
-                "done": False,
             }
             self.entries.append(entry)
-        entry["seconds"] = round(entry["seconds"] + seconds, 1)
-        entry["cpu_seconds"] = round(entry["cpu_seconds"] + cpu_seconds, 1)
+        entry["seconds"] = round(entry["seconds"] + outcome.seconds, 1)
+        entry["cpu_seconds"] = round(entry["cpu_seconds"] + outcome.cpu_seconds, 1)
         entry["done"] = done
         self.write()
+
+    @property
+    def seconds(self) -> float:
+        """How long all of it took."""
+        groups: dict[int, float] = {}
+        for entry in self.entries:
+            groups[entry["group"]] = max(groups.get(entry["group"], 0.0), entry["seconds"])
+        return sum(groups.values())
 
     def write(self) -> None:
         """Write the file, whole or not at all."""
@@ -239,18 +252,37 @@ class Record:
         os.replace(part, self.path)
 
 
-def run_step(step: Step, log: Path) -> tuple[int, float, float]:
-    """Run a step in the repository's folder; its output goes to the terminal and into a log.
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended.
 
-    Returns:
-        Exit status, seconds, and seconds of processor time of it and its children.
+    Args:
+        status: exit status.
+        seconds: how long it took.
+        cpu_seconds: processor time of it and its children.
     """
-    start, before = time.monotonic(), os.times()
-    # One buffer less between the step and the terminal, and one UTF-8 whatever the locale is.
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
-    with (
-        open(log, "a", encoding="utf-8") as file,
-        subprocess.Popen(
+
+    status: int
+    seconds: float
+    cpu_seconds: float
+
+
+class Running:
+    """A step under way, in the repository's folder; its output goes to the terminal and into a log.
+
+    Args:
+        step: what to run.
+        log: file to append the output to.
+        prefix: what its lines begin with on the terminal.
+    """
+
+    def __init__(self, step: Step, log: Path, prefix: str):
+        self.log, self.prefix, self.start = log, prefix, time.monotonic()
+        # No buffer between the step and the terminal, and UTF-8 whatever the locale is.
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+        if step.threads:
+            environment["OMP_NUM_THREADS"] = str(step.threads)
+        self.process = subprocess.Popen(
             [sys.executable, *step.arguments],
             cwd=ROOT,
             env=environment,
@@ -259,22 +291,33 @@ def run_step(step: Step, log: Path) -> tuple[int, float, float]:
             text=True,
             encoding="utf-8",
             errors="replace",
-        ) as process,
-    ):
-        assert process.stdout is not None
-        file.write(f"$ {step.command}\n")
-        while True:
+        )
+        self.outcome: Outcome | None = None
+        self.thread = threading.Thread(target=self._follow, args=(step.command,))
+        self.thread.start()
+
+    def _follow(self, command: str) -> None:
+        """Copy the output to its end, then take the outcome."""
+        assert self.process.stdout is not None
+        with open(self.log, "a", encoding="utf-8") as file, self.process.stdout as lines:
+            file.write(f"$ {command}\n")
+            for line in lines:
+                file.write(line)
+                print(f"{self.prefix}{line}", end="", flush=True)
+        _, status, usage = os.wait4(self.process.pid, 0)
+        self.process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = time.monotonic() - self.start
+        self.outcome = Outcome(self.process.returncode, seconds, usage.ru_utime + usage.ru_stime)
+
+    def wait(self) -> Outcome:
+        """Wait for its end. Ctrl-C reaches the step too, which saves its state: it is given the time to."""
+        while self.thread.is_alive():
             try:
-                for line in process.stdout:
-                    file.write(line)
-                    print(f"    {line}", end="", flush=True)
-                break
-            except KeyboardInterrupt:  # the step got it too, and saves: let it finish
-                print("    stopping ...", flush=True)
-        status = process.wait()
-    after = os.times()
-    cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return status, time.monotonic() - start, cpu
+                self.thread.join()
+            except KeyboardInterrupt:
+                print(f"{self.prefix}stopping ...", flush=True)
+        assert self.outcome is not None
+        return self.outcome
 
 
 def prepare_folder(folder: Path, fresh: bool) -> None:
@@ -303,32 +346,43 @@ def run_demo(folder: Path, seed: int, figure: Path | None) -> int:
     output = os.path.relpath(folder, ROOT)
     if output.startswith(os.pardir):
         output = str(folder)
-    steps = demo_steps(output, seed)
-    steps.append(report_step(output, str(figure or f"{output}/figure.png")))
-    for number, step in enumerate(steps, start=1):
-        print(f"\n[{number}/{len(steps)}] {step.title}\n\n  $ {step.command}\n", flush=True)
-        found = record.find(step) if step.name != "report" else None
-        if found and found["done"]:
-            print(f"    done before, in {found['seconds']:.0f} s", flush=True)
-            continue
-        log = folder / "logs" / f"{number}_{step.name}.log"
-        status, seconds, cpu = run_step(step, log)
-        # A training that was asked to stop has saved and reports success: its result tells whether it is at its end.
-        finished = status == 0 and is_finished(step.name, folder)
-        if step.name != "report":
-            record.add(step, seconds, cpu, finished)
-        if status:
+    groups = [*demo_steps(output, seed), [report_step(output, str(figure or f"{output}/figure.png"))]]
+    for number, group in enumerate(groups, start=1):
+        missing = []
+        for step in group:
+            print(f"\n[{number}/{len(groups)}] {step.title}\n\n  $ {step.command}\n", flush=True)
+            found = record.find(step) if step.name != "report" else None
+            if found and found["done"]:
+                print(f"    done before, in {found['seconds']:.0f} s", flush=True)
+            else:
+                missing.append(step)
+        logs = {step.name: folder / "logs" / f"{number}_{step.name}.log" for step in missing}
+        prefixes = {step.name: f"    {step.name:17}" if len(group) > 1 else "    " for step in missing}
+        running = [(step, Running(step, logs[step.name], prefixes[step.name])) for step in missing]
+        outcomes = [(step, process.wait()) for step, process in running]
+        stopped = False
+        for step, outcome in outcomes:
+            # A training that was asked to stop has saved and reports success: its result tells if it came to its end.
+            finished = outcome.status == 0 and is_finished(step.name, folder)
+            stopped |= not finished
+            if step.name != "report":
+                record.add(step, number, outcome, finished)
             print(
-                f"\ndemo: step {step.name} failed with exit status {status}; its output is in {log}",
-                file=sys.stderr,
+                f"    {step.name}: {outcome.seconds:.0f} s, {outcome.cpu_seconds:.0f} s of processor time",
+                flush=True,
             )
-            return 1
-        if not finished:
+        for step, outcome in outcomes:
+            if outcome.status:
+                print(
+                    f"\ndemo: step {step.name} failed with exit status {outcome.status}; its output is in"
+                    f" {logs[step.name]}",
+                    file=sys.stderr,
+                )
+                return 1
+        if stopped:
             print("\ndemo: stopped; the same command goes on from here", file=sys.stderr)
             return 130
-        print(f"    {seconds:.0f} s, {cpu:.0f} s of processor time", flush=True)
-    total = sum(entry["seconds"] for entry in record.entries)
-    print(f"\nThe demo took {total / 60:.1f} minutes. Open {folder / 'report.html'} in a browser.")
+    print(f"\nThe demo took {record.seconds / 60:.1f} minutes. Open {folder / 'report.html'} in a browser.")
     return 0
 
 

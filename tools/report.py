@@ -166,7 +166,11 @@ def read_results(folder: Path) -> dict[str, Any] | None:
 
 
 def read_steps(path: str | Path) -> list[dict[str, Any]]:
-    """Read the commands of a run: JSON, a list of {"name", "command", "seconds", "cpu_seconds"} (the last optional)."""
+    """Read the commands of a run.
+
+    JSON, a list of {"name", "command", "seconds"}; further keys that are shown are "cpu_seconds" and, equal in steps
+    that ran side by side, "group".
+    """
     try:
         steps = json.loads(Path(path).read_text(encoding="utf-8"))
         if any(not isinstance(step["seconds"], int | float) or "command" not in step for step in steps):
@@ -543,9 +547,13 @@ def commands_section(steps: list[dict[str, Any]]) -> str:
         f"<td>{format(step['cpu_seconds'], '.0f') + ' s' if 'cpu_seconds' in step else ''}</td></tr>"
         for step in steps
     )
-    total = sum(step["seconds"] for step in steps)
+    groups: dict[Any, float] = {}
+    for number, step in enumerate(steps):
+        group = step.get("group", f"alone {number}")
+        groups[group] = max(groups.get(group, 0.0), step["seconds"])
+    beside = " Steps of the same kind ran side by side." if len(groups) < len(steps) else ""
     return (
-        f"<h2>Commands</h2><p>All that was run, in this order, in {format_duration(total)}.</p>"
+        f"<h2>Commands</h2><p>All that was run, in {format_duration(sum(groups.values()))}.{beside}</p>"
         '<table class="commands"><thead><tr><th>step</th><th>time</th><th>processor</th></tr></thead>'
         f"<tbody>{rows}</tbody></table>"
     )
