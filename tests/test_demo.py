@@ -102,11 +102,11 @@ def test_it_goes_on_where_it_failed(short, capsys):
     assert "done before" in capsys.readouterr().out
     assert (short / "said").read_text().split() == ["first", "last0", "report"]
     entries = json.loads((short / "demo" / demo.RECORD).read_text())
-    assert [(entry["name"], entry["done"]) for entry in entries] == [
-        ("first", True),
-        ("middle", True),
-        ("last0", True),
-    ]
+    names = ["first", "middle", "beside", "last0"]
+    assert [(entry["name"], entry["group"]) for entry in entries] == list(
+        zip(names, (1, 2, 2, 3), strict=True)
+    )
+    assert all(entry["done"] for entry in entries)
     assert report.read_steps(short / "demo" / demo.RECORD) == entries
 
 

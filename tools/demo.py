@@ -11,9 +11,10 @@ Runs the project's own scripts, exactly as they are run by hand, and prints ever
     5. evaluate   both on rooms that no training saw                     finetune/evaluate.py, twice
     6. report     OUTPUT_DIR/report.html and OUTPUT_DIR/figure.png       tools/report.py
 
-The two trainings run side by side on half of the cores each, and so do the two evaluations. The output of every step is also in OUTPUT_DIR/logs. A demo that was stopped goes on where it was when the same command
-is given again: finished steps are not repeated, a training continues from its checkpoint. `--fresh` starts over; it
-deletes the output folder, and only if a demo made it.
+The two trainings run side by side on half of the cores each, and so do the two evaluations. The output of every step is
+also in OUTPUT_DIR/logs. A demo that was stopped goes on where it was when the same command is given again: finished
+steps are not repeated, a training continues from its checkpoint. `--fresh` starts over; it deletes the output folder,
+and only if a demo made it.
 """
 
 import argparse
