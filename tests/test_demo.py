@@ -1,10 +1,8 @@
 """The demo: its commands fit the scripts they run, and it stops, goes on and refuses as it says."""
 
 import json
-import os
 import re
 import shlex
-import signal
 import sys
 from pathlib import Path
 
@@ -116,26 +114,6 @@ def test_a_step_that_was_stopped_is_not_done(short, capsys, monkeypatch):
     monkeypatch.setattr(demo, "is_finished", lambda name, folder: name != "middle")
     assert demo.main(["--output_dir", str(short / "demo")]) == 130
     assert "goes on from here" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopping_it_stops_its_steps_gently(short, capsys, number):
-    """The step takes SIGTERM as trainings do: it finishes what it does and reports success."""
-    order = f"""
-import os, signal, time
-asked = []
-signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
-os.kill({os.getpid()}, {int(number)})
-for _ in range(600):
-    time.sleep(0.05)
-    if asked:
-        break
-open({str(short / "asked")!r}, "w").write(str(len(asked)))
-"""
-    (short / "order.py").write_text(order)
-    demo.main(["--output_dir", str(short / "demo")])
-    assert "stopping ..." in capsys.readouterr().out
-    assert (short / "asked").read_text() == "1"
 
 
 def test_other_settings_need_a_fresh_start(short, capsys):

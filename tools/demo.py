@@ -18,12 +18,10 @@ and only if a demo made it.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -97,7 +95,7 @@ def demo_steps(output: str, seed: int) -> list[list[Step]]:
                 data__crop_size="[96,128]",
                 data__border="null",
                 data__zoom="[1.0,1.0]",
-                data__mean="[0.485,0.456,0.406]",
+                data__mean="[0.485,0.456,0.406]",  # both starts see the same images
                 data__std="[0.229,0.224,0.225]",
                 data__workers=1,
                 model__head_options="{decoder_channels: [32, 24, 16, 12, 8]}",
@@ -314,18 +312,15 @@ class Running:
         seconds = time.monotonic() - self.start
         self.outcome = Outcome(self.process.returncode, seconds, usage.ru_utime + usage.ru_stime)
 
-
-def wait_for(running: Sequence[Running]) -> list[Outcome]:
-    """Wait for steps to end. Ctrl-C and SIGTERM are passed on; trainings then save, and are given the time to."""
-    while alive := [step for step in running if step.thread.is_alive()]:
-        try:
-            alive[0].thread.join()
-        except KeyboardInterrupt:
-            print("\n    stopping ...", flush=True)
-            for step in alive:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(step.process.pid, signal.SIGTERM)
-    return [step.outcome for step in running if step.outcome is not None]
+    def wait(self) -> Outcome:
+        """Wait for its end. Ctrl-C reaches the step too, which saves its state: it is given the time to."""
+        while self.thread.is_alive():
+            try:
+                self.thread.join()
+            except KeyboardInterrupt:
+                print(f"{self.prefix}stopping ...", flush=True)
+        assert self.outcome is not None
+        return self.outcome
 
 
 def prepare_folder(folder: Path, fresh: bool) -> None:
@@ -366,8 +361,8 @@ def run_demo(folder: Path, seed: int, figure: Path | None) -> int:
                 missing.append(step)
         logs = {step.name: folder / "logs" / f"{number}_{step.name}.log" for step in missing}
         prefixes = {step.name: f"    {step.name:17}" if len(group) > 1 else "    " for step in missing}
-        running = [Running(step, logs[step.name], prefixes[step.name]) for step in missing]
-        outcomes = list(zip(missing, wait_for(running), strict=True))
+        running = [(step, Running(step, logs[step.name], prefixes[step.name])) for step in missing]
+        outcomes = [(step, process.wait()) for step, process in running]
         stopped = False
         for step, outcome in outcomes:
             # A training that was asked to stop has saved and reports success: its result tells if it came to its end.
@@ -420,7 +415,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the rooms and of all training (%(default)s)")
     parser.add_argument("--figure", type=Path, help="where the figure goes (OUTPUT_DIR/figure.png)")
     args = parser.parse_args(argv)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         folder = args.output_dir.resolve()
         prepare_folder(folder, args.fresh)
@@ -428,8 +422,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":
