@@ -76,8 +76,11 @@ class Step:
 def demo_steps(output: str, seed: int) -> list[list[Step]]:
     """All steps but the report, for an output folder given relative to the repository; those of a list run together."""
     rooms, pretrain = f"{output}/rooms", f"{output}/pretrain"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    half = max(1, cores // 2)
     launch = ("-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1")
     launch += ("--mixed_precision", "no", "--dynamo_backend", "no")
+    launch += ("--num_cpu_threads_per_process", str(cores))
 
     def options(**values: object) -> tuple[str, ...]:
         pairs = ((f"--{name.replace('__', '.')}", str(value)) for name, value in values.items())
@@ -119,8 +122,6 @@ def demo_steps(output: str, seed: int) -> list[list[Step]]:
         run = f"{output}/{name}"
         return ("finetune/evaluate.py", "--model", f"{run}/model", *data, "--output", f"{run}/results.json")
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    half = max(1, cores // 2)
     render = Step(
         "render",
         f"Render {SCENES} rooms with depth and {UNLABELED} images of other rooms without",

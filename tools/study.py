@@ -24,6 +24,8 @@ import timm
 import torch
 import yaml
 
+from spark.run import read_rows
+
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = ["delta1", "delta2", "delta3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog"]
 SHOWN = {
@@ -90,7 +92,7 @@ def write_image_list(data: Path, path: Path) -> Path:
 def pretrain(encoder: str, images: Path, options: argparse.Namespace) -> None:
     """SparK on the unlabeled corpus."""
     run = pretraining_of(encoder, options)
-    if (run / "encoder" / "model.safetensors").exists():
+    if finished(run, "encoder", options.pretrain_epochs):
         return
     call(
         "spark/pretrain.py",
@@ -101,13 +103,14 @@ def pretrain(encoder: str, images: Path, options: argparse.Namespace) -> None:
         resume="true",
         **{"data.train": images},
     )
+    require_finished(run, "encoder", options.pretrain_epochs)
 
 
 def finetune(encoder: str, start: str, seed: int, options: argparse.Namespace) -> None:
     """UNet++ on the training pairs, then its score on the validation list."""
     run = run_of(encoder, start, seed, options)
     nyu = options.data / "nyu"
-    if not (run / "model" / "model.safetensors").exists():
+    if not finished(run, "model", options.depth_epochs):
         call(
             "finetune/depth.py",
             config=options.depth_config,
@@ -119,6 +122,8 @@ def finetune(encoder: str, start: str, seed: int, options: argparse.Namespace) -
             resume="true",
             **{"data.root": nyu, "data.list": "nyu_train.txt", "data.val_list": "nyu_val.txt"},
         )
+        require_finished(run, "model", options.depth_epochs)
+        result_of(encoder, start, seed, options).unlink(missing_ok=True)
     if not result_of(encoder, start, seed, options).exists():
         call(
             "finetune/evaluate.py",
@@ -127,6 +132,19 @@ def finetune(encoder: str, start: str, seed: int, options: argparse.Namespace) -
             output=result_of(encoder, start, seed, options),
             **{"data.root": nyu, "data.list": "nyu_val.txt"},
         )
+
+
+def finished(run: Path, result: str, epochs: float) -> bool:
+    """Whether a run reached its last step and wrote its result (which it may also write on demand, earlier)."""
+    rows = read_rows(run / "metrics.jsonl")
+    reached = max((row["epoch"] for row in rows if "epoch" in row), default=0.0)
+    return reached >= epochs and (run / result / "model.safetensors").exists()
+
+
+def require_finished(run: Path, result: str, epochs: float) -> None:
+    """A run that was asked to stop saves its state and reports no failure: then the study stops too."""
+    if not finished(run, result, epochs):
+        sys.exit(f"stopped: {run} is not at its end; the same study command continues from here")
 
 
 def pretraining_of(encoder: str, options: argparse.Namespace) -> Path:
