@@ -8,7 +8,7 @@ help:
 	@echo "make demo   render rooms, pretrain, transfer, evaluate: runs/demo/report.html (about 8 minutes on 2 cores)"
 	@echo "make test   the test suite (no network, no GPU needed)"
 	@echo "make check  ruff format, ruff lint, pyright"
-	@echo "make bench  time a training step and the loader on this machine"
+	@echo "make bench  time and memory of a training step here (OFFICIAL=a clone of SparK compares with the original)"
 
 env: .venv/.installed
 
@@ -30,7 +30,10 @@ check: env
 	$(BIN)/pyright
 
 bench: env
-	$(BIN)/python tools/benchmark.py step
+	for what in step encoder memory; do \
+	    $(BIN)/python tools/benchmark.py $$what $(if $(OFFICIAL),--official $(OFFICIAL)) \
+	        --csv docs/results/benchmark_$$what.csv || exit 1; \
+	done
 
 clean:
 	rm -rf .venv runs build dist *.egg-info

@@ -7,6 +7,7 @@ Shapes: images [B, C, H, W], a mask of fh x fw patches of `patch_size` pixels.
 import math
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from spark.criterion import masked_patch_loss, normalise_patches, restore_patches
@@ -37,6 +38,7 @@ class SparKOutput(NamedTuple):
 class SparK(nn.Module):
     """Sparse and hierarchical masked modelling around a stock timm convnet.
 
+    Weights are kept in channels_last memory, the order of packed rows; values and state dict are the same.
     Nothing in it depends on the image size, so weights trained at one size run and load at any other.
 
     Args:
@@ -118,6 +120,7 @@ class SparK(nn.Module):
             for depth, level in enumerate(reversed(self.levels))
         )
         freeze_unreached(encoder, self.levels, in_chans)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as packed rows lie in memory
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """Patches (fh, fw) of an image of this size [px].

@@ -88,7 +88,7 @@ def test_layouts_agree_under_autocast(name, memory_format, precision):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_run_resumes_where_it_stopped(photos, tmp_path, precision):
-    options = [f"--precision={precision}", "--channels_last=true"]
+    options = [f"--precision={precision}", "--data.workers=0"]
     pretrain.main(small_run(photos, tmp_path / "whole", *options))
     AcceleratorState._reset_state(reset_partial_state=True)
     part = [*options, "--checkpoint_every=4", "--keep_checkpoints=2"]

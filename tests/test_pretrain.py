@@ -213,7 +213,7 @@ def test_it_learns(command, tmp_path, photos):
     [
         ["--model.name=test_convnext", "--model.input_size=[64,96]", "--model.drop_path=0.2"],
         ["--model.in_chans=1", "--optim.name=sgd", "--optim.clip_grad=null"],
-        ["--precision=bf16", "--channels_last=true", "--accumulation=2"],
+        ["--precision=bf16", "--channels_last=false", "--accumulation=2"],
         ["--model.layout=masked", "--model.patch_size=64", "--model.input_size=128", "--optim.name=adamw"],
     ],
 )

@@ -1,201 +1,297 @@
-"""Time training steps of this project on this machine.
+"""Measure SparK on this machine: time and memory of a training step, packed against masked against the original code.
 
-    python tools/benchmark.py step --model resnet50 convnext_tiny --batch 16 --size 224 --csv step.csv
+    python tools/benchmark.py step --model resnet50 convnext_tiny --csv step.csv
+    python tools/benchmark.py step --official ~/SparK          # a clone of github.com/keyu-tian/SparK takes part
+    python tools/benchmark.py encoder                          # the encoder alone: forward, backward of all features
+    python tools/benchmark.py memory                           # bytes saved for the backward, and the peak of a step
+    python tools/benchmark.py scaling --mask_ratio 0.3 0.6 0.9 --csv scaling.csv --plot scaling.png
 
 Every ratio is taken in one process: contenders take turns, step by step, and the number is the median of the ratios of
-neighbouring steps. No ratio is printed unless all contenders first give the same loss on the same weights and mask.
+neighbouring steps. Ratios are over the original where it takes part, else over the masked layout. Nothing is measured
+unless all contenders first give the same loss (or features) and gradients on the same weights and mask.
 Timings are worth something only on an idle machine, so a busy one is refused.
 """
 
 import argparse
 import csv
+import gc
+import io
+import itertools
+import logging
 import os
 import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import timm
 import torch
+from benchmarks.contenders import Bench, Case, Contender, set_up_torch
+from benchmarks.flops import flops_per_image, plot_scaling
+from benchmarks.memory import peak_alone, saved_bytes
+from benchmarks.original import DECODER_WIDTH, has_model, import_original
+from benchmarks.parity import checked
+from benchmarks.timing import device_name, interleaved, refuse_busy_machine, summary
 from rich.console import Console
 from rich.table import Table
 
-from spark import SparK
-from spark.masking import random_visible
+from finetune.files import write_whole
+from spark.sparse import MissingRuleError
 
-COLUMNS = [
-    *(
-        "model",
-        "contender",
-        "batch",
-        "height",
-        "width",
-        "mask_ratio",
-        "decoder_width",
-        "precision",
-        "threads",
-    ),
-    *(
-        "device",
-        "seconds_median",
-        "seconds_quartile_low",
-        "seconds_quartile_high",
-        "speedup_median",
-        "rounds",
-    ),
-    *("torch", "timm", "python"),
-]
+SHOWN = {
+    "seconds": "seconds_median",
+    "images/s": "images_per_second",
+    "speedup": "speedup_median",
+    "GFLOPs": "gflops",
+    "saved, encoder [B]": "saved_encoder_bytes",
+    "saved, step [B]": "saved_step_bytes",
+    "peak, step [B]": "peak_step_bytes",
+    "ratio saved": "saved_step_ratio",
+    "ratio peak": "peak_step_ratio",
+}
+"""Heading in the printed table -> column of the CSV; a command shows those that it has."""
 
 
-def main() -> None:
-    """Read the command line, time, print a table, write CSV rows."""
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; `batch`, `size` and `mask_ratio` become lists, a size being (H, W)."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    step = commands.add_parser("step", help="forward and backward of SparK: packed against masked layout")
-    step.add_argument("--model", nargs="+", default=["resnet50", "convnext_tiny"], help="timm names")
-    step.add_argument("--batch", type=int, default=16)
-    step.add_argument(
-        "--size", type=int, nargs="+", default=[224], help="image size in pixels: one number, or H W"
-    )
-    step.add_argument("--mask_ratio", type=float, default=0.6)
-    step.add_argument("--decoder_width", type=int, default=768)
-    step.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    step.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
-    step.add_argument("--rounds", type=int, default=7, help="timed steps of each contender")
-    step.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    step.add_argument("--csv", type=Path, help="write the rows to this file")
-    step.add_argument("--busy", action="store_true", help="time even though other programs run")
-    options = parser.parse_args()
-    try:
-        refuse_busy_machine(options.busy)
-        torch.set_num_threads(options.threads)
-        rows = [row for name in options.model for row in time_steps(name, options)]
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    show(rows)
-    if options.csv:
-        options.csv.parent.mkdir(parents=True, exist_ok=True)
-        with open(options.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-
-
-def refuse_busy_machine(allowed: bool) -> None:
-    """A second busy process makes OpenMP code several times slower, unevenly: such timings say nothing."""
-    load = os.getloadavg()[0]
-    if load > 0.5 and not allowed:
-        raise ValueError(
-            f"this machine is busy (load {load:.1f}): wait until other programs have ended, or pass --busy"
+    for name, about in {
+        "step": "time the forward and backward of the whole of SparK",
+        "encoder": "time the forward and backward of the encoder alone",
+        "memory": "count the bytes saved for the backward, and the peak of a step",
+        "scaling": "`step` at every batch, size and mask ratio that is named",
+    }.items():
+        command = commands.add_parser(name, help=about)
+        many = "+" if name == "scaling" else None
+        command.add_argument("--model", nargs="+", default=["resnet50", "convnext_tiny"], help="timm names")
+        command.add_argument("--batch", type=int, nargs=many, default=[16] if many else 16)
+        command.add_argument(
+            "--size",
+            type=int,
+            nargs="+",
+            default=[224],
+            help="image sizes in pixels, of squares" if many else "image size in pixels: one number, or H W",
         )
+        command.add_argument(
+            "--mask_ratio",
+            type=float,
+            nargs=many,
+            default=[0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9] if many else 0.6,
+        )
+        if name != "encoder":
+            command.add_argument(
+                "--decoder_width",
+                type=int,
+                default=DECODER_WIDTH,
+                help=f"of ours; the original stays at {DECODER_WIDTH}, where it is compared with ours first",
+            )
+        command.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+        command.add_argument(
+            "--channels_last",
+            action="store_true",
+            help="memory format of the original (ours is always channels_last)",
+        )
+        command.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
+        if name != "memory":
+            command.add_argument("--rounds", type=int, default=7, help="timed steps of each contender")
+        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        command.add_argument("--official", type=Path, metavar="CLONE", help="folder of the original code")
+        command.add_argument("--csv", type=Path, help="write the rows to this file")
+        if many:
+            command.add_argument("--plot", type=Path, help="draw images/s against the mask ratio, as PNG")
+        command.add_argument("--busy", action="store_true", help="measure even though other programs run")
+    options = parser.parse_args(arguments)
+    if not many_sizes(options) and len(options.size) > 2:
+        parser.error("--size takes one number, or H W")
+    if options.command != "memory" and options.rounds < 2:
+        parser.error("--rounds must be 2 or more: one time has no spread")
+    return options
 
 
-def time_steps(name: str, options: argparse.Namespace) -> list[dict]:
-    """Rows of one encoder: the masked layout, then the packed layout relative to it."""
-    size = (options.size[0], options.size[-1])
-    models: dict[str, SparK] = {}
-    for layout in ("masked", "packed"):
-        torch.manual_seed(0)
-        models[layout] = SparK(
-            name, size, options.mask_ratio, decoder_width=options.decoder_width, layout=layout, sync_bn=False
-        ).to(options.device)
-    images = torch.randn(options.batch, 3, *size, device=options.device)
-    visible = random_visible(
-        options.batch,
-        models["packed"].grid,
-        options.mask_ratio,
-        generator=torch.Generator().manual_seed(0),
-        device=options.device,
-    )
+def many_sizes(options: argparse.Namespace) -> bool:
+    """Whether the numbers after --size are squares of their own, not H W."""
+    return options.command == "scaling"
 
-    def step(model: SparK) -> torch.Tensor:
-        with torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16"):
-            loss = model(images, visible).loss
-        loss.backward()
-        model.zero_grad(set_to_none=True)
-        return loss.detach()
 
-    refuse_unequal({layout: step(model).item() for layout, model in models.items()}, options.precision)
-    seconds = interleaved({layout: lambda m=m: step(m) for layout, m in models.items()}, options)
+def cases(options: argparse.Namespace) -> list[Case]:
+    """Everything that this command line asks for."""
+    if many_sizes(options):
+        batches, sizes, ratios = options.batch, [(side, side) for side in options.size], options.mask_ratio
+    else:
+        batches, ratios = [options.batch], [options.mask_ratio]
+        sizes = [(options.size[0], options.size[-1])]
     return [
-        {
-            "model": name,
-            "contender": layout,
-            "batch": options.batch,
-            "height": size[0],
-            "width": size[1],
-            "mask_ratio": options.mask_ratio,
-            "decoder_width": options.decoder_width,
-            "precision": options.precision,
-            "threads": options.threads,
-            "device": device_name(options.device),
-            "seconds_median": f"{statistics.median(times):.4f}",
-            "seconds_quartile_low": f"{statistics.quantiles(times, n=4)[0]:.4f}",
-            "seconds_quartile_high": f"{statistics.quantiles(times, n=4)[2]:.4f}",
-            "speedup_median": f"{statistics.median(a / b for a, b in zip(seconds['masked'], times, strict=True)):.3f}",
-            "rounds": options.rounds,
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "python": platform.python_version(),
-        }
-        for layout, times in seconds.items()
+        Case(
+            model=model,
+            batch=batch,
+            size=size,
+            mask_ratio=ratio,
+            decoder_width=getattr(options, "decoder_width", DECODER_WIDTH),
+            precision=options.precision,
+            device=options.device,
+            channels_last=options.channels_last,
+            threads=options.threads,
+            official=options.official,
+        )
+        for model, batch, size, ratio in itertools.product(options.model, batches, sizes, ratios)
     ]
 
 
-def refuse_unequal(losses: dict[str, float], precision: str) -> None:
-    """Speed of a wrong result is no speed."""
-    tolerance = 1e-5 if precision == "fp32" else 2e-2
-    low, high = min(losses.values()), max(losses.values())
-    if not high - low <= tolerance * abs(high):
-        raise ValueError(
-            f"the contenders' losses differ on the same weights and mask, so none is timed: {losses}"
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the command line, measure, write CSV rows as they come, print a table."""
+    options = parse_arguments(arguments)
+    rows: list[dict[str, str]] = []
+    # What it says of keys is for users' files; a weight that went astray fails the check of parity here.
+    logging.getLogger("spark.official").setLevel(logging.ERROR)
+    try:
+        refuse_busy_machine(options.busy)
+        if options.official is not None:
+            import_original(options.official)  # a wrong folder is an error, whatever the models
+            for name in options.model:
+                if not has_model(name):
+                    print(f"note: the original has no {name}, so only ours are compared", file=sys.stderr)
+        for case in cases(options):
+            set_up_torch(case)
+            if options.command == "memory":
+                rows += memory_rows(case)
+            else:
+                kind = "encoder" if options.command == "encoder" else "step"
+                rows += timing_rows(case, kind, options.rounds)
+            if options.csv:
+                write_csv(rows, options.csv)
+        if many_sizes(options) and options.plot:
+            plot_scaling(rows, options.plot)
+    except (ValueError, OSError, MissingRuleError) as error:
+        if rows:  # what was measured before is measured
+            show(rows, options.command)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    show(rows, options.command)
+
+
+def timing_rows(case: Case, kind: str, rounds: int) -> list[dict[str, str]]:
+    """A row for each contender: seconds of a "step" or of the "encoder" alone, in turns.
+
+    Raises:
+        ValueError: the contenders' results differ.
+    """
+    bench = checked(case, kind)
+    computed, limit = flops_per_image(bench, kind)
+    seconds = interleaved(
+        {name: partial(bench.step, c, kind) for name, c in bench.contenders.items()}, rounds, case.device
+    )
+    base = case.names[0]
+    return [
+        {
+            **description(bench, contender, kind),
+            **summary(seconds[name], seconds[base], case.batch),
+            "rounds": str(rounds),
+            "gflops": f"{computed[name] / 1e9:.4f}",
+            "gflops_limit": f"{limit / 1e9:.4f}",
+            **versions(),
+        }
+        for name, contender in bench.contenders.items()
+    ]
+
+
+def memory_rows(case: Case) -> list[dict[str, str]]:
+    """A row for each contender: bytes saved by a forward, the peak of a step, and their ratios to the base's.
+
+    Raises:
+        ValueError: the contenders' losses differ.
+    """
+    bench = checked(case, "step")
+    saved: dict[str, dict[str, int]] = {"encoder": {}, "step": {}}
+    for kind, name in itertools.product(saved, bench.contenders):
+        contender = bench.contenders[name]
+        saved[kind][name] = saved_bytes(
+            partial(bench.forward, contender, kind, case.precision), contender.model
         )
+    described = {name: description(bench, c, "step") for name, c in bench.contenders.items()}
+    del bench, contender
+    gc.collect()
+    if case.device.startswith("cuda"):
+        torch.cuda.empty_cache()  # the processes below need the memory
+    peak = {name: peak_alone(case, name) for name in described}
+    base = case.names[0]
+    return [
+        {
+            **described[name],
+            "saved_encoder_bytes": str(saved["encoder"][name]),
+            "saved_step_bytes": str(saved["step"][name]),
+            "peak_step_bytes": _text(peak[name]),
+            "saved_encoder_ratio": f"{saved['encoder'][name] / saved['encoder'][base]:.3f}",
+            "saved_step_ratio": f"{saved['step'][name] / saved['step'][base]:.3f}",
+            "peak_step_ratio": _ratio(peak[name], peak[base]),
+            **versions(),
+        }
+        for name in described
+    ]
 
 
-def interleaved(
-    steps: dict[str, Callable[[], object]], options: argparse.Namespace
-) -> dict[str, list[float]]:
-    """Seconds of every step, contenders in turn; two rounds of warming up are not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(options.rounds + 2):
-        for name, step in steps.items():
-            synchronise(options.device)
-            begin = time.perf_counter()
-            step()
-            synchronise(options.device)
-            if turn >= 2:
-                seconds[name].append(time.perf_counter() - begin)
-    return seconds
+def _text(number: int | None) -> str:
+    return "" if number is None else str(number)
 
 
-def synchronise(device: str) -> None:
-    """Wait for the work that was handed to the device."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+def _ratio(number: int | None, base: int | None) -> str:
+    return f"{number / base:.3f}" if number and base else ""
 
 
-def device_name(device: str) -> str:
-    """Kind of machine, without anything that identifies it."""
-    return torch.cuda.get_device_name() if device.startswith("cuda") else f"cpu ({platform.machine()})"
+def description(bench: Bench, contender: Contender, kind: str) -> dict[str, str]:
+    """First columns of a row: what was measured, on what; `base` is the contender that ratios are over."""
+    case = bench.case
+    return {
+        "kind": kind,
+        "model": case.model,
+        "contender": contender.name,
+        "base": case.names[0],
+        "batch": str(case.batch),
+        "height": str(case.size[0]),
+        "width": str(case.size[1]),
+        "mask_ratio": str(case.mask_ratio),
+        "visible_share": f"{bench.visible_share:.4f}",
+        "decoder_width": str(contender.decoder_width),
+        "precision": case.precision,
+        "channels_last": str(case.channels_last).lower(),
+        "threads": str(case.threads),
+        "device": device_name(case.device),
+    }
 
 
-def show(rows: list[dict]) -> None:
+def versions() -> dict[str, str]:
+    """Last columns of a row."""
+    return {"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()}
+
+
+def write_csv(rows: Sequence[dict[str, str]], path: Path) -> None:
+    """Write rows, all with the columns of the first."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue().encode())
+
+
+def show(rows: Sequence[dict[str, str]], command: str) -> None:
     """Print the rows as a table."""
-    table = Table(title="forward + backward; speedup over the masked layout, median of paired ratios")
-    for column in ("model", "contender", "seconds", "images/s", "speedup"):
-        table.add_column(column, justify="left" if column in ("model", "contender") else "right")
+    table = Table(title=f"{command}: ratios are over the first contender of each model")
+    columns = {heading: column for heading, column in SHOWN.items() if column in rows[0]}
+    for heading in ("model", "contender", "batch", "size", "mask"):
+        table.add_column(heading)
+    for heading in columns:
+        table.add_column(heading, justify="right")
     for row in rows:
-        rate = row["batch"] / float(row["seconds_median"])
         table.add_row(
             row["model"],
             row["contender"],
-            row["seconds_median"],
-            f"{rate:.1f}",
-            f"{float(row['speedup_median']):.2f}",
+            row["batch"],
+            f"{row['height']}x{row['width']}",
+            row["mask_ratio"],
+            *(row[column] for column in columns.values()),
         )
     Console().print(table)
 

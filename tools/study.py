@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--encoders", nargs="+", default=["resnet18", "convnext_atto"], help="timm names")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--pretrain_epochs", type=float, default=5)
-    parser.add_argument("--depth_epochs", type=float, default=12)
+    parser.add_argument("--depth_epochs", type=float, default=15)
     parser.add_argument(
         "--pretrain_config", default="configs/pretrain/nyu_{encoder}.yaml", help="{encoder} is filled in"
     )

@@ -64,7 +64,7 @@ def batch_norm(
         momentum,
         eps,
         sync=x.sites.sync,
-    )
+    ).values
     out = rows.new_zeros(channels_last.shape)
     out[mask] = rows
     return x.like(out.permute(0, 3, 1, 2))

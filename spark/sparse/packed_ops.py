@@ -1,26 +1,35 @@
 """The packed layout: rows [N, C] of the visible sites, in the order of `sites.py`.
 
 What works site by site (pointwise convolution, linear layers, norms, activations) runs on the rows as they are, and
-masked sites cost nothing.  What looks at neighbours scatters the rows into a zero-filled map, runs the dense operator
-and gathers the visible sites of its output.
+masked sites cost nothing.  What looks at neighbours reads patches with their surroundings (`packed_conv.py`).
+
+Norms and activations leave a recipe with their result: how to compute it again in the backward pass.  A convolution
+then keeps nothing of its own, so that of convolution, norm and activation one tensor stays in memory.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from spark.sparse import common_ops as common
 from spark.sparse.batch_norm import batch_norm as synced_batch_norm
+from spark.sparse.packed_conv import Window, packed_conv, packed_max_pool
 from spark.sparse.sites import Sites
-from spark.sparse.tensor import Layout, MissingRuleError, SparseTensor
+from spark.sparse.tensor import Layout, MissingRuleError, Recipe, SparseTensor
 
 
 def from_dense(dense: Tensor, sites: Sites) -> Tensor:
     """Gather: [B, C, h, w] -> [N, C]."""
-    h, w = dense.shape[2:]
-    return dense.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, sites.rows(h, w))
+    b, c, h, w = dense.shape
+    ph, pw = sites.patch_sides(h, w)
+    image, row, column = sites.patches().unbind(1)
+    patches = dense.view(b, c, h // ph, ph, w // pw, pw)[image, :, row, :, column]
+    return patches.permute(0, 2, 3, 1).reshape(-1, c)
 
 
 def to_dense(data: Tensor, sites: Sites, size: tuple[int, int, int, int]) -> Tensor:
@@ -28,6 +37,18 @@ def to_dense(data: Tensor, sites: Sites, size: tuple[int, int, int, int]) -> Ten
     b, c, h, w = size
     flat = data.new_zeros(b * h * w, c).index_copy(0, sites.rows(h, w), data)
     return flat.view(b, h, w, c).permute(0, 3, 1, 2)
+
+
+def recipe(
+    compute: Callable[..., Tensor], inputs: tuple[Tensor, ...], data: Tensor, terms: int = 1
+) -> Recipe | None:
+    """How to compute a result again; None where nothing is differentiated."""
+    return Recipe(compute, inputs, data._version, terms) if data.requires_grad else None
+
+
+def valid_recipe(x: SparseTensor) -> Recipe | None:
+    """The recipe of x, unless its data were changed in place through an alias."""
+    return x.recipe if x.recipe is not None and x.recipe.version == x.data._version else None
 
 
 def conv2d(
@@ -40,12 +61,56 @@ def conv2d(
     dilation: Any = 1,
     groups: int = 1,
 ) -> SparseTensor:
-    """A pointwise convolution is a linear layer on rows; any other one goes through the zero-filled map."""
+    """From tiles, columns or a zero-filled map, see `packed_conv.py`."""
     common.require_channels_first(func, x)
-    pointwise = weight.shape[2:] == (1, 1) and groups == 1
-    if pointwise and stride in (1, (1, 1)) and padding in (0, (0, 0), "valid", "same"):
-        return x.like(F.linear(x.data, weight.flatten(1), bias), channels=weight.shape[0])
-    return common.window(func, x, weight, bias, stride, padding, dilation, groups)
+    window = _window(weight.shape[2:], stride, padding, dilation)
+    if window is None:
+        return common.window(func, x, weight, bias, stride, padding, dilation, groups)
+    b, _, h, w = x.size4
+    rows = packed_conv(x.data, x.sites, h, w, window, weight, bias, groups, valid_recipe(x))
+    return SparseTensor(rows, x.sites, x.layout, (b, len(weight), *window.output_size(h, w)))
+
+
+def max_pool2d(
+    func: Callable,
+    x: SparseTensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> SparseTensor:
+    """Over tiles of the rows; through the zero-filled map where windows do not keep to patches."""
+    common.require_channels_first(func, x)
+    stride = kernel_size if stride is None else stride
+    window = _window(_pair(kernel_size), stride, padding, dilation)
+    if window is not None and not ceil_mode and not return_indices:
+        b, c, h, w = x.size4
+        rows = packed_max_pool(x.data, x.sites, h, w, window, valid_recipe(x))
+        if rows is not None:
+            return SparseTensor(rows, x.sites, x.layout, (b, c, h // window.stride[0], w // window.stride[1]))
+    return common.window(func, x, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    first, second = value if len(value) == 2 else (value[0], value[0])
+    return int(first), int(second)
+
+
+def _window(kernel: Any, stride: Any, padding: Any, dilation: Any) -> Window | None:
+    """The window of an operator's arguments; None for padding by name where its two sides would differ."""
+    kernel, dilation = _pair(kernel), _pair(dilation)
+    if padding == "valid":
+        padding = 0
+    elif padding == "same":
+        total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        if any(n % 2 for n in total):
+            return None
+        padding = [n // 2 for n in total]
+    return Window(kernel, _pair(stride), _pair(padding), dilation)
 
 
 def _as_rows(operand: Any, x: SparseTensor) -> Any:
@@ -78,10 +143,96 @@ def batch_norm(
 ) -> SparseTensor:
     """Statistics per batch: over the rows, which are the visible sites (of all processes where `sites.sync`)."""
     common.require_channels_first(func, x)
-    rows = synced_batch_norm(
+    out, mean, invstd = synced_batch_norm(
         x.data, running_mean, running_var, weight, bias, training, momentum, eps, sync=x.sites.sync
     )
-    return x.like(rows)
+    result = x.like(out)
+    if training:
+        kept = tuple(t.detach() for t in (mean, invstd, weight, bias) if t is not None)
+        if len(kept) == 4:
+            result.recipe = recipe(_normalise, (x.data, *kept), out)
+    return result
+
+
+def _normalise(x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """What batch norm made of x."""
+    scale = invstd * weight
+    return torch.addcmul(bias - mean * scale, x.to(scale.dtype), scale).to(x.dtype)
+
+
+def relu(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
+    """Of what a recipe can compute again, the backward pass finds the signs by computing it: nothing is kept."""
+    before = valid_recipe(x)
+    if before is None:
+        return common.elementwise(func, x, *args, **kwargs)
+    rows = _RecomputedReLU.apply(x.data, before, common.is_inplace(func, kwargs))
+    result = common.finish(func, kwargs, x, rows)
+    result.recipe = recipe(partial(_relu_of, before.compute), before.inputs, rows, before.terms)
+    return result
+
+
+def _relu_of(compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    return compute(*inputs).relu_()
+
+
+class _RecomputedReLU(torch.autograd.Function):
+    """ReLU of what a recipe can compute again."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, before: Recipe, inplace: bool) -> Tensor:
+        ctx.compute = before.compute
+        ctx.save_for_backward(*before.inputs)
+        if not inplace:
+            return rows.relu()
+        ctx.mark_dirty(rows)
+        return rows.relu_()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return torch.ops.aten.threshold_backward(grad, ctx.compute(*ctx.saved_tensors), 0), None, None
+
+
+def gelu(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
+    """Its own backward keeps x, from which the result can be computed again."""
+    result = common.elementwise(func, x, *args, **kwargs)
+    result.recipe = recipe(partial(_call, func, args, kwargs), (x.data,), result.data)
+    return result
+
+
+def _call(func: Callable, args: Any, kwargs: Any, *inputs: Tensor) -> Tensor:
+    return func(*inputs, *args, **kwargs)
+
+
+def dropout(
+    func: Callable, x: SparseTensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> SparseTensor:
+    """Site by site; x itself where nothing is dropped."""
+    return x if p == 0 or not training else common.elementwise(func, x, p, training, inplace)
+
+
+_arithmetic = common.arithmetic_of(_as_rows, lambda x, data: data)
+
+
+def add(func: Callable, a: Any, b: Any, **kwargs: Any) -> SparseTensor:
+    """A sum of two things that can be computed again can be, too: a residual branch and a shortcut with its own norm.
+
+    Not a sum of sums: that would go back over all blocks of a stage.
+    """
+    recipes = [valid_recipe(x) for x in (a, b) if isinstance(x, SparseTensor)]
+    alike = len(recipes) == 2 and a.shape == b.shape and not kwargs
+    result = _arithmetic(func, a, b, **kwargs)
+    if alike and all(r is not None and r.terms == 1 for r in recipes):
+        first, second = (r for r in recipes if r is not None)
+        compute = partial(_sum_of, first.compute, second.compute, len(first.inputs))
+        result.recipe = recipe(compute, first.inputs + second.inputs, result.data, 2)
+    return result
+
+
+def _sum_of(
+    first: Callable[..., Tensor], second: Callable[..., Tensor], split: int, *inputs: Tensor
+) -> Tensor:
+    return first(*inputs[:split]).add_(second(*inputs[split:]))
 
 
 def group_norm(
@@ -120,13 +271,25 @@ def layer_norm(
         raise MissingRuleError(
             f"no sparse rule for layer_norm over {tuple(normalized_shape)}: only over channels"
         )
-    return x.like(func(x.data, normalized_shape, *args, **kwargs))
+    rows = func(x.data, normalized_shape, *args, **kwargs)
+    result = x.like(rows)
+    result.recipe = recipe(
+        partial(_layer_norm_of, normalized_shape, rows.dtype, args, kwargs), (x.data,), rows
+    )
+    return result
+
+
+def _layer_norm_of(shape: Any, dtype: torch.dtype, args: Any, kwargs: Any, rows: Tensor) -> Tensor:
+    return F.layer_norm(rows.to(dtype), shape, *args, **kwargs)
 
 
 def linear(func: Callable, x: SparseTensor, weight: Tensor, bias: Tensor | None = None) -> SparseTensor:
-    """Per site, over channels."""
+    """Per site, over channels: a pointwise convolution."""
     common.require_channels_last(func, x)
-    return x.like(F.linear(x.data, weight, bias), channels=weight.shape[0])
+    window = Window((1, 1), (1, 1), (0, 0))
+    kernel = weight[:, :, None, None]
+    rows = packed_conv(x.data, x.sites, *x.size4[2:], window, kernel, bias, recipe=valid_recipe(x))
+    return x.like(rows, channels=len(weight))
 
 
 def _sum_over_sites(x: SparseTensor) -> Tensor:
@@ -141,8 +304,13 @@ PACKED = Layout(
     {
         **common.SHARED_RULES,
         **common.with_inplace(common.NOT_ZERO_PRESERVING, common.elementwise),
-        **common.with_inplace(common.ARITHMETIC, common.arithmetic_of(_as_rows, lambda x, data: data)),
+        **common.with_inplace(common.ARITHMETIC, _arithmetic),
+        **dict.fromkeys(("add", "add_"), add),
+        **dict.fromkeys(("relu", "relu_"), relu),
+        "gelu": gelu,
+        "dropout": dropout,
         "conv2d": conv2d,
+        "max_pool2d": max_pool2d,
         "batch_norm": batch_norm,
         "group_norm": group_norm,
         "layer_norm": layer_norm,

@@ -15,6 +15,53 @@ import torch
 from torch import Tensor
 
 
+def as_image(rows: Tensor) -> Tensor:
+    """View rows [N, C] as an image [1, C, 1, N] in channels_last memory."""
+    return rows[None, None].permute(0, 3, 1, 2)
+
+
+def as_rows(image: Tensor) -> Tensor:
+    """View [M, C, h, w] in channels_last memory as rows [M * h * w, C]."""
+    return image.permute(0, 2, 3, 1).reshape(-1, image.shape[1])
+
+
+class Cells:
+    """Cells that read packed rows: patches with their surroundings, or the windows of a convolution as columns.
+
+    Args:
+        row: row under each cell, any shape [..., w], int64; any row where there is none.
+        masked: cells over masked patches, bool.
+        outside: cells beyond the image's border, bool.
+        num_rows: N, rows of the feature map.
+        trivial: the cells are the rows, in their order.
+    """
+
+    def __init__(self, row: Tensor, masked: Tensor, outside: Tensor, num_rows: int, trivial: bool = False):
+        self.shape = row.shape
+        self.num_rows = num_rows
+        self.trivial = trivial
+        self.row = row.flatten()
+        self.masked = masked.flatten().nonzero().squeeze(1)
+        self.outside = outside.flatten().nonzero().squeeze(1)
+
+    def gather(self, rows: Tensor, outside: float = 0.0) -> Tensor:
+        """[N, C] -> [..., w, C]: 0 over masked patches, `outside` beyond the border."""
+        if not self.trivial:
+            rows = rows.index_select(0, self.row)
+            rows.index_fill_(0, self.masked, 0)
+            rows.index_fill_(0, self.outside, outside)
+        return rows.view(*self.shape, -1)
+
+    def spread(self, cells: Tensor) -> Tensor:
+        """The transpose of `gather`: [..., w, C] -> [N, C], each row the sum of its cells."""
+        flat = cells.reshape(len(self.row), -1)
+        if self.trivial:
+            return flat
+        nowhere = self.num_rows
+        row = self.row.index_fill(0, self.masked, nowhere).index_fill_(0, self.outside, nowhere)
+        return torch.ops.aten.embedding_dense_backward(flat, row, nowhere + 1, nowhere, False)[:nowhere]
+
+
 class Sites:
     """The mask of one forward, and the index maps that follow from it (each computed once, then kept).
 
@@ -36,6 +83,8 @@ class Sites:
         self._rows: dict[tuple[int, int], Tensor] = {}
         self._images: dict[tuple[int, int], Tensor] = {}
         self._patches: Tensor | None = None
+        self._slots: Tensor | None = None
+        self._cells: dict[tuple[int, ...], Cells] = {}
 
     def patch_sides(self, h: int, w: int) -> tuple[int, int]:
         """Sites along a patch (ph, pw) of an h x w feature map.
@@ -63,6 +112,67 @@ class Sites:
         if self._patches is None:
             self._patches = self.visible.squeeze(1).nonzero()
         return self._patches
+
+    def tiles(self, h: int, w: int, before: tuple[int, int], after: tuple[int, int]) -> Cells:
+        """The visible patches of an h x w map, grown by `before` sites (up, left) and `after` sites (down, right).
+
+        Cells [M, th, tw].  A patch may be smaller than its surroundings: they then reach over several patches.
+        """
+        key = (h, w, *before, *after)
+        if key not in self._cells:
+            alone = before == after == (0, 0)
+            self._cells[key] = Cells(*self._surroundings(h, w, before, after), self.num_rows(h, w), alone)
+        return self._cells[key]
+
+    def columns(
+        self,
+        h: int,
+        w: int,
+        before: tuple[int, int],
+        after: tuple[int, int],
+        kernel: tuple[int, int],
+        stride: tuple[int, int],
+        dilation: tuple[int, int],
+    ) -> Cells:
+        """The window of each output of a convolution over `tiles`: cells [N', kh * kw], rows of the output in order."""
+        key = (h, w, *before, *after, *kernel, *stride, *dilation)
+        if key not in self._cells:
+
+            def windows(cells: Tensor) -> Tensor:
+                for dim in (0, 1):
+                    cells = cells.unfold(1 + dim, dilation[dim] * (kernel[dim] - 1) + 1, stride[dim])
+                return cells[..., :: dilation[0], :: dilation[1]].reshape(-1, kernel[0] * kernel[1])
+
+            row, masked, outside = map(windows, self._surroundings(h, w, before, after))
+            self._cells[key] = Cells(row, masked, outside, self.num_rows(h, w))
+        return self._cells[key]
+
+    def _surroundings(
+        self, h: int, w: int, before: tuple[int, int], after: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `Cells` needs to know of each cell of the grown patches, each [M, th, tw]."""
+        ph, pw = self.patch_sides(h, w)
+        fh, fw = self.grid
+        image, row, column = (part[:, None, None] for part in self.patches().unbind(1))
+        y = row * ph + torch.arange(-before[0], ph + after[0], device=row.device)[None, :, None]
+        x = column * pw + torch.arange(-before[1], pw + after[1], device=row.device)[None, None, :]
+        outside = (y < 0) | (y >= h) | (x < 0) | (x >= w)
+        y, x = y.clamp(0, h - 1), x.clamp(0, w - 1)
+        slot = self.slots()[(image * fh + y // ph) * fw + x // pw]
+        masked = (slot < 0) & ~outside
+        return (slot.clamp(min=0) * ph + y % ph) * pw + x % pw, masked, outside
+
+    def slots(self) -> Tensor:
+        """Number of each patch among the visible ones, -1 for masked patches: [B * fh * fw] int64."""
+        if self._slots is None:
+            flat = self.visible.flatten()
+            self._slots = torch.where(flat, flat.cumsum(0) - 1, -1)
+        return self._slots
+
+    def num_rows(self, h: int, w: int) -> int:
+        """N, the packed rows of an h x w map."""
+        ph, pw = self.patch_sides(h, w)
+        return len(self.patches()) * ph * pw
 
     def rows(self, h: int, w: int) -> Tensor:
         """Flat index into [B, h, w] of each packed row: [N] int64."""

@@ -18,7 +18,7 @@ would with a tensor.
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,8 +50,29 @@ class Layout:
     to_dense: Callable[[Tensor, Sites, tuple[int, int, int, int]], Tensor]
 
 
+class Recipe(NamedTuple):
+    """How to compute data again in the backward pass, from tensors that are kept for it anyway.
+
+    What reads the data then need not keep it: of convolution, norm and activation only the convolution's result stays.
+
+    Attributes:
+        compute: inputs -> data, without gradient.
+        inputs: what some operator before has saved.
+        version: of the data when the recipe was written; data that was changed in place since is no longer its result.
+        terms: of a sum; the work of computing it again.
+    """
+
+    compute: Callable[..., Tensor]
+    inputs: tuple[Tensor, ...]
+    version: int
+    terms: int = 1
+
+
 class SparseTensor:
     """A feature map that is zero outside the visible sites.
+
+    Attributes:
+        recipe: how to compute the data again, where that saves memory; gone as soon as the data are replaced.
 
     Args:
         data: in the form that `layout` says.
@@ -61,7 +82,7 @@ class SparseTensor:
         channels_last: logical order of dimensions is [B, h, w, C] (after `permute(0, 2, 3, 1)`).
     """
 
-    __slots__ = ("channels_last", "data", "layout", "sites", "size4")
+    __slots__ = ("_data", "channels_last", "layout", "recipe", "sites", "size4")
 
     def __init__(
         self,
@@ -76,6 +97,16 @@ class SparseTensor:
         self.layout = layout
         self.size4 = size
         self.channels_last = channels_last
+
+    @property
+    def data(self) -> Tensor:
+        """In the form that the layout says."""
+        return self._data
+
+    @data.setter
+    def data(self, data: Tensor) -> None:
+        self._data = data
+        self.recipe: Recipe | None = None
 
     def like(
         self, data: Tensor, *, channels: int | None = None, channels_last: bool | None = None

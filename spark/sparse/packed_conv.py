@@ -1,0 +1,362 @@
+"""Convolution and pooling over packed rows: the work of the visible sites, the memory of one row a site.
+
+A convolution reads each visible patch with its surroundings (`Sites.tiles`).  How it is computed depends on the shape:
+
+- pointwise: one matrix product over all rows;
+- tiles: patches of 4 sites and more become a batch of small images, convolved without padding;
+- columns: below that, every output gets its window as columns (im2col), and one matrix product does the rest;
+- dense: grouped and depthwise convolutions of small patches, whose tiles would be mostly surroundings, scatter into a
+  zero-filled map instead (`common_ops.window`).
+
+Everything is written as `conv2d` on channels_last memory, matrix products included: PyTorch's CPU convolution is
+oneDNN, on some processors twice as fast as the matrix product behind `F.linear` (docs/log.md has the measurements).
+The backward pass gathers again instead of keeping tiles or columns, and where a recipe says how the rows came about,
+they are not kept either.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from spark.sparse.sites import Cells, Sites, as_image, as_rows
+from spark.sparse.tensor import Recipe
+
+# Sites along a patch from which a batch of tiles beats the alternative.
+TILES_FROM = 4
+GROUPED_TILES_FROM = 8
+
+
+class Window(NamedTuple):
+    """What a convolution or a pooling reads; each (down, right)."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int] = (1, 1)
+
+    def output_size(self, h: int, w: int) -> tuple[int, int]:
+        """Size of the dense operator's output."""
+        parts = zip((h, w), *self, strict=True)
+        a, b = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in parts)
+        return a, b
+
+    def keeps_patches(self, sites: Sites, h: int, w: int) -> bool:
+        """Whether the outputs of an h x w map form the same patches, so that each can be computed from its tile."""
+        (ph, pw), (sh, sw) = sites.patch_sides(h, w), self.stride
+        return ph % sh == 0 and pw % sw == 0 and self.output_size(h, w) == (h // sh, w // sw)
+
+    @property
+    def symmetric(self) -> bool:
+        """Stride 1 and as much padding on either side: the gradient of its input is a window of the same kind."""
+        same = all(
+            2 * p == d * (k - 1) for k, p, d in zip(self.kernel, self.padding, self.dilation, strict=True)
+        )
+        return same and self.stride == (1, 1)
+
+    @property
+    def reach(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Sites that it reads around a patch: (up, left), (down, right)."""
+        after = [max(0, d * (k - 1) - p - s + 1) for k, s, p, d in zip(*self, strict=True)]
+        return self.padding, (after[0], after[1])
+
+
+class _Plan:
+    """How one convolution is computed: as a plain convolution of an image made from the rows.
+
+    This class is the pointwise case; the others replace what differs.
+
+    Args:
+        window: of the plain convolution.
+        groups: of channels.
+    """
+
+    def __init__(self, window: Window, groups: int):
+        self.window = window
+        self.groups = groups
+
+    def image(self, rows: Tensor) -> Tensor:
+        """Rows [N, C] -> input of the plain convolution, in channels_last memory."""
+        return as_image(rows)
+
+    def image_transposed(self, image: Tensor) -> Tensor:
+        """Gradient of such an input -> gradient of the rows."""
+        return as_rows(image)
+
+    def output(self, image: Tensor) -> Tensor:
+        """Result of the plain convolution -> rows [N', O]."""
+        return as_rows(image)
+
+    def output_transposed(self, rows: Tensor, size: tuple[int, ...]) -> Tensor:
+        """Gradient of the rows -> gradient of the plain convolution's result [M, O, h, w], of this size."""
+        m, o, h, w = size
+        return rows.view(m, h, w, o).permute(0, 3, 1, 2)
+
+    def filters(self, weight: Tensor) -> Tensor:
+        """Weights [O, C / groups, kh, kw] -> those of the plain convolution."""
+        return weight
+
+    def filters_transposed(self, grad: Tensor, weight: Tensor) -> Tensor:
+        """Their gradient -> gradient of the weights."""
+        return grad
+
+    def convolve(self, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The convolution: rows [N, C] -> rows [N', O]."""
+        _, stride, padding, dilation = self.window
+        return self.output(
+            F.conv2d(self.image(rows), self.filters(weight), bias, stride, padding, dilation, self.groups)
+        )
+
+    def convolve_transposed(self, grad: Tensor, weight: Tensor) -> Tensor | None:
+        """Gradient of the input by the same gathering as forwards, where the window allows that."""
+        return None
+
+    def gradients(
+        self, grad: Tensor, rows: Tensor, weight: Tensor, wanted: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of rows and weights, those that are wanted."""
+        image, filters = self.image(rows), self.filters(weight)
+        kernel, stride, padding, dilation = filters.shape[2:], *self.window[1:]
+        h, w = (
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, k, s, p, d in zip(image.shape[2:], kernel, stride, padding, dilation, strict=True)
+        )
+        out = self.output_transposed(grad, (len(image), len(weight), h, w))
+        of_filters = None
+        if wanted[1] and self._depthwise_on_cpu(image, filters):
+            of_filters = depthwise_weight_gradient(image, out, padding)
+            wanted = (wanted[0], False)
+        if not any(wanted):
+            return None, of_filters
+        of_image, of_weight, _ = torch.ops.aten.convolution_backward(
+            *(out, image, filters, None),
+            *(stride, padding, dilation, False, [0, 0], self.groups, [*wanted, False]),
+        )
+        return (
+            self.image_transposed(of_image) if wanted[0] else None,
+            self.filters_transposed(of_weight, weight) if wanted[1] else of_filters,
+        )
+
+    def _depthwise_on_cpu(self, image: Tensor, filters: Tensor) -> bool:
+        """Whether `depthwise_weight_gradient` does it, and faster (fp32: other precisions were not measured)."""
+        dense = self.window.stride == self.window.dilation == (1, 1)
+        return (
+            dense
+            and self.groups == image.shape[1] == len(filters)
+            and image.device.type == "cpu"
+            and (image.dtype == torch.float32)
+        )
+
+
+class _Tiles(_Plan):
+    """A batch of patches with their surroundings, convolved without padding."""
+
+    def __init__(self, cells: Cells, window: Window, groups: int):
+        super().__init__(window._replace(padding=(0, 0)), groups)
+        self.cells = cells
+        self.symmetric = window.symmetric
+
+    def image(self, rows: Tensor) -> Tensor:
+        return self.cells.gather(rows).permute(0, 3, 1, 2)
+
+    def image_transposed(self, image: Tensor) -> Tensor:
+        return self.cells.spread(image.permute(0, 2, 3, 1))
+
+    def convolve_transposed(self, grad: Tensor, weight: Tensor) -> Tensor | None:
+        return self.convolve(grad, transposed(weight, self.groups)) if self.symmetric else None
+
+
+class _Columns(_Tiles):
+    """The window of each output as columns; the convolution is a matrix product."""
+
+    def __init__(self, cells: Cells, window: Window):
+        super().__init__(cells, window, 1)
+        self.window = Window((1, 1), (1, 1), (0, 0))
+
+    def image(self, rows: Tensor) -> Tensor:
+        return as_image(self.cells.gather(rows).flatten(1))
+
+    def image_transposed(self, image: Tensor) -> Tensor:
+        return self.cells.spread(image.permute(0, 2, 3, 1))
+
+    def filters(self, weight: Tensor) -> Tensor:
+        return weight.permute(0, 2, 3, 1).reshape(len(weight), -1, 1, 1)
+
+    def filters_transposed(self, grad: Tensor, weight: Tensor) -> Tensor:
+        o, c, kh, kw = weight.shape
+        return grad.view(o, kh, kw, c).permute(0, 3, 1, 2)
+
+
+class _Dense(_Plan):
+    """The zero-filled map; the result is read at the visible sites."""
+
+    def __init__(self, sites: Sites, h: int, w: int, window: Window, groups: int):
+        super().__init__(window, groups)
+        self.shape = (sites.batch, h, w)
+        self.places = sites.rows(h, w)
+        self.output_places = sites.rows(*window.output_size(h, w))
+
+    def image(self, rows: Tensor) -> Tensor:
+        return _scatter(rows, self.places, self.shape)
+
+    def image_transposed(self, image: Tensor) -> Tensor:
+        return as_rows(image).index_select(0, self.places)
+
+    def output(self, image: Tensor) -> Tensor:
+        return as_rows(image).index_select(0, self.output_places)
+
+    def output_transposed(self, rows: Tensor, size: tuple[int, ...]) -> Tensor:
+        return _scatter(rows, self.output_places, (size[0], *size[2:]))
+
+
+def _scatter(rows: Tensor, places: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Rows at places of a zero-filled [B, C, h, w] in channels_last memory."""
+    b, h, w = shape
+    flat = rows.new_zeros(b * h * w, rows.shape[1]).index_copy_(0, places, rows)
+    return flat.view(b, h, w, -1).permute(0, 3, 1, 2)
+
+
+def _plan(sites: Sites, h: int, w: int, window: Window, groups: int) -> _Plan:
+    """Choose by shape."""
+    if groups == 1 and window.kernel == window.stride == (1, 1) and window.padding == (0, 0):
+        return _Plan(window, 1)
+    small = min(sites.patch_sides(h, w)) < (TILES_FROM if groups == 1 else GROUPED_TILES_FROM)
+    if not window.keeps_patches(sites, h, w) or (small and groups > 1):
+        return _Dense(sites, h, w, window, groups)
+    before, after = window.reach
+    if small:
+        cells = sites.columns(h, w, before, after, window.kernel, window.stride, window.dilation)
+        return _Columns(cells, window)
+    return _Tiles(sites.tiles(h, w, before, after), window, groups)
+
+
+def depthwise_weight_gradient(image: Tensor, grad: Tensor, padding: tuple[int, int]) -> Tensor:
+    """Weight gradient [C, 1, kh, kw] of a depthwise convolution with stride 1, as a depthwise convolution itself.
+
+    Every channel of every image is a channel here, and its output gradient the kernel that slides over it. oneDNN's own
+    routine for this gradient is several times slower where images are small.
+
+    Args:
+        image: [M, C, h, w].
+        grad: of the output, [M, C, h', w'].
+        padding: of the convolution.
+    """
+    m, c, h, w = image.shape
+    planes = image.permute(2, 3, 0, 1).reshape(1, h, w, m * c).permute(0, 3, 1, 2)
+    kernels = grad.permute(2, 3, 0, 1).reshape(*grad.shape[2:], m * c, 1).permute(2, 3, 0, 1)
+    each = F.conv2d(planes, kernels, padding=padding, groups=m * c)
+    return each.view(m, c, 1, *each.shape[2:]).sum(0)
+
+
+def transposed(weight: Tensor, groups: int) -> Tensor:
+    """Weights that carry gradients back through a symmetric window: in and out swapped, taps reversed."""
+    o, c, kh, kw = weight.shape
+    swapped = (
+        weight.view(groups, o // groups, c, kh, kw).transpose(1, 2).reshape(groups * c, o // groups, kh, kw)
+    )
+    return swapped.flip(2, 3).contiguous(memory_format=torch.channels_last)
+
+
+class _PackedConv(torch.autograd.Function):
+    """Rows [N, C] -> rows [N', O] by a plan; keeps the inputs of the recipe, or the rows, and nothing else."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan, recipe: Recipe | None
+    ) -> Tensor:
+        ctx.plan, ctx.compute = plan, None if recipe is None else recipe.compute
+        ctx.save_for_backward(weight, *((rows,) if recipe is None else recipe.inputs))
+        return plan.convolve(rows, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        weight, *kept = ctx.saved_tensors
+        plan: _Plan = ctx.plan
+        grad = grad.contiguous()
+        need_rows, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_weight = None
+        grad_rows = plan.convolve_transposed(grad, weight) if need_rows else None
+        wanted = (need_rows and grad_rows is None, need_weight)
+        if any(wanted):
+            rows = (ctx.compute(*kept) if ctx.compute else kept[0]).to(grad.dtype)
+            of_rows, grad_weight = plan.gradients(grad, rows, weight, wanted)
+            grad_rows = of_rows if wanted[0] else grad_rows
+        return grad_rows, grad_weight, grad.sum(0) if need_bias else None, None, None
+
+
+def packed_conv(
+    rows: Tensor,
+    sites: Sites,
+    h: int,
+    w: int,
+    window: Window,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    groups: int = 1,
+    recipe: Recipe | None = None,
+) -> Tensor:
+    """Convolve the rows of an h x w map: rows [N, C] -> rows [N', O].
+
+    Args:
+        rows: [N, C].
+        sites: of the map.
+        h, w: size of the map.
+        window: of the convolution.
+        weight: [O, C / groups, kh, kw].
+        bias: [O] or None.
+        groups: of channels.
+        recipe: how to compute the rows again.
+    """
+    plan = _plan(sites, h, w, window, groups)
+    device = rows.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        rows, weight = rows.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    with torch.autocast(device, enabled=False):
+        return _PackedConv.apply(rows, weight, bias, plan, recipe)  # type: ignore[return-value]
+
+
+class _PackedMaxPool(torch.autograd.Function):
+    """Max pooling of rows over tiles; the backward pass finds the maxima again."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, cells: Cells, window: Window, recipe: Recipe | None) -> Tensor:
+        ctx.cells, ctx.window, ctx.compute = cells, window, None if recipe is None else recipe.compute
+        ctx.save_for_backward(*((rows,) if recipe is None else recipe.inputs))
+        return as_rows(_max_pool(rows, cells, window)[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        kept = ctx.saved_tensors
+        rows = (ctx.compute(*kept) if ctx.compute else kept[0]).to(grad.dtype)
+        image, out, indices = _max_pool(rows, ctx.cells, ctx.window)
+        window: Window = ctx.window
+        grad_out = grad.contiguous().view(len(out), *out.shape[2:], -1).permute(0, 3, 1, 2)
+        grad_image = torch.ops.aten.max_pool2d_with_indices_backward(
+            grad_out, image, window.kernel, window.stride, [0, 0], window.dilation, False, indices
+        )
+        return ctx.cells.spread(grad_image.permute(0, 2, 3, 1)), None, None, None
+
+
+def _max_pool(rows: Tensor, cells: Cells, window: Window) -> tuple[Tensor, Tensor, Tensor]:
+    """The tiles, their maxima and where those lie."""
+    image = cells.gather(rows, outside=float("-inf")).permute(0, 3, 1, 2)
+    out, indices = F.max_pool2d(image, window.kernel, window.stride, 0, window.dilation, return_indices=True)
+    return image, out, indices
+
+
+def packed_max_pool(
+    rows: Tensor, sites: Sites, h: int, w: int, window: Window, recipe: Recipe | None
+) -> Tensor | None:
+    """Max pooling of the rows of an h x w map, or None where only the dense operator can do it.
+
+    Masked sites compete with 0, sites beyond the border with -inf, as on the zero-filled map.
+    """
+    if not window.keeps_patches(sites, h, w):
+        return None
+    return _PackedMaxPool.apply(rows, sites.tiles(h, w, *window.reach), window, recipe)  # type: ignore[no-any-return]

@@ -1,0 +1,352 @@
+"""The benchmark suite: nobody is timed who computes something else, and its numbers are what they are called.
+
+No timing is asserted. With SPARK_ORIGINAL naming a clone of github.com/keyu-tian/SparK, the original takes part.
+"""
+
+import csv
+import os
+import sys
+import textwrap
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))  # as when a tool is run as a script
+
+import benchmark
+from benchmarks import contenders, memory, original, timing
+from benchmarks.contenders import Bench, Case
+from benchmarks.flops import count_flops, flops_per_image
+from benchmarks.parity import check_parity, checked
+
+TINY = Case("test_resnet", batch=2, size=(64, 64), decoder_width=32)
+TINIEST = ["--model", "test_resnet", "--busy", "--threads", "1", "--batch", "2", "--size", "64"]
+SMALL = ["--rounds", "2", *TINIEST]
+
+
+@pytest.fixture(autouse=True)
+def torch_as_before():
+    threads, cudnn = torch.get_num_threads(), torch.backends.cudnn.benchmark
+    yield
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = cudnn
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---------------------------------------------------------------------------------------------------------- parity
+
+
+@pytest.mark.parametrize("kind", ["step", "encoder"])
+@pytest.mark.parametrize("model", ["test_resnet", "test_convnext"])
+def test_both_layouts_agree(model, kind):
+    bench = checked(Case(model, batch=2, size=(64, 96), decoder_width=32), kind)
+    assert list(bench.contenders) == ["masked", "packed"]
+    assert bench.visible_share == pytest.approx(2 / 6)
+
+
+@pytest.mark.parametrize("kind", ["step", "encoder"])
+def test_a_wrong_weight_is_refused(kind):
+    bench = Bench(TINY)
+    with torch.no_grad():
+        bench.contenders["packed"].model.encoder.conv1[0].weight.mul_(-1.1)
+    with pytest.raises(
+        ValueError, match=r"test_resnet: packed and masked differ in their (loss|features 0) by"
+    ):
+        check_parity(bench, kind)
+
+
+@pytest.mark.parametrize("of", ["gradient", "gradient of the images"])
+def test_a_wrong_backward_is_refused(of):
+    bench = Bench(TINY)
+    head = bench.contenders["packed"].model.decoder.head
+    if of == "gradient":
+        head.weight.register_hook(lambda grad: 1.1 * grad)
+    else:
+        head.register_forward_hook(
+            lambda module, args, out: args[0].register_hook(lambda g: 1.1 * g) and None
+        )
+    with pytest.raises(ValueError, match=f"packed and masked differ in their {of} by"):
+        check_parity(bench, "step")
+
+
+def test_nan_is_refused():
+    bench = Bench(TINY)
+    bench.images[:] = float("nan")
+    with pytest.raises(ValueError, match="masked gives a loss that is not finite in fp64"):
+        check_parity(bench, "step")
+
+
+def test_nothing_is_printed_or_written_without_parity(monkeypatch, capsys, tmp_path):
+    build = contenders._build
+
+    def build_one_wrong(case, names):
+        built = build(case, names)
+        with torch.no_grad():
+            built[-1].model.decoder.head.weight.add_(1)
+        return built
+
+    monkeypatch.setattr(contenders, "_build", build_one_wrong)
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main(["step", *SMALL, "--decoder_width", "32", "--csv", str(tmp_path / "a.csv")])
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert captured.out == ""
+    assert captured.err.startswith("error: test_resnet: packed and masked differ in their loss by")
+    assert not list(tmp_path.iterdir())
+
+
+# -------------------------------------------------------------------------------------------------- numbers and rows
+
+
+def test_summary_of_hand_made_times():
+    row = timing.summary([1.0, 2.0, 4.0], [2.0, 2.0, 2.0], batch=8)
+    assert row == {
+        "seconds_median": "2.000000",
+        "seconds_quartile_low": "1.500000",
+        "seconds_quartile_high": "3.000000",
+        "images_per_second": "4.000",
+        "speedup_median": "1.000",  # of 2, 1, 0.5: not the ratio of the medians of other turns
+        "speedup_quartile_low": "0.750",
+        "speedup_quartile_high": "1.500",
+    }
+
+
+def test_contenders_take_turns():
+    turns = []
+    seconds = timing.interleaved({name: lambda n=name: turns.append(n) for name in "ab"}, 3, "cpu")
+    assert turns == ["a", "b"] * 5  # two turns warm up
+    assert [len(times) for times in seconds.values()] == [3, 3]
+
+
+def test_a_busy_machine_is_refused(monkeypatch):
+    monkeypatch.setattr(os, "getloadavg", lambda: (2.0, 0.0, 0.0))
+    with pytest.raises(ValueError, match=r"busy \(load 2.0\)"):
+        timing.refuse_busy_machine(allowed=False)
+    timing.refuse_busy_machine(allowed=True)
+
+
+@pytest.mark.parametrize("command", ["step", "encoder"])
+def test_rows_of_a_timing(command, tmp_path, capsys):
+    width = [] if command == "encoder" else ["--decoder_width", "32"]
+    benchmark.main(
+        [command, *SMALL, "--mask_ratio", "0.75", "--channels_last", *width, "--csv", str(tmp_path / "a.csv")]
+    )
+    masked, packed = read(tmp_path / "a.csv")
+    assert (masked["contender"], packed["contender"], packed["base"]) == ("masked", "packed", "masked")
+    assert (packed["kind"], packed["batch"], packed["height"], packed["rounds"]) == (command, "2", "64", "2")
+    assert (packed["visible_share"], packed["channels_last"]) == ("0.2500", "true")
+    assert packed["decoder_width"] == ("768" if command == "encoder" else "32")
+    assert masked["speedup_median"] == masked["speedup_quartile_low"] == "1.000"
+    assert 0 < float(packed["seconds_quartile_low"]) <= float(packed["seconds_median"])
+    assert float(packed["images_per_second"]) == pytest.approx(2 / float(packed["seconds_median"]), rel=1e-2)
+    assert float(masked["gflops"]) > float(masked["gflops_limit"]) > 0
+    assert (packed["torch"], packed["timm"]) == (torch.__version__, timm.__version__)
+    assert "packed" in capsys.readouterr().out
+
+
+def test_scaling_measures_every_combination_and_draws(tmp_path):
+    benchmark.main(
+        [
+            *("scaling", *SMALL, "96", "--mask_ratio", "0.5", "0.75", "--decoder_width", "32"),
+            *("--csv", str(tmp_path / "a.csv"), "--plot", str(tmp_path / "a.png")),
+        ]
+    )
+    rows = read(tmp_path / "a.csv")
+    points = [(row["height"], row["mask_ratio"], row["contender"]) for row in rows]
+    assert points == [(s, r, c) for s in ("64", "96") for r in ("0.5", "0.75") for c in ("masked", "packed")]
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.width > image.height > 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["step", "--size", "64", "96", "128"], "--size takes one number, or H W"),
+        (["step", "--rounds", "1"], "--rounds must be 2 or more"),
+        (["step", "--busy", "--model", "resnet18", "--size", "60"], "no multiple of the patch size 32"),
+    ],
+)
+def test_what_does_not_fit_is_said(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_flops_counted_by_hand():
+    conv = torch.nn.Conv2d(3, 8, 3, padding=1)
+    assert count_flops(lambda: conv(torch.zeros(2, 3, 4, 4))) == 2 * (2 * 4 * 4) * 8 * (3 * 9)
+
+
+def test_limit_of_an_encoder_is_its_visible_share():
+    computed, limit = flops_per_image(Bench(TINY), "encoder")
+    assert limit == pytest.approx(computed["masked"] * 2 / 4)
+    _, whole = flops_per_image(Bench(TINY), "step")
+    assert whole > limit
+
+
+# ------------------------------------------------------------------------------------------------------------ memory
+
+
+def test_saved_bytes_counted_by_hand():
+    linear = torch.nn.Linear(4, 3)
+    x = torch.zeros(5, 4)
+    # The input, 5 x 4 floats, for the weight's gradient; the output of exp, 5 x 3; the weight itself is no extra.
+    assert memory.saved_bytes(lambda: linear(x.requires_grad_()).exp(), linear) == 4 * (5 * 4 + 5 * 3)
+    # sin keeps its input and cos the same one: counted once; a view of a storage of 100 floats keeps all of it.
+    y = torch.zeros(100, requires_grad=True)
+    assert memory.saved_bytes(lambda: y[:10].sin() + y[:10].cos(), torch.nn.Identity()) == 400
+    norm = torch.nn.BatchNorm1d(3).eval()  # saves its running statistics: buffers, no extra
+    assert memory.saved_bytes(lambda: norm(torch.zeros(2, 3)), norm) == 4 * 2 * 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_peak_in_a_process_of_its_own():
+    peak = memory.peak_alone(TINY, "packed")
+    parameters = sum(p.numel() for p in Bench(TINY, ["packed"]).contenders["packed"].model.parameters())
+    assert peak is not None
+    assert 4 * parameters < peak < 2**30  # the gradients at least
+
+
+def test_rows_of_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "peak_alone", lambda case, name: {"masked": 1000, "packed": 400}[name])
+    benchmark.main(["memory", *TINIEST, "--decoder_width", "32", "--csv", str(tmp_path / "a.csv")])
+    masked, packed = read(tmp_path / "a.csv")
+    assert (packed["peak_step_bytes"], packed["peak_step_ratio"], masked["peak_step_ratio"]) == (
+        "400",
+        "0.400",
+        "1.000",
+    )
+    assert 0 < int(packed["saved_encoder_bytes"]) < int(packed["saved_step_bytes"])
+    ratio = int(packed["saved_step_bytes"]) / int(masked["saved_step_bytes"])
+    assert float(packed["saved_step_ratio"]) == pytest.approx(ratio, abs=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------- the original code
+
+# Stands for a clone: the imports of the real files, their names, and what they do to timm; no line of theirs.
+CLONE = {
+    "encoder.py": """
+        import torch.nn as nn
+        from timm.models.layers import DropPath
+        _cur_active = None
+        class SparseEncoder(nn.Module):
+            def __init__(self, cnn, input_size, sbn=False):
+                super().__init__()
+                self.sp_cnn, self.input_size = cnn, input_size
+                self.downsample_raito = cnn.get_downsample_ratio()
+            def forward(self, x):
+                return [x * _cur_active.float().mean()]
+    """,
+    "decoder.py": """
+        import torch.nn as nn
+        from timm.models.layers import trunc_normal_
+        from utils.misc import is_pow2n
+        class LightDecoder(nn.Module):
+            def __init__(self, up_sample_ratio, width=768, sbn=True):
+                super().__init__()
+                assert is_pow2n(up_sample_ratio) and not is_pow2n(up_sample_ratio + 1)
+                self.width = width
+    """,
+    "spark.py": """
+        import torch.nn as nn
+        import encoder
+        from decoder import LightDecoder
+        class SparK(nn.Module):
+            def __init__(self, sparse_encoder, dense_decoder, mask_ratio=0.6, densify_norm="bn", sbn=False):
+                super().__init__()
+                print("much about itself")
+                self.sparse_encoder, self.dense_decoder = sparse_encoder, dense_decoder
+                self.mask_ratio, self.densify_norm = mask_ratio, densify_norm
+                self.downsample_raito = sparse_encoder.downsample_raito
+    """,
+    "models/__init__.py": "raise RuntimeError('not to be run')",
+    "models/convnext.py": """
+        import torch.nn as nn
+        from timm.models.registry import register_model
+        from encoder import SparseEncoder
+        @register_model
+        def convnext_tiny(pretrained=False, **kwargs):
+            cnn = nn.Identity()
+            cnn.options, cnn.get_downsample_ratio = kwargs, lambda: 32
+            return cnn
+    """,
+    "models/resnet.py": """
+        from timm.models.resnet import ResNet
+        ResNet.get_downsample_ratio = lambda self: 32
+        ResNet.forward = lambda self, x, hierarchical=False: "forward of the clone"
+    """,
+}
+
+
+@pytest.fixture
+def clone(tmp_path):
+    for name, text in CLONE.items():
+        path = tmp_path / "SparK" / "pretrain" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text))
+    return tmp_path / "SparK"
+
+
+def test_importing_a_clone_leaves_no_trace(clone, monkeypatch):
+    mine = ModuleType("utils")
+    monkeypatch.setitem(sys.modules, "utils", mine)
+    modules, path, forward = dict(sys.modules), list(sys.path), timm.models.resnet.ResNet.forward
+    code = original.import_original(clone)
+    assert code.spark.encoder is code.encoder
+    assert sys.path == path
+    assert sys.modules["utils"] is mine
+    assert {n: m for n, m in sys.modules.items() if n in modules} == modules
+    assert not {"encoder", "decoder", "models", "models.resnet", "utils.misc"} & set(sys.modules)
+    assert timm.models.resnet.ResNet.forward is forward
+    assert timm.model_entrypoint("convnext_tiny").__module__ == "timm.models.convnext"
+
+
+def test_models_of_a_clone(clone, capsys):
+    code = original.import_original(clone)
+    resnet = original.build_original(code, "resnet18", (64, 64), 0.5)
+    assert resnet.densify_norm == "bn"
+    assert resnet.sparse_encoder.sp_cnn(torch.zeros(1)) == "forward of the clone"
+    convnext = original.build_original(code, "convnext_tiny", (64, 64), 0.5)
+    assert (convnext.densify_norm, convnext.dense_decoder.width, convnext.mask_ratio) == ("ln", 768, 0.5)
+    assert convnext.sparse_encoder.sp_cnn.options == {"sparse": True, "num_classes": 0}
+    assert capsys.readouterr().out == ""
+    visible = torch.tensor([[[[True, False], [False, False]]]])
+    (features,) = original.original_features(code, convnext, torch.ones(1, 3, 64, 64), visible)
+    assert features[:, :, :32, :32].unique().tolist() == [0.25]
+    assert features[:, :, 32:].unique().tolist() == [0]
+    with pytest.raises(ValueError, match="square images only, not 64x96"):
+        original.build_original(code, "resnet18", (64, 96), 0.5)
+
+
+def test_a_folder_that_is_no_clone(tmp_path, clone, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["step", *SMALL, "--official", str(tmp_path)])
+    assert f"error: {tmp_path} is no clone of github.com/keyu-tian/SparK" in capsys.readouterr().err
+    (clone / "pretrain" / "decoder.py").write_text("import a_module_that_is_nowhere")
+    with pytest.raises(ValueError, match="does not import: No module named 'a_module_that_is_nowhere'"):
+        original.import_original(clone)
+    assert "encoder" not in sys.modules
+
+
+def test_a_model_that_the_original_lacks_runs_without_it(clone, tmp_path, capsys):
+    arguments = ["encoder", *SMALL, "--official", str(clone), "--csv", str(tmp_path / "a.csv")]
+    benchmark.main(arguments)
+    assert "note: the original has no test_resnet, so only ours are compared" in capsys.readouterr().err
+    assert [row["base"] for row in read(tmp_path / "a.csv")] == ["masked", "masked"]
+
+
+@pytest.mark.skipif("SPARK_ORIGINAL" not in os.environ, reason="SPARK_ORIGINAL names no clone")
+@pytest.mark.parametrize("model", ["resnet18", "convnext_tiny"])
+def test_ours_equals_the_original(model):
+    case = Case(model, batch=4, size=(96, 96), official=Path(os.environ["SPARK_ORIGINAL"]))
+    for kind in ("step", "encoder"):
+        assert list(checked(case, kind).contenders) == ["original", "masked", "packed"]

@@ -1,0 +1,246 @@
+"""Who is compared: SparK in the masked and in the packed layout, and the original, on equal weights and one mask.
+
+Shapes: images [B, 3, H, W], visible [B, 1, fh, fw] bool, True = seen; feature maps [B, C, h, w], shallow first.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.original import (
+    DECODER_WIDTH,
+    Original,
+    build_original,
+    has_model,
+    import_original,
+    original_features,
+)
+from spark import SparK
+from spark.encoder import pyramid
+from spark.masking import random_visible
+from spark.official import load_official
+from spark.sparse import sparsify
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured.
+
+    Attributes:
+        model: timm name of the encoder.
+        batch: images of a step.
+        size: [px], (H, W).
+        mask_ratio: share of masked patches.
+        decoder_width: of our decoder; the original's stays at 768.
+        precision: "fp32" (on CUDA with PyTorch's defaults, so TF32 convolutions) or "bf16" (autocast).
+        device: torch's name of it.
+        channels_last: memory format of the original and its images; ours always are in channels_last.
+        threads: of a CPU.
+        official: folder of a clone of the original, or None.
+    """
+
+    model: str
+    batch: int = 16
+    size: tuple[int, int] = (224, 224)
+    mask_ratio: float = 0.6
+    decoder_width: int = DECODER_WIDTH
+    precision: str = "fp32"
+    device: str = "cpu"
+    channels_last: bool = False
+    threads: int = 1
+    official: Path | None = None
+
+    @property
+    def has_original(self) -> bool:
+        """Whether the original takes part: a clone is named, and its families hold the model."""
+        return self.official is not None and has_model(self.model)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the contenders, the base of all ratios first."""
+        return ["original"] * self.has_original + ["masked", "packed"]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One implementation of SparK.
+
+    Attributes:
+        name: "masked", "packed" or "original".
+        model: the whole of it, in training mode.
+        decoder_width: channels at its decoder's deepest block.
+        grid: patches (fh, fw) of an image.
+        loss: (images, visible) -> scalar.
+        features: (images, visible) -> dense feature maps; for ours that includes `to_dense`, which any reader of
+            the features needs.
+    """
+
+    name: str
+    model: nn.Module
+    decoder_width: int
+    grid: tuple[int, int]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    features: Callable[[Tensor, Tensor], list[Tensor]]
+
+
+def set_up_torch(case: Case) -> None:
+    """Settings of the process, as training has them."""
+    torch.set_num_threads(case.threads)
+    torch.backends.cudnn.benchmark = True
+
+
+class Bench:
+    """Contenders of a case with the images and the mask that all of them get.
+
+    Args:
+        case: what is measured.
+        only: names of the contenders to build; default all. Only contenders that were built together have equal
+            weights.
+    """
+
+    def __init__(self, case: Case, only: list[str] | None = None):
+        self.case = case
+        generator = torch.Generator().manual_seed(0)
+        self.contenders = {c.name: c for c in _build(case, case.names if only is None else only)}
+        self.images = torch.randn(case.batch, 3, *case.size, generator=generator).to(
+            case.device, memory_format=_memory_format(case)
+        )
+        grid = next(iter(self.contenders.values())).grid
+        self.visible = random_visible(
+            case.batch, grid, case.mask_ratio, generator=generator, device=case.device
+        )
+        self._cotangents: list[Tensor] = []
+
+    @property
+    def visible_share(self) -> float:
+        """Visible patches over all patches: 1 - mask_ratio, rounded to whole patches."""
+        return self.visible.float().mean().item()
+
+    def forward(self, contender: Contender, kind: str, precision: str) -> list[Tensor]:
+        """[loss] of a "step", or the feature maps of an "encoder"."""
+        case = self.case
+        try:
+            with torch.autocast(torch.device(case.device).type, torch.bfloat16, enabled=precision == "bf16"):
+                if kind == "step":
+                    return [contender.loss(self.images, self.visible)]
+                return contender.features(self.images, self.visible)
+        except RuntimeError as error:
+            if contender.name != "original" or isinstance(error, torch.cuda.OutOfMemoryError):
+                raise
+            raise ValueError(
+                f"the original does not run {case.model} in {precision} ({error}): use --precision fp32, "
+                "or leave --official out"
+            ) from error
+
+    def backward(self, outputs: list[Tensor]) -> None:
+        """Gradients of the loss, or of the sum of all features, each weighted by its own fixed random number."""
+        if outputs[0].ndim == 0:
+            outputs[0].backward()
+            return
+        if not self._cotangents:
+            generator = torch.Generator().manual_seed(1)
+            self._cotangents = [torch.randn(x.shape, generator=generator).to(x.device) for x in outputs]
+        torch.autograd.backward(
+            outputs, [c.to(x.dtype) for c, x in zip(self._cotangents, outputs, strict=True)]
+        )
+
+    def step(self, contender: Contender, kind: str) -> None:
+        """What is timed: forward, backward, gradients dropped."""
+        self.backward(self.forward(contender, kind, self.case.precision))
+        contender.model.zero_grad(set_to_none=True)
+
+
+def _memory_format(case: Case) -> torch.memory_format:
+    return torch.channels_last if case.channels_last else torch.contiguous_format
+
+
+def _build(case: Case, names: list[str]) -> list[Contender]:
+    """Contenders of these names, with the same lively weights where their decoders have the same width."""
+    torch.manual_seed(0)
+    contenders: list[Contender] = []
+    if "original" in names:
+        assert case.official is not None
+        code = import_original(case.official)
+        model = lively(build_original(code, case.model, case.size, case.mask_ratio))
+        contenders.append(_original(code, model))
+    ours: dict[str, SparK] = {}
+    for layout in [name for name in names if name != "original"]:
+        if contenders and case.decoder_width == DECODER_WIDTH:
+            ours[layout] = _with_weights_of(contenders[0].model, case, layout)
+            continue
+        ours[layout] = SparK(
+            case.model,
+            case.size,
+            case.mask_ratio,
+            decoder_width=case.decoder_width,
+            layout=layout,
+            sync_bn=False,
+        )
+        first = next(iter(ours.values()))
+        if ours[layout] is first:
+            lively(first)
+        else:
+            ours[layout].load_state_dict(first.state_dict())
+    contenders += [_our_own(model, case.decoder_width) for model in ours.values()]
+    for contender in contenders:
+        contender.model.to(case.device).train()
+    if contenders[0].name == "original":
+        contenders[0].model.to(memory_format=_memory_format(case))  # type: ignore[call-overload]
+    return contenders
+
+
+def _our_own(model: SparK, width: int) -> Contender:
+    def features(images: Tensor, visible: Tensor) -> list[Tensor]:
+        sparse = sparsify(images, visible, model.layout, sync=model.sync_bn)
+        return [x.to_dense() for x in pyramid(model.encoder, sparse, model.levels)]
+
+    return Contender(
+        model.layout,
+        model,
+        width,
+        model.grid,
+        lambda images, visible: model(images, visible).loss,
+        features,
+    )
+
+
+def _original(code: Original, model: Any) -> Contender:
+    return Contender(
+        "original",
+        model,
+        DECODER_WIDTH,
+        (model.fmap_h, model.fmap_w),
+        lambda images, visible: model(images, active_b1ff=visible),
+        lambda images, visible: original_features(code, model, images, visible),
+    )
+
+
+def _with_weights_of(original: nn.Module, case: Case, layout: str) -> SparK:
+    """Ours, read from a file of the original's weights: the way by which a user's file comes in."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "original.pth"
+        torch.save(original.state_dict(), path)
+        return load_official(
+            path,
+            layout=layout,
+            model_name=case.model,
+            input_size=case.size,
+            mask_ratio=case.mask_ratio,
+            sync_bn=False,
+        )
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """Give every vector a value that matters: gammas start at 0 or 1e-6, which hide half of each block from a check."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim == 1:
+                scale = name.endswith(("weight", "gamma"))
+                p.copy_((0.5 if scale else 0.0) + 0.3 * torch.randn(p.shape, generator=generator))
+    return model

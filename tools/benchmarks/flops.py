@@ -1,0 +1,71 @@
+"""What computing visible sites only could gain at most, counted, and measured throughput drawn against it."""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.contenders import Bench
+from finetune.figures import save_figure
+
+_PANEL = ("model", "batch", "height", "width")
+_COLOURS = {"original": "tab:gray", "masked": "tab:blue", "packed": "tab:orange"}
+
+
+def count_flops(run: Callable[[], object]) -> int:
+    """Floating point operations of the convolutions and matrix products in a forward."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def flops_per_image(bench: Bench, kind: str) -> tuple[dict[str, float], float]:
+    """Forward FLOPs of an image: what each contender computes, and the limit.
+
+    The limit is the masked layout's encoder times the visible share, plus, in a "step", the rest of its forward, which
+    has to be dense. The backward costs about twice the same of either, so ratios hold for a whole step.
+    """
+
+    def count(name: str, what: str) -> float:
+        contender = bench.contenders[name]
+        return count_flops(lambda: bench.forward(contender, what, bench.case.precision)) / bench.case.batch
+
+    computed = {name: count(name, kind) for name in bench.contenders}
+    encoder = count("masked", "encoder")
+    return computed, computed["masked"] - (1 - bench.visible_share) * encoder
+
+
+def plot_scaling(rows: Sequence[Mapping[str, str]], path: Path) -> None:
+    """Draw images/s against the mask ratio, a panel for each model, batch and size (whose rows follow each other).
+
+    The dashed limit is the masked layout's measured throughput, sped up by its FLOPs over those of the limit.
+    """
+    panels = [
+        (key, list(group)) for key, group in itertools.groupby(rows, lambda row: [row[c] for c in _PANEL])
+    ]
+    figure = Figure(figsize=(5 * len(panels), 4), dpi=120, layout="constrained")
+    for axes, (key, group) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for name, colour in _COLOURS.items():
+            own = sorted(
+                (row for row in group if row["contender"] == name), key=lambda row: float(row["mask_ratio"])
+            )
+            ratios = [float(row["mask_ratio"]) for row in own]
+            rates = [float(row["images_per_second"]) for row in own]
+            if own:
+                axes.plot(ratios, rates, "o-", color=colour, label=name)
+            if name == "masked":
+                limits = [
+                    rate * float(row["gflops"]) / float(row["gflops_limit"])
+                    for rate, row in zip(rates, own, strict=True)
+                ]
+                axes.plot(ratios, limits, "--", color="black", label="limit (visible FLOPs)")
+        model, batch, height, width = key
+        axes.set(title=f"{model}, batch {batch}, {height}x{width} px", xlabel="mask ratio", ylabel="images/s")
+        axes.set_ylim(bottom=0)
+        axes.legend()
+    first = rows[0]
+    figure.suptitle(f"{first['device']}, {first['threads']} threads, {first['precision']}", fontsize=9)
+    save_figure(figure, path)

@@ -1,0 +1,89 @@
+"""Whether contenders compute the same: nothing is measured before they do."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from benchmarks.contenders import Bench, Case, Contender
+from benchmarks.original import DECODER_WIDTH
+
+# Relative. In fp64 all is compared; in the timed precision only results, against a path that is wrong there alone: one
+# ReLU that rounding flips moves gradients of fp32 by more than a small fault would.
+_TOLERANCE = {"fp64": 1e-6, "fp32": 1e-3, "bf16": 1e-1}
+
+
+def check_parity(bench: Bench, kind: str) -> None:
+    """Speed of a wrong result is no speed: compare loss or features, and gradients.
+
+    Checked in fp64, where equal semantics give equal numbers, and loosely, without gradients and without TF32, in the
+    precision of the case. Numbers are compared with those of the base: |a - b| / |b|, norms over a whole tensor.
+
+    Raises:
+        ValueError: contenders differ, or one gives no finite number; it says who, in what and by how much.
+    """
+    for precision in ("fp64", bench.case.precision):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            results = {
+                name: _numbers(bench, contender, kind, precision)
+                for name, contender in bench.contenders.items()
+                if contender.decoder_width == bench.case.decoder_width
+            }
+        base = next(iter(results))
+        for name, numbers in results.items():
+            for what, value in numbers.items():
+                if not value.isfinite().all():
+                    raise ValueError(
+                        f"{bench.case.model}: {name} gives a {what} that is not finite in {precision}, so nothing is "
+                        "measured"
+                    )
+                expected = results[base][what]
+                error = ((value - expected).norm() / expected.norm()).item()
+                if error > _TOLERANCE[precision]:
+                    raise ValueError(
+                        f"{bench.case.model}: {name} and {base} differ in their {what} by {error:.1e} (relative, "
+                        f"{precision}) on the same weights and mask, more than {_TOLERANCE[precision]:.0e}, so nothing "
+                        "is measured"
+                    )
+
+
+def _numbers(bench: Bench, contender: Contender, kind: str, precision: str) -> dict[str, Tensor]:
+    """Results of a step by name; gradients of parameters, which each names its own way, as one norm over all."""
+    if precision != "fp64":
+        return _named(bench.forward(contender, kind, precision))
+    single = bench.images
+    contender.model.double()
+    bench.images = single.double().requires_grad_()
+    outputs = bench.forward(contender, kind, precision)
+    bench.backward(outputs)
+    norms = [p.grad.norm() for p in contender.model.parameters() if p.grad is not None]
+    assert bench.images.grad is not None
+    numbers = {
+        **_named(outputs),
+        "gradient of the images": bench.images.grad,
+        "gradient": torch.stack(norms).norm(),
+    }
+    contender.model.zero_grad(set_to_none=True)
+    contender.model.float()  # back to the very weights it had
+    bench.images = single
+    return numbers
+
+
+def _named(outputs: list[Tensor]) -> dict[str, Tensor]:
+    names = ["loss"] if outputs[0].ndim == 0 else [f"features {i}" for i in range(len(outputs))]
+    return {name: x.detach().double() for name, x in zip(names, outputs, strict=True)}
+
+
+def checked(case: Case, kind: str) -> Bench:
+    """Contenders of a case that give equal results.
+
+    With another decoder than the original's, ours are first compared with it at its width, then with each other.
+
+    Raises:
+        ValueError: they differ, or the case does not fit the model.
+    """
+    if kind == "step" and case.has_original and case.decoder_width != DECODER_WIDTH:
+        check_parity(Bench(replace(case, decoder_width=DECODER_WIDTH)), kind)
+    bench = Bench(case)
+    check_parity(bench, kind)
+    return bench

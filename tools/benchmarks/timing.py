@@ -1,0 +1,73 @@
+"""Seconds of steps that take turns, their summary, and the machine that they ran on."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+_WARM_UP = 2  # turns that are not counted: libraries choose their kernels in them
+
+
+def refuse_busy_machine(allowed: bool) -> None:
+    """A second busy process makes OpenMP code several times slower, unevenly: such timings say nothing.
+
+    Raises:
+        ValueError: others compute on this machine, and that is not allowed.
+    """
+    load = os.getloadavg()[0]
+    if load > 0.5 and not allowed:
+        raise ValueError(
+            f"this machine is busy (load {load:.1f}): wait until other programs have ended, or pass --busy"
+        )
+
+
+def interleaved(
+    steps: Mapping[str, Callable[[], object]], rounds: int, device: str
+) -> dict[str, list[float]]:
+    """Seconds of every step [s], contenders in turn, so that what slows the machine down slows all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(rounds + _WARM_UP):
+        for name, step in steps.items():
+            _synchronise(device)
+            begin = time.perf_counter()
+            step()
+            _synchronise(device)
+            if turn >= _WARM_UP:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def summary(times: Sequence[float], base: Sequence[float], batch: int) -> dict[str, str]:
+    """Median and quartiles of these times [s] and of their paired speedups over `base`, and images/s at the median."""
+    speedups = [b / t for b, t in zip(base, times, strict=True)]
+    low, median, high = statistics.quantiles(times, n=4, method="inclusive")
+    slow, speedup, fast = statistics.quantiles(speedups, n=4, method="inclusive")
+    return {
+        "seconds_median": f"{median:.6f}",
+        "seconds_quartile_low": f"{low:.6f}",
+        "seconds_quartile_high": f"{high:.6f}",
+        "images_per_second": f"{batch / median:.3f}",
+        "speedup_median": f"{speedup:.3f}",
+        "speedup_quartile_low": f"{slow:.3f}",
+        "speedup_quartile_high": f"{fast:.3f}",
+    }
+
+
+def device_name(device: str) -> str:
+    """Kind of the machine, without anything that identifies it."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
+    return f"cpu ({model or platform.machine()})"
+
+
+def _synchronise(device: str) -> None:
+    """Wait for the work that was handed to the device."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
