@@ -38,6 +38,9 @@ class ModelConfig:
         sync_bn: batch normalisation takes its statistics over all processes.
         densify_norm: normalisation of the encoder's feature maps before the decoder, bn (batch) or ln (layer); null is
             the kind that the encoder itself uses.
+        decoder_stages: blocks of the decoder, each doubling the resolution; null is as many as the image's resolution
+            takes. With fewer, the last one's positions predict squares of pixels: a cheaper decoder.
+        densify_kernel: of the projections between encoder and decoder, 3 or, cheaper, 1.
         grad_checkpointing: compute the encoder's activations again in the backward pass instead of keeping them, which
             costs time and saves memory; the results stay the same.
     """
@@ -52,6 +55,8 @@ class ModelConfig:
     drop_path: float = 0.0
     sync_bn: bool = True
     densify_norm: Literal["bn", "ln"] | None = None
+    decoder_stages: int | None = None
+    densify_kernel: Literal[1, 3] = 3
     grad_checkpointing: bool = False
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ has the encoder's total stride, every later entry half the stride of the one bef
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from timm.layers.norm import LayerNorm2d
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
@@ -46,10 +47,14 @@ class Densify(nn.Module):
             self.projection = nn.Identity()
         else:
             self.projection = nn.Conv2d(channels, width, kernel_size, padding=kernel_size // 2, bias=True)
+        self.pointwise = isinstance(self.projection, nn.Conv2d) and kernel_size == 1
 
     def forward(self, x: SparseTensor) -> Tensor:
         """[B, channels, h, w] sparse -> [B, width, h, w] dense."""
-        return self.projection(self.norm(x).to_dense(self.token))
+        x = self.norm(x)
+        if self.pointwise:  # a projection site by site: of the visible sites, and once of the token
+            return self.projection(x).to_dense(self.projection(self.token))
+        return self.projection(x.to_dense(self.token))
 
 
 class DecoderBlock(nn.Module):
@@ -73,14 +78,20 @@ class DecoderBlock(nn.Module):
 class LightDecoder(nn.Module):
     """A chain of blocks; each stage's densified features are added to the input of its block.
 
+    With fewer blocks than it takes to reach the image's resolution, the head predicts the pixels of what is left at
+    once: every position `upscale` x `upscale` of them.
+
     Args:
         width: channels at the deepest stage; halved by every block, so a multiple of 2 ** num_blocks.
-        num_blocks: log2 of the encoder's total stride.
+        num_blocks: log2 of the encoder's total stride in the official decoder, fewer in leaner ones.
         out_chans: channels of the image.
         sync_bn: batch statistics over all processes.
+        upscale: side of the square of pixels that each position of the last block predicts.
     """
 
-    def __init__(self, width: int, num_blocks: int, out_chans: int = 3, sync_bn: bool = True):
+    def __init__(
+        self, width: int, num_blocks: int, out_chans: int = 3, sync_bn: bool = True, upscale: int = 1
+    ):
         super().__init__()
         if width % 2**num_blocks:
             raise ValueError(
@@ -89,17 +100,18 @@ class LightDecoder(nn.Module):
         self.widths = [width // 2**i for i in range(num_blocks + 1)]
         pairs = zip(self.widths[:-1], self.widths[1:], strict=True)
         self.blocks = nn.ModuleList(DecoderBlock(a, b, sync_bn) for a, b in pairs)
-        self.head = nn.Conv2d(self.widths[-1], out_chans, 1, bias=True)
+        self.head = nn.Conv2d(self.widths[-1], out_chans * upscale**2, 1, bias=True)
+        self.upscale = upscale
         self.apply(_init_weights)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Dense features, deepest first, [B, widths[i], h * 2**i, w * 2**i] -> [B, out_chans, H, W]."""
         x = features[0]
-        for i, block in enumerate(self.blocks):
-            if 0 < i < len(features):
-                x = x + features[i]
+        for i, block in enumerate(self.blocks, start=1):
             x = block(x)
-        return self.head(x)
+            if i < len(features):
+                x = x + features[i]
+        return F.pixel_shuffle(self.head(x), self.upscale)
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -53,6 +53,10 @@ class SparK(nn.Module):
         drop_path: stochastic depth rate of a named encoder.
         sync_bn: batch statistics over all processes.
         densify_norm: "bn" or "ln"; default the kind that the encoder itself uses.
+        decoder_stages: blocks of the decoder, each doubling the resolution; default as many as it takes to reach the
+            image's. With fewer, each position of the last block predicts a square of pixels, and feature maps of higher
+            resolution than that are not read.
+        densify_kernel: 3, or 1 for cheaper projections (the deepest one always has 1).
 
     Raises:
         ValueError: unknown model, sizes or options that do not fit; each says what does.
@@ -70,6 +74,8 @@ class SparK(nn.Module):
         drop_path: float = 0.0,
         sync_bn: bool = True,
         densify_norm: str | None = None,
+        decoder_stages: int | None = None,
+        densify_kernel: int = 3,
         **timm_kwargs: Any,
     ):
         super().__init__()
@@ -86,8 +92,8 @@ class SparK(nn.Module):
         self.mask_ratio = mask_ratio
         self.layout = layout
         self.sync_bn = sync_bn
-        self.levels = pyramid_info(encoder)[-_HIERARCHY:]
-        self.stride = self.levels[-1].stride
+        levels = pyramid_info(encoder)
+        self.stride = levels[-1].stride
         self.patch_size = self.stride if patch_size is None else patch_size
         if self.patch_size % self.stride or self.patch_size <= 0:
             raise ValueError(
@@ -98,6 +104,14 @@ class SparK(nn.Module):
             raise ValueError(
                 f"the encoder's total stride is {self.stride}; the decoder doubles sizes and needs a power of 2"
             )
+        stages = num_blocks if decoder_stages is None else decoder_stages
+        if not 1 <= stages <= num_blocks:
+            raise ValueError(
+                f"decoder_stages {stages} must be 1 to {num_blocks}, log2 of the encoder's stride"
+            )
+        if densify_kernel not in (1, 3):
+            raise ValueError(f"densify_kernel {densify_kernel} must be 1 or 3")
+        self.levels = levels[-min(_HIERARCHY, stages + 1) :]
         self.input_size = (
             (input_size, input_size) if isinstance(input_size, int) else (input_size[0], input_size[1])
         )
@@ -107,13 +121,14 @@ class SparK(nn.Module):
         norm = densify_norm or _norm_kind(encoder)
         if norm not in ("bn", "ln"):
             raise ValueError(f"densify_norm {densify_norm!r} does not exist: use 'bn' or 'ln'")
-        self.decoder = LightDecoder(decoder_width, num_blocks, in_chans, sync_bn)
+        upscale = 2 ** (num_blocks - stages)
+        self.decoder = LightDecoder(decoder_width, stages, in_chans, sync_bn, upscale)
         self.densify = nn.ModuleList(
             Densify(
                 level.channels,
                 self.decoder.widths[depth],
                 norm=norm,
-                kernel_size=1 if depth == 0 else 3,
+                kernel_size=1 if depth == 0 else densify_kernel,
                 identity_if_equal=depth == 0,
                 sync_bn=sync_bn,
             )

@@ -95,6 +95,8 @@ def pretrain(config: PretrainConfig) -> None:
         drop_path=config.model.drop_path,
         sync_bn=config.model.sync_bn,
         densify_norm=config.model.densify_norm,
+        decoder_stages=config.model.decoder_stages,
+        densify_kernel=config.model.densify_kernel,
     )
     if config.model.grad_checkpointing:
         checkpoint_activations(spark.encoder, config.model.name)

@@ -77,7 +77,7 @@ def window(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> Sparse
     border), average pooling divides as it does on a dense map.  Biases do not reach masked sites.
     """
     require_channels_first(func, x)
-    out = func(x.layout.to_dense(x.data, x.sites, x.size4), *args, **kwargs)
+    out = func(x.layout.to_dense(x.data, x.sites, x.size4, None), *args, **kwargs)
     if not isinstance(out, Tensor):
         raise MissingRuleError(
             f"no sparse rule for {func.__name__} with more than one result (return_indices?)"
@@ -89,7 +89,7 @@ def window(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> Sparse
 def pad(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
     """`F.pad` before a convolution or a pooling without padding of its own (TensorFlow's "same", blur pooling)."""
     require_channels_first(func, x)
-    dense = func(x.layout.to_dense(x.data, x.sites, x.size4), *args, **kwargs)
+    dense = func(x.layout.to_dense(x.data, x.sites, x.size4, None), *args, **kwargs)
     base = x.layout if not isinstance(x.layout, PaddedLayout) else x.layout.base
     return SparseTensor(dense, x.sites, PaddedLayout(base), _size4(dense))
 
@@ -210,7 +210,7 @@ class PaddedLayout(Layout):
         object.__setattr__(self, "base", base)
 
 
-def _as_it_is(data: Tensor, sites: Sites, size: tuple[int, int, int, int]) -> Tensor:
+def _as_it_is(data: Tensor, sites: Sites, size: tuple[int, int, int, int], fill: Tensor | None) -> Tensor:
     return data
 
 

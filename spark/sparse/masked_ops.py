@@ -21,9 +21,9 @@ def from_dense(dense: Tensor, sites: Sites) -> Tensor:
     return torch.where(sites.mask(*dense.shape[2:]), dense, 0)
 
 
-def to_dense(data: Tensor, sites: Sites, size: tuple[int, int, int, int]) -> Tensor:
-    """Nothing to do."""
-    return data
+def to_dense(data: Tensor, sites: Sites, size: tuple[int, int, int, int], fill: Tensor | None) -> Tensor:
+    """The array as it is, or with the fill at masked sites."""
+    return data if fill is None else torch.where(sites.mask(*size[2:]), data, fill.to(data.dtype))
 
 
 def remask(x: SparseTensor, data: Tensor) -> Tensor:

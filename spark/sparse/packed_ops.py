@@ -32,11 +32,34 @@ def from_dense(dense: Tensor, sites: Sites) -> Tensor:
     return patches.permute(0, 2, 3, 1).reshape(-1, c)
 
 
-def to_dense(data: Tensor, sites: Sites, size: tuple[int, int, int, int]) -> Tensor:
-    """Scatter: [N, C] -> [B, C, h, w] in channels_last memory, zero at masked sites."""
+def to_dense(data: Tensor, sites: Sites, size: tuple[int, int, int, int], fill: Tensor | None) -> Tensor:
+    """Scatter: [N, C] -> [B, C, h, w] in channels_last memory, the fill or zero at masked sites."""
     b, c, h, w = size
-    flat = data.new_zeros(b * h * w, c).index_copy(0, sites.rows(h, w), data)
-    return flat.view(b, h, w, c).permute(0, 3, 1, 2)
+    row = None if fill is None else fill.view(1, c).to(data.dtype)
+    flat = _Scatter.apply(data, row, sites.rows(h, w), b * h * w)
+    return flat.view(b, h, w, c).permute(0, 3, 1, 2)  # type: ignore[union-attr]
+
+
+class _Scatter(torch.autograd.Function):
+    """Rows [N, C] at their places among `total` rows, the others all equal to one row [1, C] or zero."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, fill: Tensor | None, places: Tensor, total: int) -> Tensor:
+        ctx.save_for_backward(places)
+        out = rows.new_empty(total, rows.shape[1])
+        out.copy_(fill) if fill is not None else out.zero_()
+        return out.index_copy_(0, places, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        (places,) = ctx.saved_tensors
+        need_rows, need_fill = ctx.needs_input_grad[:2]
+        grad_fill = None
+        if need_fill:
+            filled = grad.new_ones(1, len(grad)).index_fill_(1, places, 0)
+            grad_fill = filled @ grad
+        return grad.index_select(0, places) if need_rows else None, grad_fill, None, None
 
 
 def recipe(

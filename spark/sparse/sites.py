@@ -50,7 +50,7 @@ class Cells:
             rows = rows.index_select(0, self.row)
             rows.index_fill_(0, self.masked, 0)
             rows.index_fill_(0, self.outside, outside)
-        return rows.view(*self.shape, -1)
+        return rows.view(*self.shape, rows.shape[1])
 
     def spread(self, cells: Tensor) -> Tensor:
         """The transpose of `gather`: [..., w, C] -> [N, C], each row the sum of its cells."""

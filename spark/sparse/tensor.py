@@ -41,13 +41,14 @@ class Layout:
         name: shown in messages.
         rules: function name -> rule, called as `rule(func, *args, **kwargs)` with the function that was called.
         from_dense: (array [B, C, h, w], sites) -> data.
-        to_dense: (data, sites, shape (B, C, h, w)) -> array [B, C, h, w], zero at masked sites.
+        to_dense: (data, sites, shape (B, C, h, w), fill [1, C, 1, 1] or None) -> array [B, C, h, w], at masked sites
+            the fill or zero.
     """
 
     name: str
     rules: Mapping[str, Rule]
     from_dense: Callable[[Tensor, Sites], Tensor]
-    to_dense: Callable[[Tensor, Sites, tuple[int, int, int, int]], Tensor]
+    to_dense: Callable[[Tensor, Sites, tuple[int, int, int, int], Tensor | None], Tensor]
 
 
 class Recipe(NamedTuple):
@@ -125,10 +126,7 @@ class SparseTensor:
         """Array [B, C, h, w] with `fill` ([1, C, 1, 1]; default 0) at masked sites."""
         if self.channels_last:
             raise ValueError("to_dense needs the order [B, C, h, w]: permute back first")
-        dense = self.layout.to_dense(self.data, self.sites, self.size4)
-        if fill is None:
-            return dense
-        return torch.where(self.sites.mask(*self.size4[2:]), dense, fill.to(dense.dtype))
+        return self.layout.to_dense(self.data, self.sites, self.size4, fill)
 
     @property
     def shape(self) -> torch.Size:

@@ -1,0 +1,651 @@
+"""How good are an encoder's frozen features?  kNN and a linear probe on a folder of labelled images.
+
+    python tools/probe.py --encoder RUN/encoder resnet18 --data FOLDER --output probe.json
+
+FOLDER holds train/CLASS/* and val/CLASS/*, with the same classes. Images go through the frozen encoder in eval mode; a
+feature map, averaged over its positions, is the feature vector [D] of an image. Features are standardised with mean and
+standard deviation of the training split. Then, with no training of the encoder:
+
+- kNN: the vote of the k nearest training images by cosine similarity s, each with weight exp(s / 0.07), as in Wu et
+  al. 2018, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination" (section 3.4), and later DINO.
+- linear: multinomial logistic regression, by full-batch L-BFGS. The L2 strength is the one that does best on a held-out
+  tenth of the training split; the validation split only scores the result.
+
+Prints a table and writes it, with every setting, to the output file. Accuracies are top-1, as shares of the images.
+"""
+
+import argparse
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from PIL import Image, ImageOps
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear, normalize
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import functional
+
+from finetune.inference import chosen_device
+from finetune.metrics import write_results
+from spark.encoder import PyramidLevel, pyramid, pyramid_info
+from spark.export import load_encoder
+from spark.images import UnreadableImages, describe_failure, list_images, read_image
+from spark.official import input_channels, timm_config
+from spark.run import ignore_stop_signals, one_line_errors, progress_bar
+
+SPLITS = ("train", "val")
+TEMPERATURE = 0.07
+STRENGTHS = (
+    1e-4,
+    1e-3,
+    1e-2,
+    1e-1,
+    1.0,
+    10.0,
+)  # weaker ones take most of the time, and L-BFGS seldom converges
+MAX_ITERATIONS = 1000
+
+
+# ----------------------------------------------------------------------------------------------------
+# Images with labels
+# ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LabelledFiles:
+    """The files of both splits, training split first.
+
+    Attributes:
+        classes: names, sorted; a label is an index of this list.
+        files: [N].
+        labels: [N], int64.
+        train: [N], True in the training split.
+    """
+
+    classes: list[str]
+    files: list[Path]
+    labels: Tensor
+    train: Tensor
+
+
+def list_labelled(root: Path) -> LabelledFiles:
+    """Find the images of `root/train/CLASS/` and `root/val/CLASS/`, subfolders of a class included.
+
+    Raises:
+        FileNotFoundError: a split is missing.
+        ValueError: a split without images, images outside the class folders, other classes in one split than in the
+            other, or fewer than two.
+    """
+    named = {split: _files_with_class(root / split) for split in SPLITS}
+    train, val = ({name for _, name in named[split]} for split in SPLITS)
+    if train != val:
+        only = [
+            f"only in {split}/: {', '.join(sorted(names)[:3])}"
+            for split, names in zip(SPLITS, (train - val, val - train), strict=True)
+            if names
+        ]
+        raise ValueError(
+            f"train/ and val/ of {root} must have images of the same classes ({'; '.join(only)}): "
+            "add what is missing, or move these folders away"
+        )
+    if len(train) < 2:
+        raise ValueError(
+            f"{root} has images of a single class, {train.pop()}: it takes two or more, a folder each"
+        )
+    classes = sorted(train)
+    entries = [(file, classes.index(name), split) for split in SPLITS for file, name in named[split]]
+    return LabelledFiles(
+        classes,
+        [file for file, _, _ in entries],
+        torch.tensor([label for _, label, _ in entries]),
+        torch.tensor([split == "train" for _, _, split in entries]),
+    )
+
+
+def _files_with_class(folder: Path) -> list[tuple[Path, str]]:
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {folder}: --data must hold train/ and val/, each with a folder of images per class"
+        )
+    files = list_images(folder)
+    for file in files:
+        if file.parent == folder:
+            raise ValueError(f"{file} lies in no class: put it into a folder {folder}/CLASS")
+    return [(file, file.relative_to(folder).parts[0]) for file in files]
+
+
+@dataclass
+class Preparation:
+    """From a PIL image to what an encoder sees: shorter side resized, centre cropped, normalised.
+
+    Attributes:
+        size: (H, W) [px].
+        mean: of each channel, of values in [0, 1]; three for colour, one for grey.
+        std: likewise.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """RGB image of any size -> [C, H, W], float32."""
+        height, width = self.size
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+        image = image if len(self.mean) == 3 else image.convert("L")
+        return functional.normalize(functional.to_tensor(image), list(self.mean), list(self.std))
+
+
+class PreparedImages(Dataset):
+    """Files as (index, tensor [C, H, W]); of a file that cannot be read, (index, "path: reason")."""
+
+    def __init__(self, files: Sequence[Path], preparation: Preparation) -> None:
+        self.files, self.preparation = files, preparation
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+        try:
+            image = read_image(self.files[index])
+        except Exception as error:  # on corrupt bytes Pillow's readers raise nearly everything
+            return index, describe_failure(self.files[index], error)
+        return index, self.preparation(image)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Features
+# ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Candidate:
+    """One encoder to probe: where it came from, what is read of it, and how its images are prepared."""
+
+    source: str
+    model: nn.Module
+    levels: list[PyramidLevel]
+    preparation: Preparation
+
+
+def open_candidate(source: str, options: argparse.Namespace) -> Candidate:
+    """Load an encoder. Random weights are a function of the seed alone, not of the encoders before.
+
+    Raises:
+        ValueError: no encoder, no such level, an image size below its stride, or not an encoder of images.
+        FileNotFoundError: a path that does not exist.
+    """
+    torch.manual_seed(options.seed)
+    model = load_encoder(source, pretrained=options.pretrained, model_name=options.model_name)
+    known = timm_config(model)
+    channels = input_channels(model)
+    if channels not in (1, 3):
+        raise ValueError(
+            f"{source} reads {channels} channels: image files have 3 channels (colour) or 1 (grey)"
+        )
+    size = options.size or known["input_size"][1:]
+    stride = pyramid_info(model)[-1].stride
+    if min(size) < stride:
+        raise ValueError(
+            f"images of {size[0]}x{size[-1]} px are smaller than the stride of {source}, {stride} px: "
+            f"give a larger --size"
+        )
+    preparation = Preparation(
+        (size[0], size[-1]),
+        tuple(known.get("mean", IMAGENET_DEFAULT_MEAN)),
+        tuple(known.get("std", IMAGENET_DEFAULT_STD)),
+    )
+    return Candidate(source, model, chosen_levels(source, model, options.level), preparation)
+
+
+def chosen_levels(source: str, model: nn.Module, level: str) -> list[PyramidLevel]:
+    """The feature maps that `level` names: "deepest", "all", or a stride [px]."""
+    levels = pyramid_info(model)
+    if level == "all":
+        return levels
+    if level == "deepest":
+        return levels[-1:]
+    chosen = [known for known in levels if str(known.stride) == level]
+    if not chosen:
+        strides = ", ".join(str(known.stride) for known in levels)
+        raise ValueError(
+            f"{source} has no feature map of level {level!r}: give deepest, all, or a stride of {strides}"
+        )
+    return chosen
+
+
+@torch.no_grad()
+def extract_features(
+    candidate: Candidate,
+    files: Sequence[Path],
+    unreadable: UnreadableImages,
+    *,
+    device: torch.device,
+    precision: str = "fp32",
+    batch_size: int = 64,
+    workers: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Send files through an encoder, in eval mode.
+
+    Args:
+        candidate: the encoder; it is moved to the device for the while.
+        files: images.
+        unreadable: counts the files that cannot be read; each is told to the user once.
+        device: where to compute.
+        precision: fp32, or bf16 under autocast. The average over positions is taken in fp32.
+        batch_size: images of one forward.
+        workers: processes that read images; 0 reads in this one.
+
+    Returns:
+        Features [M, D] of the M files that could be read, float32 on the CPU, and their indices in `files` [M].
+
+    Raises:
+        ValueError: no file could be read, or a feature is not finite.
+    """
+    model = candidate.model.to(device).eval()
+    loader = DataLoader(
+        PreparedImages(files, candidate.preparation),
+        batch_size,
+        num_workers=workers,
+        collate_fn=list,
+        worker_init_fn=ignore_stop_signals,
+    )
+    features, kept = [], []
+    begin = time.monotonic()
+    with progress_bar(len(loader), every=max(1, len(loader) // 5)) as bar:
+        bar.say(f"{candidate.source}, {candidate.preparation.size[0]}x{candidate.preparation.size[1]} px")
+        for step, samples in enumerate(loader, start=1):
+            for line in unreadable.add([image for _, image in samples if isinstance(image, str)]):
+                bar.say(f"unreadable, left out: {line}")
+            readable = [(index, image) for index, image in samples if isinstance(image, Tensor)]
+            if readable:
+                images = torch.stack([image for _, image in readable]).to(device)
+                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                    maps = pyramid(model, images, candidate.levels)
+                features.append(torch.cat([x.float().mean((2, 3)) for x in maps], dim=1).cpu())
+                kept += [index for index, _ in readable]
+            bar.update(step, images_per_second=len(kept) / (time.monotonic() - begin))
+    model.cpu()  # the next encoder wants the memory
+    if not kept:
+        raise ValueError(f"none of the {len(files)} image files could be read: check the data")
+    result = torch.cat(features)
+    broken = int((~result.isfinite()).any(dim=1).sum())
+    if broken:
+        raise ValueError(
+            f"{candidate.source} gives features that are not finite for {broken} of {len(kept)} images: "
+            "try --precision fp32, or another checkpoint"
+        )
+    return result, torch.tensor(kept)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Probes
+# ----------------------------------------------------------------------------------------------------
+
+
+def standardise(train: Tensor, val: Tensor) -> tuple[Tensor, Tensor]:
+    """Features [N, D] and [M, D] in fp64, with mean 0 and standard deviation 1 of each over the *training* split.
+
+    A feature that is constant up to rounding becomes 0 in the training split; it is not blown up to variance 1.
+    """
+    train, val = train.double(), val.double()
+    mean, std = train.mean(0), train.std(0, correction=0)
+    std = std.where(std > 1e-6 * mean.abs(), 1.0)
+    return (train - mean) / std, (val - mean) / std
+
+
+def knn_predict(
+    train: Tensor, labels: Tensor, queries: Tensor, neighbours: Sequence[int], classes: int
+) -> dict[int, Tensor]:
+    """Classes by the weighted vote of the nearest training images (Wu et al. 2018, section 3.4).
+
+    Args:
+        train: features [N, D], standardised.
+        labels: [N].
+        queries: features [M, D].
+        neighbours: numbers k of voters.
+        classes: number of classes.
+
+    Returns:
+        For each k the predicted labels [M].
+
+    Raises:
+        ValueError: a k above N.
+    """
+    most = max(neighbours)
+    if most > len(train):
+        raise ValueError(f"--k {most} is more than the {len(train)} training images: give a smaller one")
+    bank = normalize(train, dim=1)
+    votes: dict[int, list[Tensor]] = {k: [] for k in neighbours}
+    for chunk in queries.split(1024):  # [1024, N] similarities at a time
+        similarity, nearest = (normalize(chunk, dim=1) @ bank.T).topk(most, dim=1)
+        weights, voters = (similarity / TEMPERATURE).exp(), labels[nearest]
+        for k in neighbours:
+            counts = weights.new_zeros(len(chunk), classes).scatter_add_(1, voters[:, :k], weights[:, :k])
+            votes[k].append(counts.argmax(1))
+    return {k: torch.cat(predicted) for k, predicted in votes.items()}
+
+
+@dataclass
+class LogisticRegression:
+    """A fitted linear classifier.
+
+    Attributes:
+        weight: [classes, D].
+        bias: [classes].
+        converged: False if L-BFGS stopped at MAX_ITERATIONS.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    converged: bool
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Features [N, D] -> [N, classes]."""
+        return linear(features, self.weight, self.bias)
+
+    def accuracy(self, features: Tensor, labels: Tensor) -> float:
+        """Share of features [N, D] whose largest logit is that of their label [N]."""
+        return share_equal(self.logits(features).argmax(1), labels)
+
+
+def fit_logistic(features: Tensor, labels: Tensor, classes: int, strength: float) -> LogisticRegression:
+    """Minimise mean cross-entropy + strength / 2 * |weight|^2 (the bias is free), from zero: nothing is random.
+
+    In scikit-learn's terms, strength = 1 / (C * N).
+    """
+    weight = features.new_zeros(classes, features.shape[1], requires_grad=True)
+    bias = features.new_zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=MAX_ITERATIONS,
+        max_eval=2 * MAX_ITERATIONS,
+        tolerance_grad=1e-6,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = cross_entropy(linear(features, weight, bias), labels) + strength / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    converged = optimizer.state[weight]["n_iter"] < MAX_ITERATIONS
+    return LogisticRegression(weight.detach(), bias.detach(), converged)
+
+
+def choose_strength(
+    features: Tensor, labels: Tensor, classes: int, strengths: Sequence[float], seed: int
+) -> tuple[float, list[dict[str, float]]]:
+    """Choose the L2 strength on a tenth of the training split, held out of each class at random.
+
+    Returns:
+        The strength of the highest held-out accuracy, of equals that of the lowest cross-entropy; and for each strength
+        its `l2`, `accuracy` and `cross_entropy` on the held-out images.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    for label in range(classes):
+        members = (labels.cpu() == label).nonzero()[:, 0]
+        order = torch.randperm(len(members), generator=generator)
+        held_out[members[order[: max(1, len(members) // 10)]]] = True
+    held_out = held_out.to(labels.device)
+
+    rows = []
+    for strength in strengths:
+        model = fit_logistic(features[~held_out], labels[~held_out], classes, strength)
+        logits, wanted = model.logits(features[held_out]), labels[held_out]
+        rows.append(
+            {
+                "l2": strength,
+                "accuracy": share_equal(logits.argmax(1), wanted),
+                "cross_entropy": cross_entropy(logits, wanted).item(),
+            }
+        )
+    return min(rows, key=lambda row: (-row["accuracy"], row["cross_entropy"]))["l2"], rows
+
+
+def share_equal(predicted: Tensor, labels: Tensor) -> float:
+    """Share of equal entries of two [N]."""
+    return (predicted == labels).double().mean().item()
+
+
+# ----------------------------------------------------------------------------------------------------
+# The command
+# ----------------------------------------------------------------------------------------------------
+
+
+def probe(
+    train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Score features [N, D] with labels [N] on those of the validation split, [M, D] and [M]."""
+    classes = int(train_labels.max()) + 1
+    train, val = standardise(train, val)
+    predicted = knn_predict(train, train_labels, val, options.k, classes)
+    strength, held_out = choose_strength(train, train_labels, classes, options.l2, options.seed)
+    model = fit_logistic(train, train_labels, classes, strength)
+    return {
+        "features": train.shape[1],
+        "knn": {str(k): share_equal(predicted[k], val_labels) for k in options.k},
+        "linear": {
+            "val": model.accuracy(val, val_labels),
+            "train": model.accuracy(train, train_labels),
+            "l2": strength,
+            "converged": model.converged,
+            "held_out": held_out,
+        },
+    }
+
+
+def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
+    """Probe every encoder; the output file is written anew after each. Returns its content."""
+    device = chosen_device(options.device)
+    data = list_labelled(options.data)
+    candidates = [open_candidate(source, options) for source in options.encoder]  # mistakes show at once
+    unreadable = UnreadableImages(len(data.files), max_share=1.0)
+    results: dict[str, Any] = {
+        "command": command,
+        "settings": {
+            **{name: value for name, value in vars(options).items() if name not in ("output", "encoder")},
+            "data": str(options.data),
+            "device": torch.cuda.get_device_name()
+            if device.type == "cuda"
+            else f"{os.cpu_count()} CPU cores",
+            "temperature": TEMPERATURE,
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+        },
+        "classes": data.classes,
+        "encoders": [],
+    }
+    for candidate in candidates:
+        begin = time.monotonic()
+        features, kept = extract_features(
+            candidate,
+            data.files,
+            unreadable,
+            device=device,
+            precision=options.precision,
+            batch_size=options.batch_size,
+            workers=options.workers,
+        )
+        train, labels = data.train[kept], data.labels[kept]
+        require_images_of_each_class(data.classes, labels[train], labels[~train])
+        features, labels, train = features.to(device), labels.to(device), train.to(device)
+        scores = probe(features[train], labels[train], features[~train], labels[~train], options)
+        majority = labels[train].bincount().argmax()
+        results["images"] = {"train": int(train.sum()), "val": int((~train).sum())}
+        results["unreadable"] = dict(unreadable.reasons)
+        results["chance"] = 1 / len(data.classes)
+        results["majority"] = share_equal(majority, labels[~train])
+        results["encoders"].append(
+            {
+                "encoder": candidate.source,
+                "architecture": timm_config(candidate.model)["architecture"],
+                "size": candidate.preparation.size,
+                "mean": candidate.preparation.mean,
+                "std": candidate.preparation.std,
+                "strides": [level.stride for level in candidate.levels],
+                **scores,
+                "seconds": round(time.monotonic() - begin, 1),
+            }
+        )
+        write_results(options.output, results)
+    return results
+
+
+def require_images_of_each_class(classes: Sequence[str], train_labels: Tensor, val_labels: Tensor) -> None:
+    """Two readable training images a class, for one is held out, and one validation image; ValueError if not."""
+    for split, labels, wanted in (("train", train_labels, 2), ("val", val_labels, 1)):
+        for name, count in zip(classes, labels.bincount(minlength=len(classes)).tolist(), strict=True):
+            if count < wanted:
+                raise ValueError(
+                    f"{split}/{name} has {count or 'no'} readable image{'' if count == 1 else 's'}, and {wanted} "
+                    f"{'is' if wanted == 1 else 'are'} needed: add some, or move the class out of both splits"
+                )
+
+
+def print_results(console: Console, results: dict[str, Any]) -> None:
+    """Print the table, and below it what its numbers stand on."""
+    images = results["images"]
+    table = Table(
+        title=f"{len(results['classes'])} classes, {images['train']} training and {images['val']} validation images; "
+        f"accuracy in %",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+    )
+    table.add_column("encoder", overflow="fold")
+    table.add_column("px", no_wrap=True)
+    for heading in (*(f"{k}-NN" for k in results["settings"]["k"]), "linear", "(train)", "L2"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in results["encoders"]:
+        scores = [*row["knn"].values(), row["linear"]["val"], row["linear"]["train"]]
+        table.add_row(
+            Text(row["encoder"]),
+            "x".join(map(str, row["size"])),
+            *(f"{100 * score:.1f}" for score in scores),
+            f"{row['linear']['l2']:g}",
+        )
+    console.print(table)
+    lines = [
+        f"chance {100 * results['chance']:.1f}, always the largest class {100 * results['majority']:.1f}"
+    ]
+    if results["unreadable"]:
+        lines.append(f"{len(results['unreadable'])} unreadable images were left out")
+    strengths = results["settings"]["l2"]
+    for row in results["encoders"]:
+        if not row["linear"]["converged"]:
+            lines.append(
+                f"{row['encoder']}: L-BFGS stopped at {MAX_ITERATIONS} iterations, before it converged"
+            )
+        if len(strengths) > 1 and row["linear"]["l2"] in (min(strengths), max(strengths)):
+            lines.append(
+                f"{row['encoder']}: the best L2 strength is at the end of those tried, widen --l2 beyond it"
+            )
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--encoder",
+        nargs="+",
+        required=True,
+        metavar="ENCODER",
+        help="exported folders, checkpoint folders of runs, official .pth files or timm names (random weights)",
+    )
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="holds train/ and val/")
+    parser.add_argument("--output", type=Path, required=True, metavar="JSON", help="file for the results")
+    parser.add_argument(
+        "--pretrained", action="store_true", help="of timm names: timm's published weights (network)"
+    )
+    parser.add_argument(
+        "--model_name", metavar="NAME", help="timm name of the encoder in a .pth file that does not say it"
+    )
+    parser.add_argument(
+        "--size",
+        type=_positive,
+        nargs="+",
+        metavar="PX",
+        help="images are resized and centre cropped to it: one number, or H W (default: the size that each encoder was "
+        "trained at)",
+    )
+    parser.add_argument(
+        "--level",
+        default="deepest",
+        help='feature map to use: "deepest" (the default), "all" (concatenated), or a stride in px',
+    )
+    parser.add_argument(
+        "--k", type=_positive, nargs="+", default=[10, 20], help="neighbours that vote (default: 10 20)"
+    )
+    parser.add_argument(
+        "--l2",
+        type=float,
+        nargs="+",
+        default=list(STRENGTHS),
+        metavar="X",
+        help=f"strengths that the linear probe chooses from (default: {' '.join(f'{x:g}' for x in STRENGTHS)})",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of random weights and of the held-out tenth (default: 0)"
+    )
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the encoder")
+    parser.add_argument("--batch_size", type=_positive, default=64)
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes that read images; 0: this one (default: 0)"
+    )
+    options = parser.parse_args(argv)
+    if options.size and len(options.size) > 2:
+        parser.error("--size takes one number, or height and width")
+    if min(options.l2) < 0:
+        parser.error("--l2 takes strengths of 0 or more")
+    if options.workers < 0:
+        parser.error("--workers is 0 or more")
+    options.k = sorted(set(options.k))
+    options.data = options.data.expanduser()
+    return options
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    return value
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; a user's error is one sentence and exit code 2."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    options = parse_arguments(arguments)
+    with one_line_errors():
+        results = run(options, shlex.join(["python", "tools/probe.py", *arguments]))
+        console = Console()
+        print_results(console, results)
+        console.print(f"written to {options.output}", markup=False, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
