@@ -48,12 +48,13 @@ from spark.run import (
     StopRequest,
     StreamSampler,
     check_finite,
+    check_output_dir,
     derive_seed,
     ignore_stop_signals,
+    make_output_dir,
     micro_batch_size,
     one_line_errors,
     prepare,
-    prepare_output_dir,
     progress_bar,
     reduce_sum,
     resume_command,
@@ -90,7 +91,7 @@ def train(config: DepthConfig) -> None:
         OSError: A file cannot be read or written; likewise.
     """
     # --- objects; nothing is written before all of them fit together
-    prepare_output_dir(config.output_dir, config.resume)
+    check_output_dir(config.output_dir, config.resume)
     accelerator = start_accelerator(config.output_dir, config.precision)
     device = cast(torch.device, accelerator.device)
     rank: int = accelerator.process_index
@@ -116,6 +117,11 @@ def train(config: DepthConfig) -> None:
 
     optim = config.optim
     length = run_phases(config, len(pairs))
+    if length.frozen >= length.steps:
+        accelerator.print(
+            f"warning: optim.frozen_epochs {optim.frozen_epochs:g} are {length.frozen} steps and this run has"
+            f" {length.steps}, so its encoder does not learn at all: lower them, or raise epochs or max_steps"
+        )
     groups = parameter_groups(
         depth_model,
         optim.weight_decay,
@@ -143,6 +149,10 @@ def train(config: DepthConfig) -> None:
             )
         for line in config_changes(state["config"], config_dict(config)):
             accelerator.print(f"changed since that checkpoint: {line}")
+        if step >= length.steps:
+            accelerator.print(
+                f"the checkpoint is at step {step}, this run has {length.steps} steps: nothing is left to train"
+            )
     elif config.resume:
         accelerator.print(f"no checkpoint in {config.output_dir} yet: starting from the beginning")
 
@@ -167,6 +177,7 @@ def train(config: DepthConfig) -> None:
     )
 
     # --- logs
+    make_output_dir(config.output_dir)
     log = RunLog(config.output_dir, accelerator, None if checkpoint is None else step)
     if main_process:
         save_config(config, output / "config.yaml")
@@ -196,7 +207,7 @@ def train(config: DepthConfig) -> None:
         fp32, where the validations before it run in the precision of the training.
         """
         assert held_out is not None
-        finished = step == length.steps
+        finished = step >= length.steps
         scored = load_depth_model(output / "model").to(device) if finished else depth_model
         results, rows = score(
             scored, held_out, protocol, transform_of(depth_model), workers=workers, draw=config.triptychs
@@ -361,8 +372,8 @@ def train(config: DepthConfig) -> None:
         if main_process:
             if step != saved_step:
                 save()
-            if step == length.steps:
-                if step != exported_step:  # a run resumed at its very end
+            if step >= length.steps:
+                if step != exported_step:  # a run resumed at its end or beyond it
                     depth_model.save(output / "model")
                 if held_out is not None and metrics is None:
                     metrics = validate()
@@ -440,10 +451,32 @@ def build_model(config: DepthConfig) -> tuple[DepthModel, KeyReport]:
 
     The head is seeded apart from the encoder: it starts from the same weights whatever the encoder's are, so that
     encoders can be compared.
+
+    Raises:
+        ValueError: The encoder is none, or `pretrained` or `encoder_name` do not go with it.
+        FileNotFoundError: A path that does not exist.
     """
     torch.manual_seed(derive_seed(config.seed, ENCODER_WEIGHTS))
     options: dict[str, Any] = {"drop_path_rate": config.model.drop_path} if config.model.drop_path else {}
-    encoder, report = read_encoder(config.encoder, in_chans=3, pretrained=config.pretrained, **options)
+    try:
+        encoder, report = read_encoder(
+            config.encoder,
+            in_chans=3,
+            pretrained=config.pretrained,
+            model_name=config.encoder_name,
+            **options,
+        )
+    except ValueError as error:
+        if "--model_name" not in str(error):
+            raise
+        sentence = str(error)
+        for elsewhere in ("model_name= (--model_name)", "model_name=, --model_name"):
+            sentence = sentence.replace(elsewhere, "--encoder_name")
+        raise ValueError(sentence) from error
+    if config.encoder_name is not None and not os.path.isfile(config.encoder):
+        raise ValueError(
+            f"encoder_name is for .pth files: {config.encoder} says itself which encoder it is, leave it out"
+        )
     if config.pretrained and report.source:
         raise ValueError(
             f"pretrained is for timm names: {report.source} brings its own weights, leave it out"

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from finetune.config import expand_home
 from finetune.depth_data import open_depth_data
 from finetune.figures import save_figure, triptychs
 from finetune.inference import chosen_device, score, summary, transform_of
@@ -46,7 +47,7 @@ class EvaluationDataConfig:
 
     Attributes:
         root: folder that the list's entries are relative to, or the folder or path of nyu_depth_v2_labeled.mat.
-        list: list of the pairs, a path or a name inside root; null scores on the labelled file.
+        list: list of the pairs, a name inside root or a path; null scores on the labelled file.
         split: official split of the labelled file.
         depth: depth of the labelled file to score against; null is what the protocol stands on.
         black_border: paint the white border of the labelled NYU images black, as the published test images have it.
@@ -61,6 +62,7 @@ class EvaluationDataConfig:
     workers: int = 0
 
     def __post_init__(self) -> None:
+        expand_home(self, "root", "list")
         require(self.workers >= 0, "data.workers", self.workers, "0 or more")
 
 
@@ -94,6 +96,7 @@ class EvaluationConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
+        expand_home(self, "model", "output", "figures")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         require(self.triptychs >= 1, "triptychs", self.triptychs, "at least 1")
 

@@ -20,7 +20,7 @@ from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from finetune.files import write_whole
+from spark.folders import write_whole
 
 HOLE_COLOUR = (0.75, 0.75, 0.75)
 """RGB of pixels without a reading: a grey, which the colour map does not contain."""

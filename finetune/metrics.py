@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.files import write_whole
+from spark.folders import write_whole
 
 METRICS = ("delta1", "delta2", "delta3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog")
 
@@ -118,11 +118,6 @@ def error_sums(prediction: np.ndarray, ground_truth: np.ndarray) -> ErrorSums:
         log_spread=float(((d - d.mean()) ** 2).sum()),
         absolute_log10=float(np.abs(np.log10(p) - np.log10(g)).sum()),
     )
-
-
-def compute_metrics(prediction: np.ndarray, ground_truth: np.ndarray) -> dict[str, float]:
-    """The metrics of one set of pixels; arguments and errors as for `error_sums`."""
-    return error_sums(prediction, ground_truth).metrics()
 
 
 def mean_metrics(rows: list[dict[str, float]]) -> dict[str, float]:

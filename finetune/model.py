@@ -147,7 +147,8 @@ def load_depth_model(folder: str | Path) -> DepthModel:
     """Read a model that `DepthModel.save` wrote, in evaluation mode, on the CPU.
 
     Raises:
-        ValueError: No such model, a damaged one, or weights that do not fit its configuration.
+        ValueError: No such model, an encoder instead of one, a damaged one, or weights that do not fit its
+            configuration.
     """
     folder = Path(folder)
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
@@ -161,6 +162,11 @@ def load_depth_model(folder: str | Path) -> DepthModel:
         raise ValueError(f"{folder} is not a depth model (it has no {' and no '.join(missing)}): {hint}")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if "architecture" in config and "encoder" not in config:
+            raise ValueError(
+                f"{folder} is an exported encoder, not a depth model: train one on it with"
+                f" finetune/depth.py --encoder {folder}"
+            )
         built = config["encoder"]
         encoder = build_encoder(built["architecture"], **built["model_args"])
         model = DepthModel(

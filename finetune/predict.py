@@ -23,13 +23,14 @@ from rich.console import Console
 from rich.progress import track
 from torch.nn import functional as F
 
+from finetune.config import expand_home
 from finetune.figures import depth_map, save_figure
-from finetune.files import write_whole
 from finetune.inference import chosen_device, predict_depth, transform_of
 from finetune.model import DepthModel, load_depth_model
 from finetune.protocols import Protocol
 from spark.config import parse_config, require
-from spark.images import list_images, read_image
+from spark.folders import write_whole
+from spark.images import describe_failure, list_images, read_image
 from spark.run import one_line_errors
 
 DESCRIPTION = """Predict depth for an image or a folder of images: for each NAME.npy (metres), NAME_mm.png (16-bit
@@ -65,6 +66,7 @@ class PredictConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
+        expand_home(self, "model", "input", "output")
         require(
             self.image_size is None or min(self.image_size) >= 1,
             "image_size",
@@ -91,6 +93,9 @@ def predict(config: PredictConfig) -> int:
         f"at least 0 and below colour_far, {far}",
     )
     output = Path(config.output)
+    present = next(place for place in (output, *output.parents) if place.exists())
+    if not present.is_dir():
+        raise ValueError(f"output {output} cannot be a folder, {present} is a file: choose another --output")
     images = output_stems(config.input, output)
     model.to(chosen_device(config.device))
 
@@ -99,9 +104,8 @@ def predict(config: PredictConfig) -> int:
         try:
             image = np.asarray(read_image(path))
         except Exception as error:  # Pillow raises a dozen kinds for a damaged file
-            failed.append(
-                {"image": str(path), "reason": " ".join(str(error).split()) or type(error).__name__}
-            )
+            _, _, reason = describe_failure(path, error).rpartition(": ")
+            failed.append({"image": str(path), "reason": reason})
             continue
         depth = predict_image(model, image, config.image_size, config.flip_average)
         millimetres, saturated = to_millimetres(depth)

@@ -19,6 +19,8 @@ from typing import Any, Literal, TypeVar
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser  # pyright: ignore[reportPrivateImportUsage]
 
+from spark.folders import write_whole
+
 T = TypeVar("T")
 
 
@@ -33,7 +35,8 @@ class ModelConfig:
         mask_ratio: share of the patches that is hidden, between 0 and 1.
         patch_size: side of a mask patch in pixels; null is the total stride of the encoder.
         decoder_width: channels of the decoder at the deepest stage.
-        layout: how the encoder runs on masked images; packed computes visible sites only, masked is the reference.
+        layout: how the encoder runs on masked images; packed computes visible sites only, masked is the reference,
+            spconv and triton are packed with the convolutions of these packages (CUDA; not yet measured).
         drop_path: stochastic depth rate of the encoder.
         sync_bn: batch normalisation takes its statistics over all processes.
         densify_norm: normalisation of the encoder's feature maps before the decoder, bn (batch) or ln (layer); null is
@@ -51,7 +54,7 @@ class ModelConfig:
     mask_ratio: float = 0.6
     patch_size: int | None = None
     decoder_width: int = 768
-    layout: Literal["packed", "masked"] = "packed"
+    layout: Literal["packed", "masked", "spconv", "triton"] = "packed"
     drop_path: float = 0.0
     sync_bn: bool = True
     densify_norm: Literal["bn", "ln"] | None = None
@@ -147,6 +150,12 @@ class OptimConfig:
         require(self.eps > 0, "optim.eps", self.eps, "above 0")
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "at least 0")
         require(
+            self.weight_decay_end is None or self.weight_decay_end >= 0,
+            "optim.weight_decay_end",
+            self.weight_decay_end,
+            "at least 0, or null for a constant one",
+        )
+        require(
             self.warmup_steps is None or self.warmup_steps >= 0,
             "optim.warmup_steps",
             self.warmup_steps,
@@ -222,7 +231,8 @@ def parse_config(cls: type[T], argv: Sequence[str] | None, description: str) -> 
     """Read a dataclass of options from a command line.
 
     ``--config FILE`` reads a YAML file, dotted options such as ``--optim.base_lr 1e-3`` override it (the last one
-    counts), ``--help`` lists every option, and ``--print_config`` prints the result as YAML and exits.
+    counts), ``--losses.l1 0.5`` adds to an option that is a dict (``--losses '{l1: 0.5}'`` replaces it), ``--help``
+    lists every option, and ``--print_config`` prints the result as YAML and exits.
 
     Args:
         cls: a dataclass, its fields typed, possibly dataclasses themselves, with an ``Attributes:`` docstring section.
@@ -258,7 +268,7 @@ def save_config(config: Any, path: str | Path) -> None:
         config: an instance of a dataclass.
         path: the file to write.
     """
-    Path(path).write_text(yaml.safe_dump(config_dict(config), sort_keys=False), encoding="utf-8")
+    write_whole(path, yaml.safe_dump(config_dict(config), sort_keys=False).encode())
 
 
 def config_dict(config: Any) -> dict[str, Any]:
@@ -308,8 +318,16 @@ def _check_names(cls: type, argv: Sequence[str]) -> None:
         if name == "config":
             if path := value if equals else "".join(argv[at + 1 : at + 2]):
                 _check_file(Path(path), options, groups)
-        elif name not in {"help", "print_config", *options, *groups}:
+        elif name not in {"help", "print_config", *options, *groups} and not _is_entry(name, options):
             raise ValueError(f"unknown option --{name}{_suggest(name, options, groups)}")
+
+
+def _is_entry(name: str, options: dict[str, Any]) -> bool:
+    """Whether a dotted name is an entry of an option that is a dict, which adds to the dict or replaces in it."""
+    return any(
+        typing.get_origin(kind) is dict and re.match(rf"{re.escape(option)}\.\w", name)
+        for option, kind in options.items()
+    )
 
 
 def _check_file(path: Path, options: dict[str, Any], groups: dict[str, list[str]]) -> None:
@@ -384,6 +402,8 @@ def _type_name(kind: Any) -> str:
         if parts[-1] is Ellipsis:
             return f"a list [...] of {_plural(parts[0])}"
         return f"a list [...] of {len(parts)} {_plural(parts[0])}"
+    if origin is dict:
+        return f"{{name: {_type_name(parts[1])}, ...}}"
     if origin is not None:
         return " or ".join(_type_name(part) for part in parts)
     names = {
@@ -392,6 +412,7 @@ def _type_name(kind: Any) -> str:
         str: "a text",
         bool: "true or false",
         type(None): "null",
+        Any: "any value",
     }
     return names[kind]
 

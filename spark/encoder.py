@@ -36,22 +36,53 @@ def build_encoder(
 
     Raises:
         ValueError: unknown name (nearest names are offered), or a model without a feature pyramid.
+        OSError: the published weights could not be downloaded.
+    """
+    if drop_path > 0:
+        timm_kwargs["drop_path_rate"] = drop_path
+    encoder = create_model(name, pretrained=pretrained, num_classes=0, in_chans=in_chans, **timm_kwargs)
+    pyramid_info(encoder)
+    return encoder
+
+
+def create_model(name: str, *, pretrained: bool = False, **options: Any) -> nn.Module:
+    """`timm.create_model`, with sentences for errors.
+
+    Raises:
+        ValueError: unknown name or tag, or options that the model or its weights cannot follow.
+        OSError: the published weights could not be downloaded.
+    """
+    require_timm_name(name)
+    try:
+        return timm.create_model(name, pretrained=pretrained, **options)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"timm model {name!r} does not accept these options: {error}") from error
+    except OSError as error:  # huggingface_hub's errors, and urllib's, are of this kind
+        if not pretrained:
+            raise
+        raise OSError(
+            f"timm's weights of {name} could not be downloaded ({str(error).rstrip('.')}): connect to the network, "
+            "or give an exported folder or a .pth file"
+        ) from error
+
+
+def require_timm_name(name: str) -> None:
+    """Refuse what timm does not know.
+
+    Raises:
+        ValueError: unknown model (the nearest names are offered), or a tag that it does not have (its tags are named).
     """
     base = name.split(".")[0]
     if not timm.is_model(base):
         near = difflib.get_close_matches(base, timm.list_models(), n=4, cutoff=0.5)
         hint = f"; nearest: {', '.join(near)}" if near else "; timm.list_models() lists all names"
         raise ValueError(f"timm {timm.__version__} has no model named {name!r}{hint}")
-    if drop_path > 0:
-        timm_kwargs["drop_path_rate"] = drop_path
     try:
-        encoder = timm.create_model(
-            name, pretrained=pretrained, num_classes=0, in_chans=in_chans, **timm_kwargs
-        )
-    except TypeError as error:
-        raise ValueError(f"timm model {name!r} does not accept these options: {error}") from error
-    pyramid_info(encoder)
-    return encoder
+        timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        published = timm.list_pretrained(f"{base}.*")
+        hint = f"use {base} or one of {', '.join(published)}" if published else f"use {base}"
+        raise ValueError(f"timm {timm.__version__} has no weights named {name!r}: {hint}") from error
 
 
 def pyramid_info(encoder: nn.Module) -> list[PyramidLevel]:

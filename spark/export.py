@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from spark.encoder import build_encoder
+from spark.encoder import build_encoder, create_model
 from spark.folders import whole_folder, write_tensors
 from spark.keys import KeyReport
 from spark.official import (
@@ -224,6 +224,7 @@ def load_encoder(
     Raises:
         ValueError: Unknown timm name, unreadable or unsafe file, or weights of another architecture.
         FileNotFoundError: A path that does not exist.
+        OSError: timm's published weights could not be downloaded.
     """
     encoder, report = read_encoder(
         source,
@@ -256,9 +257,9 @@ def read_encoder(
     found = _find_encoder(source, model_name)
     if found is None:
         name = str(source)
-        if features_only and timm.is_model(name.split(".")[0]):
+        if features_only:
             options = {"in_chans": in_chans or 3, **timm_kwargs}
-            return _create(name, pretrained=pretrained, features_only=True, **options), KeyReport()
+            return create_model(name, pretrained=pretrained, features_only=True, **options), KeyReport()
         return build_encoder(name, in_chans or 3, pretrained=pretrained, **timm_kwargs), KeyReport()
 
     channels = found.options["in_chans"]
@@ -273,7 +274,7 @@ def read_encoder(
     if features_only or timm_kwargs or in_chans not in (None, channels):
         # timm itself wraps and adapts: the weights go in as if they were its published ones
         weights = {"state_dict": encoder.state_dict(), "num_classes": 0, "label_offset": None}
-        encoder = _create(
+        encoder = create_model(
             found.name,
             pretrained=True,
             pretrained_cfg_overlay={**preparation, **weights},
@@ -284,14 +285,6 @@ def read_encoder(
         timm_config(encoder).pop("state_dict")
     timm_config(encoder).update(preparation)
     return encoder, report
-
-
-def _create(name: str, **options: Any) -> nn.Module:
-    """`timm.create_model`, with options that the model or its weights cannot follow as a ValueError."""
-    try:
-        return timm.create_model(name, **options)
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"timm model {name!r} does not accept these options: {error}") from error
 
 
 def _find_encoder(source: str | Path, model_name: str | None) -> _Source | None:

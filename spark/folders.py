@@ -1,11 +1,11 @@
-"""Folders of weights that are whole or absent: a run's checkpoints, exported encoders, depth models."""
+"""Files, and folders of weights (checkpoints, exported encoders, depth models), that are whole or absent."""
 
 import errno
 import os
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -13,6 +13,31 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def write_whole(path: str | Path, content: bytes) -> Path:
+    """Write a file under a hidden name and rename it; folders are made where missing.
+
+    Raises:
+        OSError: Full disk, no permission: an earlier file of that name is untouched and nothing half-written is left.
+            Of a full disk it names the path and says what to do.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(content)
+        os.replace(part, path)
+    except OSError as error:
+        with suppress(OSError):  # such as a folder that could not be made
+            part.unlink(missing_ok=True)
+        if error.errno in _DISK_FULL:
+            raise OSError(
+                error.errno,
+                f"the disk is full, {path} was not written: free some space or write elsewhere, and try again",
+            ) from error
+        raise
+    return path
 
 
 @contextmanager

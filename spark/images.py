@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.transforms import functional
 
+from spark.folders import write_whole
 from spark.seeding import derive_seed
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -445,7 +446,7 @@ class UnreadableImages:
         """Write `skipped_images.txt`: a line "path: reason" for each file, sorted; nothing if none failed."""
         if self.reasons:
             text = "".join(f"{line}\n" for line in self._lines())
-            Path(path).write_text(text, encoding="utf-8", errors="surrogateescape")
+            write_whole(path, text.encode(errors="surrogateescape"))
 
     def _lines(self) -> list[str]:
         return [f"{path}: {reason}" for path, reason in sorted(self.reasons.items())]

@@ -49,7 +49,8 @@ class SparK(nn.Module):
         in_chans: image channels (of a named encoder; a given one must have been made with as many).
         patch_size: [px], a multiple of the encoder's total stride; default the stride itself.
         decoder_width: channels at the decoder's deepest block; 768 is the official one, 256 is much cheaper.
-        layout: "packed" computes visible sites only, "masked" is the dense reference of equal value.
+        layout: "packed" computes visible sites only, "masked" is the dense reference of equal value; "spconv" and
+            "triton" are "packed" with the convolutions of these packages, on CUDA.
         drop_path: stochastic depth rate of a named encoder.
         sync_bn: batch statistics over all processes.
         densify_norm: "bn" or "ln"; default the kind that the encoder itself uses.
@@ -87,6 +88,7 @@ class SparK(nn.Module):
             )
         if layout not in LAYOUTS:
             raise ValueError(f"layout {layout!r} does not exist: use one of {', '.join(map(repr, LAYOUTS))}")
+        LAYOUTS[layout]()  # refuses now what needs a package that is not there
         self.encoder = encoder
         self.in_chans = in_chans
         self.mask_ratio = mask_ratio
@@ -146,10 +148,10 @@ class SparK(nn.Module):
         p = self.patch_size
         if height % p or width % p or min(height, width) < p:
             low = (max(height // p, 1) * p, max(width // p, 1) * p)
-            high = (math.ceil(height / p) * p, math.ceil(width / p) * p)
+            high = (max(math.ceil(height / p), 1) * p, max(math.ceil(width / p), 1) * p)
+            sizes = " or ".join(f"{h}x{w}" for h, w in dict.fromkeys((low, high)))
             raise ValueError(
-                f"image size {height}x{width} is no multiple of the patch size {p}: "
-                f"use {low[0]}x{low[1]} or {high[0]}x{high[1]}, for example"
+                f"image size {height}x{width} is no multiple of the patch size {p}: use {sizes}, for example"
             )
         return height // p, width // p
 
@@ -159,7 +161,15 @@ class SparK(nn.Module):
         Args:
             images: [B, C, H, W], normalised as the encoder expects; H and W multiples of the patch size.
             visible: [B, 1, fh, fw] bool, True = seen; drawn at random by default.
+
+        Raises:
+            ValueError: sizes, channels or types that do not fit, or (looked at on the CPU only) nothing visible.
         """
+        if not images.is_floating_point():
+            raise ValueError(
+                f"images are {str(images.dtype).removeprefix('torch.')}: give floating-point numbers, divided by 255 "
+                "and normalised as the encoder expects"
+            )
         grid = self.grid_of(*images.shape[2:])
         if images.shape[1] != self.in_chans:
             raise ValueError(
@@ -171,6 +181,9 @@ class SparK(nn.Module):
             raise ValueError(
                 f"visible must be [{len(images)}, 1, {grid[0]}, {grid[1]}], got {list(visible.shape)}"
             )
+        on_cpu = visible.device.type == "cpu"  # elsewhere, looking would wait for all work under way
+        if on_cpu and not visible.any():
+            raise ValueError("visible hides every patch of every image: leave at least one True")
 
         sparse = sparsify(images, visible, self.layout, sync=self.sync_bn)
         features = pyramid(self.encoder, sparse, self.levels)

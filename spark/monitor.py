@@ -1,6 +1,7 @@
 """Is a run learning: reconstruction panels."""
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torchvision.transforms import functional
 from torchvision.utils import make_grid
 
+from spark.folders import write_whole
 from spark.model import SparK
 
 _GAP = 2  # [px] between pictures
@@ -66,9 +68,9 @@ def reconstruction_panels(
 def save_panels(picture: Image.Image, output_dir: str | Path, step: int) -> Path:
     """Write panels to ``output_dir/figures/panels_NNNNNNN.png`` and return that path."""
     path = Path(output_dir) / "figures" / f"panels_{step:07d}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
-    return path
+    content = BytesIO()
+    picture.save(content, format="PNG")
+    return write_whole(path, content.getvalue())
 
 
 def _displayable(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -13,7 +13,6 @@ any.
 """
 
 import logging
-import pickle
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from safetensors.torch import load_file
 from timm.models.convnext import checkpoint_filter_fn
 from torch import Tensor, nn
 
-from spark.encoder import pyramid_info, unreached_parameters
+from spark.encoder import pyramid_info, require_timm_name, unreached_parameters
 from spark.keys import KeyReport, fit, some
 from spark.model import SparK
 
@@ -137,13 +136,20 @@ def read_torch_file(path: str | Path) -> Any:
         ValueError: The file is damaged, is no checkpoint, or holds Python objects besides tensors and plain values.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a folder, not a checkpoint file: encoders and runs in folders are read with load_encoder"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file at {path}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        blocked = re.search(r"GLOBAL (\S+)", str(error))
-        if blocked:
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is cut short or damaged: download or copy it again") from error
+    except OSError:
+        raise
+    except Exception as error:  # on other bytes than its own, torch's unpickler raises nearly everything
+        if blocked := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(
                 f"{path} was refused: it holds the Python object {blocked[1]}, and reading such objects can run any"
                 " code. Ask its author for a file of tensors and plain values only, or convert it yourself where you"
@@ -152,8 +158,6 @@ def read_torch_file(path: str | Path) -> Any:
         raise ValueError(
             f"{path} is not a checkpoint that torch.save wrote: download or copy it again"
         ) from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is cut short or damaged: download or copy it again") from error
 
 
 def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
@@ -236,6 +240,7 @@ def timm_name(weights: Weights, model_name: str | None = None) -> str:
         ValueError: None of them is known to timm.
     """
     if model_name is not None:
+        require_timm_name(model_name)
         return model_name
     if weights.arch is not None:
         if timm.is_model(weights.arch):
@@ -314,13 +319,14 @@ def load_official(
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: Not readable safely, an encoder only, or weights that do not fit the model.
+        ValueError: Not readable safely, no decoder in it, or weights that do not fit the model.
     """
     weights = read_weights(path)
     if not weights.others:
         raise ValueError(
-            f"{weights.source} holds an encoder only, without the decoder: use load_encoder({str(path)!r}), and to"
-            " pretrain it further SparK(load_encoder(...))"
+            f"{weights.source} holds no SparK model with a decoder, only {some(list(weights.encoder))}: if these are"
+            f" the weights of an encoder, use load_encoder({str(path)!r}), and to pretrain it further"
+            " SparK(load_encoder(...))"
         )
     name = timm_name(weights, model_name)
     tensors = timm_names(weights.encoder)

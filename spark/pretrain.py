@@ -34,11 +34,12 @@ from spark.run import (
     StopRequest,
     StreamSampler,
     check_finite,
+    check_output_dir,
     ignore_stop_signals,
+    make_output_dir,
     micro_batch_size,
     one_line_errors,
     prepare,
-    prepare_output_dir,
     progress_bar,
     reduce_sum,
     resume_command,
@@ -74,7 +75,7 @@ def pretrain(config: PretrainConfig) -> None:
         OSError: a file cannot be read or written; likewise.
     """
     # --- objects; nothing is written before all of them fit together
-    prepare_output_dir(config.output_dir, config.resume)
+    check_output_dir(config.output_dir, config.resume)
     accelerator = start_accelerator(config.output_dir, config.precision)
     device = cast(torch.device, accelerator.device)
     rank: int = accelerator.process_index
@@ -149,6 +150,10 @@ def pretrain(config: PretrainConfig) -> None:
         state = load_run(checkpoint, model=spark, optimizer=optimizer, scaler=accelerator.scaler)
         step = state["step"]
         unreadable.load_state_dict(state["unreadable"])
+        if step >= total_steps:
+            accelerator.print(
+                f"the checkpoint is at step {step}, this run has {total_steps} steps: nothing is left to train"
+            )
     elif config.resume:
         accelerator.print(f"no checkpoint in {config.output_dir} yet: starting from the beginning")
 
@@ -174,6 +179,7 @@ def pretrain(config: PretrainConfig) -> None:
     panel_batch = fixed_batch(images, spark, config.seed) if main_process else None
 
     # --- logs
+    make_output_dir(config.output_dir)
     log = RunLog(config.output_dir, accelerator, None if checkpoint is None else step)
     if main_process:
         save_config(config, Path(config.output_dir) / "config.yaml")

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Sampler
 
+from spark.folders import write_whole
 from spark.seeding import derive_seed
 from spark.sparse import MissingRuleError
 
@@ -146,10 +147,30 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) ->
     Returns:
         The model to train with (the one given stays the one to save), and the wrapped optimizer.
     """
+    if accelerator.num_processes > 1:
+        match_gradient_strides(model)
     with warnings.catch_warnings():
         # The new name of this option does not exist in all versions of torch that this project runs on.
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
         return accelerator.prepare(model, optimizer)
+
+
+def match_gradient_strides(model: nn.Module) -> None:
+    """Have every gradient lie in memory with the very strides of its parameter.
+
+    Along an axis of length 1 (depthwise and 1x1 kernels) any stride is right, and the backward passes of convolutions
+    choose others than channels_last weights have. DistributedDataParallel compares all strides, and warns of a slow
+    copy where only these differ. Along the longer axes autograd itself lays the gradient out as the parameter. The hook
+    runs before DistributedDataParallel's and changes no value.
+    """
+
+    def match(parameter: Tensor) -> None:
+        if parameter.grad is not None and parameter.grad.stride() != parameter.stride():
+            parameter.grad = parameter.grad.as_strided(parameter.shape, parameter.stride())
+
+    for parameter in model.parameters():
+        if parameter.requires_grad and 1 in parameter.shape:
+            parameter.register_post_accumulate_grad_hook(match)
 
 
 def run_length(
@@ -221,8 +242,8 @@ def micro_batch_size(batch_size: int, world_size: int, accumulation: int) -> int
     return batch_size // parts
 
 
-def prepare_output_dir(output_dir: str | Path, resume: bool | str) -> None:
-    """Make the folder of a run, and refuse one in which another run would be overwritten.
+def check_output_dir(output_dir: str | Path, resume: bool | str) -> None:
+    """Refuse a folder in which another run would be overwritten; nothing is made yet.
 
     Every process calls it before any of them writes.
 
@@ -232,10 +253,14 @@ def prepare_output_dir(output_dir: str | Path, resume: bool | str) -> None:
 
     Raises:
         ValueError: the folder holds a run that this one does not continue, or the path is a file.
+        OSError: no permission to write there.
     """
     folder = Path(output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir {folder} is a file; choose a folder")
+    present = next(place for place in (folder, *folder.parents) if place.exists())
+    if not present.is_dir():
+        raise ValueError(f"output_dir {folder} cannot be made: {present} is a file; choose a folder")
+    if not os.access(present, os.W_OK | os.X_OK):
+        raise OSError(f"output_dir {folder} cannot be written: {present} is read-only; choose another folder")
     found = [name for name in ("config.yaml", "metrics.jsonl", "checkpoints") if (folder / name).exists()]
     continues = resume is True or (
         isinstance(resume, str) and Path(resume).resolve().is_relative_to(folder.resolve())
@@ -245,7 +270,20 @@ def prepare_output_dir(output_dir: str | Path, resume: bool | str) -> None:
             f"output_dir {folder} already holds a run ({', '.join(found)}); "
             "continue it with --resume true, or choose another --output_dir"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+
+
+def make_output_dir(output_dir: str | Path) -> None:
+    """Make the folder of a run where it is missing, once nothing stands against the run.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"output_dir {output_dir} cannot be made ({error.strerror}): choose a folder that you may write to"
+        ) from error
 
 
 class RunLog:
@@ -268,9 +306,7 @@ class RunLog:
                 if resume_step is None
                 else [row for row in read_rows(self.path) if row["step"] <= resume_step]
             )
-            temporary = self.path.with_name(".metrics.jsonl")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            temporary.replace(self.path)
+            write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         options = {} if resume_step is None else {"purge_step": resume_step + 1}
         accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": options})
 
@@ -475,9 +511,7 @@ def check_finite(
     listing = Path(output_dir) / f"nonfinite_step_{step:07d}.txt"
     kept = "the weights were no longer finite either, so no checkpoint was written: go back to an older one"
     if accelerator.is_main_process:
-        listing.write_text(
-            "".join(f"{name}\n" for name in everyone), encoding="utf-8", errors="surrogateescape"
-        )
+        write_whole(listing, "".join(f"{name}\n" for name in everyone).encode(errors="surrogateescape"))
         checkpoint = save()
         if checkpoint is not None:
             kept = f"the state before this step is saved in {checkpoint}"

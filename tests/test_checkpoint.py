@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 from torch.nn import functional as F
 
@@ -27,7 +28,7 @@ from spark.checkpoint import (
     save_run,
 )
 from spark.encoder import build_encoder, pyramid
-from spark.folders import whole_folder
+from spark.folders import whole_folder, write_whole
 from spark.model import SparK
 from spark.official import Weights, timm_config, timm_name
 from spark.optim import build_optimizer, parameter_groups
@@ -339,14 +340,18 @@ def test_a_malicious_file_is_refused(written, tmp_path, monkeypatch):
     [
         (b"", "cut short or damaged"),
         (b"<html>404</html>", "not a checkpoint that torch.save wrote"),
+        (b"hello", "not a checkpoint that torch.save wrote"),
+        (b"]a.", "not a checkpoint that torch.save wrote"),
+        (b"\x80\x02}q\x00(X", "not a checkpoint that torch.save wrote"),
         (None, "cut short or damaged"),
     ],
 )
 def test_damaged_files(written, content, message):
     path = written({"a": torch.zeros(100)})
     path.write_bytes(path.read_bytes()[:300] if content is None else content)
-    with pytest.raises(ValueError, match=message):
-        load_encoder(path)
+    for load in (load_encoder, load_official):
+        with pytest.raises(ValueError, match=message):
+            load(path)
 
 
 @pytest.mark.parametrize(
@@ -369,8 +374,32 @@ def test_paths_that_are_not_there(tmp_path):
             load_encoder(source)
     with pytest.raises(ValueError, match=r"is not an exported encoder \(it has no config.json\)"):
         load_encoder(tmp_path)
+    with pytest.raises(ValueError, match=r"is a folder, not a checkpoint file: .*load_encoder"):
+        load_official(tmp_path)
+
+
+@pytest.mark.parametrize("features_only", [False, True])
+def test_names_that_timm_does_not_have(written, features_only):
     with pytest.raises(ValueError, match=r"no model named 'resnet118'; nearest: .*resnet18"):
-        load_encoder("resnet118")
+        load_encoder("resnet118", features_only=features_only)
+    tags = r"no weights named 'resnet18\.foo': use resnet18 or one of resnet18\.a1_in1k, "
+    with pytest.raises(ValueError, match=tags):
+        load_encoder("resnet18.foo", features_only=features_only)
+    with pytest.raises(ValueError, match=tags):
+        load_encoder(written(plain_resnet(**NET18)), model_name="resnet18.foo", features_only=features_only)
+
+
+@pytest.mark.parametrize("features_only", [False, True])
+def test_weights_that_cannot_be_downloaded(monkeypatch, features_only):
+    def offline(*args, **kwargs):
+        raise LocalEntryNotFoundError("The file is not in the cache. Check your connection.")
+
+    monkeypatch.setattr(timm.models._builder, "load_state_dict_from_hf", offline)
+    with pytest.raises(
+        OSError,
+        match=r"^timm's weights of resnet18 could not be downloaded \(The file .* connection\): connect to the network",
+    ):
+        load_encoder("resnet18", pretrained=True, features_only=features_only)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -423,10 +452,12 @@ def test_load_official_resnet(written, caplog):
 def test_load_official_without_a_decoder(written):
     state = plain_resnet(**NET18)
     path = written({"arch": "resnet18", "module": state})
-    with pytest.raises(ValueError, match=r"holds an encoder only.*SparK\(load_encoder"):
+    with pytest.raises(ValueError, match=r"no SparK model with a decoder.*SparK\(load_encoder"):
         load_official(path)
     model = SparK(load_encoder(path), input_size=64, decoder_width=32)  # what the sentence says to do
     assert same(model.encoder.state_dict(), state)
+    with pytest.raises(ValueError, match=r"only a: if these are the weights of an encoder"):
+        load_official(written({"a": torch.zeros(1)}))
 
 
 def test_official_files_are_rebuilt_here_with_all_their_entries():
@@ -666,6 +697,14 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path, caplog):
         load_run(checkpoints / "step_0000020", model=model, optimizer=optimizer)
 
 
+@pytest.mark.parametrize("content", [b"hello", b"]a.", b"\x80\x02}q\x00(X"])
+def test_foreign_bytes_are_no_checkpoint(tmp_path, caplog, content):
+    model, optimizer = training()
+    (save_run(tmp_path, 1, model=model, optimizer=optimizer) / "state.pt").write_bytes(content)
+    assert find_run(tmp_path, True) is None
+    assert "step_0000001 is passed over: state.pt is cut short or damaged" in caplog.text
+
+
 def test_old_checkpoints_go_and_a_left_course_is_set_aside(tmp_path):
     model, optimizer = training()
     for step in (2, 4, 6, 8):
@@ -729,6 +768,28 @@ def test_a_write_that_really_fails(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = write_whole(tmp_path / "new" / "a.txt", b"old")
+    assert path.read_bytes() == b"old"
+    (tmp_path / "a folder").mkdir()
+    with pytest.raises(OSError, match="a folder"):
+        write_whole(tmp_path / "a folder", b"")
+
+    def full(path, content):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(
+        OSError, match=r"the disk is full, .*a\.txt was not written: free some space"
+    ) as error:
+        write_whole(path, b"new")
+    assert error.value.errno == errno.ENOSPC
+    assert path.read_bytes() == b"old"
+    assert sorted(os.listdir(tmp_path)) == ["a folder", "new"]
+    assert os.listdir(tmp_path / "new") == ["a.txt"]
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path):
@@ -852,3 +913,16 @@ def test_export_tool_says_what_is_wrong(tmp_path, written, export_tool, capsys):
         assert message in err
         assert "Traceback" not in err
     assert not (tmp_path / "e").exists()
+
+
+def test_export_tool_on_a_full_disk(tmp_path, written, export_tool, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(folders, "save_file", full)
+    path = written(training_file(original_convnext(**ATTO), "convnext_atto"))
+    with pytest.raises(SystemExit, match="2"):
+        export_tool(["--checkpoint", str(path), "--output", str(tmp_path / "e")])
+    text = capsys.readouterr().err
+    assert text.startswith("error: the disk is full, ")
+    assert text.count(str(tmp_path / "e")) == 1

@@ -1,11 +1,13 @@
 """spark.config: the command line and YAML files become dataclasses; every mistake is one sentence."""
 
+import errno
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import yaml
 
+from finetune.config import DepthConfig
 from spark.config import PretrainConfig, config_changes, config_dict, parse_config, save_config
 
 REQUIRED = ["--model.name", "resnet18", "--data.train", "images", "--output_dir", "out"]
@@ -170,6 +172,7 @@ def test_unknown_key_in_file_names_path_and_nearest(capsys, tmp_path):
         (["--model.mask_ratio", "1.5"], "model.mask_ratio must be between 0 and 1, got 1.5"),
         (["--optim.base_lr", "0"], "optim.base_lr must be above 0"),
         (["--optim.clip_grad", "0"], "optim.clip_grad must be above 0, or null"),
+        (["--optim.weight_decay_end", "-1"], "optim.weight_decay_end must be at least 0, or null"),
         (["--data.crop_scale", "[0.9, 0.5]"], "data.crop_scale must be"),
         (["--accumulation", "0"], "accumulation must be at least 1"),
         (["--epochs", "0"], "epochs must be above 0"),
@@ -237,6 +240,55 @@ class OtherConfig:
 def test_any_dataclass():
     config = parse_config(OtherConfig, ["--encoder", "runs/a/encoder", "--head.name", "dorn"], "Other.")
     assert config == OtherConfig("runs/a/encoder", HeadConfig("dorn"))
+
+
+def parse_depth(*argv):
+    required = ["--encoder", "resnet18", "--data.root", "x", "--output_dir", "y"]
+    return parse_config(DepthConfig, [*required, *argv], "Depth.")
+
+
+def test_entries_of_an_option_that_is_a_dict():
+    config = parse_depth(
+        "--losses.l1",
+        "0.5",
+        "--model.head_options.decoder_channels",
+        "[16,16,8,8,8]",
+        "--loss_options.silog.a=1",
+    )
+    assert config.losses == {"silog": 1.0, "l1": 0.5}, "entries are added; the whole option replaces"
+    assert parse_depth("--losses", "{l1: 0.5}").losses == {"l1": 0.5}
+    assert config.model.head_options == {"decoder_channels": [16, 16, 8, 8, 8]}
+    assert config.loss_options == {"silog": {"a": 1}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--losses", "3"], "losses must be {name: a number, ...}, got 3"),
+        (["--losses.l1", "abc"], "losses must be {name: a number, ...}, got abc"),
+        (["--model.head_options", "3"], "model.head_options must be {name: any value, ...}, got 3"),
+        (["--loss_options", "3"], "loss_options must be {name: {name: any value, ...}, ...}, got 3"),
+        (["--losses.", "3"], "unknown option --losses."),
+    ],
+)
+def test_wrong_dict(capsys, arguments, words):
+    with pytest.raises(SystemExit):
+        parse_depth(*arguments)
+    assert f"error: {words}" in capsys.readouterr().err
+
+
+def test_a_config_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    save_config(HeadConfig("old"), tmp_path / "config.yaml")
+
+    def full(path, content):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"the disk is full, .*config\.yaml was not written"):
+        save_config(HeadConfig("new"), tmp_path / "config.yaml")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"name": "old"}
 
 
 @pytest.mark.parametrize("file", sorted((CONFIGS / "pretrain").glob("*.yaml")), ids=lambda path: path.stem)

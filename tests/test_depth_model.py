@@ -219,12 +219,19 @@ def test_loading_what_is_no_model(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="does not hold the weights"):
         load_depth_model(folder)
-    (folder / "config.json").write_text(json.dumps({"architecture": "test_resnet"}))
+    (folder / "config.json").write_text(json.dumps({"head": "unetpp"}))
     with pytest.raises(ValueError, match="does not describe a depth model"):
         load_depth_model(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match="does not describe a depth model"):
         load_depth_model(folder)
+
+
+def test_an_exported_encoder_is_no_depth_model(tmp_path: Path) -> None:
+    folder = save_encoder(build_encoder("test_resnet"), tmp_path / "encoder")
+    with pytest.raises(ValueError, match=r"is an exported encoder.*finetune/depth\.py --encoder") as error:
+        load_depth_model(folder)
+    assert "copy the folder again" not in str(error.value)
 
 
 def test_saving_never_replaces_something_else(tmp_path: Path) -> None:

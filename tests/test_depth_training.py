@@ -18,12 +18,15 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import finetune.depth
-from finetune import load_depth_model
+from finetune import DepthModel, load_depth_model
 from finetune.config import DepthConfig, DepthDataConfig, DepthOptimConfig
 from finetune.depth import RunLength, build_model, main, run_phases
 from spark.checkpoint import save_encoder
+from spark.config import parse_config
 from spark.encoder import build_encoder
+from spark.official import timm_names
 from tests.depth_world import make_depth_world
+from tests.test_checkpoint import ATTO, original_convnext, spark_style, training_file
 
 
 @pytest.fixture(scope="module")
@@ -161,8 +164,22 @@ def test_without_pairs_to_validate_on(
     assert "--data.val_list" in capsys.readouterr().out
 
 
+def test_home_folder_is_expanded_in_files_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "encoder: ~/encoder\noutput_dir: ~/out\nresume: ~/old\n"
+        "data: {root: ~/nyu, list: ~/train.txt, val_list: ~/val.txt}\n"
+    )
+    config = parse_config(DepthConfig, ["--config", str(file)], "")
+    paths = (config.encoder, config.output_dir, config.resume)
+    assert paths == tuple(str(tmp_path / name) for name in ("encoder", "out", "old"))
+    paths = (config.data.root, config.data.list, config.data.val_list)
+    assert paths == tuple(str(tmp_path / name) for name in ("nyu", "train.txt", "val.txt"))
+
+
 def test_bf16_is_evaluated_in_fp32(world: Path, tmp_path: Path) -> None:
-    rows = run(world, tmp_path / "run", precision="bf16", channels_last="true", max_steps=2)
+    rows = run(world, tmp_path / "run", precision="bf16", max_steps=2)
     assert all(math.isfinite(loss) for loss in losses_of(rows))
     assert all(value.dtype != torch.bfloat16 for value in weights_of(tmp_path / "run").values())
 
@@ -189,6 +206,48 @@ def test_resume_is_exact(world: Path, tmp_path: Path) -> None:
         rest = run(world, tmp_path / f"from{step}", **options, resume=checkpoint)
         assert losses_of(rest) == losses_of(whole)[step:]
         assert_same_weights(weights_of(tmp_path / f"from{step}"), weights_of(tmp_path / "whole"))
+
+
+def test_accumulation_changes_nothing(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts with equally many readings, and batch norms that keep their statistics: the gradients add up to the same.
+
+    Nothing hides a gradient that is lost or too large: plain descent, without clipping.
+    """
+
+    def train(model: DepthModel, mode: bool = True) -> DepthModel:
+        torch.nn.Module.train(model, mode)
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+        return model
+
+    monkeypatch.setattr(DepthModel, "train", train)
+    options = {
+        "encoder": "test_convnext",
+        "losses": '{"l1": 1.0}',
+        "data.crop_size": "[48,64]",
+        "data.zoom": "[1,1]",
+        "data.val_list": "null",
+        "optim.name": "sgd",
+        "optim.lr": 1e-2,
+        "optim.batch_size": 4,
+        "optim.clip_grad": "null",
+        "max_steps": 3,
+    }
+    whole = run(world, tmp_path / "whole", **options)
+    parts = run(world, tmp_path / "parts", **options, accumulation=2)
+    assert losses_of(parts) == pytest.approx(losses_of(whole), rel=1e-5)
+    assert [row["grad_norm"] for row in parts] == pytest.approx([row["grad_norm"] for row in whole], rel=1e-4)
+    expected, weights = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
+    for name, value in weights.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_memory_format_is_a_matter_of_speed(world: Path, tmp_path: Path) -> None:
+    last = run(world, tmp_path / "last", max_steps=3)
+    assert yaml.safe_load((tmp_path / "last" / "config.yaml").read_text())["channels_last"] is True
+    first = run(world, tmp_path / "first", max_steps=3, channels_last="false")
+    assert losses_of(last) == pytest.approx(losses_of(first), rel=1e-3)
 
 
 def test_loader_processes_change_nothing(world: Path, tmp_path: Path) -> None:
@@ -231,6 +290,21 @@ def test_resuming_a_finished_run_changes_nothing(world: Path, tmp_path: Path) ->
     assert (tmp_path / "run" / "evaluation.json").exists()
 
 
+def test_resuming_beyond_the_end_says_so(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(world, tmp_path / "run", max_steps=3)
+    capsys.readouterr()
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_0000003"
+    run(world, tmp_path / "short", max_steps=2, resume=checkpoint)
+    said = capsys.readouterr().out
+    assert "the checkpoint is at step 3, this run has 2 steps: nothing is left to train" in said
+    assert "done after step 3" in said
+    assert "to continue" not in said
+    assert_same_weights(weights_of(tmp_path / "short"), weights_of(tmp_path / "run"))
+    assert json.loads((tmp_path / "short" / "evaluation.json").read_text())["step"] == 3
+
+
 # --- encoders
 
 
@@ -249,6 +323,47 @@ def test_frozen_epochs_hold_the_encoder_still(world: Path, tmp_path: Path) -> No
         not torch.equal(final[name], value) for name, value in stored.items() if name.endswith("conv1.weight")
     )
     assert final["encoder.bn1.num_batches_tracked"] == 3
+
+
+def test_an_encoder_that_never_learns_is_announced(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"data.val_list": "null", "max_steps": 2}
+    run(world, tmp_path / "all", **options, **{"optim.frozen_epochs": 5})
+    said = capsys.readouterr().out
+    assert "warning: optim.frozen_epochs 5 are 15 steps and this run has 2" in said
+    run(world, tmp_path / "some", **options, **{"optim.frozen_epochs": 0.34})
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_run_from_an_official_file(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the encoder frozen for the one step, the model that is written has the weights that it started from."""
+    torch.manual_seed(5)
+    state = original_convnext(**ATTO)
+    path = tmp_path / "convnext_atto_1kpretrained_spark_style.pth"
+    torch.save(spark_style(state, ATTO["dims"], width=320, norm="ln"), path)
+    options = {"encoder": path, "data.val_list": "null", "max_steps": 1, "optim.frozen_epochs": 1}
+
+    sentence = fails(world, tmp_path / "run", capsys, **options)
+    assert "pass --encoder_name with its timm name" in sentence
+    assert "model_name" not in sentence
+    sentence = fails(world, tmp_path / "run", capsys, **options, encoder_name="resnet18")
+    assert "does not fit resnet18" in sentence
+    assert "(--encoder_name)" in sentence
+    assert "model_name" not in sentence
+
+    run(world, tmp_path / "run", **options, encoder_name="convnext_atto")
+    final = weights_of(tmp_path / "run")
+    assert torch.equal(final["encoder.stem.0.weight"], state["downsample_layers.0.0.weight"])
+    assert torch.equal(final["encoder.stages.3.blocks.1.gamma"], state["stages.3.1.gamma"])
+    for name, value in timm_names(state).items():
+        assert torch.equal(final[f"encoder.{name}"].flatten(), value.flatten()), name
+
+    torch.save(training_file(state, "convnext_atto"), path)  # says what it is
+    run(world, tmp_path / "named", **options)
+    named = weights_of(tmp_path / "named")
+    for name in timm_names(state):
+        assert torch.equal(named[f"encoder.{name}"], final[f"encoder.{name}"]), name
 
 
 def test_the_head_starts_alike_whatever_the_encoder_weights(tmp_path: Path) -> None:
@@ -301,6 +416,7 @@ def test_checkpoint_of_another_architecture(
         ({"model.head_options": '{"decoder_chanels": [8]}'}, "did you mean 'decoder_channels'"),
         ({"loss_options": '{"silog": {"variance": 1}}'}, "variance_focus"),
         ({"precision": "fp16"}, "fp16 needs a GPU"),
+        ({"encoder_name": "resnet18"}, "encoder_name is for .pth files: test_resnet"),
     ],
 )
 def test_user_errors_are_sentences(

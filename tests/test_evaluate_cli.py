@@ -93,6 +93,22 @@ def test_another_image_size(model: Path, world: Path, tmp_path: Path) -> None:
     assert results["image_size"] == [96, 128]
 
 
+def test_home_folder_is_expanded(
+    model: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").symlink_to(model)
+    (tmp_path / "world").symlink_to(world)
+    main(
+        [
+            *("--model=~/model", "--data.root=~/world", "--data.list=~/world/nyu_val.txt"),
+            *("--output=~/results.json", "--figures=~/figures", "--protocol=nyu-bts-scaled", "--device=cpu"),
+        ]
+    )
+    assert (tmp_path / "results.json").is_file()
+    assert (tmp_path / "figures" / "triptychs.png").is_file()
+
+
 def test_the_model_returns_to_its_mode(model: Path, world: Path) -> None:
     depth_model = load_depth_model(model).train()
     before = {name: value.clone() for name, value in depth_model.state_dict().items()}
@@ -184,6 +200,7 @@ def test_an_unreadable_pair_stops_the_evaluation(
         run(model, world, tmp_path / "results.json", "--data.workers", workers)
     errors = capsys.readouterr().err.strip()
     assert "rgb_0002.png" in errors
+    assert "copy the file again" in errors
     assert len(errors.splitlines()) == 1
 
 

@@ -1,5 +1,6 @@
 """spark.images: which files, odd and broken files, augmentation, samples, the count of failures."""
 
+import errno
 import io
 import os
 import struct
@@ -653,6 +654,19 @@ def test_no_report_without_failures(tmp_path):
     unreadable.add([])
     unreadable.report(tmp_path / "skipped_images.txt")
     assert not (tmp_path / "skipped_images.txt").exists()
+
+
+def test_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    def full(path, content):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    unreadable = UnreadableImages(10, 0.5)
+    unreadable.add(["a: x"])
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"the disk is full, .*skipped_images\.txt was not written"):
+        unreadable.report(tmp_path / "skipped_images.txt")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_count_survives_a_checkpoint(tmp_path):

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finetune.metrics import METRICS, compute_metrics, error_sums, mean_metrics, write_results
+from finetune.metrics import METRICS, error_sums, mean_metrics, write_results
 
 
 def test_worked_example():
     """Three pixels: 1 m seen as 1 m, 2 m as 1 m, 4 m as 8 m; so d = 0, -ln 2, ln 2."""
-    metrics = compute_metrics(np.array([1.0, 1.0, 8.0]), np.array([1.0, 2.0, 4.0]))
+    metrics = error_sums(np.array([1.0, 1.0, 8.0]), np.array([1.0, 2.0, 4.0])).metrics()
     ln2 = math.log(2)
     assert metrics == {
         "delta1": pytest.approx(1 / 3),
@@ -32,16 +32,16 @@ def test_worked_example():
 def test_delta_is_strict_and_symmetric():
     ground_truth = np.array([4.0, 5.0, 4.0, 4.0, 4.0])
     prediction = np.array([5.0, 4.0, 4.99, 6.0, 7.0])  # ratios 1.25, 1.25, 1.2475, 1.5, 1.75
-    metrics = compute_metrics(prediction, ground_truth)
+    metrics = error_sums(prediction, ground_truth).metrics()
     assert (metrics["delta1"], metrics["delta2"], metrics["delta3"]) == (1 / 5, 4 / 5, 1.0)
 
 
 def test_perfect_and_scaled():
     ground_truth = np.linspace(0.5, 9.5, 1000)
-    perfect = compute_metrics(ground_truth, ground_truth)
+    perfect = error_sums(ground_truth, ground_truth).metrics()
     assert [perfect[f"delta{k}"] for k in (1, 2, 3)] == [1, 1, 1]
     assert all(perfect[name] == 0 for name in METRICS[3:])
-    doubled = compute_metrics(2 * ground_truth, ground_truth)
+    doubled = error_sums(2 * ground_truth, ground_truth).metrics()
     assert doubled["silog"] == pytest.approx(0, abs=1e-10)  # scale-invariant, and not NaN
     assert doubled["rmse_log"] == pytest.approx(math.log(2))
     assert doubled["abs_rel"] == pytest.approx(1.0)
@@ -52,7 +52,7 @@ def test_silog_is_the_formula_of_bts():
     ground_truth = generator.uniform(0.5, 9, 5000)
     prediction = ground_truth * generator.uniform(0.7, 1.6, 5000)
     d = np.log(prediction) - np.log(ground_truth)
-    metrics = compute_metrics(prediction, ground_truth)
+    metrics = error_sums(prediction, ground_truth).metrics()
     assert metrics["silog"] == pytest.approx(math.sqrt((d**2).mean() - d.mean() ** 2) * 100, rel=1e-12)
     assert metrics["rmse_log"] == pytest.approx(math.sqrt((d**2).mean()), rel=1e-12)
 
@@ -60,7 +60,7 @@ def test_silog_is_the_formula_of_bts():
 def test_float32_input_is_compared_in_float64():
     ground_truth = np.full(1_000_000, 3.3, np.float32)
     prediction = ground_truth + np.float32(1e-3)
-    metrics = compute_metrics(prediction, ground_truth)
+    metrics = error_sums(prediction, ground_truth).metrics()
     assert metrics["rmse"] == pytest.approx(float(prediction[0]) - float(ground_truth[0]), rel=1e-12)
 
 
@@ -75,7 +75,7 @@ def test_sums_add_up_to_pooled_metrics():
     pooled = (parts[0] + parts[1] + parts[2]).metrics()
     assert pooled == {
         name: pytest.approx(value, rel=1e-12)
-        for name, value in compute_metrics(prediction, ground_truth).items()
+        for name, value in error_sums(prediction, ground_truth).metrics().items()
     }
 
 
@@ -84,14 +84,14 @@ def test_sums_add_up_to_pooled_metrics():
 def test_values_without_a_score_are_refused(bad, side):
     good, broken = np.array([1.0, 2.0]), np.array([1.0, bad])
     with pytest.raises(ValueError, match=f"the {side} holds depths that are not finite or not above 0"):
-        compute_metrics(*((broken, good) if side == "prediction" else (good, broken)))
+        error_sums(*((broken, good) if side == "prediction" else (good, broken)))
 
 
 def test_nothing_to_compare_is_refused():
     with pytest.raises(ValueError, match="at least one"):
-        compute_metrics(np.empty(0), np.empty(0))
+        error_sums(np.empty(0), np.empty(0))
     with pytest.raises(ValueError, match="equally many"):
-        compute_metrics(np.ones(3), np.ones(1))
+        error_sums(np.ones(3), np.ones(1))
     with pytest.raises(ValueError, match="no image was scored"):
         mean_metrics([])
 

@@ -208,6 +208,12 @@ def test_forward_refuses_what_does_not_fit():
         model(torch.zeros(1, 1, 64, 64))
     with pytest.raises(ValueError, match=r"visible must be \[1, 1, 2, 2\]"):
         model(torch.zeros(1, 3, 64, 64), torch.ones(1, 1, 3, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="visible hides every patch of every image"):
+        model(torch.zeros(1, 3, 64, 64), torch.zeros(1, 1, 2, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="images are uint8: give floating-point numbers, divided by 255"):
+        model(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"image size 0x0 .*: use 32x32, for example"):
+        model.grid_of(0, 0)
 
 
 def test_pyramid_levels():

@@ -1,5 +1,8 @@
 """spark.monitor: reconstruction panels."""
 
+import errno
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -44,6 +47,17 @@ def test_panels(tmp_path, channels, size):
     path = save_panels(picture, tmp_path, 120)
     assert path == tmp_path / "figures" / "panels_0000120.png"
     assert Image.open(path).size == picture.size
+
+
+def test_panels_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    def full(path, content):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"the disk is full, .*panels_0000001\.png was not written"):
+        save_panels(Image.new("RGB", (4, 4)), tmp_path, 1)
+    assert list((tmp_path / "figures").iterdir()) == []
 
 
 def test_large_images_are_not_enlarged():

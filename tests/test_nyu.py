@@ -123,6 +123,37 @@ def test_sync_missing_root_and_list(tmp_path):
         NYUSync(tmp_path, "nyu_train.txt")
 
 
+def test_a_list_is_looked_for_inside_the_root_first(tmp_path, monkeypatch):
+    """Unless a folder is named: a file of the same name in the working directory is another list."""
+    root, here = tmp_path / "root", tmp_path / "here"
+    for folder, line in ((root, write_pair(root / "hall")), (here, write_pair(root / "attic"))):
+        (folder / "lists").mkdir(parents=True)
+        for name in ("pairs.txt", "lists/pairs.txt"):
+            (folder / name).write_text(line)
+    (here / "only.txt").write_text(write_pair(root / "attic"))
+    (root / "lists" / "inner.txt").write_text(write_pair(root / "hall"))
+    monkeypatch.chdir(here)
+    found = {
+        name: NYUSync(root, name)[0].name.split("/")[0]
+        for name in (
+            "pairs.txt",
+            "./pairs.txt",
+            "lists/pairs.txt",
+            str(here / "pairs.txt"),
+            "only.txt",
+            "lists/inner.txt",
+        )
+    }
+    assert found == {
+        "pairs.txt": "hall",
+        "./pairs.txt": "attic",
+        "lists/pairs.txt": "attic",
+        str(here / "pairs.txt"): "attic",
+        "only.txt": "attic",
+        "lists/inner.txt": "hall",
+    }
+
+
 @pytest.mark.parametrize(
     "line", ["/hall/rgb_0.png", "/a b/rgb.png /a b/depth.png 518", "rgb.png depth.png five"]
 )
@@ -188,9 +219,12 @@ def test_images_that_are_refused(tmp_path, damage):
     elif damage != "missing":
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (120, 160, 3), np.uint8)).save(path)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(DepthFileError, match="cannot be read as an image") as caught:
+    with pytest.raises(
+        DepthFileError, match=r"cannot be read as an image .*\), copy the file again, or take"
+    ) as caught:
         read_rgb(path)
     assert str(caught.value).count(": ") == 1
+    assert str(caught.value).count(path.name) == 1  # Pillow's own words name the file again
 
 
 def test_grey_and_palette_images_become_rgb(tmp_path):
@@ -320,6 +354,13 @@ def test_open_errors(tmp_path):
         open_depth_data(tmp_path)
     with pytest.raises(ValueError, match="give one or the other"):
         open_depth_data(tmp_path / "nyu_train.txt", "list.txt")
+
+
+def test_a_labelled_file_where_lists_are_named(tmp_path):
+    path = write_mat(tmp_path)
+    for root in (tmp_path, path):
+        with pytest.raises(ValueError, match=r"--data\.list null --data\.val_list null"):
+            open_depth_data(root, "nyu_train.txt")
 
 
 def test_sample_checks_its_arrays():

@@ -114,6 +114,8 @@ def test_broken_images_are_skipped_and_named(
     assert "1 of 4 images predicted" in printed
     for name in ("cut.jpg", "words.png", "empty.png"):
         assert f"{name}:" in printed
+    assert "words.png: not an image of a known kind" in printed
+    assert "BufferedReader" not in printed
     assert len(list((tmp_path / "out").rglob("*.npy"))) == 1
     assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())["failed"]) == 3
 
@@ -121,6 +123,14 @@ def test_broken_images_are_skipped_and_named(
 def test_all_broken_is_a_failure(model: Path, tmp_path: Path) -> None:
     (tmp_path / "words.png").write_text("no image")
     assert run(model, tmp_path / "words.png", tmp_path / "out") == 1
+
+
+def test_home_folder_is_expanded(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").symlink_to(model)
+    photo(tmp_path / "x.png")
+    assert main(["--model=~/model", "--input=~/x.png", "--output=~/out", "--device=cpu"]) == 0
+    assert (tmp_path / "out" / "x.npy").is_file()
 
 
 def test_exif_orientation_and_odd_modes(model: Path, tmp_path: Path) -> None:
@@ -188,7 +198,8 @@ def test_millimetres_saturate_and_say_so() -> None:
         (["--input", "{tmp}/empty"], "no image in"),
         (["--model", "{tmp}"], "is not a depth model"),
         (["--colour_far", "0"], "colour_near must be"),
-        (["--input", "{tmp}/x.png", "--output", "{tmp}/x.png"], "x.png"),
+        (["--output", "{tmp}/x.png"], "x.png is a file: choose another --output"),
+        (["--output", "{tmp}/x.png/deep"], "x.png is a file: choose another --output"),
     ],
 )
 def test_user_errors_are_sentences(

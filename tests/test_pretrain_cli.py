@@ -42,6 +42,9 @@ def test_two_processes_equal_one(photos, tmp_path):  # noqa: F811
     assert done.returncode == 0, done.stderr
     assert "batch      8 images: processes 2 x accumulation 2 x 2 at once; cpu, fp32" in done.stdout
     assert done.stdout.count("step 5/5") == 1, "one process speaks"
+    assert "UserWarning" not in done.stderr, (
+        "as DistributedDataParallel warns of gradients it must lay out anew"
+    )
 
     # One process with the same parts: batch norm takes its statistics over what goes through the network at once.
     run(small_run(photos, tmp_path / "one", *options))

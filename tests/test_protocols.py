@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from finetune.depth_data import NYUSync
-from finetune.metrics import METRICS, compute_metrics, mean_metrics, write_results
+from finetune.metrics import METRICS, error_sums, mean_metrics, write_results
 from finetune.protocols import (
     PROTOCOLS,
     NoValidPixels,
@@ -107,7 +107,7 @@ def test_ground_truth_that_is_not_metres(wrong):
 def test_prediction_is_clipped():
     ground_truth = np.full((2, 2), 5.0, np.float32)
     metrics = evaluate_pair(SMALL, np.array([[-3.0, 0.0], [5.0, 99.0]]), ground_truth)
-    expected = compute_metrics(np.array([1e-3, 1e-3, 5.0, 10.0]), ground_truth.ravel())
+    expected = error_sums(np.array([1e-3, 1e-3, 5.0, 10.0]), ground_truth.ravel()).metrics()
     assert {name: metrics[name] for name in METRICS} == expected
 
 
@@ -138,7 +138,7 @@ def test_nan_and_infinity_are_counted_and_punished():
     prediction = np.array([[np.nan, np.inf, -np.inf, 5.0], [5.0, 5.0, 5.0, 5.0]])
     row = evaluate_pair(SMALL, prediction, ground_truth)
     assert row["nonfinite"] == 3
-    expected = compute_metrics(np.array([1e-3, 10.0, 1e-3, 5, 5, 5, 5, 5]), ground_truth.ravel())
+    expected = error_sums(np.array([1e-3, 10.0, 1e-3, 5, 5, 5, 5, 5]), ground_truth.ravel()).metrics()
     assert {name: row[name] for name in METRICS} == expected
     assert row["delta1"] == 5 / 8
 
@@ -209,7 +209,7 @@ def test_pooling_equals_one_long_image():
     for number in range(4):
         evaluator.add(str(number), prediction[number], ground_truth[number])
     counts = ground_truth > 0
-    expected = compute_metrics(prediction[counts], ground_truth[counts])
+    expected = error_sums(prediction[counts], ground_truth[counts]).metrics()
     assert evaluator.results()["metrics"] == {
         name: pytest.approx(expected[name], rel=1e-12) for name in METRICS
     }

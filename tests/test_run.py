@@ -14,16 +14,19 @@ from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader, Dataset
 
 from spark import run
+from spark.folders import write_whole
 from spark.run import (
     RunLog,
     StopRequest,
     StreamSampler,
     check_finite,
+    check_output_dir,
     format_duration,
     ignore_stop_signals,
+    make_output_dir,
+    match_gradient_strides,
     micro_batch_size,
     one_line_errors,
-    prepare_output_dir,
     progress_bar,
     read_rows,
     start_accelerator,
@@ -37,6 +40,18 @@ from spark.sparse import sparsify
 def fresh_accelerate():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Every file is begun and none can be finished."""
+
+    def full(path, *_, **__):
+        path.open("w").close()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "write_text", full)
 
 
 def flat(batches):
@@ -94,21 +109,33 @@ def test_micro_batch_size():
 
 
 def test_output_dir_is_not_overwritten(tmp_path):
-    prepare_output_dir(tmp_path / "new" / "run", False)
+    check_output_dir(tmp_path / "new" / "run", False)
+    assert not (tmp_path / "new").exists(), "looking makes nothing"
+    make_output_dir(tmp_path / "new" / "run")
     assert (tmp_path / "new" / "run").is_dir()
     (tmp_path / "notes.txt").write_text("a folder with other things is fine")
-    prepare_output_dir(tmp_path, False)
+    check_output_dir(tmp_path, False)
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(
         ValueError, match=r"already holds a run \(config.yaml\); continue it with --resume true"
     ):
-        prepare_output_dir(tmp_path, False)
-    prepare_output_dir(tmp_path, True)
-    prepare_output_dir(tmp_path, str(tmp_path / "checkpoints" / "step_0000010"))
+        check_output_dir(tmp_path, False)
+    check_output_dir(tmp_path, True)
+    check_output_dir(tmp_path, str(tmp_path / "checkpoints" / "step_0000010"))
     with pytest.raises(ValueError, match="already holds a run"):
-        prepare_output_dir(tmp_path, str(tmp_path.parent / "other" / "checkpoints" / "step_0000010"))
-    with pytest.raises(ValueError, match="is a file"):
-        prepare_output_dir(tmp_path / "notes.txt", False)
+        check_output_dir(tmp_path, str(tmp_path.parent / "other" / "checkpoints" / "step_0000010"))
+    for path in (tmp_path / "notes.txt", tmp_path / "notes.txt" / "run"):
+        with pytest.raises(ValueError, match=r"output_dir .* cannot be made: .*notes.txt is a file"):
+            check_output_dir(path, False)
+
+
+def test_output_dir_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"output_dir .*run cannot be made \(.*\): choose a folder"):
+        make_output_dir(tmp_path / "file" / "run")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(OSError, match=r"cannot be written: .* is read-only"):
+        check_output_dir(tmp_path / "run", False)
 
 
 def test_log_writes_rows_and_drops_those_after_the_checkpoint(tmp_path):
@@ -284,6 +311,22 @@ def test_full_disk_anywhere_comes_with_advice(capsys, filename):
     assert "--resume true" in text
 
 
+def test_a_sentence_that_names_its_file_is_left_alone(capsys, tmp_path, full_disk):
+    with pytest.raises(SystemExit), one_line_errors():
+        write_whole(tmp_path / "results.json", b"")
+    assert capsys.readouterr().err.count("results.json") == 1
+
+
+def test_a_full_disk_leaves_no_half_written_file(tmp_path, full_disk):
+    accelerator = start_accelerator(tmp_path, "fp32")
+    with pytest.raises(OSError, match=r"the disk is full, .*metrics\.jsonl was not written"):
+        RunLog(tmp_path, accelerator, None)
+    nan = {"the loss": math.nan}
+    with pytest.raises(OSError, match=r"the disk is full, .*nonfinite_step_0000007\.txt was not written"):
+        check_finite(accelerator, 7, nan, files=["a"], output_dir=tmp_path, save=lambda: None)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_operators_without_a_sparse_rule_are_a_users_error(capsys):
     value = sparsify(torch.zeros(1, 3, 4, 4), torch.ones(1, 1, 2, 2, dtype=torch.bool))
     with pytest.raises(SystemExit), one_line_errors():
@@ -348,3 +391,23 @@ def test_length_and_warmup():
     assert length(100 / 32, 0.01, None, 0, None) == (1, 0)
     with pytest.raises(ValueError, match="warmup_steps 9 are more than the 7 steps"):
         length(100 / 32, 10, 7, 2, 9)
+
+
+def test_gradients_lie_in_memory_as_their_parameters():
+    """A 1x1 and a depthwise weight, whose strides along axes of length 1 autograd is free to choose."""
+    model = torch.nn.ParameterList(
+        [torch.zeros(1, 6, 1, 1), torch.zeros(6, 1, 3, 3), torch.zeros(4, 6, 3, 3)]
+    )
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    values = [torch.randn(parameter.shape) for parameter in model]
+    for hooks in (False, True):
+        if hooks:
+            match_gradient_strides(model)
+        for parameter, value in zip(model, values, strict=True):
+            parameter.grad = None
+            for _ in range(2):  # accumulated, as the parts of a batch are
+                (parameter * 1).backward(value)
+        alike = [parameter.grad.stride() == parameter.stride() for parameter in model]
+        assert alike == [hooks, hooks, True]
+        for parameter, value in zip(model, values, strict=True):
+            assert torch.equal(parameter.grad, 2 * value)

@@ -36,7 +36,7 @@ from benchmarks.timing import device_name, interleaved, refuse_busy_machine, sum
 from rich.console import Console
 from rich.table import Table
 
-from finetune.files import write_whole
+from spark.folders import write_whole
 from spark.sparse import MissingRuleError
 
 SHOWN = {

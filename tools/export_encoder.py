@@ -5,11 +5,11 @@ encoder folder, and says what became of every key.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from spark.checkpoint import find_run, read_encoder, save_encoder
+from spark.run import one_line_errors
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -67,11 +67,8 @@ def export(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; a user's error is one sentence and exit code 2."""
     args = parse_args(argv)
-    try:
+    with one_line_errors():
         export(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

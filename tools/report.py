@@ -41,12 +41,12 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from finetune.depth_data import DepthSample, open_depth_data
 from finetune.figures import Page, colourise, depth_colours, save_figure, shared_range
-from finetune.files import write_whole
 from finetune.inference import predict_depth, transform_of
 from finetune.model import load_depth_model
 from finetune.protocols import get_protocol
 from spark import SparK
 from spark.checkpoint import find_run
+from spark.folders import write_whole
 from spark.masking import visible_at
 from spark.run import format_duration, read_rows
 

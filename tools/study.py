@@ -11,6 +11,7 @@ are not run again. Writes RESULTS.csv, a row a depth run, and RESULTS.md, the ta
 
 import argparse
 import csv
+import io
 import json
 import os
 import shlex
@@ -24,6 +25,7 @@ import timm
 import torch
 import yaml
 
+from spark.folders import write_whole
 from spark.run import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -206,13 +208,13 @@ def write_results(jobs: list[tuple[str, str, int]], options: argparse.Namespace)
                 "timm": timm.__version__,
             }
         )
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    with open(options.results.with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(options.results.with_suffix(".csv"), text.getvalue().encode())
     table = markdown(rows, options)
-    options.results.with_suffix(".md").write_text(table, encoding="utf-8")
+    write_whole(options.results.with_suffix(".md"), table.encode())
     if options.readme:
         put_between_marks(options.readme, table)
 
@@ -221,7 +223,8 @@ def markdown(rows: list[dict], options: argparse.Namespace) -> str:
     """The table: mean over seeds, with the smallest and largest value where there are several."""
     lines = [
         f"Protocol `{rows[0]['protocol']}` on {rows[0]['images']} validation images. Every row: UNet++, "
-        f"{rows[0]['depth_epochs']:g} epochs at {rows[0]['depth_size']} px. SparK: {options.pretrain_epochs:g} epochs.",
+        f"{rows[0]['depth_epochs']:g} epochs at {rows[0]['depth_size']} px. SparK: {options.pretrain_epochs:g} epochs, "
+        "one pretraining an encoder; the seeds are those of depth training. Mean, and range over seeds.",
         "",
         "| encoder | start | seeds | " + " | ".join(SHOWN.values()) + " |",
         "|---|---|---|" + "---|" * len(SHOWN),
@@ -242,7 +245,7 @@ def put_between_marks(path: Path, table: str) -> None:
     parts = path.read_text(encoding="utf-8").split(MARK)
     if len(parts) != 3:
         sys.exit(f"error: {path} must hold the mark {MARK} twice, around the place of the table")
-    path.write_text(f"{parts[0]}{MARK}\n\n{table}\n{MARK}{parts[2]}", encoding="utf-8")
+    write_whole(path, f"{parts[0]}{MARK}\n\n{table}\n{MARK}{parts[2]}".encode())
 
 
 def spread(values: list[float]) -> str:

@@ -21,6 +21,8 @@ from finetune.depth_data.sample import (
 
 LABELED_MAT = "nyu_depth_v2_labeled.mat"
 SPLITS_MAT = "splits.mat"
+WITHOUT_LISTS = "to use that file give --data.list null (in training: --data.list null --data.val_list null)"
+"""What to do where lists are named and a labelled file is there."""
 
 
 def blacken_border(image: np.ndarray) -> np.ndarray:
@@ -60,7 +62,7 @@ class NYUSync(Dataset[DepthSample]):
 
     Args:
         root: the folder that the entries are relative to.
-        list_file: path of the list, or its name inside `root`.
+        list_file: name of the list inside `root`, or its path, see `find_list`.
         black_border: paint the white border of the labelled NYU images black, see `blacken_border`.
 
     Raises:
@@ -195,7 +197,9 @@ class NYULabeled(Dataset[DepthSample]):
             image = self._array(self._file, "images")[number - 1]
             depth = self._array(self._file, self._depth_key)[number - 1]
         except OSError as error:
-            raise file_error(f"{self.mat_path}, image {name}", f"cannot be read ({error})") from error
+            raise file_error(
+                f"{self.mat_path}, image {name}", f"cannot be read ({error}), download or copy the file again"
+            ) from error
         # (3, W, H) -> [H, W, 3] and (W, H) -> [H, W]: a transpose, because a rotation would mirror the scene.
         image = np.ascontiguousarray(image.transpose(2, 1, 0))
         depth = np.ascontiguousarray(depth.T, dtype=np.float32)
@@ -256,13 +260,24 @@ def existing_root(root: str | Path) -> Path:
 
 
 def find_list(root: Path, list_file: str | Path) -> Path:
-    """A list file given as a path, or as a name inside `root`; ValueError says where it was looked for."""
-    candidates = list(dict.fromkeys((Path(list_file), root / list_file)))
+    """Find a list file.
+
+    A bare name means the file inside `root`, and only where there is none, one of the working directory. A path with a
+    folder in it (`./list.txt` too) or an absolute one is taken as given, and only where there is no such file, as one
+    inside `root`.
+
+    Raises:
+        ValueError: no such file, with where it was looked for and what `root` holds instead.
+    """
+    as_given, inside = Path(list_file), root / list_file
+    bare = not os.path.dirname(list_file)
+    candidates = list(dict.fromkeys((inside, as_given) if bare else (as_given, inside)))
     for candidate in candidates:
         if candidate.is_file():
             return candidate
     looked = " and ".join(str(candidate) for candidate in candidates)
-    raise ValueError(f"no list file {list_file}: looked for {looked}. {lists_text(root)}")
+    labelled = f". It holds {LABELED_MAT}: {WITHOUT_LISTS}" if (root / LABELED_MAT).is_file() else ""
+    raise ValueError(f"no list file {list_file}: looked for {looked}. {lists_text(root)}{labelled}")
 
 
 def lists_text(root: Path) -> str:

@@ -3,7 +3,14 @@
 from pathlib import Path
 from typing import Literal
 
-from finetune.depth_data.nyu import LABELED_MAT, NYULabeled, NYUSync, existing_root, lists_text
+from finetune.depth_data.nyu import (
+    LABELED_MAT,
+    WITHOUT_LISTS,
+    NYULabeled,
+    NYUSync,
+    existing_root,
+    lists_text,
+)
 
 
 def open_depth_data(
@@ -23,7 +30,7 @@ def open_depth_data(
 
     Args:
         root: folder of the scenes, or of the labelled file, or the labelled file itself.
-        list: list file of RGB-D pairs: a path, or a name inside `root`.
+        list: list file of RGB-D pairs: a name inside `root`, or a path, see `nyu.find_list`.
         split: which official split of the labelled file.
         depth: "raw" (with holes) or "filled" depth of the labelled file.
         black_border: paint the white border of the labelled images black, see `blacken_border`.
@@ -34,7 +41,10 @@ def open_depth_data(
     """
     root = Path(root)
     if root.is_file() and list is not None:
-        raise ValueError(f"{root} is a file, and a list of pairs needs a folder: give one or the other")
+        remedy = f"; {WITHOUT_LISTS}" if root.suffix == ".mat" else ""
+        raise ValueError(
+            f"{root} is a file, and a list of pairs needs a folder: give one or the other{remedy}"
+        )
     if root.is_file():
         return NYULabeled(root, split=split, depth=depth, black_border=black_border)
     root = existing_root(root)

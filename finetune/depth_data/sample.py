@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from spark.images import MAX_PIXELS
+from spark.images import MAX_PIXELS, describe_failure
 
 
 class DepthFileError(ValueError):
@@ -20,6 +20,13 @@ class DepthFileError(ValueError):
 def file_error(path: str | Path, reason: str) -> DepthFileError:
     """The error for a file; ": " occurs in its message only where the path ends."""
     return DepthFileError(f"{path}: {reason.replace(': ', ', ')}")
+
+
+def unreadable(path: str | Path, what: str, error: Exception) -> DepthFileError:
+    """The error for a file that does not open as `what` it should be, "an image" or "a depth map"."""
+    _, _, reason = describe_failure(path, error).rpartition(": ")
+    advice = "copy the file again, or take the pair out of the list"
+    return file_error(path, f"cannot be read as {what} ({reason}), {advice}")
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ def read_rgb(path: str | Path) -> np.ndarray:
     except DepthFileError:
         raise
     except (OSError, SyntaxError, ValueError) as error:
-        raise file_error(path, f"cannot be read as an image ({error})") from error
+        raise unreadable(path, "an image", error) from error
 
 
 @contextmanager
@@ -108,7 +115,7 @@ def check_pair_headers(image_path: Path, depth_path: Path) -> None:
         except DepthFileError:
             raise
         except (OSError, SyntaxError, ValueError) as error:
-            raise file_error(path, f"cannot be read as {what} ({error})") from error
+            raise unreadable(path, what, error) from error
         if path == depth_path and not mode.startswith("I"):
             raise file_error(path, f"the depth map has pixels of kind {mode}, expected 16-bit millimetres")
     if sizes[0] != sizes[1]:
@@ -128,14 +135,14 @@ def read_depth_mm(path: str | Path) -> np.ndarray:
     try:
         data = np.fromfile(path, np.uint8)
     except OSError as error:
-        raise file_error(path, f"cannot be read as a depth map ({error})") from error
+        raise unreadable(path, "a depth map", error) from error
     # IMREAD_UNCHANGED, because every other mode of opencv turns 16 bits into 8.
     try:
         depth = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
     except cv2.error as error:  # above all more pixels than opencv accepts
-        raise file_error(path, f"cannot be read as a depth map ({' '.join(str(error).split())})") from error
+        raise unreadable(path, "a depth map", error) from error
     if depth is None:
-        raise file_error(path, "cannot be read as a depth map (truncated, or not an image file)")
+        raise unreadable(path, "a depth map", ValueError("truncated, or not an image file"))
     if depth.ndim != 2:
         raise file_error(
             path,

@@ -1,12 +1,16 @@
 """Masked feature maps that run through stock convnets: `sparsify`, `SparseTensor`, and their layouts."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from spark.sparse.batch_norm import SyncBatchNorm2d
 from spark.sparse.masked_ops import MASKED
 from spark.sparse.packed_ops import PACKED
 from spark.sparse.sites import Sites
+from spark.sparse.spconv_ops import spconv_layout
 from spark.sparse.tensor import Layout, MissingRuleError, SparseTensor
+from spark.sparse.triton_ops import triton_layout
 
 __all__ = [
     "LAYOUTS",
@@ -20,7 +24,13 @@ __all__ = [
     "sparsify",
 ]
 
-LAYOUTS = {layout.name: layout for layout in (MASKED, PACKED)}
+# Name -> how to make it; those of optional packages are imported when they are asked for.
+LAYOUTS: dict[str, Callable[[], Layout]] = {
+    "masked": lambda: MASKED,
+    "packed": lambda: PACKED,
+    "spconv": spconv_layout,
+    "triton": triton_layout,
+}
 
 
 def sparsify(images: Tensor, visible: Tensor, layout: str = "packed", sync: bool = False) -> SparseTensor:
@@ -29,11 +39,11 @@ def sparsify(images: Tensor, visible: Tensor, layout: str = "packed", sync: bool
     Args:
         images: [B, C, H, W].
         visible: [B, 1, fh, fw] bool, True = seen; H and W multiples of fh and fw.
-        layout: "masked" or "packed".
+        layout: "packed", "masked", "spconv" or "triton".
         sync: batch statistics cover the visible sites of all processes.
 
     Raises:
-        ValueError: unknown layout, or sizes that do not line up.
+        ValueError: unknown layout, one whose package is missing, or sizes that do not line up.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} does not exist: use one of {', '.join(map(repr, LAYOUTS))}")
@@ -43,6 +53,6 @@ def sparsify(images: Tensor, visible: Tensor, layout: str = "packed", sync: bool
             f"{list(visible.shape)}"
         )
     sites = Sites(visible, sync)
-    chosen = LAYOUTS[layout]
+    chosen = LAYOUTS[layout]()
     b, c, h, w = images.shape
     return SparseTensor(chosen.from_dense(images, sites), sites, chosen, (b, c, h, w))

@@ -63,7 +63,7 @@ class Window(NamedTuple):
         return self.padding, (after[0], after[1])
 
 
-class _Plan:
+class Plan:
     """How one convolution is computed: as a plain convolution of an image made from the rows.
 
     This class is the pointwise case; the others replace what differs.
@@ -150,7 +150,7 @@ class _Plan:
         )
 
 
-class _Tiles(_Plan):
+class _Tiles(Plan):
     """A batch of patches with their surroundings, convolved without padding."""
 
     def __init__(self, cells: Cells, window: Window, groups: int):
@@ -189,7 +189,7 @@ class _Columns(_Tiles):
         return grad.view(o, kh, kw, c).permute(0, 3, 1, 2)
 
 
-class _Dense(_Plan):
+class _Dense(Plan):
     """The zero-filled map; the result is read at the visible sites."""
 
     def __init__(self, sites: Sites, h: int, w: int, window: Window, groups: int):
@@ -218,10 +218,10 @@ def _scatter(rows: Tensor, places: Tensor, shape: tuple[int, ...]) -> Tensor:
     return flat.view(b, h, w, -1).permute(0, 3, 1, 2)
 
 
-def _plan(sites: Sites, h: int, w: int, window: Window, groups: int) -> _Plan:
+def plan_of(sites: Sites, h: int, w: int, window: Window, groups: int) -> Plan:
     """Choose by shape."""
     if groups == 1 and window.kernel == window.stride == (1, 1) and window.padding == (0, 0):
-        return _Plan(window, 1)
+        return Plan(window, 1)
     small = min(sites.patch_sides(h, w)) < (TILES_FROM if groups == 1 else GROUPED_TILES_FROM)
     if not window.keeps_patches(sites, h, w) or (small and groups > 1):
         return _Dense(sites, h, w, window, groups)
@@ -264,7 +264,7 @@ class _PackedConv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan, recipe: Recipe | None
+        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, recipe: Recipe | None
     ) -> Tensor:
         ctx.plan, ctx.compute = plan, None if recipe is None else recipe.compute
         ctx.save_for_backward(weight, *((rows,) if recipe is None else recipe.inputs))
@@ -274,7 +274,7 @@ class _PackedConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         weight, *kept = ctx.saved_tensors
-        plan: _Plan = ctx.plan
+        plan: Plan = ctx.plan
         grad = grad.contiguous()
         need_rows, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_weight = None
@@ -310,7 +310,13 @@ def packed_conv(
         groups: of channels.
         recipe: how to compute the rows again.
     """
-    plan = _plan(sites, h, w, window, groups)
+    return convolve_by(plan_of(sites, h, w, window, groups), rows, weight, bias, recipe)
+
+
+def convolve_by(
+    plan: Plan, rows: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe | None
+) -> Tensor:
+    """Convolve by a plan: in the type that autocast says, keeping the recipe's inputs for the backward pass."""
     device = rows.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

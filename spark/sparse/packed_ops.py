@@ -86,7 +86,7 @@ def conv2d(
 ) -> SparseTensor:
     """From tiles, columns or a zero-filled map, see `packed_conv.py`."""
     common.require_channels_first(func, x)
-    window = _window(weight.shape[2:], stride, padding, dilation)
+    window = window_of(weight.shape[2:], stride, padding, dilation)
     if window is None:
         return common.window(func, x, weight, bias, stride, padding, dilation, groups)
     b, _, h, w = x.size4
@@ -107,7 +107,7 @@ def max_pool2d(
     """Over tiles of the rows; through the zero-filled map where windows do not keep to patches."""
     common.require_channels_first(func, x)
     stride = kernel_size if stride is None else stride
-    window = _window(_pair(kernel_size), stride, padding, dilation)
+    window = window_of(_pair(kernel_size), stride, padding, dilation)
     if window is not None and not ceil_mode and not return_indices:
         b, c, h, w = x.size4
         rows = packed_max_pool(x.data, x.sites, h, w, window, valid_recipe(x))
@@ -123,7 +123,7 @@ def _pair(value: Any) -> tuple[int, int]:
     return int(first), int(second)
 
 
-def _window(kernel: Any, stride: Any, padding: Any, dilation: Any) -> Window | None:
+def window_of(kernel: Any, stride: Any, padding: Any, dilation: Any) -> Window | None:
     """The window of an operator's arguments; None for padding by name where its two sides would differ."""
     kernel, dilation = _pair(kernel), _pair(dilation)
     if padding == "valid":

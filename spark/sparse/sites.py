@@ -11,8 +11,13 @@ are contiguous, so a patch is a small dense image, and rows of two feature maps 
 patches in the same order.
 """
 
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def as_image(rows: Tensor) -> Tensor:
@@ -79,12 +84,13 @@ class Sites:
         self.sync = sync
         self.batch = visible.shape[0]
         self.grid = (visible.shape[2], visible.shape[3])
-        self._masks: dict[tuple[int, int], Tensor] = {}
-        self._rows: dict[tuple[int, int], Tensor] = {}
-        self._images: dict[tuple[int, int], Tensor] = {}
-        self._patches: Tensor | None = None
-        self._slots: Tensor | None = None
-        self._cells: dict[tuple[int, ...], Cells] = {}
+        self._cache: dict[Hashable, Any] = {}
+
+    def cached(self, key: Hashable, build: Callable[[], T]) -> T:
+        """What `build` returns, computed once for this mask."""
+        if key not in self._cache:
+            self._cache[key] = build()
+        return self._cache[key]
 
     def patch_sides(self, h: int, w: int) -> tuple[int, int]:
         """Sites along a patch (ph, pw) of an h x w feature map.
@@ -102,27 +108,25 @@ class Sites:
 
     def mask(self, h: int, w: int) -> Tensor:
         """Visible sites of an h x w map: [B, 1, h, w] bool."""
-        if (h, w) not in self._masks:
-            ph, pw = self.patch_sides(h, w)
-            self._masks[h, w] = self.visible.repeat_interleave(ph, 2).repeat_interleave(pw, 3)
-        return self._masks[h, w]
+        ph, pw = self.patch_sides(h, w)
+        return self.cached(
+            ("mask", h, w), lambda: self.visible.repeat_interleave(ph, 2).repeat_interleave(pw, 3)
+        )
 
     def patches(self) -> Tensor:
         """(image, patch row, patch column) of the visible patches: [M, 3] int64, in the order of the rows."""
-        if self._patches is None:
-            self._patches = self.visible.squeeze(1).nonzero()
-        return self._patches
+        return self.cached("patches", lambda: self.visible.squeeze(1).nonzero())
 
     def tiles(self, h: int, w: int, before: tuple[int, int], after: tuple[int, int]) -> Cells:
         """The visible patches of an h x w map, grown by `before` sites (up, left) and `after` sites (down, right).
 
         Cells [M, th, tw].  A patch may be smaller than its surroundings: they then reach over several patches.
         """
-        key = (h, w, *before, *after)
-        if key not in self._cells:
-            alone = before == after == (0, 0)
-            self._cells[key] = Cells(*self._surroundings(h, w, before, after), self.num_rows(h, w), alone)
-        return self._cells[key]
+        alone = before == after == (0, 0)
+        return self.cached(
+            ("tiles", h, w, before, after),
+            lambda: Cells(*self._surroundings(h, w, before, after), self.num_rows(h, w), alone),
+        )
 
     def columns(
         self,
@@ -135,17 +139,17 @@ class Sites:
         dilation: tuple[int, int],
     ) -> Cells:
         """The window of each output of a convolution over `tiles`: cells [N', kh * kw], rows of the output in order."""
-        key = (h, w, *before, *after, *kernel, *stride, *dilation)
-        if key not in self._cells:
 
-            def windows(cells: Tensor) -> Tensor:
-                for dim in (0, 1):
-                    cells = cells.unfold(1 + dim, dilation[dim] * (kernel[dim] - 1) + 1, stride[dim])
-                return cells[..., :: dilation[0], :: dilation[1]].reshape(-1, kernel[0] * kernel[1])
+        def windows(cells: Tensor) -> Tensor:
+            for dim in (0, 1):
+                cells = cells.unfold(1 + dim, dilation[dim] * (kernel[dim] - 1) + 1, stride[dim])
+            return cells[..., :: dilation[0], :: dilation[1]].reshape(-1, kernel[0] * kernel[1])
 
+        def build() -> Cells:
             row, masked, outside = map(windows, self._surroundings(h, w, before, after))
-            self._cells[key] = Cells(row, masked, outside, self.num_rows(h, w))
-        return self._cells[key]
+            return Cells(row, masked, outside, self.num_rows(h, w))
+
+        return self.cached(("columns", h, w, before, after, kernel, stride, dilation), build)
 
     def _surroundings(
         self, h: int, w: int, before: tuple[int, int], after: tuple[int, int]
@@ -164,10 +168,8 @@ class Sites:
 
     def slots(self) -> Tensor:
         """Number of each patch among the visible ones, -1 for masked patches: [B * fh * fw] int64."""
-        if self._slots is None:
-            flat = self.visible.flatten()
-            self._slots = torch.where(flat, flat.cumsum(0) - 1, -1)
-        return self._slots
+        flat = self.visible.flatten()
+        return self.cached("slots", lambda: torch.where(flat, flat.cumsum(0) - 1, -1))
 
     def num_rows(self, h: int, w: int) -> int:
         """N, the packed rows of an h x w map."""
@@ -176,20 +178,20 @@ class Sites:
 
     def rows(self, h: int, w: int) -> Tensor:
         """Flat index into [B, h, w] of each packed row: [N] int64."""
-        if (h, w) not in self._rows:
+
+        def build() -> Tensor:
             ph, pw = self.patch_sides(h, w)
             image, row, column = self.patches().unbind(1)
             y = (row * ph)[:, None, None] + torch.arange(ph, device=row.device)[None, :, None]
             x = (column * pw)[:, None, None] + torch.arange(pw, device=row.device)[None, None, :]
-            self._rows[h, w] = ((image[:, None, None] * h + y) * w + x).flatten()
-        return self._rows[h, w]
+            return ((image[:, None, None] * h + y) * w + x).flatten()
+
+        return self.cached(("rows", h, w), build)
 
     def row_images(self, h: int, w: int) -> Tensor:
         """Image of each packed row: [N] int64."""
-        if (h, w) not in self._images:
-            ph, pw = self.patch_sides(h, w)
-            self._images[h, w] = self.patches()[:, 0].repeat_interleave(ph * pw)
-        return self._images[h, w]
+        ph, pw = self.patch_sides(h, w)
+        return self.cached(("images", h, w), lambda: self.patches()[:, 0].repeat_interleave(ph * pw))
 
     def sites_per_image(self, h: int, w: int) -> Tensor:
         """Number of visible sites of each image: [B] int64."""
