@@ -1,4 +1,4 @@
-# Every target makes the environment it needs; Python 3.10-3.12, make and git are all that must be there.
+# Every target makes the environment it needs; Python 3.10 or newer, make and git are all that must be there.
 PYTHON ?= python3
 BIN := .venv/bin
 

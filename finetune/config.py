@@ -53,7 +53,8 @@ class DepthDataConfig:
             nothing where a list names the training pairs.
         depth: which depth of the labelled file trains, raw (with holes) or filled; a list's depth is what its files
             hold.
-        black_border: paint the white border of the labelled NYU images black, as the published test images have it.
+        white_border: of the labelled NYU images, which training crops leave out: fill continues the pixels next to it,
+            black paints it black as in the published test images, keep leaves it.
         image_size: size [height, width] in pixels at which a whole frame is presented to the model.
         crop_size: size [height, width] of the random crop of it that one training sample is.
         border: part [top, bottom, left, right] of a 480x640 frame that crops are taken from; null is all of it.
@@ -76,7 +77,7 @@ class DepthDataConfig:
     list: str | None = None
     val_list: str | None = None
     depth: Literal["raw", "filled"] = "raw"
-    black_border: bool = False
+    white_border: Literal["keep", "black", "fill"] = "keep"
     image_size: tuple[int, int] = (480, 640)
     crop_size: tuple[int, int] = (416, 544)
     border: tuple[int, int, int, int] | None = (45, 472, 43, 608)

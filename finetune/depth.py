@@ -503,11 +503,11 @@ def open_data(config: DepthConfig, protocol: Protocol) -> tuple[DepthData, Depth
         ValueError: Either is not there, or the ground truth to validate on does not fit the protocol.
     """
     data = config.data
-    pairs = open_depth_data(data.root, data.list, "train", depth=data.depth, black_border=data.black_border)
+    pairs = open_depth_data(data.root, data.list, "train", depth=data.depth, white_border=data.white_border)
     if data.val_list is None and data.list is not None:
         return pairs, None
     held_out = open_depth_data(
-        data.root, data.val_list, "test", depth=protocol.depth, black_border=data.black_border
+        data.root, data.val_list, "test", depth=protocol.depth, white_border=data.white_border
     )
     held_out.check_headers()  # these refuse now, not after the first epoch
     protocol.crop_at(held_out[0].depth.shape)

@@ -50,7 +50,8 @@ class EvaluationDataConfig:
         list: list of the pairs, a name inside root or a path; null scores on the labelled file.
         split: official split of the labelled file.
         depth: depth of the labelled file to score against; null is what the protocol stands on.
-        black_border: paint the white border of the labelled NYU images black, as the published test images have it.
+        white_border: of the labelled NYU images, which training crops leave out: fill continues the pixels next to it,
+            black paints it black as in the published test images, keep leaves it.
         workers: processes that read pairs.
     """
 
@@ -58,7 +59,7 @@ class EvaluationDataConfig:
     list: str | None = None
     split: Literal["train", "test"] = "test"
     depth: Literal["raw", "filled"] | None = None
-    black_border: bool = False
+    white_border: Literal["keep", "black", "fill"] = "keep"
     workers: int = 0
 
     def __post_init__(self) -> None:
@@ -117,7 +118,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         config.data.list,
         config.data.split,
         depth=config.data.depth or protocol.depth,
-        black_border=config.data.black_border,
+        white_border=config.data.white_border,
     )
     console.print(f"{data}", highlight=False, markup=False, soft_wrap=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:

@@ -162,7 +162,10 @@ def test_unknown_key_in_file_names_path_and_nearest(capsys, tmp_path):
         (["--optim.betas", "0.9"], "optim.betas must be a list [...] of 2 numbers or null, got 0.9"),
         (["--data.mean", "0.5"], "data.mean must be a list [...] of numbers or null"),
         (["--model.sync_bn", "3"], "model.sync_bn must be true or false, got 3"),
-        (["--model.layout", "dense"], "model.layout must be one of packed, masked, got dense"),
+        (
+            ["--model.layout", "dense"],
+            "model.layout must be one of packed, masked, spconv, triton, got dense",
+        ),
         (["--precision", "fp8"], "precision must be one of fp32, bf16, fp16, got fp8"),
         (["--optim.clip_grad", "x"], "optim.clip_grad must be a number or null, got x"),
         (["--model", "resnet50"], "single options are set as --model.name VALUE"),

@@ -19,8 +19,8 @@ from finetune.depth_data import (
     DepthSample,
     NYULabeled,
     NYUSync,
-    blacken_border,
     open_depth_data,
+    paint_border,
     read_depth_mm,
     read_rgb,
 )
@@ -234,16 +234,25 @@ def test_grey_and_palette_images_become_rgb(tmp_path):
     assert read_rgb(tmp_path / "palette.png").shape == (24, 32, 3)
 
 
-def test_black_border(tmp_path):
-    white = np.full((480, 640, 3), 255, np.uint8)
-    black = blacken_border(white)
-    assert (black[7:474, 7:632] == 255).all()
-    assert int((black > 0).sum()) == (474 - 7) * (632 - 7) * 3
-    assert white.all()
+def test_white_border(tmp_path):
+    image = np.full((480, 640, 3), 255, np.uint8)
+    inner = np.random.default_rng(0).integers(1, 255, (467, 625, 3)).astype(np.uint8)
+    image[7:474, 7:632] = inner
+    black, filled = paint_border(image, "black"), paint_border(image, "fill")
+    assert paint_border(image, "keep") is image
+    for painted in (black, filled):
+        assert painted.shape == image.shape
+        np.testing.assert_array_equal(painted[7:474, 7:632], inner)
+    assert int((black == 0).sum()) == (480 * 640 - 467 * 625) * 3
+    np.testing.assert_array_equal(filled[0, 7:632], inner[0])
+    np.testing.assert_array_equal(filled[479, 7:632], inner[-1])
+    np.testing.assert_array_equal(filled[7:474, 639], inner[:, -1])
+    np.testing.assert_array_equal(filled[0, 0], inner[0, 0])
+    assert (image[0] == 255).all()  # the original is left alone
     with pytest.raises(ValueError, match="24x32"):
-        blacken_border(colour_picture())
-    (tmp_path / "list.txt").write_text(write_pair(tmp_path / "hall", image=white, depth=depth_mm(480, 640)))
-    np.testing.assert_array_equal(NYUSync(tmp_path, "list.txt", black_border=True)[0].image, black)
+        paint_border(colour_picture(), "fill")
+    (tmp_path / "list.txt").write_text(write_pair(tmp_path / "hall", image=image, depth=depth_mm(480, 640)))
+    np.testing.assert_array_equal(NYUSync(tmp_path, "list.txt", white_border="fill")[0].image, filled)
 
 
 # --- the labelled file

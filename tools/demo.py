@@ -104,7 +104,6 @@ def demo_steps(output: str, seed: int) -> list[list[Step]]:
                 model__head_options="{decoder_channels: [32, 24, 16, 12, 8]}",
                 optim__lr="2e-3",
                 optim__batch_size=8,
-                channels_last="true",
                 epochs=12,
                 validate_every=3,
                 log_every=20,

@@ -732,7 +732,7 @@ def validation_samples(run: Run, count: int) -> list[DepthSample]:
         run.option("data.val_list"),
         "test",
         depth=run.option("data.depth", "raw"),
-        black_border=run.option("data.black_border", False),
+        white_border=run.option("data.white_border", "keep"),
     )
     count = min(count, len(data))
     return [data[(2 * i + 1) * len(data) // (2 * count)] for i in range(count)]

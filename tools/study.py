@@ -132,7 +132,7 @@ def finetune(encoder: str, start: str, seed: int, options: argparse.Namespace) -
             model=run / "model",
             protocol=options.protocol,
             output=result_of(encoder, start, seed, options),
-            **{"data.root": nyu, "data.list": "nyu_val.txt"},
+            **{"data.root": nyu, "data.list": "nyu_val.txt", "data.white_border": "fill"},
         )
 
 
@@ -222,8 +222,8 @@ def write_results(jobs: list[tuple[str, str, int]], options: argparse.Namespace)
 def markdown(rows: list[dict], options: argparse.Namespace) -> str:
     """The table: mean over seeds, with the smallest and largest value where there are several."""
     lines = [
-        f"Protocol `{rows[0]['protocol']}` on {rows[0]['images']} validation images. Every row: UNet++, "
-        f"{rows[0]['depth_epochs']:g} epochs at {rows[0]['depth_size']} px. SparK: {options.pretrain_epochs:g} epochs, "
+        f"Protocol `{rows[0]['protocol']}` on {rows[0]['images']} validation images, white border filled. "
+        f"Every row: UNet++, {rows[0]['depth_epochs']:g} epochs at {rows[0]['depth_size']} px. SparK: {options.pretrain_epochs:g} epochs, "
         "one pretraining an encoder; the seeds are those of depth training. Mean, and range over seeds.",
         "",
         "| encoder | start | seeds | " + " | ".join(SHOWN.values()) + " |",

@@ -25,22 +25,28 @@ WITHOUT_LISTS = "to use that file give --data.list null (in training: --data.lis
 """What to do where lists are named and a labelled file is there."""
 
 
-def blacken_border(image: np.ndarray) -> np.ndarray:
-    """Paint the white frame of a labelled NYU image black: all but rows 7:474, columns 7:632 of 480x640.
+WhiteBorder = Literal["keep", "black", "fill"]
 
-    The labelled images carry a white border of about 7 px. The test images that published models were scored
-    on have it painted black by the script that unpacks them (BTS, extract_official_train_test_set_from_mat.py).
+
+def paint_border(image: np.ndarray, white_border: WhiteBorder) -> np.ndarray:
+    """Paint over the white border of a labelled NYU image: all but rows 7:474, columns 7:632 of 480x640.
+
+    Training crops leave the border out, so a network that sees it when it is scored sees something new. The test images
+    that published models were scored on have it painted black by the script that unpacks them (BTS,
+    extract_official_train_test_set_from_mat.py).
 
     Args:
         image: uint8 `[480, 640, 3]`; it is not changed.
+        white_border: "black" paints it black, "fill" continues the pixels next to it, "keep" leaves it.
     """
+    if white_border == "keep":
+        return image
     if image.shape[:2] != (480, 640):
         raise ValueError(
-            f"black_border is meant for 480x640 images, not {size_text(image.shape)}: switch it off"
+            f"white_border is meant for 480x640 images, not {size_text(image.shape)}: set it to keep"
         )
-    black = np.zeros_like(image)
-    black[7:474, 7:632] = image[7:474, 7:632]
-    return black
+    mode = {"black": {"mode": "constant"}, "fill": {"mode": "edge"}}[white_border]
+    return np.pad(image[7:474, 7:632], ((7, 6), (7, 8), (0, 0)), **mode)  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class NYUSync(Dataset[DepthSample]):
     Args:
         root: the folder that the entries are relative to.
         list_file: name of the list inside `root`, or its path, see `find_list`.
-        black_border: paint the white border of the labelled NYU images black, see `blacken_border`.
+        white_border: what becomes of the white border of the labelled NYU images, see `paint_border`.
 
     Raises:
         ValueError: no such root or list, an empty list, a line that cannot be parsed, files that are missing
@@ -71,10 +77,10 @@ class NYUSync(Dataset[DepthSample]):
             later pairs raises too): a validation list of the wrong kind shows before training, not after it.
     """
 
-    def __init__(self, root: str | Path, list_file: str | Path, *, black_border: bool = False):
+    def __init__(self, root: str | Path, list_file: str | Path, *, white_border: WhiteBorder = "keep"):
         self.root = existing_root(root)
         self.list_file = find_list(self.root, list_file)
-        self.black_border = black_border
+        self.white_border: WhiteBorder = white_border
         self.entries = parse_list(self.list_file)
         missing = [
             path
@@ -113,8 +119,7 @@ class NYUSync(Dataset[DepthSample]):
         entry = self.entries[index]
         image = read_rgb(self.root / entry.image)
         depth = read_depth_mm(self.root / entry.depth)
-        if self.black_border:
-            image = blacken_border(image)
+        image = paint_border(image, self.white_border)
         return DepthSample(image, depth, entry.image)
 
 
@@ -132,7 +137,7 @@ class NYULabeled(Dataset[DepthSample]):
         depth: "raw" is what the sensor measured, with holes: what the BTS, AdaBins and ZoeDepth protocol
             scores against. "filled" is the inpainted map (`depths`): dense training targets; DenseDepth and
             Laina score against it.
-        black_border: paint the white border black, see `blacken_border`.
+        white_border: what becomes of the white border, see `paint_border`.
 
     Raises:
         ValueError: a missing or damaged file, one without the expected arrays, an unknown split or kind of
@@ -146,7 +151,7 @@ class NYULabeled(Dataset[DepthSample]):
         split: Literal["train", "test"] = "train",
         depth: Literal["raw", "filled"] = "raw",
         *,
-        black_border: bool = False,
+        white_border: WhiteBorder = "keep",
     ):
         keys = {"raw": "rawDepths", "filled": "depths"}
         if depth not in keys:
@@ -155,7 +160,7 @@ class NYULabeled(Dataset[DepthSample]):
         self.splits_path = (
             Path(splits_path) if splits_path is not None else self.mat_path.with_name(SPLITS_MAT)
         )
-        self.split, self.depth, self.black_border = split, depth, black_border
+        self.split, self.depth, self.white_border = split, depth, white_border
         self._depth_key = keys[depth]
         self._file: h5py.File | None = None
         self._file_pid = 0
@@ -203,8 +208,7 @@ class NYULabeled(Dataset[DepthSample]):
         # (3, W, H) -> [H, W, 3] and (W, H) -> [H, W]: a transpose, because a rotation would mirror the scene.
         image = np.ascontiguousarray(image.transpose(2, 1, 0))
         depth = np.ascontiguousarray(depth.T, dtype=np.float32)
-        if self.black_border:
-            image = blacken_border(image)
+        image = paint_border(image, self.white_border)
         return DepthSample(image, np.where(np.isfinite(depth), depth, np.float32(0.0)), name)
 
     def __getstate__(self) -> dict:

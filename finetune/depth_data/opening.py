@@ -8,6 +8,7 @@ from finetune.depth_data.nyu import (
     WITHOUT_LISTS,
     NYULabeled,
     NYUSync,
+    WhiteBorder,
     existing_root,
     lists_text,
 )
@@ -19,7 +20,7 @@ def open_depth_data(
     split: Literal["train", "test"] = "train",
     *,
     depth: Literal["raw", "filled"] = "raw",
-    black_border: bool = False,
+    white_border: WhiteBorder = "keep",
 ) -> NYUSync | NYULabeled:
     """Open RGB-D pairs; `repr` of the result says which layout was taken.
 
@@ -33,7 +34,7 @@ def open_depth_data(
         list: list file of RGB-D pairs: a name inside `root`, or a path, see `nyu.find_list`.
         split: which official split of the labelled file.
         depth: "raw" (with holes) or "filled" depth of the labelled file.
-        black_border: paint the white border of the labelled images black, see `blacken_border`.
+        white_border: what becomes of the white border of the labelled images, see `paint_border`.
 
     Raises:
         ValueError: nothing of the above is there, with what was looked for; or what `NYUSync` and
@@ -46,12 +47,12 @@ def open_depth_data(
             f"{root} is a file, and a list of pairs needs a folder: give one or the other{remedy}"
         )
     if root.is_file():
-        return NYULabeled(root, split=split, depth=depth, black_border=black_border)
+        return NYULabeled(root, split=split, depth=depth, white_border=white_border)
     root = existing_root(root)
     if list is not None:
-        return NYUSync(root, list, black_border=black_border)
+        return NYUSync(root, list, white_border=white_border)
     if (root / LABELED_MAT).is_file():
-        return NYULabeled(root / LABELED_MAT, split=split, depth=depth, black_border=black_border)
+        return NYULabeled(root / LABELED_MAT, split=split, depth=depth, white_border=white_border)
     raise ValueError(
         f"no list of pairs was given and {root} holds no {LABELED_MAT}: name the list file (data.list)."
         f" {lists_text(root)}"
