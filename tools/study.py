@@ -223,8 +223,9 @@ def markdown(rows: list[dict], options: argparse.Namespace) -> str:
     """The table: mean over seeds, with the smallest and largest value where there are several."""
     lines = [
         f"Protocol `{rows[0]['protocol']}` on {rows[0]['images']} validation images, white border filled. "
-        f"Every row: UNet++, {rows[0]['depth_epochs']:g} epochs at {rows[0]['depth_size']} px. SparK: {options.pretrain_epochs:g} epochs, "
-        "one pretraining an encoder; the seeds are those of depth training. Mean, and range over seeds.",
+        f"Every row: UNet++, {rows[0]['depth_epochs']:g} epochs at {rows[0]['depth_size']} px. "
+        f"SparK: {options.pretrain_epochs:g} epochs, one pretraining an encoder; the seeds are those of depth training. "
+        "Mean, and range over seeds.",
         "",
         "| encoder | start | seeds | " + " | ".join(SHOWN.values()) + " |",
         "|---|---|---|" + "---|" * len(SHOWN),
