@@ -224,7 +224,7 @@ def markdown(rows: list[dict], options: argparse.Namespace) -> str:
     lines = [
         f"Protocol `{rows[0]['protocol']}` on {rows[0]['images']} validation images, white border filled. "
         f"Every row: UNet++, {rows[0]['depth_epochs']:g} epochs at {rows[0]['depth_size']} px. "
-        f"SparK: {options.pretrain_epochs:g} epochs, one pretraining an encoder; the seeds are those of depth training. "
+        f"SparK: {options.pretrain_epochs:g} epochs, one pretraining an encoder; seeds are of depth training. "
         "Mean, and range over seeds.",
         "",
         "| encoder | start | seeds | " + " | ".join(SHOWN.values()) + " |",

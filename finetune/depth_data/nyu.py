@@ -160,7 +160,8 @@ class NYULabeled(Dataset[DepthSample]):
         self.splits_path = (
             Path(splits_path) if splits_path is not None else self.mat_path.with_name(SPLITS_MAT)
         )
-        self.split, self.depth, self.white_border = split, depth, white_border
+        self.split, self.depth = split, depth
+        self.white_border: WhiteBorder = white_border
         self._depth_key = keys[depth]
         self._file: h5py.File | None = None
         self._file_pid = 0
