@@ -26,7 +26,6 @@ from spark.config import parse_config
 from spark.encoder import build_encoder
 from spark.official import timm_names
 from tests.depth_world import make_depth_world
-from tests.test_checkpoint import ATTO, original_convnext, spark_style, training_file
 
 
 @pytest.fixture(scope="module")
@@ -338,6 +337,10 @@ def test_an_encoder_that_never_learns_is_announced(
 
 def test_a_run_from_an_official_file(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With the encoder frozen for the one step, the model that is written has the weights that it started from."""
+    # Not at the top: that module computes when it is imported, and the server that forks the processes of
+    # test_two_processes_with_a_frozen_encoder imports this one; a process forked from one with threads hangs.
+    from tests.test_checkpoint import ATTO, original_convnext, spark_style, training_file
+
     torch.manual_seed(5)
     state = original_convnext(**ATTO)
     path = tmp_path / "convnext_atto_1kpretrained_spark_style.pth"

@@ -329,7 +329,8 @@ def test_the_figure_shows_reconstructions_and_every_label(tmp_path, monkeypatch,
     )
     checkpoint = pretrain / "checkpoints" / "step_0000001"
     checkpoint.mkdir(parents=True)
-    save_file(spark.state_dict(), checkpoint / "model.safetensors")
+    weights = {name: value.contiguous() for name, value in spark.state_dict().items()}
+    save_file(weights, checkpoint / "model.safetensors")
     torch.save({"step": 1, "optimizer": {}, "extra": {}}, checkpoint / "state.pt")
     data = {"root": "rooms", "list": "nyu_train.txt", "val_list": "nyu_val.txt"}
     config = depth_config(data=data, protocol="nyu-bts-scaled")
