@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: help env demo test check bench clean
 
 help:
-	@echo "make demo   render rooms, pretrain, transfer, evaluate: runs/demo/report.html (about 8 minutes on 2 cores)"
+	@echo "make demo   render rooms, pretrain, transfer, evaluate: runs/demo/report.html (about 5 minutes on 2 cores)"
 	@echo "make test   the test suite (no network, no GPU needed)"
 	@echo "make check  ruff format, ruff lint, pyright"
 	@echo "make bench  time and memory of a training step here (OFFICIAL=a clone of SparK compares with the original)"
