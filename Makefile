@@ -8,7 +8,7 @@ help:
 	@echo "make demo   render rooms, pretrain, transfer, evaluate: runs/demo/report.html (about 5 minutes on 2 cores)"
 	@echo "make test   the test suite (no network, no GPU needed)"
 	@echo "make check  ruff format, ruff lint, pyright"
-	@echo "make bench  time and memory of a training step here (OFFICIAL=a clone of SparK compares with the original)"
+	@echo "make bench  time and memory of a training step, speed of the loader here (OFFICIAL=a clone of SparK compares with the original)"
 
 env: .venv/.installed
 
@@ -34,6 +34,7 @@ bench: env
 	    $(BIN)/python tools/benchmark.py $$what $(if $(OFFICIAL),--official $(OFFICIAL)) \
 	        --csv docs/results/benchmark_$$what.csv || exit 1; \
 	done
+	$(BIN)/python tools/benchmark.py loader --csv docs/results/benchmark_loader.csv
 
 clean:
 	rm -rf .venv runs build dist *.egg-info

@@ -36,7 +36,8 @@ class ModelConfig:
         patch_size: side of a mask patch in pixels; null is the total stride of the encoder.
         decoder_width: channels of the decoder at the deepest stage.
         layout: how the encoder runs on masked images; packed computes visible sites only, masked is the reference,
-            spconv and triton are packed with the convolutions of these packages (CUDA; not yet measured).
+            spconv and triton are packed with the convolutions of these packages (CUDA); auto is the one of them that
+            was the fastest in the committed measurements (spark/sparse/measured.csv), packed where there are none.
         drop_path: stochastic depth rate of the encoder.
         sync_bn: batch normalisation takes its statistics over all processes.
         densify_norm: normalisation of the encoder's feature maps before the decoder, bn (batch) or ln (layer); null is
@@ -54,7 +55,7 @@ class ModelConfig:
     mask_ratio: float = 0.6
     patch_size: int | None = None
     decoder_width: int = 768
-    layout: Literal["packed", "masked", "spconv", "triton"] = "packed"
+    layout: Literal["auto", "packed", "masked", "spconv", "triton"] = "auto"
     drop_path: float = 0.0
     sync_bn: bool = True
     densify_norm: Literal["bn", "ln"] | None = None

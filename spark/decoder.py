@@ -12,7 +12,9 @@ from timm.layers.norm import LayerNorm2d
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
+from spark.folding import folded_upsample_conv, folding_pays, upsample_then_conv
 from spark.sparse import SparseTensor, SyncBatchNorm2d
+from spark.sparse.filled_conv import filled_conv, filled_conv_pays
 
 
 class Densify(nn.Module):
@@ -54,6 +56,8 @@ class Densify(nn.Module):
         x = self.norm(x)
         if self.pointwise:  # a projection site by site: of the visible sites, and once of the token
             return self.projection(x).to_dense(self.projection(self.token))
+        if isinstance(self.projection, nn.Conv2d) and filled_conv_pays(x):
+            return filled_conv(x, self.token, self.projection.weight, self.projection.bias)
         return self.projection(x.to_dense(self.token))
 
 
@@ -71,7 +75,10 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_chans, h, w] -> [B, out_chans, 2h, 2w]."""
-        x = self.act(self.norm1(self.conv1(self.upsample(x))))
+        up, conv = self.upsample, self.conv1
+        assert up.bias is not None
+        upsampled = folded_upsample_conv if folding_pays(x) else upsample_then_conv
+        x = self.act(self.norm1(upsampled(x, up.weight, up.bias, conv.weight)))
         return self.norm2(self.conv2(x))
 
 

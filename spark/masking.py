@@ -48,7 +48,7 @@ def random_visible(
 ) -> Tensor:
     """Draw a mask for `batch` images: [B, 1, fh, fw] bool, equally many visible patches in each."""
     noise = torch.rand(batch, grid[0] * grid[1], generator=generator)
-    return visible_from_noise(noise, grid, mask_ratio).to(device)
+    return _moved(visible_from_noise(noise, grid, mask_ratio), device)
 
 
 def visible_at(
@@ -71,4 +71,9 @@ def visible_at(
             for n in positions
         ]
     )
-    return visible_from_noise(noise, grid, mask_ratio).to(device)
+    return _moved(visible_from_noise(noise, grid, mask_ratio), device)
+
+
+def _moved(visible: Tensor, device: torch.device | str | None) -> Tensor:
+    """To a device; to a GPU without waiting for its work under way (CUDA copies ordinary memory before it returns)."""
+    return visible.to(device, non_blocking=True)

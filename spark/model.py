@@ -15,6 +15,7 @@ from spark.decoder import Densify, LightDecoder
 from spark.encoder import build_encoder, freeze_unreached, pyramid, pyramid_info
 from spark.masking import num_visible, random_visible
 from spark.sparse import LAYOUTS, sparsify
+from spark.sparse.choice import AUTO, Choice, choose_layout, convolution_kind
 
 _HIERARCHY = 4  # feature maps the decoder receives: strides 4, 8, 16, 32 of a common convnet
 
@@ -50,7 +51,8 @@ class SparK(nn.Module):
         patch_size: [px], a multiple of the encoder's total stride; default the stride itself.
         decoder_width: channels at the decoder's deepest block; 768 is the official one, 256 is much cheaper.
         layout: "packed" computes visible sites only, "masked" is the dense reference of equal value; "spconv" and
-            "triton" are "packed" with the convolutions of these packages, on CUDA.
+            "triton" are "packed" with the convolutions of these packages, on CUDA. "auto" is the one of them that was
+            the fastest in the committed measurements, chosen in the first forward on each kind of device.
         drop_path: stochastic depth rate of a named encoder.
         sync_bn: batch statistics over all processes.
         densify_norm: "bn" or "ln"; default the kind that the encoder itself uses.
@@ -86,13 +88,17 @@ class SparK(nn.Module):
             raise ValueError(
                 "drop_path and timm options shape a named encoder; a model that is already made keeps its own"
             )
-        if layout not in LAYOUTS:
-            raise ValueError(f"layout {layout!r} does not exist: use one of {', '.join(map(repr, LAYOUTS))}")
-        LAYOUTS[layout]()  # refuses now what needs a package that is not there
+        if layout not in (AUTO, *LAYOUTS):
+            raise ValueError(
+                f"layout {layout!r} does not exist: use one of {', '.join(map(repr, (AUTO, *LAYOUTS)))}"
+            )
+        if layout != AUTO:
+            LAYOUTS[layout]()  # refuses now what needs a package that is not there
         self.encoder = encoder
         self.in_chans = in_chans
         self.mask_ratio = mask_ratio
         self.layout = layout
+        self._choices: dict[tuple[str, str], Choice] = {}
         self.sync_bn = sync_bn
         levels = pyramid_info(encoder)
         self.stride = levels[-1].stride
@@ -155,15 +161,36 @@ class SparK(nn.Module):
             )
         return height // p, width // p
 
-    def forward(self, images: Tensor, visible: Tensor | None = None) -> SparKOutput:
+    def layout_on(self, device_type: str, precision: str) -> Choice:
+        """The layout of a forward, and why: `layout` itself if it names one, what the measurements say if it is "auto".
+
+        Args:
+            device_type: torch's name of it, "cpu" or "cuda".
+            precision: "fp32", "bf16", "fp16" or "fp64".
+        """
+        if self.layout != AUTO:
+            return Choice(self.layout, "as named")
+        key = (device_type, precision)
+        if key not in self._choices:
+            self._choices[key] = choose_layout(
+                device_type, convolution_kind(self.encoder), precision, self.mask_ratio
+            )
+        return self._choices[key]
+
+    def forward(
+        self, images: Tensor, visible: Tensor | None = None, visible_count: int | None = None
+    ) -> SparKOutput:
         """One masked forward.
 
         Args:
             images: [B, C, H, W], normalised as the encoder expects; H and W multiples of the patch size.
             visible: [B, 1, fh, fw] bool, True = seen; drawn at random by default.
+            visible_count: visible patches of all images together; with it, nothing in a forward waits for a GPU. Count
+                them before the mask moves there. A mask that is drawn here is of known count.
 
         Raises:
-            ValueError: sizes, channels or types that do not fit, or (looked at on the CPU only) nothing visible.
+            ValueError: sizes, channels or types that do not fit, or (not looked at on a GPU) nothing visible or another
+                number of visible patches. On a GPU a wrong number fails an assertion of the device.
         """
         if not images.is_floating_point():
             raise ValueError(
@@ -177,15 +204,17 @@ class SparK(nn.Module):
             )
         if visible is None:
             visible = random_visible(len(images), grid, self.mask_ratio, device=images.device)
+            visible_count = len(images) * num_visible(grid, self.mask_ratio)
         elif tuple(visible.shape) != (len(images), 1, *grid):
             raise ValueError(
                 f"visible must be [{len(images)}, 1, {grid[0]}, {grid[1]}], got {list(visible.shape)}"
             )
-        on_cpu = visible.device.type == "cpu"  # elsewhere, looking would wait for all work under way
-        if on_cpu and not visible.any():
+        layout = self.layout_on(images.device.type, _precision(images)).layout
+        sparse = sparsify(images, visible, layout, self.sync_bn, visible_count)
+        if (
+            not sparse.sites.static and not visible.any()
+        ):  # on a GPU, looking would wait for all work under way
             raise ValueError("visible hides every patch of every image: leave at least one True")
-
-        sparse = sparsify(images, visible, self.layout, sync=self.sync_bn)
         features = pyramid(self.encoder, sparse, self.levels)
         dense = [densify(x) for densify, x in zip(self.densify, reversed(features), strict=True)]
         prediction = self.decoder(dense)
@@ -198,6 +227,14 @@ class SparK(nn.Module):
         predicted = restore_patches(output.prediction.to(images.dtype), images, self.patch_size)
         seen = output.visible.repeat_interleave(self.patch_size, 2).repeat_interleave(self.patch_size, 3)
         return predicted.where(~seen, images)
+
+
+def _precision(images: Tensor) -> str:
+    """What a forward of these images computes in, as measurements name it: "fp32", "bf16", "fp16" or "fp64"."""
+    device = images.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else images.dtype
+    return f"{'bf' if dtype == torch.bfloat16 else 'fp'}{8 * dtype.itemsize}"
 
 
 def _norm_kind(encoder: nn.Module) -> str:

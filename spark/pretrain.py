@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +48,7 @@ from spark.run import (
     worker_count,
 )
 from spark.seeding import derive_seed
+from spark.sparse.choice import AUTO, Choice, is_available
 
 DESCRIPTION = """Pretrain a timm convnet on unlabeled images with SparK (sparse and hierarchical masked modelling).
 SIGTERM and Ctrl-C save a checkpoint; continue with --resume true. A single process then ends with exit code 0; of
@@ -103,6 +104,10 @@ def pretrain(config: PretrainConfig) -> None:
         checkpoint_activations(spark.encoder, config.model.name)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     spark.to(device).to(memory_format=memory_format)
+    checkpoint = find_run(config.output_dir, config.resume)
+    before = None if checkpoint is None else read_extra(checkpoint)
+    layout = choose_layout(spark, device.type, config.precision, before)
+    spark.layout = layout.layout
     try_forward(spark, device)
 
     files = list_images(config.data.train)
@@ -138,15 +143,18 @@ def pretrain(config: PretrainConfig) -> None:
     model, optimizer = prepare(accelerator, spark, optimizer)
 
     # --- resume
-    checkpoint = find_run(config.output_dir, config.resume)
     step = 0
-    if checkpoint is not None:
+    if checkpoint is not None and before is not None:
         accelerator.print(f"continuing from {checkpoint}")
-        before = read_extra(checkpoint)
         for line in config_changes(before["config"], config_dict(config)):
             accelerator.print(f"changed since that checkpoint: {line}")
         for line in data_changes(before.get("data", data), data):
             accelerator.print(f"changed since that checkpoint: {line}")
+        if (old := before.get("layout", layout.layout)) != layout.layout:
+            accelerator.print(
+                f"changed since that checkpoint: the layout was {old} on {before['device_type']}, is {layout.layout} "
+                f"on {device.type}: from here on the run agrees with the earlier one to rounding"
+            )
         state = load_run(checkpoint, model=spark, optimizer=optimizer, scaler=accelerator.scaler)
         step = state["step"]
         unreadable.load_state_dict(state["unreadable"])
@@ -183,7 +191,10 @@ def pretrain(config: PretrainConfig) -> None:
     log = RunLog(config.output_dir, accelerator, None if checkpoint is None else step)
     if main_process:
         save_config(config, Path(config.output_dir) / "config.yaml")
-        print(summary(config, spark, accelerator, len(files), total_steps, warmup_steps, workers), flush=True)
+        print(
+            summary(config, spark, layout, accelerator, len(files), total_steps, warmup_steps, workers),
+            flush=True,
+        )
 
     def save(keep: int = config.keep_checkpoints) -> Path:
         """Write the state after `step` steps; main process only."""
@@ -193,7 +204,13 @@ def pretrain(config: PretrainConfig) -> None:
             model=spark,
             optimizer=optimizer,
             scaler=accelerator.scaler,
-            extra={"config": config_dict(config), "unreadable": unreadable.state_dict(), "data": data},
+            extra={
+                "config": config_dict(config),
+                "unreadable": unreadable.state_dict(),
+                "data": data,
+                "layout": layout.layout,
+                "device_type": device.type,
+            },
             keep=keep,
         )
 
@@ -258,11 +275,12 @@ def pretrain(config: PretrainConfig) -> None:
                     indices += batch["index"].tolist()
                     failed += batch["failed"]
                     pixels = batch["image"].to(device, non_blocking=True, memory_format=memory_format)
+                    visible_count = int(batch["visible"].sum())  # here: on a GPU, reading it would wait
                     visible = batch["visible"].to(device, non_blocking=True)
                     torch.manual_seed(derive_seed(config.seed, step * config.accumulation + part, rank, 4))
                     is_last = part == config.accumulation - 1
                     with nullcontext() if is_last else accelerator.no_sync(model):
-                        loss = model(pixels, visible).loss / config.accumulation
+                        loss = model(pixels, visible, visible_count).loss / config.accumulation
                         accelerator.backward(loss)
                     loss_sum += loss.detach()
                 all_loss, all_failed = reduce_sum(accelerator, [loss_sum.item(), len(failed)])
@@ -319,6 +337,7 @@ def pretrain(config: PretrainConfig) -> None:
                     epoch=step * config.optim.batch_size / len(files),
                     images_per_second=rate,
                     data_wait=waited / (now - since),
+                    layout=layout.layout,
                     **memory_use(device),
                 )
             if main_process and config.checkpoint_every and step % config.checkpoint_every == 0:
@@ -388,6 +407,28 @@ def checkpoint_activations(encoder: nn.Module, name: str) -> None:
         raise ValueError(
             f"timm model {name} refuses to checkpoint its activations ({error}): {advice}"
         ) from error
+
+
+def choose_layout(spark: SparK, device_type: str, precision: str, before: Mapping[str, Any] | None) -> Choice:
+    """The layout of a run, and why; layouts agree to rounding, so a run keeps to one as long as it can.
+
+    A layout that is named is taken as it is. For "auto", a run that continues on the same type of device takes what was
+    chosen before, even if the measurements say otherwise by now; any other run asks the measurements.
+
+    Args:
+        spark: the model, its `layout` as asked for.
+        device_type: torch's name of it, "cpu" or "cuda".
+        precision: fp32, bf16 or fp16.
+        before: from `read_extra`, if the run continues.
+    """
+    if (
+        before is not None
+        and spark.layout == before["config"]["model"]["layout"] == AUTO
+        and before["device_type"] == device_type
+        and is_available(before["layout"])
+    ):
+        return Choice(before["layout"], "auto: as before in this run")
+    return spark.layout_on(device_type, precision)
 
 
 @torch.no_grad()
@@ -471,6 +512,7 @@ def read_extra(checkpoint: Path) -> dict[str, Any]:
 def summary(
     config: PretrainConfig,
     spark: SparK,
+    layout: Choice,
     accelerator: Accelerator,
     num_images: int,
     total_steps: int,
@@ -493,6 +535,7 @@ def summary(
         (
             f"model      {config.model.name}: {millions(spark.encoder)} parameters, with decoder {millions(spark)}; "
             f"{height}x{width} px, {spark.grid[0]}x{spark.grid[1]} patches, mask {config.model.mask_ratio}",
+            f"layout     {layout.layout} ({layout.reason})",
             f"data       {num_images} images in {config.data.train}; loader processes {world} x {workers}",
             f"batch      {optim.batch_size} images: processes {world} x accumulation {config.accumulation} x "
             f"{optim.batch_size // world // config.accumulation} at once; "

@@ -4,24 +4,33 @@ No timing is asserted. With SPARK_ORIGINAL naming a clone of github.com/keyu-tia
 """
 
 import csv
+import json
+import multiprocessing
 import os
 import sys
 import textwrap
+import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
+import PIL
 import pytest
 import timm
 import torch
+import torchvision
 from PIL import Image
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))  # as when a tool is run as a script
 
 import benchmark
-from benchmarks import contenders, memory, original, timing
+from benchmarks import contenders, loader, memory, original, processes, timing
 from benchmarks.contenders import Bench, Case
 from benchmarks.flops import count_flops, flops_per_image
+from benchmarks.loader import LoaderCase, check_pictures, write_photos
 from benchmarks.parity import check_parity, checked
+
+from spark.images import PretrainTransform
 
 TINY = Case("test_resnet", batch=2, size=(64, 64), decoder_width=32)
 TINIEST = ["--model", "test_resnet", "--busy", "--threads", "1", "--batch", "2", "--size", "64"]
@@ -126,10 +135,15 @@ def test_contenders_take_turns():
     assert [len(times) for times in seconds.values()] == [3, 3]
 
 
-def test_a_busy_machine_is_refused(monkeypatch):
-    monkeypatch.setattr(os, "getloadavg", lambda: (2.0, 0.0, 0.0))
-    with pytest.raises(ValueError, match=r"busy \(load 2.0\)"):
+def test_a_busy_machine_is_refused_and_a_fading_load_waited_for(monkeypatch):
+    loads, slept = [2.0, 1.5, 1.6], []
+    monkeypatch.setattr(os, "getloadavg", lambda: (loads.pop(0), 0.0, 0.0))
+    monkeypatch.setattr(timing.time, "sleep", slept.append)
+    with pytest.raises(ValueError, match=r"busy \(load 1.6\)"):
         timing.refuse_busy_machine(allowed=False)
+    loads = [2.0, 0.9, 0.4]
+    timing.refuse_busy_machine(allowed=False)
+    assert (slept, loads) == ([10] * 4, [])
     timing.refuse_busy_machine(allowed=True)
 
 
@@ -143,6 +157,7 @@ def test_rows_of_a_timing(command, tmp_path, capsys):
     assert (masked["contender"], packed["contender"], packed["base"]) == ("masked", "packed", "masked")
     assert (packed["kind"], packed["batch"], packed["height"], packed["rounds"]) == (command, "2", "64", "2")
     assert (packed["visible_share"], packed["channels_last"]) == ("0.2500", "true")
+    assert (packed["threads"], packed["processes"]) == ("1", "1")
     assert packed["decoder_width"] == ("768" if command == "encoder" else "32")
     assert masked["speedup_median"] == masked["speedup_quartile_low"] == "1.000"
     assert 0 < float(packed["seconds_quartile_low"]) <= float(packed["seconds_median"])
@@ -171,6 +186,19 @@ def test_scaling_measures_every_combination_and_draws(tmp_path):
     [
         (["step", "--size", "64", "96", "128"], "--size takes one number, or H W"),
         (["step", "--rounds", "1"], "--rounds must be 2 or more"),
+        (["loader", "--rounds", "1"], "--rounds must be 2 or more"),
+        (["loader", "--batch", "many"], "--batch: must be a whole number, 1 or more, not many"),
+        (["loader", "--workers", "-1"], "--workers: must be a whole number, 0 or more, not -1"),
+        (["loader", "--busy", "--data", "nowhere"], "error: there is no image folder or list of images at"),
+        (["scaling", "--processes", "0"], "--processes: must be a whole number, 1 or more, not 0"),
+        (
+            ["scaling", "--processes", "2", "--official", "SparK"],
+            "--official takes part in a single process only",
+        ),
+        (
+            ["scaling", "--busy", "--device", "cpu", "--threads", "3", "--processes", "2"],
+            "error: --threads 3 cannot be shared out evenly to 2 processes",
+        ),
         (["step", "--busy", "--model", "resnet18", "--size", "60"], "no multiple of the patch size 32"),
     ],
 )
@@ -228,6 +256,222 @@ def test_rows_of_memory(tmp_path, monkeypatch):
     assert 0 < int(packed["saved_encoder_bytes"]) < int(packed["saved_step_bytes"])
     ratio = int(packed["saved_step_bytes"]) / int(masked["saved_step_bytes"])
     assert float(packed["saved_step_ratio"]) == pytest.approx(ratio, abs=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------- several processes
+
+
+def test_rows_of_two_processes(tmp_path, monkeypatch, capsys):
+    run_group, drawn = processes.run_group, []
+
+    def one_here(case, rounds, check):
+        if case.processes == 2:
+            return run_group(case, rounds, check)
+        processes._member(0, case, rounds, check, str(tmp_path))
+        return json.loads((tmp_path / "seconds.json").read_text())
+
+    monkeypatch.setattr(processes, "PASSES", 1)
+    monkeypatch.setattr(processes, "run_group", one_here)
+    monkeypatch.setattr(benchmark, "plot_scaling", lambda rows, path: drawn.extend(rows))
+    case = "--mask_ratio 0.75 --decoder_width 32 --threads 2 --processes 2 --device cpu".split()
+    benchmark.main(["scaling", *SMALL, *case, "--csv", str(tmp_path / "a.csv"), "--plot", "a.png"])
+    rows = read(tmp_path / "a.csv")
+    assert [(row["processes"], row["threads"], row["contender"]) for row in rows] == [
+        ("1", "2", "masked"),
+        ("1", "2", "packed"),
+        ("2", "1", "masked"),
+        ("2", "1", "packed"),
+    ]
+    assert {row["batch"] for row in rows} == {row["rounds"] for row in rows} == {"2"}
+    assert [row["speedup_median"] for row in rows[::2]] == ["1.000"] * 2
+    for one, two in zip(rows[:2], rows[2:], strict=True):
+        assert float(two["images_per_second"]) == pytest.approx(4 / float(two["seconds_median"]), rel=1e-2)
+        assert one["efficiency"] == one["efficiency_low"] == one["efficiency_high"] == "1.000"
+        ratio = float(two["images_per_second"]) / float(
+            one["images_per_second"]
+        )  # of two on the threads of one
+        assert float(two["efficiency"]) == pytest.approx(ratio, rel=1e-2, abs=2e-3)
+    assert drawn == rows[:2]
+    printed = capsys.readouterr().out
+    assert all(row["efficiency"] in printed for row in rows)
+    assert "model test_resnet, precision fp32, batch 2, size 64x64, mask 0.75" in printed
+    assert not multiprocessing.active_children()
+
+
+def test_efficiency_is_for_equal_hardware():
+    passes = [
+        {1: {"packed": [2.0, 2.0]}, 2: {"packed": [4.0, 4.0]}},
+        {1: {"packed": [2.0]}, 2: {"packed": [5.0]}},
+    ]
+    assert processes.efficiencies(TINY, passes, 1, "packed") == [1, 1]
+    assert processes.efficiencies(TINY, passes, 2, "packed") == [1, 0.8]
+    on_gpus = Case("test_resnet", device="cuda")
+    assert processes.efficiencies(on_gpus, passes, 2, "packed") == [0.5, 0.4]
+
+
+def test_statistics_are_over_all_processes_only_where_there_are_several():
+    assert processes.shared_case(Case("test_resnet", threads=8), 4) == Case(
+        "test_resnet", threads=2, processes=4
+    )
+    for count in (1, 2):
+        case = processes.shared_case(TINY, count)
+        assert [c.model.sync_bn for c in Bench(case).contenders.values()] == [count == 2] * 2
+
+
+def test_processes_that_a_machine_cannot_run(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    processes.check_counts([1, 2], threads=3, device="cuda")
+    processes.check_counts([1], threads=3, device="cuda:1")
+    with pytest.raises(ValueError, match="--processes 4 needs 4 GPUs, one each, and this machine has 2"):
+        processes.check_counts([1, 4], threads=4, device="cuda")
+    with pytest.raises(ValueError, match="or on --device cuda, where process i takes GPU i; not on cuda:1"):
+        processes.check_counts([1, 2], threads=4, device="cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        (KeyboardInterrupt(), ""),
+        (
+            ProcessRaisedException("-- Process 1\nTraceback:\nValueError: what to do\n", 1, 7),
+            "process 1 of 2 failed: what to do",
+        ),
+        (
+            ProcessExitedException("terminated with signal SIGKILL", 0, 7, -9),
+            r"process 0 of 2 was ended from outside \(terminated with signal SIGKILL\): if the memory was full",
+        ),
+    ],
+)
+def test_no_process_outlives_its_group(monkeypatch, end, message):
+    started = [multiprocessing.get_context("spawn").Process(target=time.sleep, args=(300,)) for _ in range(2)]
+
+    def join():
+        raise end
+
+    def spawn(*args, **options):
+        for process in started:
+            process.start()
+        return SimpleNamespace(processes=started, join=join)
+
+    monkeypatch.setattr(processes, "spawn", spawn)
+    with pytest.raises(
+        KeyboardInterrupt if isinstance(end, KeyboardInterrupt) else ValueError, match=message
+    ):
+        processes.run_group(processes.shared_case(TINY, 2), rounds=2, check=False)
+    assert [process.is_alive() for process in started] == [False, False]
+
+
+# -------------------------------------------------------------------------------------------------------- the loader
+
+
+def test_rows_of_the_loader(tmp_path, capsys):
+    table = tmp_path / "a.csv"
+    benchmark.main(
+        [
+            "loader",
+            "--busy",
+            "--rounds",
+            "2",
+            "--batch",
+            "2",
+            "--size",
+            "32",
+            "--workers",
+            "1",
+            "--csv",
+            str(table),
+        ]
+    )
+    plain, ours = read(table)
+    assert (plain["contender"], ours["contender"], ours["base"], ours["kind"]) == (
+        "plain",
+        "ours",
+        "plain",
+        "loader",
+    )
+    assert (ours["data"], ours["files"], ours["file_height"], ours["file_width"]) == (
+        "synthetic",
+        "8",
+        "375",
+        "500",
+    )
+    assert 60_000 < int(ours["file_bytes"]) < 200_000  # as photos of ImageNet
+    assert (ours["batch"], ours["height"], ours["width"], ours["workers"]) == ("2", "32", "32", "1")
+    assert plain["speedup_median"] == "1.000"
+    for row in (plain, ours):
+        rate = 4 * 2 / float(row["seconds_median"])
+        assert float(row["images_per_second"]) == pytest.approx(rate, rel=1e-2)
+        assert row["images_per_second_per_core"] == row["images_per_second"]
+    assert (ours["pillow"], ours["torchvision"]) == (PIL.__version__, torchvision.__version__)
+    assert ours["device"].startswith("cpu")
+    assert "images/s per core" in capsys.readouterr().out
+
+
+@pytest.fixture
+def photos(tmp_path):
+    (tmp_path / "photos").mkdir()
+    return write_photos(tmp_path / "photos", 10)
+
+
+def test_a_turn_is_the_same_files_for_both(photos):
+    read_by = {}
+    case = LoaderCase("photos", photos[:3], size=64, batch=2)
+    both = loader.loaders(case)
+    assert isinstance(both["plain"].dataset, loader.PlainImages)
+    for name, images in both.items():
+        read_by[name] = [index for batch in images.batch_sampler for _, index in batch]
+    assert read_by["plain"] == read_by["ours"]
+    assert sorted(read_by["ours"][:3]) == [0, 1, 2]
+    assert len(read_by["ours"]) == 8
+    assert [batch.shape for batch in both["plain"]] == [(2, 3, 64, 64)] * 4
+    assert [(b["image"].shape, b["visible"].shape) for b in both["ours"]] == [
+        ((2, 3, 64, 64), (2, 1, 2, 2))
+    ] * 4
+    assert len(loader.loaders(LoaderCase("photos", photos, 64, 2, workers=3))["ours"]) == 12
+
+
+def test_the_files_of_a_turn_are_spread_over_the_data(photos, monkeypatch):
+    read_of = []
+    monkeypatch.setattr(
+        loader, "interleaved", lambda turns, rounds, device: {name: [1.0, 1.0] for name in turns}
+    )
+    monkeypatch.setattr(loader, "check_pictures", lambda case: read_of.extend(case.files))
+    (row, _) = loader.loader_rows(photos[0].parent, size=32, batch=1, workers=0, rounds=2)
+    assert read_of == [photos[i] for i in (0, 2, 5, 7)]
+    assert (row["data"], row["files"], row["images_per_second"]) == ("photos", "4", "4.000")
+
+
+def test_pictures_of_both_are_equal(photos):
+    images = loader.data_sets(LoaderCase("photos", photos, size=48))
+    torch.manual_seed(loader.derive_seed(0, 7))
+    assert torch.equal(images["ours"][7, 2]["image"], images["plain"][7, 2])
+    check_pictures(LoaderCase("photos", photos, size=48))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"hflip": 1.0}, {"crop_scale": (0.5, 0.6)}, {"mean": (0.0, 0.0, 0.0)}, {"std": (0.5, 0.5, 0.5)}]
+)
+def test_another_picture_is_refused(photos, monkeypatch, wrong, capsys):
+    monkeypatch.setattr(loader, "PretrainTransform", lambda size: PretrainTransform(size, **wrong))
+    with pytest.raises(SystemExit):
+        benchmark.main(["loader", "--busy", "--data", str(photos[0].parent), "--batch", "2", "--size", "48"])
+    captured = capsys.readouterr()
+    assert "ours and plain make different pictures of it" in captured.err
+    assert captured.out == ""
+
+
+def test_files_that_the_two_read_differently_or_not_at_all_are_named(photos):
+    with Image.open(photos[3]) as image:
+        exif = image.getexif()
+        exif[0x0112] = 3  # upside down
+        image.save(photos[3], exif=exif)
+    with pytest.raises(ValueError, match=r"00003.jpg: ours and plain .* name upright RGB photos"):
+        check_pictures(LoaderCase("photos", photos, size=48))
+    photos[1].write_bytes(b"no image")
+    with pytest.raises(
+        ValueError, match=r"00001.jpg: not an image of a known kind.*: repair the file, or name a list"
+    ):
+        check_pictures(LoaderCase("photos", photos, size=48))
 
 
 # ------------------------------------------------------------------------------------------------- the original code

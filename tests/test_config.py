@@ -164,7 +164,7 @@ def test_unknown_key_in_file_names_path_and_nearest(capsys, tmp_path):
         (["--model.sync_bn", "3"], "model.sync_bn must be true or false, got 3"),
         (
             ["--model.layout", "dense"],
-            "model.layout must be one of packed, masked, spconv, triton, got dense",
+            "model.layout must be one of auto, packed, masked, spconv, triton, got dense",
         ),
         (["--precision", "fp8"], "precision must be one of fp32, bf16, fp16, got fp8"),
         (["--optim.clip_grad", "x"], "optim.clip_grad must be a number or null, got x"),

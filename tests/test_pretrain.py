@@ -214,11 +214,11 @@ def test_accumulated_parts_add_up_to_the_mean_gradient(command, tmp_path, monkey
     parts, before = [], []
     original = SparK.forward
 
-    def forward(self, images, visible):
+    def forward(self, images, visible, *count):
         if self.training:
             before.extend([copy.deepcopy(self)] * (not parts))
             parts.append((images.clone(), visible.clone()))
-        return original(self, images, visible)
+        return original(self, images, visible, *count)
 
     with monkeypatch.context() as patch:
         patch.setattr(SparK, "forward", forward)
@@ -491,12 +491,12 @@ def poisoned(monkeypatch, step):
     calls = [0]
     original = SparK.forward
 
-    def forward(self, images, visible=None):
+    def forward(self, images, visible=None, *count):
         calls[0] += self.training
         if self.training and calls[0] >= step:
             images = images.clone()
             images[:, :, ::7] = float("nan")
-        return original(self, images, visible)
+        return original(self, images, visible, *count)
 
     monkeypatch.setattr(SparK, "forward", forward)
 
@@ -596,9 +596,9 @@ def test_whatever_breaks_a_step_the_steps_before_are_kept(
     folder, calls = tmp_path / "run", []
     original = SparK.forward
 
-    def forward(self, images, visible=None):
+    def forward(self, images, visible=None, *count):
         calls.extend([1] * self.training)
-        output = original(self, images, visible)
+        output = original(self, images, visible, *count)
         if len(calls) == 4:
             raise error
         return output

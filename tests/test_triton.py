@@ -33,7 +33,7 @@ def import_kernels():
             patch.setenv("TRITON_INTERPRET", "1")
             importlib.reload(kernels)
         # A call of an interpreted helper prepares Triton's language anew, which its kernel has done: most of the time.
-        for name in ("_places", "_neighbours", "_load_rows", "_per_channel", "_gated"):
+        for name in ("_places", "_neighbours", "_load_rows", "_store_rows", "_per_channel", "_gated"):
             setattr(kernels, name, getattr(kernels, name).rewrite())
     return kernels
 
@@ -87,7 +87,7 @@ def assert_as_exact(ours, reference, exact, floor=1e-6):
         assert error <= max(1.5 * of_reference, floor * c.norm())
 
 
-def check_conv(conv, shapes, sides, groups, dtype=torch.float32, floor=1e-6):
+def check_conv(shapes, sides, groups, dtype=torch.float32, floor=1e-6):
     sites = uneven_sites()
     h, w = 3 * sides[0], 4 * sides[1]
     o, _, kh, kw = shapes
@@ -96,7 +96,9 @@ def check_conv(conv, shapes, sides, groups, dtype=torch.float32, floor=1e-6):
     weight = random(*shapes, seed=1, dtype=dtype) / (shapes[1] * kh * kw) ** 0.5
     inputs = (rows, weight, random(o, seed=2, dtype=dtype))
     grad = random(len(rows), o, seed=3, dtype=dtype)
-    ours = with_gradients(lambda *args: conv(*args, sites, h, w), inputs, grad, dtype)
+    ours = with_gradients(
+        lambda *args: triton_conv.submanifold_conv(*args, sites, h, w, groups), inputs, grad, dtype
+    )
     assert all(t.dtype == dtype for t in ours)
     reference, exact = (
         with_gradients(lambda *args: dense_conv(*args, sites, h, w, groups), inputs, grad, kind)
@@ -123,15 +125,15 @@ def check_conv(conv, shapes, sides, groups, dtype=torch.float32, floor=1e-6):
     ids=str,
 )
 def test_convolution(sides, shape):
-    check_conv(triton_conv.submanifold_conv, shape, sides, 1)
+    check_conv(shape, sides, 1)
 
 
 def test_convolution_in_fp64():
-    check_conv(triton_conv.submanifold_conv, (5, 20, 3, 3), (2, 2), 1, torch.float64, floor=1e-14)
+    check_conv((5, 20, 3, 3), (2, 2), 1, torch.float64, floor=1e-14)
 
 
 def test_convolution_in_half_precision_accumulates_in_fp32():
-    check_conv(triton_conv.submanifold_conv, (20, 33, 3, 3), (2, 2), 1, torch.float16, floor=5e-4)
+    check_conv((20, 33, 3, 3), (2, 2), 1, torch.float16, floor=5e-4)
 
 
 def test_convolution_under_autocast():
@@ -173,11 +175,11 @@ def test_convolution_of_weights_in_any_memory_and_without_bias():
     ids=str,
 )
 def test_depthwise_convolution(sides, shape):
-    check_conv(triton_conv.depthwise_conv, shape, sides, shape[0])
+    check_conv(shape, sides, shape[0])
 
 
 def test_depthwise_convolution_in_fp64():
-    check_conv(triton_conv.depthwise_conv, (20, 1, 3, 3), (2, 2), 20, torch.float64, floor=1e-14)
+    check_conv((20, 1, 3, 3), (2, 2), 20, torch.float64, floor=1e-14)
 
 
 def test_results_repeat_bit_by_bit():

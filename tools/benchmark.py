@@ -5,10 +5,14 @@
     python tools/benchmark.py encoder                          # the encoder alone: forward, backward of all features
     python tools/benchmark.py memory                           # bytes saved for the backward, and the peak of a step
     python tools/benchmark.py scaling --mask_ratio 0.3 0.6 0.9 --csv scaling.csv --plot scaling.png
+    python tools/benchmark.py scaling --mask_ratio 0.6 --processes 1 2 4 --csv processes.csv
+    python tools/benchmark.py loader --data ~/photos                       # images/s per core of reading and augmenting
+    python tools/benchmark.py layouts --csv spark/sparse/measured.csv      # the table behind `layout="auto"`
 
 Every ratio is taken in one process: contenders take turns, step by step, and the number is the median of the ratios of
-neighbouring steps. Ratios are over the original where it takes part, else over the masked layout. Nothing is measured
-unless all contenders first give the same loss (or features) and gradients on the same weights and mask.
+neighbouring steps. Ratios are over the original where it takes part, else over the masked layout; of the loader, over
+Pillow with torchvision's transforms. Nothing is measured unless all contenders first give the same loss (or features)
+and gradients on the same weights and mask; of the loader, the same pictures.
 Timings are worth something only on an idle machine, so a busy one is refused.
 """
 
@@ -20,18 +24,23 @@ import itertools
 import logging
 import os
 import platform
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from benchmarks.contenders import Bench, Case, Contender, set_up_torch
 from benchmarks.flops import flops_per_image, plot_scaling
+from benchmarks.layouts import layouts_of, replace_device, table_rows
+from benchmarks.loader import loader_rows
 from benchmarks.memory import peak_alone, saved_bytes
 from benchmarks.original import DECODER_WIDTH, has_model, import_original
 from benchmarks.parity import checked
+from benchmarks.processes import check_counts, efficiencies, passes_of_groups, shared_case
 from benchmarks.timing import device_name, interleaved, refuse_busy_machine, summary
 from rich.console import Console
 from rich.table import Table
@@ -39,10 +48,25 @@ from rich.table import Table
 from spark.folders import write_whole
 from spark.sparse import MissingRuleError
 
+CASE = {
+    "model": "model",
+    "data": "data",
+    "precision": "precision",
+    "processes": "processes",
+    "workers": "workers",
+    "contender": "contender",
+    "batch": "batch",
+    "size": "size",
+    "mask": "mask_ratio",
+}
+"""Heading in the printed table -> what a row is of; what all rows share stands below the table."""
+
 SHOWN = {
     "seconds": "seconds_median",
     "images/s": "images_per_second",
+    "images/s per core": "images_per_second_per_core",
     "speedup": "speedup_median",
+    "efficiency": "efficiency",
     "GFLOPs": "gflops",
     "saved, encoder [B]": "saved_encoder_bytes",
     "saved, step [B]": "saved_step_bytes",
@@ -64,10 +88,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "encoder": "time the forward and backward of the encoder alone",
         "memory": "count the bytes saved for the backward, and the peak of a step",
         "scaling": "`step` at every batch, size and mask ratio that is named",
+        "layouts": "`encoder` in every layout that runs on the device, for layout auto; in the file named by --csv the "
+        "rows take the place of those of the same device",
     }.items():
         command = commands.add_parser(name, help=about)
         many = "+" if name == "scaling" else None
-        command.add_argument("--model", nargs="+", default=["resnet50", "convnext_tiny"], help="timm names")
+        layouts = name == "layouts"
+        models = ["resnet18", "convnext_atto"] if layouts else []
+        models += ["resnet50", "convnext_tiny"]
+        command.add_argument("--model", nargs="+", default=models, help="timm names")
         command.add_argument("--batch", type=int, nargs=many, default=[16] if many else 16)
         command.add_argument(
             "--size",
@@ -79,37 +108,103 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         command.add_argument(
             "--mask_ratio",
             type=float,
-            nargs=many,
-            default=[0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9] if many else 0.6,
+            nargs="+" if layouts else many,
+            default=[0.3, 0.6, 0.9] if layouts else [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9] if many else 0.6,
         )
-        if name != "encoder":
+        if name not in ("encoder", "layouts"):
             command.add_argument(
                 "--decoder_width",
                 type=int,
                 default=DECODER_WIDTH,
                 help=f"of ours; the original stays at {DECODER_WIDTH}, where it is compared with ours first",
             )
-        command.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
         command.add_argument(
-            "--channels_last",
-            action="store_true",
-            help="memory format of the original (ours is always channels_last)",
+            "--precision",
+            choices=["fp32", "bf16"],
+            nargs="+" if layouts else None,
+            default=["fp32", "bf16"] if layouts else "fp32",
         )
+        command.set_defaults(channels_last=False, official=None)
+        if not layouts:
+            command.add_argument(
+                "--channels_last",
+                action="store_true",
+                help="memory format of the original (ours is always channels_last)",
+            )
+            command.add_argument("--official", type=Path, metavar="CLONE", help="folder of the original code")
         command.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
         if name != "memory":
             command.add_argument("--rounds", type=int, default=7, help="timed steps of each contender")
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-        command.add_argument("--official", type=Path, metavar="CLONE", help="folder of the original code")
         command.add_argument("--csv", type=Path, help="write the rows to this file")
         if many:
-            command.add_argument("--plot", type=Path, help="draw images/s against the mask ratio, as PNG")
+            command.add_argument(
+                "--plot", type=Path, help="draw images/s of one process against the mask ratio, as PNG"
+            )
+            command.add_argument(
+                "--processes",
+                type=whole_number(1),
+                nargs="+",
+                default=[1],
+                help="numbers of processes that train together, each on a batch of its own: on a CPU they share the "
+                "threads out, on cuda each has a GPU; 1 is always measured too, as efficiency is over it (default: 1)",
+            )
         command.add_argument("--busy", action="store_true", help="measure even though other programs run")
+    add_loader_command(commands)
     options = parser.parse_args(arguments)
-    if not many_sizes(options) and len(options.size) > 2:
+    if options.command != "loader" and not many_sizes(options) and len(options.size) > 2:
         parser.error("--size takes one number, or H W")
     if options.command != "memory" and options.rounds < 2:
         parser.error("--rounds must be 2 or more: one time has no spread")
+    if many_sizes(options):
+        options.processes = sorted({1, *options.processes})
+        if options.official and options.processes != [1]:
+            parser.error("--official takes part in a single process only: leave it out, or --processes")
     return options
+
+
+def add_loader_command(commands: Any) -> None:
+    """The command that reads images and trains nothing, so that most options of the others mean nothing to it."""
+    about = "images/s per core of the pretraining loader, beside Pillow with torchvision's transforms"
+    command = commands.add_parser("loader", help=about, description=about)
+    command.add_argument(
+        "--data",
+        type=Path,
+        metavar="FOLDER_OR_LIST",
+        help="images to read: a folder, searched recursively, or a text file with one path a line (default: synthetic "
+        "JPEGs of 500x375 px, about 125 kB each, in a temporary folder)",
+    )
+    command.add_argument(
+        "--size", type=whole_number(1), default=224, help="side of the square pictures [px] (default: 224)"
+    )
+    command.add_argument(
+        "--batch", type=whole_number(1), default=64, help="images of a batch; four are a turn (default: 64)"
+    )
+    command.add_argument(
+        "--workers",
+        type=whole_number(0),
+        default=0,
+        help="loader processes of each contender; 0 reads in the process itself, on one core (default: 0)",
+    )
+    command.add_argument("--rounds", type=int, default=7, help="timed turns of each contender (default: 7)")
+    command.add_argument("--csv", type=Path, help="write the rows to this file")
+    command.add_argument("--busy", action="store_true", help="measure even though other programs run")
+    command.set_defaults(official=None)
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """Reader of an option: a whole number that is not below `least`."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number, {least} or more, not {text}")
+        return number
+
+    return read
 
 
 def many_sizes(options: argparse.Namespace) -> bool:
@@ -120,10 +215,10 @@ def many_sizes(options: argparse.Namespace) -> bool:
 def cases(options: argparse.Namespace) -> list[Case]:
     """Everything that this command line asks for."""
     if many_sizes(options):
-        batches, sizes, ratios = options.batch, [(side, side) for side in options.size], options.mask_ratio
+        sizes = [(side, side) for side in options.size]
     else:
-        batches, ratios = [options.batch], [options.mask_ratio]
         sizes = [(options.size[0], options.size[-1])]
+    layouts = layouts_of(options.device) if options.command == "layouts" else ("masked", "packed")
     return [
         Case(
             model=model,
@@ -131,18 +226,30 @@ def cases(options: argparse.Namespace) -> list[Case]:
             size=size,
             mask_ratio=ratio,
             decoder_width=getattr(options, "decoder_width", DECODER_WIDTH),
-            precision=options.precision,
+            precision=precision,
             device=options.device,
             channels_last=options.channels_last,
             threads=options.threads,
             official=options.official,
+            layouts=layouts,
         )
-        for model, batch, size, ratio in itertools.product(options.model, batches, sizes, ratios)
+        for model, batch, size, precision, ratio in itertools.product(
+            options.model,
+            _each(options.batch),
+            sizes,
+            _each(options.precision),
+            _each(options.mask_ratio),
+        )
     ]
 
 
+def _each(value: Any) -> list[Any]:
+    """The values of an option that some commands take one of and others several."""
+    return value if isinstance(value, list) else [value]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the command line, measure, write CSV rows as they come, print a table."""
+    """Read the command line, measure, write CSV rows as they come (`layouts`: all at the end), print a table."""
     options = parse_arguments(arguments)
     rows: list[dict[str, str]] = []
     # What it says of keys is for users' files; a weight that went astray fails the check of parity here.
@@ -154,23 +261,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for name in options.model:
                 if not has_model(name):
                     print(f"note: the original has no {name}, so only ours are compared", file=sys.stderr)
-        for case in cases(options):
-            set_up_torch(case)
-            if options.command == "memory":
-                rows += memory_rows(case)
-            else:
-                kind = "encoder" if options.command == "encoder" else "step"
-                rows += timing_rows(case, kind, options.rounds)
-            if options.csv:
+        table = options.csv if options.command == "layouts" else None
+        if table:
+            replace_device(table, [])  # refuses another kind of file before anything is measured
+        if many_sizes(options):
+            check_counts(options.processes, options.threads, options.device)
+        for measured in measurements(options):
+            rows += measured
+            if options.csv and not table:
                 write_csv(rows, options.csv)
+        if table:
+            write_csv(replace_device(table, table_rows(rows, options.device)), table)
         if many_sizes(options) and options.plot:
-            plot_scaling(rows, options.plot)
+            plot_scaling([row for row in rows if row["processes"] == "1"], options.plot)
     except (ValueError, OSError, MissingRuleError) as error:
         if rows:  # what was measured before is measured
             show(rows, options.command)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     show(rows, options.command)
+
+
+def measurements(options: argparse.Namespace) -> Iterator[list[dict[str, str]]]:
+    """Rows as they are measured: those of the loader, or of one case after the other."""
+    if options.command == "loader":
+        yield loader_rows(options.data, options.size, options.batch, options.workers, options.rounds)
+        return
+    for case in cases(options):
+        set_up_torch(case)
+        if options.command == "memory":
+            yield memory_rows(case)
+        elif many_sizes(options) and options.processes != [1]:
+            yield process_rows(case, options.processes, options.rounds)
+        else:
+            kind = "encoder" if options.command in ("encoder", "layouts") else "step"
+            yield timing_rows(case, kind, options.rounds)
 
 
 def timing_rows(case: Case, kind: str, rounds: int) -> list[dict[str, str]]:
@@ -198,6 +323,48 @@ def timing_rows(case: Case, kind: str, rounds: int) -> list[dict[str, str]]:
     ]
 
 
+def process_rows(case: Case, counts: Sequence[int], rounds: int) -> list[dict[str, str]]:
+    """A row for each contender with each number of processes: seconds of a "step", images/s of all, efficiency.
+
+    Args:
+        case: what one process does.
+        counts: numbers of processes, 1 among them.
+        rounds: timed steps of each contender in a pass (see `benchmarks.processes`).
+
+    Raises:
+        ValueError: the contenders' results differ, or a process failed.
+    """
+    bench = checked(case, "step")
+    computed, limit = flops_per_image(bench, "step")
+    described = {name: description(bench, c, "step") for name, c in bench.contenders.items()}
+    del bench
+    _free_memory(case.device)
+    passes = passes_of_groups(case, counts, rounds)
+    rows = []
+    for count, name in itertools.product(counts, described):
+        shared = shared_case(case, count)
+        times, base = (
+            [seconds for turn in passes for seconds in turn[count][who]] for who in (name, case.names[0])
+        )
+        each = efficiencies(case, passes, count, name)
+        rows.append(
+            {
+                **described[name],
+                "threads": str(shared.threads),
+                "processes": str(count),
+                **summary(times, base, count * case.batch),
+                "efficiency": f"{statistics.median(each):.3f}",
+                "efficiency_low": f"{min(each):.3f}",
+                "efficiency_high": f"{max(each):.3f}",
+                "rounds": str(len(times)),
+                "gflops": f"{computed[name] / 1e9:.4f}",
+                "gflops_limit": f"{limit / 1e9:.4f}",
+                **versions(),
+            }
+        )
+    return rows
+
+
 def memory_rows(case: Case) -> list[dict[str, str]]:
     """A row for each contender: bytes saved by a forward, the peak of a step, and their ratios to the base's.
 
@@ -213,9 +380,7 @@ def memory_rows(case: Case) -> list[dict[str, str]]:
         )
     described = {name: description(bench, c, "step") for name, c in bench.contenders.items()}
     del bench, contender
-    gc.collect()
-    if case.device.startswith("cuda"):
-        torch.cuda.empty_cache()  # the processes below need the memory
+    _free_memory(case.device)
     peak = {name: peak_alone(case, name) for name in described}
     base = case.names[0]
     return [
@@ -231,6 +396,13 @@ def memory_rows(case: Case) -> list[dict[str, str]]:
         }
         for name in described
     ]
+
+
+def _free_memory(device: str) -> None:
+    """Hand back what was dropped: the processes that are started next need it."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
 
 
 def _text(number: int | None) -> str:
@@ -258,6 +430,7 @@ def description(bench: Bench, contender: Contender, kind: str) -> dict[str, str]
         "precision": case.precision,
         "channels_last": str(case.channels_last).lower(),
         "threads": str(case.threads),
+        "processes": str(case.processes),
         "device": device_name(case.device),
     }
 
@@ -278,22 +451,28 @@ def write_csv(rows: Sequence[dict[str, str]], path: Path) -> None:
 
 def show(rows: Sequence[dict[str, str]], command: str) -> None:
     """Print the rows as a table."""
-    table = Table(title=f"{command}: ratios are over the first contender of each model")
-    columns = {heading: column for heading, column in SHOWN.items() if column in rows[0]}
-    for heading in ("model", "contender", "batch", "size", "mask"):
-        table.add_column(heading)
+    cells = [{**row, "size": f"{row['height']}x{row['width']}"} for row in rows]
+    case = {heading: column for heading, column in CASE.items() if column in cells[0]}
+    shared = {
+        heading: column
+        for heading, column in case.items()
+        if heading != "contender" and len({row[column] for row in cells}) == 1
+    }
+    columns = {heading: column for heading, column in (case | SHOWN).items() if column in cells[0]}
+    table = Table(
+        title=f"{command}: ratios are over the first contender" + " of each model" * ("model" in case),
+        caption=", ".join(f"{heading} {cells[0][column]}" for heading, column in shared.items()),
+    )
+    for heading in shared:
+        del columns[heading]
     for heading in columns:
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(
-            row["model"],
-            row["contender"],
-            row["batch"],
-            f"{row['height']}x{row['width']}",
-            row["mask_ratio"],
-            *(row[column] for column in columns.values()),
-        )
-    Console().print(table)
+        table.add_column(heading, justify="left" if heading in case else "right")
+    for row in cells:
+        table.add_row(*(row[column] for column in columns.values()))
+    console = Console()
+    if not console.is_terminal:  # a file has no width
+        console.width = console.measure(table).maximum
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -208,15 +208,20 @@ def write_results(jobs: list[tuple[str, str, int]], options: argparse.Namespace)
                 "timm": timm.__version__,
             }
         )
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(options.results.with_suffix(".csv"), text.getvalue().encode())
+    write_whole(options.results.with_suffix(".csv"), rows_as_csv(rows).encode())
     table = markdown(rows, options)
     write_whole(options.results.with_suffix(".md"), table.encode())
     if options.readme:
         put_between_marks(options.readme, table)
+
+
+def rows_as_csv(rows: list[dict]) -> str:
+    """The text of a CSV file, all rows with the columns of the first."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def markdown(rows: list[dict], options: argparse.Namespace) -> str:

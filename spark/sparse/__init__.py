@@ -33,7 +33,13 @@ LAYOUTS: dict[str, Callable[[], Layout]] = {
 }
 
 
-def sparsify(images: Tensor, visible: Tensor, layout: str = "packed", sync: bool = False) -> SparseTensor:
+def sparsify(
+    images: Tensor,
+    visible: Tensor,
+    layout: str = "packed",
+    sync: bool = False,
+    visible_count: int | None = None,
+) -> SparseTensor:
     """Keep the visible patches of images: the input of a masked encoder.
 
     Args:
@@ -41,9 +47,11 @@ def sparsify(images: Tensor, visible: Tensor, layout: str = "packed", sync: bool
         visible: [B, 1, fh, fw] bool, True = seen; H and W multiples of fh and fw.
         layout: "packed", "masked", "spconv" or "triton".
         sync: batch statistics cover the visible sites of all processes.
+        visible_count: visible patches of all images together, where the caller knows it: then nothing waits for a GPU.
 
     Raises:
-        ValueError: unknown layout, one whose package is missing, or sizes that do not line up.
+        ValueError: unknown layout, one whose package is missing, sizes that do not line up, or (on the CPU; on a GPU an
+            assertion of the device fails) another number of visible patches.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} does not exist: use one of {', '.join(map(repr, LAYOUTS))}")
@@ -52,7 +60,7 @@ def sparsify(images: Tensor, visible: Tensor, layout: str = "packed", sync: bool
             f"images must be [B, C, H, W] with the batch size of visible, got {list(images.shape)} and "
             f"{list(visible.shape)}"
         )
-    sites = Sites(visible, sync)
+    sites = Sites(visible, sync, visible_count)
     chosen = LAYOUTS[layout]()
     b, c, h, w = images.shape
     return SparseTensor(chosen.from_dense(images, sites), sites, chosen, (b, c, h, w))

@@ -32,37 +32,56 @@ class BatchNormed(NamedTuple):
     invstd: Tensor
 
 
-def batch_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    *,
-    sync: bool,
-) -> BatchNormed:
+class BatchNormCall(NamedTuple):
+    """What `F.batch_norm` is called with beside its input."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    training: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+
+def require_statistics(count: int) -> None:
+    """Refuse batch statistics of a single site.
+
+    Raises:
+        ValueError: there is no second one.
+    """
+    if count < 2:
+        raise ValueError("batch norm needs more than one visible site: use more images or a lower mask ratio")
+
+
+@torch.no_grad()
+def move_running_statistics(call: BatchNormCall, mean: Tensor, var: Tensor, count: int | Tensor) -> None:
+    """Towards the mean and the variance (divided by the count; [C] each) of a batch of that many sites."""
+    if call.running_mean is not None and call.running_var is not None:
+        unbiased = var * (count / (count - 1))
+        call.running_mean.lerp_(mean.to(call.running_mean.dtype), call.momentum)
+        call.running_var.lerp_(unbiased.to(call.running_var.dtype), call.momentum)
+
+
+def batch_norm(x: Tensor, call: BatchNormCall, *, sync: bool) -> BatchNormed:
     """`F.batch_norm` over all dimensions but 1, with statistics of all processes if `sync`.
 
     Running statistics move once a step: a forward that checkpointing repeats leaves them alone.
 
     Args:
         x: [N, C] rows, or [B, C, h, w].
-        running_mean, running_var, weight, bias: [C] each, or None.
-        training: normalise with the statistics of x.
-        momentum, eps: as in `torch.nn.BatchNorm2d`.
+        call: the other arguments of `F.batch_norm`.
         sync: merge statistics over processes (only in training, only with more than one).
 
     Raises:
         ValueError: training on a single value per channel.
     """
+    if call.training and in_recomputation():
+        call = call._replace(running_mean=None, running_var=None)
+    running_mean, running_var, weight, bias, training, momentum, eps = call
     synced = training and sync and world_size() > 1
-    if training and not synced and x.numel() == x.shape[1]:
-        raise ValueError("batch norm needs more than one visible site: use more images or a lower mask ratio")
-    if training and in_recomputation() and running_mean is not None and running_var is not None:
-        running_mean, running_var = running_mean.clone(), running_var.clone()
+    if training and not synced:
+        require_statistics(x.numel() // x.shape[1])
     if training and not synced and x.ndim == 2:
         return BatchNormed(*_RowsBatchNorm.apply(x, weight, bias, running_mean, running_var, momentum, eps))
     if not synced:
@@ -70,10 +89,7 @@ def batch_norm(
             *torch.native_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps)
         )
     out, mean, var, count = _SyncBatchNorm.apply(x, weight, bias, eps)  # type: ignore[misc]
-    if running_mean is not None and running_var is not None:
-        with torch.no_grad():
-            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            running_var.lerp_((var * count / (count - 1)).to(running_var.dtype), momentum)
+    move_running_statistics(call, mean, var, count)
     return BatchNormed(out, mean, (var + eps).rsqrt())
 
 
@@ -97,17 +113,11 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             return super().forward(input)
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
-        return batch_norm(
-            input,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            True,
-            float(self.momentum or 0.0),
-            self.eps,
-            sync=True,
-        ).values
+        momentum = float(self.momentum or 0.0)
+        call = BatchNormCall(
+            self.running_mean, self.running_var, self.weight, self.bias, True, momentum, self.eps
+        )
+        return batch_norm(input, call, sync=True).values
 
 
 class _RowsBatchNorm(torch.autograd.Function):
@@ -161,7 +171,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         # A process without any site contributes nothing, so its mean must not be 0 / 0.
         mean = wide.mean(dims) if count else wide.new_zeros(x.shape[1])
         m2 = (wide - mean.view(shape)).square().sum(dims)
-        mine = torch.cat([mean, m2, mean.new_tensor([float(count)])])
+        mine = torch.cat([mean, m2, mean.new_full((1,), count)])
         everyone = mine.new_empty(world_size() * mine.numel())
         dist.all_gather_into_tensor(everyone, mine)
         means, m2s, counts = everyone.view(world_size(), -1).split([x.shape[1], x.shape[1], 1], dim=1)

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spark.sparse import common_ops as common
+from spark.sparse.batch_norm import BatchNormCall
 from spark.sparse.batch_norm import batch_norm as synced_batch_norm
-from spark.sparse.sites import Sites
+from spark.sparse.sites import Sites, as_rows
 from spark.sparse.tensor import Layout, MissingRuleError, SparseTensor
 
 
@@ -39,35 +40,19 @@ def elementwise_remasked(func: Callable, x: SparseTensor, *args: Any, **kwargs: 
     return common.finish(func, kwargs, x, remask(x, func(inside, *args, **kwargs)))
 
 
-def batch_norm(
-    func: Callable,
-    x: SparseTensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> SparseTensor:
+def batch_norm(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
     """Statistics per batch: over the visible sites of all images (of all processes where `sites.sync`)."""
     common.require_channels_first(func, x)
-    mask = x.sites.mask(*x.size4[2:]).squeeze(1)
-    channels_last = x.data.permute(0, 2, 3, 1)
-    rows = synced_batch_norm(
-        channels_last[mask],
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        training,
-        momentum,
-        eps,
-        sync=x.sites.sync,
-    ).values
-    out = rows.new_zeros(channels_last.shape)
-    out[mask] = rows
-    return x.like(out.permute(0, 3, 1, 2))
+    b, c, h, w = x.size4
+    places = x.sites.rows(
+        h, w
+    )  # not the mask: a GPU would have to be waited for, to learn how many sites it selects
+    sites = as_rows(x.data)
+    call = BatchNormCall(*args, **kwargs)
+    rows = synced_batch_norm(sites.index_select(0, places), call, sync=x.sites.sync).values
+    return x.like(
+        rows.new_zeros(sites.shape).index_copy(0, places, rows).view(b, h, w, c).permute(0, 3, 1, 2)
+    )
 
 
 def group_norm(

@@ -9,7 +9,7 @@ then keeps nothing of its own, so that of convolution, norm and activation one t
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spark.sparse import common_ops as common
+from spark.sparse.batch_norm import BatchNormCall
 from spark.sparse.batch_norm import batch_norm as synced_batch_norm
 from spark.sparse.packed_conv import Window, packed_conv, packed_max_pool
 from spark.sparse.sites import Sites
@@ -74,24 +75,32 @@ def valid_recipe(x: SparseTensor) -> Recipe | None:
     return x.recipe if x.recipe is not None and x.recipe.version == x.data._version else None
 
 
-def conv2d(
-    func: Callable,
-    x: SparseTensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> SparseTensor:
+class ConvCall(NamedTuple):
+    """What `F.conv2d` is called with beside its input."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    stride: Any = 1
+    padding: Any = 0
+    dilation: Any = 1
+    groups: int = 1
+
+    @property
+    def window(self) -> Window | None:
+        """See `window_of`."""
+        return window_of(self.weight.shape[2:], self.stride, self.padding, self.dilation)
+
+
+def conv2d(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
     """From tiles, columns or a zero-filled map, see `packed_conv.py`."""
     common.require_channels_first(func, x)
-    window = window_of(weight.shape[2:], stride, padding, dilation)
+    call = ConvCall(*args, **kwargs)
+    window = call.window
     if window is None:
-        return common.window(func, x, weight, bias, stride, padding, dilation, groups)
+        return common.window(func, x, *call)
     b, _, h, w = x.size4
-    rows = packed_conv(x.data, x.sites, h, w, window, weight, bias, groups, valid_recipe(x))
-    return SparseTensor(rows, x.sites, x.layout, (b, len(weight), *window.output_size(h, w)))
+    rows = packed_conv(x.data, x.sites, h, w, window, call.weight, call.bias, call.groups, valid_recipe(x))
+    return SparseTensor(rows, x.sites, x.layout, (b, len(call.weight), *window.output_size(h, w)))
 
 
 def max_pool2d(
@@ -153,25 +162,14 @@ def _as_rows(operand: Any, x: SparseTensor) -> Any:
     return by_site.expand(b, h, w, -1).flatten(0, 2).index_select(0, x.sites.rows(h, w))
 
 
-def batch_norm(
-    func: Callable,
-    x: SparseTensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> SparseTensor:
+def batch_norm(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
     """Statistics per batch: over the rows, which are the visible sites (of all processes where `sites.sync`)."""
     common.require_channels_first(func, x)
-    out, mean, invstd = synced_batch_norm(
-        x.data, running_mean, running_var, weight, bias, training, momentum, eps, sync=x.sites.sync
-    )
+    call = BatchNormCall(*args, **kwargs)
+    out, mean, invstd = synced_batch_norm(x.data, call, sync=x.sites.sync)
     result = x.like(out)
-    if training:
-        kept = tuple(t.detach() for t in (mean, invstd, weight, bias) if t is not None)
+    if call.training:
+        kept = tuple(t.detach() for t in (mean, invstd, call.weight, call.bias) if t is not None)
         if len(kept) == 4:
             result.recipe = recipe(_normalise, (x.data, *kept), out)
     return result

@@ -6,6 +6,9 @@ M visible patches in all, N = M * ph * pw visible sites, i.e. rows of the packed
 SparK masks are aligned to patches, so `(visible, h, w)` determines the sites of every feature map: no hash table and no
 search through values (a black visible pixel is visible).
 
+On a GPU nothing here waits for the device, if only the number of visible patches M is known on the host: it decides
+every shape.  Where it is not, the mask is read once, and all the rest follows from M.
+
 Order of packed rows: image, visible patch (row-major over the grid), row in patch, column in patch.  Rows of one patch
 are contiguous, so a patch is a small dense image, and rows of two feature maps of one forward belong to the same
 patches in the same order.
@@ -33,6 +36,8 @@ def as_rows(image: Tensor) -> Tensor:
 class Cells:
     """Cells that read packed rows: patches with their surroundings, or the windows of a convolution as columns.
 
+    Cells without a row are kept as lists: little is written, but the lists' lengths have to be read off the mask.
+
     Args:
         row: row under each cell, any shape [..., w], int64; any row where there is none.
         masked: cells over masked patches, bool.
@@ -45,17 +50,24 @@ class Cells:
         self.shape = row.shape
         self.num_rows = num_rows
         self.trivial = trivial
-        self.row = row.flatten()
-        self.masked = masked.flatten().nonzero().squeeze(1)
-        self.outside = outside.flatten().nonzero().squeeze(1)
+        self._keep(row.flatten(), masked.flatten(), outside.flatten())
+
+    def _keep(self, row: Tensor, masked: Tensor, outside: Tensor) -> None:
+        self.row = row
+        self.masked, self.outside = (cells.nonzero().squeeze(1) for cells in (masked, outside))
+
+    def rows_or(self, nowhere: int) -> Tensor:
+        """Row under each cell, `nowhere` where there is none: flat, int64."""
+        return self.row.index_fill(0, self.masked, nowhere).index_fill_(0, self.outside, nowhere)
 
     def gather(self, rows: Tensor, outside: float = 0.0) -> Tensor:
         """[N, C] -> [..., w, C]: 0 over masked patches, `outside` beyond the border."""
-        if not self.trivial:
-            rows = rows.index_select(0, self.row)
-            rows.index_fill_(0, self.masked, 0)
-            rows.index_fill_(0, self.outside, outside)
-        return rows.view(*self.shape, rows.shape[1])
+        return (rows if self.trivial else self._read(rows, outside)).view(*self.shape, rows.shape[1])
+
+    def _read(self, rows: Tensor, outside: float) -> Tensor:
+        rows = rows.index_select(0, self.row)
+        rows.index_fill_(0, self.masked, 0)
+        return rows.index_fill_(0, self.outside, outside)
 
     def spread(self, cells: Tensor) -> Tensor:
         """The transpose of `gather`: [..., w, C] -> [N, C], each row the sum of its cells."""
@@ -63,8 +75,35 @@ class Cells:
         if self.trivial:
             return flat
         nowhere = self.num_rows
-        row = self.row.index_fill(0, self.masked, nowhere).index_fill_(0, self.outside, nowhere)
+        row = self.rows_or(nowhere)
         return torch.ops.aten.embedding_dense_backward(flat, row, nowhere + 1, nowhere, False)[:nowhere]
+
+
+class StaticCells(Cells):
+    """The same for a GPU: no shape depends on the values of the mask, so nothing waits for the device.
+
+    Cells without a row read one more row, behind the others.
+    """
+
+    def _keep(self, row: Tensor, masked: Tensor, outside: Tensor) -> None:
+        self.row = row.masked_fill(masked | outside, self.num_rows)
+        self.outside = outside
+
+    def rows_or(self, nowhere: int) -> Tensor:
+        """Row under each cell, `nowhere` where there is none: flat, int64."""
+        return (
+            self.row if nowhere == self.num_rows else self.row.masked_fill(self.row == self.num_rows, nowhere)
+        )
+
+    def _read(self, rows: Tensor, outside: float) -> Tensor:
+        more = [rows.new_full((1, rows.shape[1]), value) for value in dict.fromkeys((0.0, outside))]
+        row = self.row if len(more) == 1 else self.row + self.outside
+        return torch.cat([rows, *more]).index_select(0, row)
+
+
+def static_on(device: torch.device) -> bool:
+    """Whether shapes must not depend on values there: reading a value waits for all work under way, as on a GPU."""
+    return device.type == "cuda"
 
 
 class Sites:
@@ -73,9 +112,18 @@ class Sites:
     Args:
         visible: [B, 1, fh, fw] bool, True = seen.
         sync: batch statistics cover the visible sites of all processes.
+        visible_count: visible patches of all images together, M, where the caller knows it. Without it, the mask is
+            read, and a GPU waited for, once.
+
+    Attributes:
+        static: shapes do not depend on the values of the mask, see `static_on`.
+
+    Raises:
+        ValueError: a mask of another type or shape, or a CPU mask with another number of visible patches. On a GPU a
+            wrong number fails an assertion of the device, at the latest when a result is read.
     """
 
-    def __init__(self, visible: Tensor, sync: bool = False):
+    def __init__(self, visible: Tensor, sync: bool = False, visible_count: int | None = None):
         if visible.dtype != torch.bool or visible.ndim != 4 or visible.shape[1] != 1:
             raise ValueError(
                 f"visible must be a bool tensor [B, 1, fh, fw], got {visible.dtype} {list(visible.shape)}"
@@ -84,7 +132,20 @@ class Sites:
         self.sync = sync
         self.batch = visible.shape[0]
         self.grid = (visible.shape[2], visible.shape[3])
+        self.static = static_on(visible.device)
+        self.visible_count = visible_count
+        if visible_count is not None:
+            self._check_count(visible_count)
         self._cache: dict[Hashable, Any] = {}
+
+    def _check_count(self, count: int) -> None:
+        seen = self.visible.sum()
+        if self.static:
+            torch.ops.aten._assert_async.msg(
+                seen == count, f"visible_count {count} is not the mask's number of visible patches"
+            )
+        elif seen.item() != count:
+            raise ValueError(f"visible_count is {count}, but the mask has {seen.item()} visible patches")
 
     def cached(self, key: Hashable, build: Callable[[], T]) -> T:
         """What `build` returns, computed once for this mask."""
@@ -115,7 +176,16 @@ class Sites:
 
     def patches(self) -> Tensor:
         """(image, patch row, patch column) of the visible patches: [M, 3] int64, in the order of the rows."""
-        return self.cached("patches", lambda: self.visible.squeeze(1).nonzero())
+
+        def build() -> Tensor:
+            if self.visible_count is None or not self.static:
+                return self.visible.squeeze(1).nonzero()
+            # A stable sort puts the visible patches first, in their order.
+            patch = self.visible.flatten().byte().argsort(descending=True, stable=True)[: self.visible_count]
+            fh, fw = self.grid
+            return torch.stack([patch // (fh * fw), patch // fw % fh, patch % fw], 1)
+
+        return self.cached("patches", build)
 
     def tiles(self, h: int, w: int, before: tuple[int, int], after: tuple[int, int]) -> Cells:
         """The visible patches of an h x w map, grown by `before` sites (up, left) and `after` sites (down, right).
@@ -125,7 +195,7 @@ class Sites:
         alone = before == after == (0, 0)
         return self.cached(
             ("tiles", h, w, before, after),
-            lambda: Cells(*self._surroundings(h, w, before, after), self.num_rows(h, w), alone),
+            lambda: self.cells(*self._surroundings(h, w, before, after), self.num_rows(h, w), alone),
         )
 
     def columns(
@@ -147,9 +217,14 @@ class Sites:
 
         def build() -> Cells:
             row, masked, outside = map(windows, self._surroundings(h, w, before, after))
-            return Cells(row, masked, outside, self.num_rows(h, w))
+            return self.cells(row, masked, outside, self.num_rows(h, w))
 
         return self.cached(("columns", h, w, before, after, kernel, stride, dilation), build)
+
+    @property
+    def cells(self) -> type[Cells]:
+        """The kind of cells that suits the mask's device."""
+        return StaticCells if self.static else Cells
 
     def _surroundings(
         self, h: int, w: int, before: tuple[int, int], after: tuple[int, int]

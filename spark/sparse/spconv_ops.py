@@ -62,8 +62,7 @@ class _Table:
 
     def __init__(self, sites: Sites, h: int, w: int, window: Window):
         tiles = sites.tiles(h, w, *window.reach)
-        row = tiles.row.index_fill(0, tiles.masked, -1).index_fill_(0, tiles.outside, -1)
-        taps = row.int().view(tiles.shape)
+        taps = tiles.rows_or(-1).int().view(tiles.shape)
         for dim, (kernel, stride, _, dilation) in enumerate(zip(*window, strict=True)):
             taps = taps.unfold(1 + dim, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
         self.num_inputs = tiles.num_rows
@@ -177,17 +176,7 @@ class _Conv2d:
     def __init__(self, ops: Any):
         self.ops = ops
 
-    def __call__(
-        self,
-        func: Callable,
-        x: SparseTensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-    ) -> SparseTensor:
+    def __call__(self, func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
         """Through spconv what has neighbours, is ungrouped and keeps to patches, in a type of `DTYPES`.
 
         The packed rule does the rest: pointwise convolutions (one matrix product there, too), grouped and depthwise
@@ -195,18 +184,19 @@ class _Conv2d:
         bfloat16 everywhere, fp16 on a CPU, fp64 on CUDA.
         """
         common.require_channels_first(func, x)
-        window = packed.window_of(weight.shape[2:], stride, padding, dilation)
+        call = packed.ConvCall(*args, **kwargs)
+        window = call.window
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
         plan = None
-        if window is not None and groups == 1 and dtype in DTYPES.get(device, ()):
+        if window is not None and call.groups == 1 and dtype in DTYPES.get(device, ()):
             plan = self.plan(x.sites, *x.size4[2:], window)
         if window is None or plan is None:
-            return packed.conv2d(func, x, weight, bias, stride, padding, dilation, groups)
-        rows = convolve_by(plan, x.data, weight, bias, packed.valid_recipe(x))
+            return packed.conv2d(func, x, *call)
+        rows = convolve_by(plan, x.data, call.weight, call.bias, packed.valid_recipe(x))
         b, _, h, w = x.size4
-        return SparseTensor(rows, x.sites, x.layout, (b, len(weight), *window.output_size(h, w)))
+        return SparseTensor(rows, x.sites, x.layout, (b, len(call.weight), *window.output_size(h, w)))
 
     def plan(self, sites: Sites, h: int, w: int, window: Window) -> _Native | None:
         """How spconv computes it; None where it does not."""

@@ -15,39 +15,28 @@ from spark.sparse.tensor import Recipe
 
 
 class _Submanifold(Plan):
-    """An ungrouped convolution with an odd window, stride 1 and the same sites."""
+    """A convolution with an odd window, stride 1 and the same sites: ungrouped, or with one filter a channel."""
 
-    def __init__(self, window: Window, geometry: kernels.Geometry, groups: int = 1):
+    def __init__(self, window: Window, geometry: kernels.Geometry, groups: int):
         super().__init__(window, groups)
         self.geometry = geometry
 
     def convolve(self, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return kernels.convolution(rows, weight, bias, self.geometry)
+        return self._run(rows, weight, bias)
 
     def convolve_transposed(self, grad: Tensor, weight: Tensor) -> Tensor:
-        return kernels.convolution(grad, weight.transpose(0, 1), None, self.geometry, reverse=True)
+        return self._run(grad, weight, None, reverse=True)
+
+    def _run(self, rows: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool = False) -> Tensor:
+        run = kernels.convolution if self.groups == 1 else kernels.depthwise_convolution
+        return run(rows, weight, bias, self.geometry, reverse)
 
     def gradients(
         self, grad: Tensor, rows: Tensor, weight: Tensor, wanted: tuple[bool, bool]
     ) -> tuple[None, Tensor]:
         """Of the weights; the rows' gradient is `convolve_transposed`."""
-        return None, kernels.weight_gradient(grad, rows, self.geometry, self.window.kernel)
-
-
-class _Depthwise(_Submanifold):
-    """The same with one filter a channel."""
-
-    def convolve(self, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return kernels.depthwise_convolution(rows, weight, bias, self.geometry)
-
-    def convolve_transposed(self, grad: Tensor, weight: Tensor) -> Tensor:
-        return kernels.depthwise_convolution(grad, weight, None, self.geometry, reverse=True)
-
-    def gradients(
-        self, grad: Tensor, rows: Tensor, weight: Tensor, wanted: tuple[bool, bool]
-    ) -> tuple[None, Tensor]:
-        """Of the weights; the rows' gradient is `convolve_transposed`."""
-        return None, kernels.depthwise_weight_gradient(grad, rows, self.geometry, self.window.kernel)
+        run = kernels.weight_gradient if self.groups == 1 else kernels.depthwise_weight_gradient
+        return None, run(grad, rows, self.geometry, self.window.kernel)
 
 
 def fits(sites: Sites, h: int, w: int, window: Window) -> bool:
@@ -64,40 +53,23 @@ def submanifold_conv(
     sites: Sites,
     h: int,
     w: int,
+    groups: int = 1,
     recipe: Recipe | None = None,
 ) -> Tensor:
     """Convolve the rows of an h x w map with stride 1 and "same" padding: rows [N, C] -> rows [N, O].
 
     Args:
         rows: [N, C].
-        weight: [O, C, kh, kw], odd sides.
+        weight: [O, C, kh, kw], odd sides; with groups [C, 1, kh, kw].
         bias: [O] or None.
         sites: of the map.
         h, w: size of the map.
+        groups: of channels: 1, or C (depthwise).
         recipe: how to compute the rows again.
 
     Raises:
         ValueError: a window that `fits` refuses, or rows on a CPU without Triton's interpreter.
     """
-    return _convolve(_Submanifold(*_window(weight, sites, h, w)), rows, weight, bias, recipe)
-
-
-def depthwise_conv(
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    sites: Sites,
-    h: int,
-    w: int,
-    recipe: Recipe | None = None,
-) -> Tensor:
-    """`submanifold_conv` with one filter a channel: weight [C, 1, kh, kw], rows [N, C] -> rows [N, C]."""
-    window, geometry = _window(weight, sites, h, w)
-    return _convolve(_Depthwise(window, geometry, len(weight)), rows, weight, bias, recipe)
-
-
-def _window(weight: Tensor, sites: Sites, h: int, w: int) -> tuple[Window, kernels.Geometry]:
-    """Of a kernel with stride 1 and "same" padding."""
     kh, kw = weight.shape[2:]
     window = Window((kh, kw), (1, 1), (kh // 2, kw // 2))
     if not fits(sites, h, w, window):
@@ -105,14 +77,10 @@ def _window(weight: Tensor, sites: Sites, h: int, w: int) -> tuple[Window, kerne
             f"a {kh}x{kw} window does not suit the Triton kernels on patches of {sites.patch_sides(h, w)} sites: its "
             f"sides must be odd and reach over at most {kernels.RING} patches"
         )
-    return window, _geometry(sites, h, w)
-
-
-def _convolve(plan: Plan, rows: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe | None) -> Tensor:
     kernels.require_device(rows)
     if rows.dtype != weight.dtype and not torch.is_autocast_enabled(rows.device.type):
         raise ValueError(f"values are {rows.dtype} and weights {weight.dtype}: convert one, or use autocast")
-    return convolve_by(plan, rows, weight, bias, recipe)
+    return convolve_by(_Submanifold(window, _geometry(sites, h, w), groups), rows, weight, bias, recipe)
 
 
 def _geometry(sites: Sites, h: int, w: int) -> kernels.Geometry:

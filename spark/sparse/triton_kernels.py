@@ -15,7 +15,7 @@ Under `TRITON_INTERPRET=1`, set before this module is imported, everything runs 
 # Triton's own annotations do not describe its language: constants are plain numbers, loops run over `static_range`.
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -93,6 +93,23 @@ def _load_rows(values, row, c, C: tl.constexpr):
     return tl.load(values + row.to(tl.int64)[:, None] * C + c[None, :], mask=mask, other=0.0)
 
 
+@triton.jit
+def _store_rows(out, values, row, num_rows, c, C: tl.constexpr):
+    """Values [R, len(c)] to the rows of an array [N, C], in its type; not beyond N rows and C channels."""
+    place = out + row.to(tl.int64)[:, None] * C + c[None, :]
+    tl.store(place, values.to(out.dtype.element_ty), mask=(row < num_rows)[:, None] & (c < C)[None, :])
+
+
+@triton.jit
+def _per_channel(vector, c, C: tl.constexpr, ACC: tl.constexpr, DEFAULT: tl.constexpr):
+    """[1, len(c)] of a vector [C], or of a constant where there is none."""
+    if vector is None:
+        values = tl.full((1, c.shape[0]), DEFAULT, ACC)
+    else:
+        values = tl.load(vector + c, mask=c < C, other=0.0).to(ACC)[None, :]
+    return values
+
+
 # --- convolution -------------------------------------------------------------------------------------------------
 
 
@@ -150,10 +167,7 @@ def _convolution_kernel(
             other=0.0,
         )
         acc = tl.dot(values, filters, acc, input_precision=PRECISION, out_dtype=ACC)
-    if bias is not None:
-        acc += tl.load(bias + o, mask=o < O, other=0.0).to(ACC)[None, :]
-    place = out + row.to(tl.int64)[:, None] * O + o[None, :]
-    tl.store(place, acc.to(out.dtype.element_ty), mask=(row < num_rows)[:, None] & (o < O)[None, :])
+    _store_rows(out, acc + _per_channel(bias, o, O, ACC, 0), row, num_rows, o, O)
 
 
 @triton.jit
@@ -206,20 +220,21 @@ def convolution(
 ) -> Tensor:
     """Convolve rows with odd windows, stride 1 and as much padding on either side, to the same sites.
 
-    Weights are read where they lie; channels_last memory is the fastest.  The gradient of the input is the convolution
-    of the output's gradient with `weight.transpose(0, 1)`, taps in reverse.
+    Weights are read where they lie; channels_last memory is the fastest.
 
     Args:
         rows: [N, C].
         weight: [O, C, kh, kw], of the same type; any memory format.
         bias: [O] or None.
         geometry: of the map.
-        reverse: read tap (y, x) as (kh - 1 - y, kw - 1 - x).
+        reverse: the gradient of the input, given rows [N, O] of the output's: read weight (o, c, y, x) as
+            (c, o, kh - 1 - y, kw - 1 - x).
 
     Returns:
-        Rows [N, O].
+        Rows [N, O]; in reverse [N, C].
     """
     rows = rows.contiguous()
+    weight = weight.transpose(0, 1) if reverse else weight
     (num_rows, c), (o, _, kh, kw) = rows.shape, weight.shape
     out = rows.new_empty(num_rows, o)
     blocks = _convolution_blocks(num_rows, o, c, rows.element_size())
@@ -229,10 +244,9 @@ def convolution(
         _convolution_kernel[(programs,)](
             *(rows, weight, bias, out, geometry.table, geometry.corners, num_rows, geometry.table.shape[2]),
             *(stride_o, stride_c, stride_y, stride_x),
-            **_shape(geometry, c, (kh, kw)),
+            **_shape(geometry, rows, (kh, kw)),
             O=o,
             REVERSED=reverse,
-            ACC=_accumulator(rows),
             PRECISION=_precision(),
             **blocks,
         )
@@ -258,9 +272,8 @@ def weight_gradient(grad: Tensor, rows: Tensor, geometry: Geometry, kernel: tupl
         _weight_gradient_kernel[(programs, splits)](
             *(grad, rows, partial, geometry.table, geometry.corners, num_rows, geometry.table.shape[2]),
             rows_per_split,
-            **_shape(geometry, c, kernel),
+            **_shape(geometry, rows, kernel),
             O=o,
-            ACC=_accumulator(rows),
             PRECISION=_precision(),
             **blocks,
         )
@@ -306,10 +319,7 @@ def _depthwise_kernel(
             acc = tl.fma(
                 _load_rows(rows, near, c, C).to(ACC), factor[None, :].broadcast_to(BLOCK_R, BLOCK_C), acc
             )
-    if bias is not None:
-        acc += tl.load(bias + c, mask=c < C, other=0.0).to(ACC)[None, :]
-    place = out + row.to(tl.int64)[:, None] * C + c[None, :]
-    tl.store(place, acc.to(out.dtype.element_ty), mask=(row < num_rows)[:, None] & (c < C)[None, :])
+    _store_rows(out, acc + _per_channel(bias, c, C, ACC, 0), row, num_rows, c, C)
 
 
 @triton.jit
@@ -359,7 +369,7 @@ def depthwise_convolution(
         weight: [C, 1, kh, kw].
         bias: [C] or None.
         geometry: of the map.
-        reverse: read tap (y, x) as (kh - 1 - y, kw - 1 - x); the gradient of the input.
+        reverse: the gradient of the input: read tap (y, x) as (kh - 1 - y, kw - 1 - x).
 
     Returns:
         Rows [N, C].
@@ -375,9 +385,8 @@ def depthwise_convolution(
     with torch.cuda.device_of(rows):
         _depthwise_kernel[grid](
             *(rows, filters, bias, out, geometry.table, geometry.corners, num_rows, geometry.table.shape[2]),
-            **_shape(geometry, c, (weight.shape[2], weight.shape[3])),
+            **_shape(geometry, rows, (weight.shape[2], weight.shape[3])),
             REVERSED=reverse,
-            ACC=_accumulator(rows),
             **blocks,
         )
     return out
@@ -404,8 +413,7 @@ def depthwise_weight_gradient(
         _depthwise_weight_gradient_kernel[(splits, channel_blocks)](
             *(grad, rows, partial, geometry.table, geometry.corners, num_rows, geometry.table.shape[2]),
             CACHED_ROWS,
-            **_shape(geometry, c, kernel),
-            ACC=_accumulator(rows),
+            **_shape(geometry, rows, kernel),
             **blocks,
         )
     return partial.sum(0).to(rows.dtype).T.reshape(c, 1, kh, kw)
@@ -483,16 +491,6 @@ def _merge_statistics_kernel(
 
 
 @triton.jit
-def _per_channel(vector, c, C: tl.constexpr, ACC: tl.constexpr, DEFAULT: tl.constexpr):
-    """[1, len(c)] of a vector [C], or of a constant where there is none."""
-    if vector is None:
-        values = tl.full((1, c.shape[0]), DEFAULT, ACC)
-    else:
-        values = tl.load(vector + c, mask=c < C, other=0.0).to(ACC)[None, :]
-    return values
-
-
-@triton.jit
 def _normalise_kernel(
     rows,
     mean,
@@ -517,8 +515,7 @@ def _normalise_kernel(
     values = centred * scale + _per_channel(bias, c, C, ACC, 0)
     if RELU:
         values = tl.maximum(values, 0.0)
-    place = out + row.to(tl.int64)[:, None] * C + c[None, :]
-    tl.store(place, values.to(out.dtype.element_ty), mask=(row < num_rows)[:, None] & (c < C)[None, :])
+    _store_rows(out, values, row, num_rows, c, C)
 
 
 @triton.jit
@@ -594,8 +591,7 @@ def _normalise_backward_kernel(
     of_bias = _per_channel(sums, c, C, ACC, 0) / num_rows
     of_weight = _per_channel(sums + C, c, C, ACC, 0) / num_rows
     values = (of_out - of_bias - normalised * of_weight) * scale * _per_channel(weight, c, C, ACC, 1)
-    place = out + row.to(tl.int64)[:, None] * C + c[None, :]
-    tl.store(place, values.to(out.dtype.element_ty), mask=(row < num_rows)[:, None] & (c < C)[None, :])
+    _store_rows(out, values, row, num_rows, c, C)
 
 
 def batch_norm_statistics(rows: Tensor, eps: float) -> Statistics:
@@ -696,10 +692,11 @@ def normalise_backward(
 # --- how a shape is cut ------------------------------------------------------------------------------------------
 
 
-def _shape(geometry: Geometry, channels: int, kernel: tuple[int, int]) -> dict[str, int]:
+def _shape(geometry: Geometry, rows: Tensor, kernel: tuple[int, int]) -> dict[str, Any]:
     """Constants of a convolution's kernel; it is compiled for them."""
-    ph, pw = geometry.sides
-    return {"C": channels, "KH": kernel[0], "KW": kernel[1], "PH": ph, "PW": pw, "RING": RING}
+    (ph, pw), (kh, kw) = geometry.sides, kernel
+    constants = {"C": rows.shape[1], "KH": kh, "KW": kw, "PH": ph, "PW": pw, "RING": RING}
+    return {**constants, "ACC": _accumulator(rows)}
 
 
 def _wide(rows: Tensor) -> torch.dtype:

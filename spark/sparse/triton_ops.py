@@ -14,7 +14,13 @@ from torch.autograd.function import once_differentiable
 
 from spark.sparse import common_ops as common
 from spark.sparse import packed_ops as packed
-from spark.sparse.batch_norm import in_recomputation, world_size
+from spark.sparse.batch_norm import (
+    BatchNormCall,
+    in_recomputation,
+    move_running_statistics,
+    require_statistics,
+    world_size,
+)
 from spark.sparse.tensor import Layout, SparseTensor
 
 
@@ -41,16 +47,7 @@ def triton_layout() -> Layout:
     return Layout("triton", rules, packed.PACKED.from_dense, packed.PACKED.to_dense)
 
 
-def conv2d(
-    func: Callable,
-    x: SparseTensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> SparseTensor:
+def conv2d(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
     """Ungrouped and depthwise windows of odd sides with stride 1 and "same" padding, on the rows as they lie.
 
     The packed rule does the rest: pointwise convolutions (one matrix product there, too), strides, dilation, groups.
@@ -58,47 +55,36 @@ def conv2d(
     from spark.sparse import triton_conv
 
     common.require_channels_first(func, x)
-    window = packed.window_of(weight.shape[2:], stride, padding, dilation)
-    b, c, h, w = x.size4
-    depthwise = groups == c == len(weight)
+    call = packed.ConvCall(*args, **kwargs)
+    window, (b, c, h, w) = call.window, x.size4
+    depthwise = call.groups == c == len(call.weight)
     if (
         window is None
         or window.kernel == (1, 1)
-        or not (groups == 1 or depthwise)
+        or not (call.groups == 1 or depthwise)
         or not triton_conv.fits(x.sites, h, w, window)
     ):
-        return packed.conv2d(func, x, weight, bias, stride, padding, dilation, groups)
-    conv = triton_conv.depthwise_conv if depthwise else triton_conv.submanifold_conv
-    rows = conv(x.data, weight, bias, x.sites, h, w, packed.valid_recipe(x))
-    return SparseTensor(rows, x.sites, x.layout, (b, len(weight), h, w))
+        return packed.conv2d(func, x, *call)
+    rows = triton_conv.submanifold_conv(
+        x.data, call.weight, call.bias, x.sites, h, w, call.groups, packed.valid_recipe(x)
+    )
+    return SparseTensor(rows, x.sites, x.layout, (b, len(call.weight), h, w))
 
 
-def batch_norm(
-    func: Callable,
-    x: SparseTensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> SparseTensor:
+def batch_norm(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
     """Statistics per batch: over the rows.  In evaluation, and over several processes, the packed rule."""
     from spark.sparse import triton_kernels as kernels
 
     common.require_channels_first(func, x)
-    if not training or (x.sites.sync and world_size() > 1):
-        return packed.batch_norm(func, x, running_mean, running_var, weight, bias, training, momentum, eps)
-    rows = x.data
+    call = BatchNormCall(*args, **kwargs)
+    if not call.training or (x.sites.sync and world_size() > 1):
+        return packed.batch_norm(func, x, *call)
+    rows, weight, bias = x.data, call.weight, call.bias
     kernels.require_device(rows)
-    if len(rows) < 2:
-        raise ValueError("batch norm needs more than one visible site: use more images or a lower mask ratio")
-    mean, var, invstd = kernels.batch_norm_statistics(rows.detach(), eps)
-    if running_mean is not None and running_var is not None and not in_recomputation():
-        with torch.no_grad():
-            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            running_var.lerp_((var * (len(rows) / (len(rows) - 1))).to(running_var.dtype), momentum)
+    require_statistics(len(rows))
+    mean, var, invstd = kernels.batch_norm_statistics(rows.detach(), call.eps)
+    if not in_recomputation():
+        move_running_statistics(call, mean, var, len(rows))
     out = _Normalise.apply(rows, mean, invstd, weight, bias, False)
     result = x.like(out)  # type: ignore[arg-type]
     if weight is not None and bias is not None:

@@ -1,4 +1,4 @@
-"""Who is compared: SparK in the masked and in the packed layout, and the original, on equal weights and one mask.
+"""Who is compared: SparK in its layouts, and the original, on equal weights and one mask.
 
 Shapes: images [B, 3, H, W], visible [B, 1, fh, fw] bool, True = seen; feature maps [B, C, h, w], shallow first.
 """
@@ -22,7 +22,7 @@ from benchmarks.original import (
 )
 from spark import SparK
 from spark.encoder import pyramid
-from spark.masking import random_visible
+from spark.masking import num_visible, random_visible
 from spark.official import load_official
 from spark.sparse import sparsify
 
@@ -40,8 +40,10 @@ class Case:
         precision: "fp32" (on CUDA with PyTorch's defaults, so TF32 convolutions) or "bf16" (autocast).
         device: torch's name of it.
         channels_last: memory format of the original and its images; ours always are in channels_last.
-        threads: of a CPU.
+        threads: of a CPU, for each process.
         official: folder of a clone of the original, or None.
+        layouts: of ours, "masked" first.
+        processes: that train together, each on a batch; the batch statistics of ours are then over all of them.
     """
 
     model: str
@@ -54,6 +56,8 @@ class Case:
     channels_last: bool = False
     threads: int = 1
     official: Path | None = None
+    layouts: tuple[str, ...] = ("masked", "packed")
+    processes: int = 1
 
     @property
     def has_original(self) -> bool:
@@ -63,7 +67,7 @@ class Case:
     @property
     def names(self) -> list[str]:
         """Of the contenders, the base of all ratios first."""
-        return ["original"] * self.has_original + ["masked", "packed"]
+        return ["original"] * self.has_original + list(self.layouts)
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Contender:
     """One implementation of SparK.
 
     Attributes:
-        name: "masked", "packed" or "original".
+        name: a layout of ours, or "original".
         model: the whole of it, in training mode.
         decoder_width: channels at its decoder's deepest block.
         grid: patches (fh, fw) of an image.
@@ -101,11 +105,12 @@ class Bench:
         case: what is measured.
         only: names of the contenders to build; default all. Only contenders that were built together have equal
             weights.
+        seed: of images and mask; weights are always the same.
     """
 
-    def __init__(self, case: Case, only: list[str] | None = None):
+    def __init__(self, case: Case, only: list[str] | None = None, seed: int = 0):
         self.case = case
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         self.contenders = {c.name: c for c in _build(case, case.names if only is None else only)}
         self.images = torch.randn(case.batch, 3, *case.size, generator=generator).to(
             case.device, memory_format=_memory_format(case)
@@ -179,14 +184,14 @@ def _build(case: Case, names: list[str]) -> list[Contender]:
             case.mask_ratio,
             decoder_width=case.decoder_width,
             layout=layout,
-            sync_bn=False,
+            sync_bn=case.processes > 1,
         )
         first = next(iter(ours.values()))
         if ours[layout] is first:
             lively(first)
         else:
             ours[layout].load_state_dict(first.state_dict())
-    contenders += [_our_own(model, case.decoder_width) for model in ours.values()]
+    contenders += [our_own(model, case.decoder_width) for model in ours.values()]
     for contender in contenders:
         contender.model.to(case.device).train()
     if contenders[0].name == "original":
@@ -194,9 +199,13 @@ def _build(case: Case, names: list[str]) -> list[Contender]:
     return contenders
 
 
-def _our_own(model: SparK, width: int) -> Contender:
+def our_own(model: SparK, width: int, wrapped: nn.Module | None = None) -> Contender:
+    """A model of ours as a contender; its loss is computed by `wrapped`, a module around it, where there is one."""
+    run = model if wrapped is None else wrapped
+    per_image = num_visible(model.grid, model.mask_ratio)  # told, as in training: nothing waits for a GPU
+
     def features(images: Tensor, visible: Tensor) -> list[Tensor]:
-        sparse = sparsify(images, visible, model.layout, sync=model.sync_bn)
+        sparse = sparsify(images, visible, model.layout, model.sync_bn, len(images) * per_image)
         return [x.to_dense() for x in pyramid(model.encoder, sparse, model.levels)]
 
     return Contender(
@@ -204,7 +213,7 @@ def _our_own(model: SparK, width: int) -> Contender:
         model,
         width,
         model.grid,
-        lambda images, visible: model(images, visible).loss,
+        lambda images, visible: run(images, visible, len(images) * per_image).loss,
         features,
     )
 
@@ -231,7 +240,7 @@ def _with_weights_of(original: nn.Module, case: Case, layout: str) -> SparK:
             model_name=case.model,
             input_size=case.size,
             mask_ratio=case.mask_ratio,
-            sync_bn=False,
+            sync_bn=case.processes > 1,
         )
 
 

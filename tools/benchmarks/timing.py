@@ -1,5 +1,6 @@
 """Seconds of steps that take turns, their summary, and the machine that they ran on."""
 
+import math
 import os
 import platform
 import statistics
@@ -15,14 +16,19 @@ _WARM_UP = 2  # turns that are not counted: libraries choose their kernels in th
 def refuse_busy_machine(allowed: bool) -> None:
     """A second busy process makes OpenMP code several times slower, unevenly: such timings say nothing.
 
+    The load is a mean over the last minute or so; while it falls, as after an earlier benchmark, this waits.
+
     Raises:
         ValueError: others compute on this machine, and that is not allowed.
     """
-    load = os.getloadavg()[0]
-    if load > 0.5 and not allowed:
-        raise ValueError(
-            f"this machine is busy (load {load:.1f}): wait until other programs have ended, or pass --busy"
-        )
+    before = math.inf
+    while not allowed and (load := os.getloadavg()[0]) > 0.5:
+        if load >= before:
+            raise ValueError(
+                f"this machine is busy (load {load:.1f}): wait until other programs have ended, or pass --busy"
+            )
+        before = load
+        time.sleep(10)
 
 
 def interleaved(

@@ -1,0 +1,289 @@
+"""Which decoder should pretraining have?  Cost against transfer, at equal images and at equal time.
+
+    python tools/decoder_study.py --data FOLDER --output_dir runs/decoders --results docs/results/decoders
+
+FOLDER as for tools/study.py, with images/scenes/{train,val}/CLASS besides. A decoder is written WIDTH/STAGES/KERNEL
+(decoder_width, decoder_stages, densify_kernel). First the seconds of a training step are measured, decoders in turns.
+Then each pretrains the same encoder on the same number of images; those named by --equal_time also for as many epochs
+as fit into the time that the first one takes. Every encoder is scored by kNN and a linear probe on the scenes, and, if
+named by --depth, by the depth network of tools/study.py on nyu_val.txt. The decoder is thrown away, only the encoder
+counts. A study that was stopped continues where it was. Writes RESULTS.csv, a row a pretraining, and RESULTS.md.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from benchmarks.timing import device_name, interleaved, refuse_busy_machine, summary
+from study import call, finished, hidden_paths, require_finished, rows_as_csv, write_image_list
+
+from spark import SparK
+from spark.folders import write_whole
+from spark.run import read_rows
+
+
+class Decoder(NamedTuple):
+    """Options of a decoder."""
+
+    width: int
+    stages: int
+    kernel: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Decoder":
+        """From WIDTH/STAGES/KERNEL."""
+        try:
+            return cls(*map(int, text.split("/")))
+        except (TypeError, ValueError) as error:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not WIDTH/STAGES/KERNEL, such as 256/4/1"
+            ) from error
+
+    def __str__(self) -> str:
+        return "/".join(map(str, self))
+
+    @property
+    def options(self) -> dict[str, int]:
+        """As SparK and the config name them."""
+        return {"decoder_width": self.width, "decoder_stages": self.stages, "densify_kernel": self.kernel}
+
+
+class Job(NamedTuple):
+    """One pretraining: a decoder, its epochs, and what it has in common with the first decoder's."""
+
+    decoder: Decoder
+    epochs: float
+    equal: str
+
+    @property
+    def name(self) -> str:
+        """Of its folders."""
+        return f"{str(self.decoder).replace('/', '-')}_{self.equal}"
+
+
+def main() -> None:
+    """Run what is missing, then write the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    decoders = [
+        Decoder(768, 5, 3),
+        Decoder(256, 5, 3),
+        Decoder(384, 4, 1),
+        Decoder(256, 4, 1),
+        Decoder(256, 3, 1),
+    ]
+    parser.add_argument("--data", type=Path, required=True, help="folder with images/ and nyu/")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--results", type=Path, required=True, help="RESULTS: .csv and .md are added")
+    parser.add_argument(
+        "--decoders", type=Decoder.parse, nargs="+", default=decoders, help="WIDTH/STAGES/KERNEL"
+    )
+    parser.add_argument("--equal_time", type=Decoder.parse, nargs="*", default=[], help="also at equal time")
+    parser.add_argument("--depth", type=Decoder.parse, nargs="*", default=[], help="also scored by depth")
+    parser.add_argument("--epochs", type=float, default=2, help="of all decoders, at equal images")
+    parser.add_argument("--depth_epochs", type=float, default=15)
+    parser.add_argument("--pretrain_config", default="configs/pretrain/nyu_resnet18.yaml")
+    parser.add_argument("--depth_config", default="configs/depth/unetpp_nyu_small.yaml")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
+    parser.add_argument("--busy", action="store_true", help="measure even though other programs run")
+    options = parser.parse_args()
+    for decoder in (*options.equal_time, *options.depth):
+        if decoder not in options.decoders:
+            parser.error(f"{decoder} is not among --decoders")
+    for folder in (options.data / "images" / "scenes", options.data / "nyu"):
+        if not folder.is_dir():
+            parser.error(f"{folder} does not exist: --data must hold images/scenes/ and nyu/")
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    images = write_image_list(options.data, options.output_dir / "images.txt")
+
+    costs = step_costs(options)
+    first = float(costs[str(options.decoders[0])]["seconds_median"])
+    jobs = [Job(decoder, options.epochs, "images") for decoder in options.decoders]
+    jobs += [
+        Job(decoder, round(options.epochs * first / float(costs[str(decoder)]["seconds_median"]), 2), "time")
+        for decoder in options.equal_time
+    ]
+    for job in jobs:
+        pretrain(job, images, options)
+        probe(job, options)
+        write_results(jobs, costs, options)
+    for job in jobs:
+        if job.decoder in options.depth:
+            depth(job, options)
+            write_results(jobs, costs, options)
+
+
+def step_costs(options: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """Seconds of a training step of each decoder, measured in turns; kept in OUTPUT_DIR/costs.json.
+
+    Raises:
+        SystemExit: the machine is busy.
+    """
+    path = options.output_dir / "costs.json"
+    costs = json.loads(path.read_text()) if path.exists() else {}
+    if all(str(decoder) in costs for decoder in options.decoders):
+        return costs
+    try:
+        refuse_busy_machine(options.busy)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(os.cpu_count() or 1)
+    batch = torch.randn(32, 3, 128, 128, device=device).to(memory_format=torch.channels_last)
+    steps = {str(d): training_step(d, batch, options.precision) for d in options.decoders}
+    seconds = interleaved(steps, 5, device)
+    base = seconds[str(options.decoders[0])]
+    costs = {
+        name: summary(times, base, len(batch)) | {"device": device_name(device)}
+        for name, times in seconds.items()
+    }
+    write_whole(path, json.dumps(costs, indent=1).encode())
+    return costs
+
+
+def training_step(decoder: Decoder, images: torch.Tensor, precision: str) -> Callable[[], object]:
+    """A forward and backward of ResNet-18 with this decoder."""
+    model = SparK(
+        "resnet18",
+        images.shape[2],
+        sync_bn=False,
+        decoder_width=decoder.width,
+        decoder_stages=decoder.stages,
+        densify_kernel=decoder.kernel,
+    ).to(images.device)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+    def step() -> None:
+        with torch.autocast(images.device.type, dtype, enabled=precision != "fp32"):
+            loss = model(images).loss
+        loss.backward()
+        model.zero_grad()
+
+    return step
+
+
+def pretrain(job: Job, images: Path, options: argparse.Namespace) -> None:
+    """SparK on the unlabeled corpus."""
+    run = options.output_dir / f"pretrain_{job.name}"
+    if finished(run, "encoder", job.epochs):
+        return
+    call(
+        "spark/pretrain.py",
+        config=options.pretrain_config,
+        output_dir=run,
+        epochs=job.epochs,
+        precision=options.precision,
+        resume="true",
+        **{"data.train": images, "optim.warmup_epochs": job.epochs / 5},
+        **{f"model.{k}": v for k, v in job.decoder.options.items()},
+    )
+    require_finished(run, "encoder", job.epochs)
+
+
+def probe(job: Job, options: argparse.Namespace) -> None:
+    """kNN and linear probe of the frozen encoder."""
+    output = options.output_dir / f"probe_{job.name}.json"
+    if not output.exists():
+        call(
+            "tools/probe.py",
+            encoder=options.output_dir / f"pretrain_{job.name}" / "encoder",
+            data=options.data / "images" / "scenes",
+            size=64,
+            level="all",
+            precision=options.precision,
+            output=output,
+        )
+
+
+def depth(job: Job, options: argparse.Namespace) -> None:
+    """UNet++ on the training pairs, then its score on the validation list."""
+    run, nyu = options.output_dir / f"depth_{job.name}", options.data / "nyu"
+    if not finished(run, "model", options.depth_epochs):
+        call(
+            "finetune/depth.py",
+            config=options.depth_config,
+            encoder=options.output_dir / f"pretrain_{job.name}" / "encoder",
+            output_dir=run,
+            epochs=options.depth_epochs,
+            precision=options.precision,
+            resume="true",
+            **{"data.root": nyu, "data.list": "nyu_train.txt", "data.val_list": "nyu_val.txt"},
+        )
+        require_finished(run, "model", options.depth_epochs)
+    if not (run / "results.json").exists():
+        call(
+            "finetune/evaluate.py",
+            model=run / "model",
+            protocol="nyu-bts",
+            output=run / "results.json",
+            **{"data.root": nyu, "data.list": "nyu_val.txt", "data.white_border": "fill"},
+        )
+
+
+def write_results(jobs: list[Job], costs: dict[str, dict[str, str]], options: argparse.Namespace) -> None:
+    """RESULTS.csv and RESULTS.md from the files of the runs that are done; values are read, never typed."""
+    rows = [row for job in jobs if (row := result(job, costs, options)) is not None]
+    write_whole(options.results.with_suffix(".csv"), rows_as_csv(rows).encode())
+    write_whole(options.results.with_suffix(".md"), markdown(rows).encode())
+
+
+def result(job: Job, costs: dict[str, dict[str, str]], options: argparse.Namespace) -> dict[str, Any] | None:
+    """The row of a pretraining, or None where it is not there yet; without depth training those columns are empty."""
+    path = options.output_dir / f"probe_{job.name}.json"
+    if not path.exists():
+        return None
+    scores = json.loads(path.read_text())["encoders"][0]
+    losses = [
+        row["loss"]
+        for row in read_rows(options.output_dir / f"pretrain_{job.name}" / "metrics.jsonl")
+        if "loss" in row
+    ]
+    scored = options.output_dir / f"depth_{job.name}" / "results.json"
+    metrics = json.loads(scored.read_text())["metrics"] if scored.exists() else {}
+    cost = costs[str(job.decoder)]
+    return {
+        **job.decoder.options,
+        "equal": job.equal,
+        "epochs": job.epochs,
+        "step_seconds": cost["seconds_median"],
+        "step_speedup": cost["speedup_median"],
+        "final_loss": f"{losses[-1]:.4f}",
+        **{f"knn_{k}": f"{share:.4f}" for k, share in scores["knn"].items()},
+        "linear": f"{scores['linear']['val']:.4f}",
+        **{
+            name: f"{metrics[name]:.4f}" if metrics else "" for name in ("delta1", "abs_rel", "rmse", "silog")
+        },
+        "precision": options.precision,
+        "device": cost["device"],
+        "torch": torch.__version__,
+    }
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table: speed of a step over the first decoder's, probes [%], depth scores where there are some."""
+    lines = [
+        "| decoder | equal | epochs | step, speed | kNN-20 | linear | δ1 ↑ | AbsRel ↓ | RMSE [m] ↓ |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        decoder = f"{row['decoder_width']}/{row['decoder_stages']}/{row['densify_kernel']}"
+        shown = [
+            f"{float(row['step_speedup']):.2f}x",
+            *(f"{100 * float(row[k]):.1f} %" for k in ("knn_20", "linear")),
+        ]
+        shown += [f"{float(row[k]):.3f}" if row[k] else "" for k in ("delta1", "abs_rel", "rmse")]
+        lines.append(f"| {decoder} | {row['equal']} | {row['epochs']:g} | " + " | ".join(shown) + " |")
+    command = shlex.join(["python", "tools/decoder_study.py", *hidden_paths(sys.argv[1:])])
+    return "\n".join([*lines, "", f"Written by `{command}`.", ""])
+
+
+if __name__ == "__main__":
+    main()
