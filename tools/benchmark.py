@@ -34,11 +34,12 @@ from typing import Any
 import timm
 import torch
 from benchmarks.contenders import Bench, Case, Contender, set_up_torch
+from benchmarks.decoders import ORIGINAL_DECODER, Decoder
 from benchmarks.flops import flops_per_image, plot_scaling
 from benchmarks.layouts import layouts_of, replace_device, table_rows
-from benchmarks.loader import loader_rows
+from benchmarks.loader import PATCH, loader_rows
 from benchmarks.memory import peak_alone, saved_bytes
-from benchmarks.original import DECODER_WIDTH, has_model, import_original
+from benchmarks.original import has_model, import_original
 from benchmarks.parity import checked
 from benchmarks.processes import check_counts, efficiencies, passes_of_groups, shared_case
 from benchmarks.timing import device_name, interleaved, refuse_busy_machine, summary
@@ -113,10 +114,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         )
         if name not in ("encoder", "layouts"):
             command.add_argument(
-                "--decoder_width",
-                type=int,
-                default=DECODER_WIDTH,
-                help=f"of ours; the original stays at {DECODER_WIDTH}, where it is compared with ours first",
+                "--decoder",
+                type=Decoder.parse,
+                default=ORIGINAL_DECODER,
+                metavar="WIDTH[/STAGES/KERNEL]",
+                help=f"of ours: decoder_width, decoder_stages, densify_kernel; the original keeps {ORIGINAL_DECODER}, "
+                "with which it is compared with ours first",
             )
         command.add_argument(
             "--precision",
@@ -175,7 +178,10 @@ def add_loader_command(commands: Any) -> None:
         "JPEGs of 500x375 px, about 125 kB each, in a temporary folder)",
     )
     command.add_argument(
-        "--size", type=whole_number(1), default=224, help="side of the square pictures [px] (default: 224)"
+        "--size",
+        type=whole_number(2 * PATCH),
+        default=224,
+        help=f"side of the square pictures [px], {2 * PATCH} or more, for their masks (default: 224)",
     )
     command.add_argument(
         "--batch", type=whole_number(1), default=64, help="images of a batch; four are a turn (default: 64)"
@@ -225,7 +231,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
             batch=batch,
             size=size,
             mask_ratio=ratio,
-            decoder_width=getattr(options, "decoder_width", DECODER_WIDTH),
+            decoder=getattr(options, "decoder", ORIGINAL_DECODER),
             precision=precision,
             device=options.device,
             channels_last=options.channels_last,
@@ -426,7 +432,7 @@ def description(bench: Bench, contender: Contender, kind: str) -> dict[str, str]
         "width": str(case.size[1]),
         "mask_ratio": str(case.mask_ratio),
         "visible_share": f"{bench.visible_share:.4f}",
-        "decoder_width": str(contender.decoder_width),
+        "decoder": str(contender.decoder),
         "precision": case.precision,
         "channels_last": str(case.channels_last).lower(),
         "threads": str(case.threads),

@@ -20,38 +20,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from benchmarks.decoders import Decoder
 from benchmarks.timing import device_name, interleaved, refuse_busy_machine, summary
 from study import call, finished, hidden_paths, require_finished, rows_as_csv, write_image_list
 
 from spark import SparK
 from spark.folders import write_whole
 from spark.run import read_rows
-
-
-class Decoder(NamedTuple):
-    """Options of a decoder."""
-
-    width: int
-    stages: int
-    kernel: int
-
-    @classmethod
-    def parse(cls, text: str) -> "Decoder":
-        """From WIDTH/STAGES/KERNEL."""
-        try:
-            return cls(*map(int, text.split("/")))
-        except (TypeError, ValueError) as error:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not WIDTH/STAGES/KERNEL, such as 256/4/1"
-            ) from error
-
-    def __str__(self) -> str:
-        return "/".join(map(str, self))
-
-    @property
-    def options(self) -> dict[str, int]:
-        """As SparK and the config name them."""
-        return {"decoder_width": self.width, "decoder_stages": self.stages, "densify_kernel": self.kernel}
 
 
 class Job(NamedTuple):
@@ -151,14 +126,7 @@ def step_costs(options: argparse.Namespace) -> dict[str, dict[str, str]]:
 
 def training_step(decoder: Decoder, images: torch.Tensor, precision: str) -> Callable[[], object]:
     """A forward and backward of ResNet-18 with this decoder."""
-    model = SparK(
-        "resnet18",
-        images.shape[2],
-        sync_bn=False,
-        decoder_width=decoder.width,
-        decoder_stages=decoder.stages,
-        densify_kernel=decoder.kernel,
-    ).to(images.device)
+    model = SparK("resnet18", images.shape[2], sync_bn=False, **decoder.options).to(images.device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
     def step() -> None:
@@ -183,7 +151,7 @@ def pretrain(job: Job, images: Path, options: argparse.Namespace) -> None:
         precision=options.precision,
         resume="true",
         **{"data.train": images, "optim.warmup_epochs": job.epochs / 5},
-        **{f"model.{k}": v for k, v in job.decoder.options.items()},
+        **{f"model.{k}": v for k, v in job.decoder.options.items() if v is not None},
     )
     require_finished(run, "encoder", job.epochs)
 
@@ -274,7 +242,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        decoder = f"{row['decoder_width']}/{row['decoder_stages']}/{row['densify_kernel']}"
+        decoder = Decoder(*(row[name] for name in Decoder().options))
         shown = [
             f"{float(row['step_speedup']):.2f}x",
             *(f"{100 * float(row[k]):.1f} %" for k in ("knn_20", "linear")),

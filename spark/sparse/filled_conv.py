@@ -19,7 +19,6 @@ from spark.sparse.packed_conv import TILES_FROM
 from spark.sparse.sites import Cells, Sites, as_image, as_rows
 from spark.sparse.tensor import SparseTensor
 
-
 # Visible share up to which the rows cost less: tiles are larger than patches, up to 2.25 times forwards.
 PAYS_TO = 0.6
 

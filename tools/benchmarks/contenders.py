@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.decoders import ORIGINAL_DECODER, Decoder
 from benchmarks.original import (
-    DECODER_WIDTH,
     Original,
     build_original,
     has_model,
@@ -36,7 +36,7 @@ class Case:
         batch: images of a step.
         size: [px], (H, W).
         mask_ratio: share of masked patches.
-        decoder_width: of our decoder; the original's stays at 768.
+        decoder: of ours.
         precision: "fp32" (on CUDA with PyTorch's defaults, so TF32 convolutions) or "bf16" (autocast).
         device: torch's name of it.
         channels_last: memory format of the original and its images; ours always are in channels_last.
@@ -50,7 +50,7 @@ class Case:
     batch: int = 16
     size: tuple[int, int] = (224, 224)
     mask_ratio: float = 0.6
-    decoder_width: int = DECODER_WIDTH
+    decoder: Decoder = ORIGINAL_DECODER
     precision: str = "fp32"
     device: str = "cpu"
     channels_last: bool = False
@@ -77,7 +77,7 @@ class Contender:
     Attributes:
         name: a layout of ours, or "original".
         model: the whole of it, in training mode.
-        decoder_width: channels at its decoder's deepest block.
+        decoder: what shapes its decoder.
         grid: patches (fh, fw) of an image.
         loss: (images, visible) -> scalar.
         features: (images, visible) -> dense feature maps; for ours that includes `to_dense`, which any reader of
@@ -86,7 +86,7 @@ class Contender:
 
     name: str
     model: nn.Module
-    decoder_width: int
+    decoder: Decoder
     grid: tuple[int, int]
     loss: Callable[[Tensor, Tensor], Tensor]
     features: Callable[[Tensor, Tensor], list[Tensor]]
@@ -165,7 +165,7 @@ def _memory_format(case: Case) -> torch.memory_format:
 
 
 def _build(case: Case, names: list[str]) -> list[Contender]:
-    """Contenders of these names, with the same lively weights where their decoders have the same width."""
+    """Contenders of these names, with the same lively weights where their decoders are the same."""
     torch.manual_seed(0)
     contenders: list[Contender] = []
     if "original" in names:
@@ -175,23 +175,23 @@ def _build(case: Case, names: list[str]) -> list[Contender]:
         contenders.append(_original(code, model))
     ours: dict[str, SparK] = {}
     for layout in [name for name in names if name != "original"]:
-        if contenders and case.decoder_width == DECODER_WIDTH:
+        if contenders and case.decoder == ORIGINAL_DECODER:
             ours[layout] = _with_weights_of(contenders[0].model, case, layout)
             continue
         ours[layout] = SparK(
             case.model,
             case.size,
             case.mask_ratio,
-            decoder_width=case.decoder_width,
             layout=layout,
             sync_bn=case.processes > 1,
+            **case.decoder.options,
         )
         first = next(iter(ours.values()))
         if ours[layout] is first:
             lively(first)
         else:
             ours[layout].load_state_dict(first.state_dict())
-    contenders += [our_own(model, case.decoder_width) for model in ours.values()]
+    contenders += [our_own(model, case.decoder) for model in ours.values()]
     for contender in contenders:
         contender.model.to(case.device).train()
     if contenders[0].name == "original":
@@ -199,7 +199,7 @@ def _build(case: Case, names: list[str]) -> list[Contender]:
     return contenders
 
 
-def our_own(model: SparK, width: int, wrapped: nn.Module | None = None) -> Contender:
+def our_own(model: SparK, decoder: Decoder, wrapped: nn.Module | None = None) -> Contender:
     """A model of ours as a contender; its loss is computed by `wrapped`, a module around it, where there is one."""
     run = model if wrapped is None else wrapped
     per_image = num_visible(model.grid, model.mask_ratio)  # told, as in training: nothing waits for a GPU
@@ -211,7 +211,7 @@ def our_own(model: SparK, width: int, wrapped: nn.Module | None = None) -> Conte
     return Contender(
         model.layout,
         model,
-        width,
+        decoder,
         model.grid,
         lambda images, visible: run(images, visible, len(images) * per_image).loss,
         features,
@@ -222,7 +222,7 @@ def _original(code: Original, model: Any) -> Contender:
     return Contender(
         "original",
         model,
-        DECODER_WIDTH,
+        ORIGINAL_DECODER,
         (model.fmap_h, model.fmap_w),
         lambda images, visible: model(images, active_b1ff=visible),
         lambda images, visible: original_features(code, model, images, visible),

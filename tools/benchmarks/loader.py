@@ -36,10 +36,13 @@ from spark.masking import visible_at
 from spark.run import StreamSampler
 from spark.seeding import derive_seed
 
+PATCH = 32
+"""Side of the patches that ours draws masks of [px]; a picture needs two along each side."""
+
 _TURN = 4  # batches of a loader process in a turn
 _PHOTO = (375, 500)  # [px], (H, W): the commonest size of ImageNet's photos
 _SEED = 0
-_PATCH, _MASK_RATIO = 32, 0.6  # of the masks that ours draws
+_MASK_RATIO = 0.6  # of the masks that ours draws
 # Mean difference over a picture, of values in [0, 1]: five of 255 levels. Decoding at a reduced scale or another
 # filter stays below it; another box, a flip, another order of channels or no normalisation does not.
 _TOLERANCE = 0.02
@@ -101,7 +104,7 @@ def data_sets(case: LoaderCase) -> dict[str, Dataset]:
 
 def loaders(case: LoaderCase) -> dict[str, DataLoader]:
     """The contenders' loaders, one pass over each of which is a turn."""
-    patches = max(1, case.size // _PATCH)
+    patches = case.size // PATCH
     masked = partial(_collate_with_masks, grid=(patches, patches))
     return {
         name: DataLoader(

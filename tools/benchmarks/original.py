@@ -30,8 +30,7 @@ import timm.layers
 import timm.models.resnet
 from torch import Tensor, nn
 
-DECODER_WIDTH = 768
-"""Channels at the deepest block of the original's decoder; what all its released weights have."""
+from benchmarks.decoders import ORIGINAL_DECODER
 
 _FILES = ("spark.py", "encoder.py", "decoder.py", "models/convnext.py", "models/resnet.py")
 _OWN = ("encoder", "decoder", "models", "utils")
@@ -145,7 +144,9 @@ def build_original(original: Original, name: str, size: tuple[int, int], mask_ra
         cnn.__class__ = original.resnet.ResNet  # the clone's methods, on the network that its factory makes
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its own structure
         encoder = original.encoder.SparseEncoder(cnn, input_size=size[0], sbn=False)
-        decoder = original.decoder.LightDecoder(encoder.downsample_raito, width=DECODER_WIDTH, sbn=False)
+        decoder = original.decoder.LightDecoder(
+            encoder.downsample_raito, width=ORIGINAL_DECODER.width, sbn=False
+        )
         return original.spark.SparK(encoder, decoder, mask_ratio=mask_ratio, densify_norm=norm, sbn=False)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.contenders import Bench, Case, Contender
-from benchmarks.original import DECODER_WIDTH
+from benchmarks.decoders import ORIGINAL_DECODER
 
 # Relative. In fp64 all is compared; in the timed precision only results, against a path that is wrong there alone: one
 # ReLU that rounding flips moves gradients of fp32 by more than a small fault would.
@@ -27,7 +27,7 @@ def check_parity(bench: Bench, kind: str) -> None:
             results = {
                 name: _numbers(bench, contender, kind, precision)
                 for name, contender in bench.contenders.items()
-                if contender.decoder_width == bench.case.decoder_width
+                if contender.decoder == bench.case.decoder
             }
         base = next(iter(results))
         for name, numbers in results.items():
@@ -77,13 +77,13 @@ def _named(outputs: list[Tensor]) -> dict[str, Tensor]:
 def checked(case: Case, kind: str) -> Bench:
     """Contenders of a case that give equal results.
 
-    With another decoder than the original's, ours are first compared with it at its width, then with each other.
+    With another decoder than the original's, ours are first compared with it with its decoder, then with each other.
 
     Raises:
         ValueError: they differ, or the case does not fit the model.
     """
-    if kind == "step" and case.has_original and case.decoder_width != DECODER_WIDTH:
-        check_parity(Bench(replace(case, decoder_width=DECODER_WIDTH)), kind)
+    if kind == "step" and case.has_original and case.decoder != ORIGINAL_DECODER:
+        check_parity(Bench(replace(case, decoder=ORIGINAL_DECODER)), kind)
     bench = Bench(case)
     check_parity(bench, kind)
     return bench
