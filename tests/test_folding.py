@@ -94,7 +94,7 @@ def test_constant_map_has_nine_values() -> None:
     token, weight, bias = _parameters((1, 5, 1, 1), (4, 5, 3, 3), (4,))
     for h, w in ((1, 1), (1, 5), (2, 3), (6, 4)):
         expected = F.conv2d(token.expand(1, 5, h, w), weight, bias, padding=1)
-        assert torch.allclose(constant_conv(token, h, w, weight, bias), expected, rtol=1e-12, atol=1e-12)
+        assert torch.allclose(constant_conv(token, weight, bias, h, w), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_filled_conv_pays_where_few_patches_are_seen() -> None:
@@ -103,6 +103,9 @@ def test_filled_conv_pays_where_few_patches_are_seen() -> None:
     assert filled_conv_pays(sparsify(images, few, "packed"))
     assert not filled_conv_pays(sparsify(images, many, "packed"))
     assert not filled_conv_pays(sparsify(images, few, "masked"))
+    assert not filled_conv_pays(sparsify(images.bfloat16(), few, "packed"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not filled_conv_pays(sparsify(images, few, "packed"))
 
 
 @pytest.mark.parametrize("ratio", [0.6, 0.3])

@@ -14,7 +14,7 @@ from spark.sparse import common_ops as common
 from spark.sparse.batch_norm import BatchNormCall
 from spark.sparse.batch_norm import batch_norm as synced_batch_norm
 from spark.sparse.sites import Sites, as_rows
-from spark.sparse.tensor import Layout, MissingRuleError, SparseTensor
+from spark.sparse.tensor import Layout, SparseTensor
 
 
 def from_dense(dense: Tensor, sites: Sites) -> Tensor:
@@ -68,7 +68,7 @@ def group_norm(
     b, c, h, w = x.size4
     grouped = x.data.view(b, num_groups, c // num_groups, h, w)
     mask = x.sites.mask(h, w)[:, None]
-    count = mask.sum((2, 3, 4), keepdim=True) * (c // num_groups)
+    count = mask.sum((2, 3, 4), keepdim=True).clamp(min=1) * (c // num_groups)  # 0 / 0 has no gradient either
     mean = grouped.sum((2, 3, 4), keepdim=True) / count
     centred = torch.where(mask, grouped - mean, 0)
     var = centred.square().sum((2, 3, 4), keepdim=True) / count
@@ -84,12 +84,8 @@ def layer_norm(
     func: Callable, x: SparseTensor, normalized_shape: Any, *args: Any, **kwargs: Any
 ) -> SparseTensor:
     """Statistics per site, over channels.  A masked site would become the bias, so it is zeroed."""
-    common.require_channels_last(func, x)
-    if tuple(normalized_shape) != (x.size4[1],):
-        raise MissingRuleError(
-            f"no sparse rule for layer_norm over {tuple(normalized_shape)}: only over channels"
-        )
-    return x.like(remask(x, func(x.data, normalized_shape, *args, **kwargs)))
+    common.require_norm_over_channels(func, x, normalized_shape)
+    return x.like(remask(x, common.exact_layer_norm(x.data, normalized_shape, *args, **kwargs)))
 
 
 def linear(func: Callable, x: SparseTensor, weight: Tensor, bias: Tensor | None = None) -> SparseTensor:

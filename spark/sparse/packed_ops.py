@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -37,17 +36,20 @@ def to_dense(data: Tensor, sites: Sites, size: tuple[int, int, int, int], fill: 
     """Scatter: [N, C] -> [B, C, h, w] in channels_last memory, the fill or zero at masked sites."""
     b, c, h, w = size
     row = None if fill is None else fill.view(1, c).to(data.dtype)
-    flat = _Scatter.apply(data, row, sites.rows(h, w), b * h * w)
+    flat = _Scatter.apply(data, row, sites.rows(h, w), (b * h, w))
     return flat.view(b, h, w, c).permute(0, 3, 1, 2)  # type: ignore[union-attr]
 
 
 class _Scatter(torch.autograd.Function):
-    """Rows [N, C] at their places among `total` rows, the others all equal to one row [1, C] or zero."""
+    """Rows [N, C] at their places among those of lines [number, length], the others equal to one row [1, C] or 0."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, fill: Tensor | None, places: Tensor, total: int) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, fill: Tensor | None, places: Tensor, lines: tuple[int, int]
+    ) -> Tensor:
+        ctx.lines = lines
         ctx.save_for_backward(places)
-        out = rows.new_empty(total, rows.shape[1])
+        out = rows.new_empty(lines[0] * lines[1], rows.shape[1])
         out.copy_(fill) if fill is not None else out.zero_()
         return out.index_copy_(0, places, rows)
 
@@ -58,8 +60,9 @@ class _Scatter(torch.autograd.Function):
         need_rows, need_fill = ctx.needs_input_grad[:2]
         grad_fill = None
         if need_fill:
-            filled = grad.new_ones(1, len(grad)).index_fill_(1, places, 0)
-            grad_fill = filled @ grad
+            number, length = ctx.lines
+            filled = grad.new_ones(len(grad)).index_fill_(0, places, 0).view(number, 1, length)
+            grad_fill = (filled @ grad.view(number, length, -1)).sum(0)  # by lines: a long sum loses digits
         return grad.index_select(0, places) if need_rows else None, grad_fill, None, None
 
 
@@ -158,8 +161,27 @@ def _as_rows(operand: Any, x: SparseTensor) -> Any:
     b, _, h, w = x.size4
     if by_site.shape[1:3] == (1, 1):
         per_image = by_site[:, 0, 0]
-        return per_image if per_image.shape[0] == 1 else per_image.index_select(0, x.sites.row_images(h, w))
+        return per_image if per_image.shape[0] == 1 else _to_rows(per_image, x)
     return by_site.expand(b, h, w, -1).flatten(0, 2).index_select(0, x.sites.rows(h, w))
+
+
+def _to_rows(per_image: Tensor, x: SparseTensor) -> Tensor:
+    """[B, C] -> [N, C]. By patches, so that its gradient is added up as in `_sum_per_image`."""
+    image, sides = x.sites.patches()[:, 0], x.sites.patch_sides(*x.size4[2:])
+    by_patch = per_image.index_select(0, image)[:, None]
+    return by_patch.expand(-1, sides[0] * sides[1], -1).reshape(-1, per_image.shape[1])
+
+
+def _sum_per_image(rows: Tensor, x: SparseTensor) -> Tensor:
+    """Rows [N, C] added up over each image: [B, C].
+
+    Over each patch first. Thousands of rows added one after the other lose digits, in half precision (on a GPU, where
+    that is the type of the sum, too) all of them.
+    """
+    image, sides = x.sites.patches()[:, 0], x.sites.patch_sides(*x.size4[2:])
+    by_patch = rows.view(len(image), sides[0] * sides[1], rows.shape[1])
+    patches = by_patch.sum(1, dtype=torch.promote_types(rows.dtype, torch.float32))
+    return patches.new_zeros(x.size4[0], rows.shape[1]).index_add(0, image, patches).to(rows.dtype)
 
 
 def batch_norm(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
@@ -266,18 +288,17 @@ def group_norm(
 ) -> SparseTensor:
     """Statistics per image and group of channels: over the rows of that image, two passes."""
     common.require_channels_first(func, x)
-    b, c, h, w = x.size4
-    images = x.sites.row_images(h, w)
+    _, c, h, w = x.size4
     grouped = x.data.view(-1, num_groups, c // num_groups)
     count = x.sites.sites_per_image(h, w)[:, None] * (c // num_groups)
 
     def per_image(rows: Tensor) -> Tensor:
         """[N, groups] summed over the rows of each image, divided by the number of values: [B, groups]."""
-        return rows.new_zeros(b, num_groups).index_add(0, images, rows) / count
+        return _sum_per_image(rows, x) / count
 
-    centred = grouped - per_image(grouped.sum(2)).index_select(0, images)[:, :, None]
+    centred = grouped - _to_rows(per_image(grouped.sum(2)), x)[:, :, None]
     var = per_image(centred.square().sum(2))
-    rows = (centred * (var + eps).rsqrt().index_select(0, images)[:, :, None]).flatten(1)
+    rows = (centred * _to_rows((var + eps).rsqrt(), x)[:, :, None]).flatten(1)
     if weight is not None:
         rows = rows * weight
     return x.like(rows if bias is None else rows + bias)
@@ -287,12 +308,8 @@ def layer_norm(
     func: Callable, x: SparseTensor, normalized_shape: Any, *args: Any, **kwargs: Any
 ) -> SparseTensor:
     """Statistics per site, over channels."""
-    common.require_channels_last(func, x)
-    if tuple(normalized_shape) != (x.size4[1],):
-        raise MissingRuleError(
-            f"no sparse rule for layer_norm over {tuple(normalized_shape)}: only over channels"
-        )
-    rows = func(x.data, normalized_shape, *args, **kwargs)
+    common.require_norm_over_channels(func, x, normalized_shape)
+    rows = common.exact_layer_norm(x.data, normalized_shape, *args, **kwargs)
     result = x.like(rows)
     result.recipe = recipe(
         partial(_layer_norm_of, normalized_shape, rows.dtype, args, kwargs), (x.data,), rows
@@ -301,7 +318,7 @@ def layer_norm(
 
 
 def _layer_norm_of(shape: Any, dtype: torch.dtype, args: Any, kwargs: Any, rows: Tensor) -> Tensor:
-    return F.layer_norm(rows.to(dtype), shape, *args, **kwargs)
+    return common.exact_layer_norm(rows.to(dtype), shape, *args, **kwargs)
 
 
 def linear(func: Callable, x: SparseTensor, weight: Tensor, bias: Tensor | None = None) -> SparseTensor:
@@ -314,8 +331,7 @@ def linear(func: Callable, x: SparseTensor, weight: Tensor, bias: Tensor | None 
 
 
 def _sum_over_sites(x: SparseTensor) -> Tensor:
-    b, c, h, w = x.size4
-    return x.data.new_zeros(b, c).index_add(0, x.sites.row_images(h, w), x.data)
+    return _sum_per_image(x.data, x)
 
 
 _mean = common.mean_of(_sum_over_sites)

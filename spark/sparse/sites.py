@@ -263,11 +263,6 @@ class Sites:
 
         return self.cached(("rows", h, w), build)
 
-    def row_images(self, h: int, w: int) -> Tensor:
-        """Image of each packed row: [N] int64."""
-        ph, pw = self.patch_sides(h, w)
-        return self.cached(("images", h, w), lambda: self.patches()[:, 0].repeat_interleave(ph * pw))
-
     def sites_per_image(self, h: int, w: int) -> Tensor:
         """Number of visible sites of each image: [B] int64."""
         ph, pw = self.patch_sides(h, w)
