@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from matplotlib.figure import Figure
@@ -10,6 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.contenders import Bench
 from finetune.figures import save_figure
+from spark import SparK
+from spark.encoder import pyramid
+from spark.sparse import sparsify
 
 _PANEL = ("model", "batch", "height", "width")
 _COLOURS = {"original": "tab:gray", "masked": "tab:blue", "packed": "tab:orange"}
@@ -25,8 +29,8 @@ def count_flops(run: Callable[[], object]) -> int:
 def flops_per_image(bench: Bench, kind: str) -> tuple[dict[str, float], float]:
     """Forward FLOPs of an image: what each contender computes, and the limit.
 
-    The limit is the masked layout's encoder times the visible share, plus, in a "step", the rest of its forward, which
-    has to be dense. The backward costs about twice the same of either, so ratios hold for a whole step.
+    The limit is the masked layout's encoder times the visible share, plus, in a "step", as much of densify and the whole
+    decoder, which has to be dense. The backward costs about twice the same of either, so ratios hold for a whole step.
     """
 
     def count(name: str, what: str) -> float:
@@ -34,8 +38,17 @@ def flops_per_image(bench: Bench, kind: str) -> tuple[dict[str, float], float]:
         return count_flops(lambda: bench.forward(contender, what, bench.case.precision)) / bench.case.batch
 
     computed = {name: count(name, kind) for name in bench.contenders}
-    encoder = count("masked", "encoder")
-    return computed, computed["masked"] - (1 - bench.visible_share) * encoder
+    sparse = count("masked", "encoder") + (densify_flops(bench) if kind == "step" else 0)
+    return computed, computed["masked"] - (1 - bench.visible_share) * sparse
+
+
+def densify_flops(bench: Bench) -> float:
+    """Forward FLOPs that densify takes for an image, over whole maps."""
+    model = cast(SparK, bench.contenders["masked"].model)
+    with torch.no_grad():
+        maps = pyramid(model.encoder, sparsify(bench.images, bench.visible, "masked"), model.levels)
+    stages = list(zip(model.densify, reversed(maps), strict=True))
+    return count_flops(lambda: [densify(x) for densify, x in stages]) / bench.case.batch
 
 
 def plot_scaling(rows: Sequence[Mapping[str, str]], path: Path) -> None:
