@@ -29,8 +29,8 @@ def count_flops(run: Callable[[], object]) -> int:
 def flops_per_image(bench: Bench, kind: str) -> tuple[dict[str, float], float]:
     """Forward FLOPs of an image: what each contender computes, and the limit.
 
-    The limit is the masked layout's encoder times the visible share, plus, in a "step", as much of densify and the whole
-    decoder, which has to be dense. The backward costs about twice the same of either, so ratios hold for a whole step.
+    The limit is the masked layout's encoder times the visible share, plus, in a "step", as much of densify and all of
+    the decoder, which has to be dense. The backward costs about twice as much of each, so ratios hold for a whole step.
     """
 
     def count(name: str, what: str) -> float:
