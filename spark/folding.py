@@ -28,7 +28,8 @@ def upsample_then_conv(x: Tensor, up: Tensor, up_bias: Tensor, conv: Tensor) -> 
 def folding_pays(x: Tensor) -> bool:
     """Whether composing the weights costs less than it saves, for as many channels as x [B, c, h, w] has.
 
-    It costs about 1,000 c^3 multiplications forwards and backwards and saves 48 B h w c^2. On a GPU memory sets the
+    It costs about 1,000 c^3 multiplications forwards and backwards, half as much again to be worth while, and saves
+    48 B h w c^2. On a GPU memory sets the
     pace of both, and neither was measured there.
     """
     b, c, h, w = x.shape
@@ -43,10 +44,13 @@ def folded_upsample_conv(x: Tensor, up: Tensor, up_bias: Tensor, conv: Tensor) -
     Height and width must be 2 or more.
     """
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64  # autocast leaves fp64 alone
     with torch.autocast(device, enabled=False):
         weight, bias = compose(up, conv), conv.sum((2, 3)) @ up_bias
-        return _Folded.apply(*(t.to(dtype) for t in (x, weight, bias, up, up_bias, conv)))  # type: ignore[return-value]
+        tensors = (x, weight, bias, up, up_bias, conv)
+        if casts:
+            tensors = (t.to(torch.get_autocast_dtype(device)) for t in tensors)
+        return _Folded.apply(*tensors)  # type: ignore[return-value]
 
 
 def compose(up: Tensor, conv: Tensor) -> Tensor:

@@ -211,9 +211,8 @@ class SparK(nn.Module):
             )
         layout = self.layout_on(images.device.type, _precision(images)).layout
         sparse = sparsify(images, visible, layout, self.sync_bn, visible_count)
-        if (
-            not sparse.sites.static and not visible.any()
-        ):  # on a GPU, looking would wait for all work under way
+        # Not on a GPU: looking would wait for all work under way.
+        if not sparse.sites.static and not visible.any():
             raise ValueError("visible hides every patch of every image: leave at least one True")
         features = pyramid(self.encoder, sparse, self.levels)
         dense = [densify(x) for densify, x in zip(self.densify, reversed(features), strict=True)]
@@ -232,7 +231,7 @@ class SparK(nn.Module):
 def _precision(images: Tensor) -> str:
     """What a forward of these images computes in, as measurements name it: "fp32", "bf16", "fp16" or "fp64"."""
     device = images.device.type
-    autocast = torch.is_autocast_enabled(device)
+    autocast = torch.is_autocast_enabled(device) and images.dtype != torch.float64  # which it leaves alone
     dtype = torch.get_autocast_dtype(device) if autocast else images.dtype
     return f"{'bf' if dtype == torch.bfloat16 else 'fp'}{8 * dtype.itemsize}"
 

@@ -313,7 +313,7 @@ def load_official(
 
     Args:
         path: The `.pth` file.
-        layout: "packed" or "masked", see `SparK`.
+        layout: see `SparK`, see `SparK`.
         model_name: timm name of the encoder, if the file does not say it and it is none of the official ones.
         spark_kwargs: Options of `SparK` that take the place of the file's.
 

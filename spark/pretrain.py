@@ -150,10 +150,10 @@ def pretrain(config: PretrainConfig) -> None:
             accelerator.print(f"changed since that checkpoint: {line}")
         for line in data_changes(before.get("data", data), data):
             accelerator.print(f"changed since that checkpoint: {line}")
-        if (old := before.get("layout", layout.layout)) != layout.layout:
+        if (old := before.get("layout", before["config"]["model"]["layout"])) != layout.layout:
             accelerator.print(
-                f"changed since that checkpoint: the layout was {old} on {before['device_type']}, is {layout.layout} "
-                f"on {device.type}: from here on the run agrees with the earlier one to rounding"
+                f"changed since that checkpoint: the layout was {old} on {before.get('device_type', device.type)}, is "
+                f"{layout.layout} on {device.type}: from here on the run agrees with the earlier one to rounding"
             )
         state = load_run(checkpoint, model=spark, optimizer=optimizer, scaler=accelerator.scaler)
         step = state["step"]

@@ -61,6 +61,15 @@ def test_folding_in_bf16_is_as_exact_as_the_two_convolutions() -> None:
     assert (folded - exact).norm() <= 1.5 * (plain - exact).norm() < 0.02 * exact.norm()
 
 
+def test_folding_refuses_and_keeps_types_as_convolutions_do() -> None:
+    inputs = _parameters((2, 3, 4, 4), (3, 5, 4, 4), (5,), (7, 5, 3, 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert folded_upsample_conv(*inputs).dtype == upsample_then_conv(*inputs).dtype == torch.float64
+    for apply in (folded_upsample_conv, upsample_then_conv):
+        with pytest.raises(RuntimeError):
+            apply(inputs[0].float(), *inputs[1:])
+
+
 def test_folding_pays_on_large_maps_of_few_channels() -> None:
     assert folding_pays(torch.empty(16, 192, 28, 28))
     assert not folding_pays(torch.empty(16, 384, 14, 14))

@@ -345,3 +345,18 @@ def test_layer_norm_in_bf16_adds_up_its_gradients_in_fp32(layout):
     out.sum().backward()
     assert norm.bias.grad is not None
     assert norm.bias.grad.tolist() == [20 * 32 * 32] * 8  # visible sites, one each
+
+
+@pytest.mark.parametrize("layout", ["masked", "packed"])
+def test_statistics_of_images_do_not_overflow_in_fp16(layout):
+    """A sum over thousands of sites is beyond fp16's 65,504 long before the mean is."""
+    images = 20 + 3 * torch.randn(1, 8, 160, 160, generator=torch.Generator().manual_seed(0))
+    visible = random_visible(1, (5, 5), 0.2, generator=torch.Generator().manual_seed(1))
+
+    def results(dtype: torch.dtype, layout: str) -> list[Tensor]:
+        sparse: Any = sparsify(images.half().to(dtype), visible, layout)
+        return [sparse.mean((2, 3)), F.group_norm(sparse, 2).to_dense()]
+
+    for ours, exact in zip(results(torch.float16, layout), results(torch.float64, "masked"), strict=True):
+        assert ours.dtype == torch.float16
+        assert relative_error({"": ours}, {"": exact}) < 2e-3

@@ -52,7 +52,9 @@ from spark.sparse import MissingRuleError
 CASE = {
     "model": "model",
     "data": "data",
+    "decoder": "decoder",
     "precision": "precision",
+    "threads": "threads",
     "processes": "processes",
     "workers": "workers",
     "contender": "contender",
@@ -98,10 +100,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         models = ["resnet18", "convnext_atto"] if layouts else []
         models += ["resnet50", "convnext_tiny"]
         command.add_argument("--model", nargs="+", default=models, help="timm names")
-        command.add_argument("--batch", type=int, nargs=many, default=[16] if many else 16)
+        command.add_argument("--batch", type=whole_number(1), nargs=many, default=[16] if many else 16)
         command.add_argument(
             "--size",
-            type=int,
+            type=whole_number(1),
             nargs="+",
             default=[224],
             help="image sizes in pixels, of squares" if many else "image size in pixels: one number, or H W",
@@ -135,7 +137,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
                 help="memory format of the original (ours is always channels_last)",
             )
             command.add_argument("--official", type=Path, metavar="CLONE", help="folder of the original code")
-        command.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
+        command.add_argument("--threads", type=whole_number(1), default=os.cpu_count(), help="CPU threads")
         if name != "memory":
             command.add_argument("--rounds", type=int, default=7, help="timed steps of each contender")
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -15,9 +15,8 @@ from spark.sparse import LAYOUTS
 
 AUTO = "auto"
 MEASURED = Path(__file__).with_name("measured.csv")
-UNMEASURED = (
-    "packed"  # what is taken where nothing was measured: it runs everywhere and computes visible sites only
-)
+# Taken where nothing was measured: it runs everywhere and computes visible sites only.
+UNMEASURED = "packed"
 _TABLE = "spark/sparse/measured.csv"
 
 

@@ -107,6 +107,16 @@ def require_channels_last(func: Callable, x: SparseTensor) -> None:
         raise MissingRuleError(f"no sparse rule for {func.__name__} in the order [B, C, h, w]")
 
 
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    """Type for sums over many sites, too large or too long for half precision."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def result_type(x: SparseTensor, weight: Tensor | None) -> torch.dtype:
+    """Type of x, or that of the weight where it is wider, as under autocast."""
+    return x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype)
+
+
 def require_norm_over_channels(func: Callable, x: SparseTensor, normalized_shape: Any) -> None:
     """A layer norm over sites would mix visible ones with masked ones."""
     require_channels_last(func, x)
@@ -117,7 +127,7 @@ def require_norm_over_channels(func: Callable, x: SparseTensor, normalized_shape
 
 
 def exact_layer_norm(data: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """`F.layer_norm`, with gradients of weight and bias added up in fp32.
+    """`F.layer_norm`; under autocast on a CPU in fp32, of which the backward pass keeps a copy of the data.
 
     PyTorch's CPU kernel adds them up in the type of the data: in bf16, three quarters of the bias gradient are gone
     after 20,000 sites.
@@ -176,7 +186,7 @@ def per_site(
 
 
 def mean_of(sum_over_sites: Callable[[SparseTensor], Tensor]) -> Rule:
-    """Make the rule of `mean`, given how a layout adds up sites to [B, C].
+    """Make the rule of `mean`, given how a layout adds up sites to [B, C], in at least fp32.
 
     Over both spatial dimensions: a statistic per image, the mean over its visible sites, as a plain tensor. Over
     channels: a statistic per site.
@@ -191,7 +201,7 @@ def mean_of(sum_over_sites: Callable[[SparseTensor], Tensor]) -> Rule:
                 f"no sparse rule for mean over dimensions {dim} of {x!r}: only both spatial ones, or channels"
             )
         count = x.sites.sites_per_image(*x.size4[2:]).clamp(min=1)
-        value = sum_over_sites(x) / count[:, None].to(x.dtype)
+        value = (sum_over_sites(x) / count[:, None]).to(x.dtype)  # a sum may be too large for half precision
         if not keepdim:
             return value
         return value[:, None, None, :] if x.channels_last else value[:, :, None, None]

@@ -44,9 +44,8 @@ def batch_norm(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> Sp
     """Statistics per batch: over the visible sites of all images (of all processes where `sites.sync`)."""
     common.require_channels_first(func, x)
     b, c, h, w = x.size4
-    places = x.sites.rows(
-        h, w
-    )  # not the mask: a GPU would have to be waited for, to learn how many sites it selects
+    # Not the mask: a GPU would have to be waited for, to learn how many sites it selects.
+    places = x.sites.rows(h, w)
     sites = as_rows(x.data)
     call = BatchNormCall(*args, **kwargs)
     rows = synced_batch_norm(sites.index_select(0, places), call, sync=x.sites.sync).values
@@ -66,7 +65,7 @@ def group_norm(
     """Statistics per image and group of channels: over the visible sites of that image."""
     common.require_channels_first(func, x)
     b, c, h, w = x.size4
-    grouped = x.data.view(b, num_groups, c // num_groups, h, w)
+    grouped = x.data.view(b, num_groups, c // num_groups, h, w).to(common.at_least_fp32(x.dtype))
     mask = x.sites.mask(h, w)[:, None]
     count = mask.sum((2, 3, 4), keepdim=True).clamp(min=1) * (c // num_groups)  # 0 / 0 has no gradient either
     mean = grouped.sum((2, 3, 4), keepdim=True) / count
@@ -77,7 +76,7 @@ def group_norm(
         out = out * weight[:, None, None]
     if bias is not None:
         out = out + bias[:, None, None]
-    return x.like(remask(x, out))
+    return x.like(remask(x, out).to(common.result_type(x, weight)))
 
 
 def layer_norm(
@@ -95,7 +94,7 @@ def linear(func: Callable, x: SparseTensor, weight: Tensor, bias: Tensor | None 
 
 
 def _sum_over_sites(x: SparseTensor) -> Tensor:
-    return x.data.sum((1, 2) if x.channels_last else (2, 3))
+    return x.data.sum((1, 2) if x.channels_last else (2, 3), dtype=common.at_least_fp32(x.dtype))
 
 
 def _operand(operand: Any, x: SparseTensor) -> Any:

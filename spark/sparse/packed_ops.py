@@ -173,15 +173,15 @@ def _to_rows(per_image: Tensor, x: SparseTensor) -> Tensor:
 
 
 def _sum_per_image(rows: Tensor, x: SparseTensor) -> Tensor:
-    """Rows [N, C] added up over each image: [B, C].
+    """Rows [N, C] added up over each image: [B, C], in at least fp32.
 
     Over each patch first. Thousands of rows added one after the other lose digits, in half precision (on a GPU, where
     that is the type of the sum, too) all of them.
     """
     image, sides = x.sites.patches()[:, 0], x.sites.patch_sides(*x.size4[2:])
     by_patch = rows.view(len(image), sides[0] * sides[1], rows.shape[1])
-    patches = by_patch.sum(1, dtype=torch.promote_types(rows.dtype, torch.float32))
-    return patches.new_zeros(x.size4[0], rows.shape[1]).index_add(0, image, patches).to(rows.dtype)
+    patches = by_patch.sum(1, dtype=common.at_least_fp32(rows.dtype))
+    return patches.new_zeros(x.size4[0], rows.shape[1]).index_add(0, image, patches)
 
 
 def batch_norm(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
@@ -289,7 +289,7 @@ def group_norm(
     """Statistics per image and group of channels: over the rows of that image, two passes."""
     common.require_channels_first(func, x)
     _, c, h, w = x.size4
-    grouped = x.data.view(-1, num_groups, c // num_groups)
+    grouped = x.data.view(-1, num_groups, c // num_groups).to(common.at_least_fp32(x.dtype))
     count = x.sites.sites_per_image(h, w)[:, None] * (c // num_groups)
 
     def per_image(rows: Tensor) -> Tensor:
@@ -301,7 +301,8 @@ def group_norm(
     rows = (centred * _to_rows((var + eps).rsqrt(), x)[:, :, None]).flatten(1)
     if weight is not None:
         rows = rows * weight
-    return x.like(rows if bias is None else rows + bias)
+    rows = rows if bias is None else rows + bias
+    return x.like(rows.to(common.result_type(x, weight)))
 
 
 def layer_norm(
