@@ -3,7 +3,7 @@
     python tools/decoder_study.py --data FOLDER --output_dir runs/decoders --results docs/results/decoders
 
 FOLDER as for tools/study.py, with images/scenes/{train,val}/CLASS besides. A decoder is written WIDTH/STAGES/KERNEL
-(decoder_width, decoder_stages, densify_kernel). First the seconds of a step of ResNet-18 at 128 px are measured, in turns.
+(decoder_width, decoder_stages, densify_kernel). First the seconds of a step of ResNet-18 at 128 px are taken, in turns.
 Then each pretrains the same encoder on the same number of images; those named by --equal_time also for as many epochs
 as fit into the time that the first one takes. Every encoder is scored by kNN and a linear probe on the scenes, and, if
 named by --depth, by the depth network of tools/study.py on nyu_val.txt. The decoder is thrown away, only the encoder
