@@ -307,7 +307,7 @@ def test_rows_of_two_processes(tmp_path, monkeypatch, capsys):
     assert drawn == rows[:2]
     printed = capsys.readouterr().out
     assert all(row["efficiency"] in printed for row in rows)
-    assert "model test_resnet, precision fp32, batch 2, size 64x64, mask 0.75" in printed
+    assert "model test_resnet, decoder 32, precision fp32, batch 2, size 64x64, mask 0.75" in printed
     assert not multiprocessing.active_children()
 
 
