@@ -10,6 +10,7 @@ import os
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -187,6 +188,14 @@ def test_scaling_measures_every_combination_and_draws(tmp_path):
     [
         (["step", "--size", "64", "96", "128"], "--size takes one number, or H W"),
         (["step", "--rounds", "1"], "--rounds must be 2 or more"),
+        (["step", "--device", "foo"], "--device: must be cpu, cuda or cuda:N, not foo"),
+        (["memory", "--device", "cpu:0"], "--device: must be cpu, cuda or cuda:N, not cpu:0"),
+        (["step", "--device", "cuda:99"], "GPUs here, so not cuda:99"),
+        (["step", "--layouts", "masked"], "argument --layouts: invalid choice: 'masked'"),
+        (
+            ["step", "--original_precision", "fp32"],
+            "--original_precision is of the original: name its folder",
+        ),
         (["loader", "--rounds", "1"], "--rounds must be 2 or more"),
         (["loader", "--batch", "many"], "--batch: must be a whole number, 1 or more, not many"),
         (["loader", "--size", "32"], "--size: must be a whole number, 64 or more, not 32"),
@@ -209,6 +218,53 @@ def test_what_does_not_fit_is_said(arguments, message, capsys):
         benchmark.main(arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_another_layout_takes_part(tmp_path):
+    pytest.importorskip("spconv")
+    benchmark.main(
+        [
+            "encoder",
+            *SMALL,
+            "--device",
+            "cpu",
+            "--layouts",
+            "packed",
+            "spconv",
+            "--csv",
+            str(tmp_path / "a.csv"),
+        ]
+    )
+    rows = read(tmp_path / "a.csv")
+    assert [row["contender"] for row in rows] == ["masked", "packed", "spconv"]
+    assert [bool(row["gflops"]) for row in rows] == [True, True, False]  # its kernels cannot be counted
+
+
+def test_the_original_in_a_precision_of_its_own():
+    """As it is shipped, in fp32, beside ours in bf16: what is timed, and how closely they must agree."""
+    case = Case("test_resnet", 2, (64, 64), decoder=Decoder(32), precision="bf16", original_precision="fp32")
+    bench = Bench(case)
+    ours = bench.contenders["packed"]
+    shipped = contenders._original(SimpleNamespace(), SimpleNamespace(fmap_h=2, fmap_w=2), "fp32")
+    assert (ours.precision, shipped.precision) == ("bf16", "fp32")
+    for contender, dtype in (ours, torch.bfloat16), (replace(ours, precision="fp32"), torch.float32):
+        features = bench.forward(contender, "encoder")
+        assert features[-1].dtype == dtype
+    # bf16 of one against fp32 of the other errs as bf16 does; two in fp32 have to agree as fp32 does.
+    bench.contenders = {"masked": replace(ours, precision="fp32"), "packed": ours}
+    weight = ours.model.decoder.head.weight
+
+    def off_by_a_hundredth(images, visible):
+        return ours.loss(images, visible) * (1.0 if weight.dtype == torch.float64 else 1.01)
+
+    off = replace(ours, loss=off_by_a_hundredth)
+    bench.contenders["packed"] = off
+    check_parity(bench, "step")
+    bench.contenders["packed"] = replace(off, precision="fp32")
+    with pytest.raises(
+        ValueError, match=r"packed and masked differ in their loss by 1.0e-02 \(relative, fp32\)"
+    ):
+        check_parity(bench, "step")
 
 
 def test_flops_counted_by_hand():

@@ -70,12 +70,16 @@ def test_fp64_equals_the_cpu(name, layout):
         torch.testing.assert_close(value.cpu(), after[key], rtol=1e-9, atol=1e-12, msg=key)
 
 
+ENCODERS = ["resnet26", "convnext_atto", "seresnext26d_32x4d", "resnet50_gn"]
+"""With batch norm, layer norm and depthwise convolutions, squeeze and excitation, group norm."""
+
+
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("name", ["resnet26", "convnext_atto"])
+@pytest.mark.parametrize("name", ENCODERS)
 def test_layouts_agree_under_autocast(name, memory_format, precision):
     losses = {}
-    for layout in ("masked", "packed"):
+    for layout in ("masked", "packed", "triton"):
         torch.manual_seed(0)
         model = (
             lively(SparK(name, 64, layout=layout, decoder_width=64)).cuda().to(memory_format=memory_format)
@@ -89,6 +93,7 @@ def test_layouts_agree_under_autocast(name, memory_format, precision):
         assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
         losses[layout] = out.loss.item()
     assert losses["packed"] == pytest.approx(losses["masked"], rel=2e-2)
+    assert losses["triton"] == pytest.approx(losses["masked"], rel=2e-2)
 
 
 @pytest.fixture
@@ -98,16 +103,16 @@ def waiting_is_an_error():
     torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", ["masked", "packed", "triton"])
-@pytest.mark.parametrize("name", ["resnet26", "convnext_atto"])
+@pytest.mark.parametrize("name", ENCODERS)
 def test_a_step_waits_for_nothing(name, layout, precision, waiting_is_an_error):
     torch.manual_seed(0)
     model = lively(SparK(name, (64, 96), layout=layout, decoder_width=64, drop_path=0.1)).cuda()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
 
     def step(*inputs):
-        with torch.autocast("cuda", torch.bfloat16, enabled=precision == torch.bfloat16):
+        with torch.autocast("cuda", precision, enabled=precision != torch.float32):
             loss = model(*inputs).loss
         optimizer.zero_grad()
         loss.backward()

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))  # as whe
 
 import benchmark
 from benchmarks import layouts
+from benchmarks.rows import rows_as_csv
 
 IN_TABLE = "spark/sparse/measured.csv"
 UNMEASURED = f"auto: not yet measured on cuda; {IN_TABLE}"
@@ -333,6 +334,20 @@ def test_a_run_that_moved_to_another_device_chooses_again(table, train, tmp_path
     assert set(layouts_run) == {"masked"}
 
 
+@pytest.mark.parametrize(("named", "changed"), [("packed", False), ("masked", True)])
+def test_a_checkpoint_that_does_not_say_where_it_ran(train, tmp_path, named, changed):
+    """Older ones do not: their config names the layout that they ran in."""
+    train(1, f"--model.layout={named}")
+    (folder,) = (tmp_path / "run" / "checkpoints").iterdir()
+    state = torch.load(folder / "state.pt", weights_only=True)
+    for key in ("layout", "device_type"):
+        del state["extra"][key]
+    torch.save(state, folder / "state.pt")
+    text = train(2, "--resume=true", "--model.layout=packed")
+    assert ("the layout was masked on cpu, is packed on cpu" in text) == changed
+    assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+
+
 def test_a_package_that_went_missing(table, train, tmp_path, missing):
     table({"masked": 1.0, "packed": 2.0, "spconv": 3.0})
     missing()
@@ -361,15 +376,19 @@ def read(path):
 SMALL = ["layouts", "--busy", "--threads=1", "--batch=2", "--size=64", "--rounds=2", "--mask_ratio", "0.5"]
 
 
-def test_the_command_replaces_the_rows_of_its_device(tmp_path, torch_as_before, monkeypatch, capsys):
+def test_the_command_replaces_the_rows_of_its_cases(tmp_path, torch_as_before, monkeypatch, capsys):
     path = tmp_path / "table.csv"
     device = benchmark.device_name("cpu")
     foreign = dict.fromkeys(layouts.COLUMNS, "") | {"device": "another", "model": "kept"}
-    stale = foreign | {"device": device, "model": "replaced"}
-    benchmark.write_csv([stale, foreign], path)
+    case = {"device_type": "cpu", "threads": "1", "batch": "2", "height": "64", "width": "64"}
+    stale = foreign | case | {"device": device, "model": "test_resnet", "convolutions": "dense"}
+    stale |= {"precision": "bf16", "mask_ratio": "0.5", "layout": "no longer there"}
+    others = [foreign, stale | {"batch": "4"}, stale | {"threads": "2"}]
+    path.write_text(rows_as_csv([stale, *others]))
     benchmark.main([*SMALL, "0.75", "--model", "test_resnet", "test_convnext", "--csv", str(path)])
-    kept, *rows = read(path)
-    assert kept == foreign
+    written = read(path)
+    kept, rows = written[:3], written[3:]
+    assert kept == others
     assert [
         tuple(row[c] for c in ("model", "convolutions", "precision", "mask_ratio", "layout")) for row in rows
     ] == [
@@ -407,7 +426,7 @@ def test_another_file_is_refused_before_measuring(tmp_path, monkeypatch, capsys)
 def test_nothing_is_replaced_when_a_case_fails(tmp_path, torch_as_before, capsys):
     path = tmp_path / "table.csv"
     row = dict.fromkeys(layouts.COLUMNS, "") | {"device": benchmark.device_name("cpu")}
-    benchmark.write_csv([row], path)
+    path.write_text(rows_as_csv([row]))
     with pytest.raises(SystemExit):
         benchmark.main([*SMALL, "0.9", "--model", "test_resnet", "--csv", str(path)])
     assert "error: mask_ratio 0.9 on a grid of 2x2 patches" in capsys.readouterr().err

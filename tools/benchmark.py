@@ -17,9 +17,7 @@ Timings are worth something only on an idle machine, so a busy one is refused.
 """
 
 import argparse
-import csv
 import gc
-import io
 import itertools
 import logging
 import os
@@ -36,18 +34,19 @@ import torch
 from benchmarks.contenders import Bench, Case, Contender, set_up_torch
 from benchmarks.decoders import ORIGINAL_DECODER, Decoder
 from benchmarks.flops import flops_per_image, plot_scaling
-from benchmarks.layouts import layouts_of, replace_device, table_rows
+from benchmarks.layouts import layouts_of, replace_cases, table_rows
 from benchmarks.loader import PATCH, loader_rows
 from benchmarks.memory import peak_alone, saved_bytes
 from benchmarks.original import has_model, import_original
 from benchmarks.parity import checked
 from benchmarks.processes import check_counts, efficiencies, passes_of_groups, shared_case
+from benchmarks.rows import rows_as_csv
 from benchmarks.timing import device_name, interleaved, refuse_busy_machine, summary
 from rich.console import Console
 from rich.table import Table
 
 from spark.folders import write_whole
-from spark.sparse import MissingRuleError
+from spark.sparse import LAYOUTS, MissingRuleError
 
 CASE = {
     "model": "model",
@@ -92,7 +91,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "memory": "count the bytes saved for the backward, and the peak of a step",
         "scaling": "`step` at every batch, size and mask ratio that is named",
         "layouts": "`encoder` in every layout that runs on the device, for layout auto; in the file named by --csv the "
-        "rows take the place of those of the same device",
+        "rows take the place of those of the same cases",
     }.items():
         command = commands.add_parser(name, help=about)
         many = "+" if name == "scaling" else None
@@ -129,7 +128,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             nargs="+" if layouts else None,
             default=["fp32", "bf16"] if layouts else "fp32",
         )
-        command.set_defaults(channels_last=False, official=None)
+        command.set_defaults(channels_last=False, official=None, original_precision=None)
         if not layouts:
             command.add_argument(
                 "--channels_last",
@@ -137,10 +136,27 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
                 help="memory format of the original (ours is always channels_last)",
             )
             command.add_argument("--official", type=Path, metavar="CLONE", help="folder of the original code")
+            command.add_argument(
+                "--original_precision",
+                choices=["fp32", "bf16"],
+                help="of the original, such as fp32, in which it is shipped, beside ours in bf16 (default: as ours)",
+            )
+            command.add_argument(
+                "--layouts",
+                nargs="+",
+                choices=[layout for layout in LAYOUTS if layout != "masked"],
+                default=["packed"],
+                help="of ours, compared beside masked, which always takes part (default: packed)",
+            )
         command.add_argument("--threads", type=whole_number(1), default=os.cpu_count(), help="CPU threads")
         if name != "memory":
             command.add_argument("--rounds", type=int, default=7, help="timed steps of each contender")
-        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        command.add_argument(
+            "--device",
+            type=usable_device,
+            default="cuda" if torch.cuda.is_available() else "cpu",
+            help="cpu, cuda or cuda:N",
+        )
         command.add_argument("--csv", type=Path, help="write the rows to this file")
         if many:
             command.add_argument(
@@ -161,6 +177,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error("--size takes one number, or H W")
     if options.command != "memory" and options.rounds < 2:
         parser.error("--rounds must be 2 or more: one time has no spread")
+    if getattr(options, "original_precision", None) and not options.official:
+        parser.error("--original_precision is of the original: name its folder by --official, too")
     if many_sizes(options):
         options.processes = sorted({1, *options.processes})
         if options.official and options.processes != [1]:
@@ -215,6 +233,16 @@ def whole_number(least: int) -> Callable[[str], int]:
     return read
 
 
+def usable_device(text: str) -> str:
+    """Reader of an option: a CPU or a GPU that is there."""
+    kind, _, index = text.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, not {text}")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"PyTorch sees {torch.cuda.device_count()} GPUs here, so not {text}")
+    return text
+
+
 def many_sizes(options: argparse.Namespace) -> bool:
     """Whether the numbers after --size are squares of their own, not H W."""
     return options.command == "scaling"
@@ -226,7 +254,10 @@ def cases(options: argparse.Namespace) -> list[Case]:
         sizes = [(side, side) for side in options.size]
     else:
         sizes = [(options.size[0], options.size[-1])]
-    layouts = layouts_of(options.device) if options.command == "layouts" else ("masked", "packed")
+    if options.command == "layouts":
+        layouts = layouts_of(options.device)
+    else:
+        layouts = ("masked", *dict.fromkeys(options.layouts))
     return [
         Case(
             model=model,
@@ -239,6 +270,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
             channels_last=options.channels_last,
             threads=options.threads,
             official=options.official,
+            original_precision=options.original_precision,
             layouts=layouts,
         )
         for model, batch, size, precision, ratio in itertools.product(
@@ -271,15 +303,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     print(f"note: the original has no {name}, so only ours are compared", file=sys.stderr)
         table = options.csv if options.command == "layouts" else None
         if table:
-            replace_device(table, [])  # refuses another kind of file before anything is measured
+            replace_cases(table, [])  # refuses another kind of file before anything is measured
         if many_sizes(options):
             check_counts(options.processes, options.threads, options.device)
         for measured in measurements(options):
             rows += measured
             if options.csv and not table:
-                write_csv(rows, options.csv)
+                write_whole(options.csv, rows_as_csv(rows).encode())
         if table:
-            write_csv(replace_device(table, table_rows(rows, options.device)), table)
+            write_whole(table, rows_as_csv(replace_cases(table, table_rows(rows, options.device))).encode())
         if many_sizes(options) and options.plot:
             plot_scaling([row for row in rows if row["processes"] == "1"], options.plot)
     except (ValueError, OSError, MissingRuleError) as error:
@@ -323,7 +355,7 @@ def timing_rows(case: Case, kind: str, rounds: int) -> list[dict[str, str]]:
             **description(bench, contender, kind),
             **summary(seconds[name], seconds[base], case.batch),
             "rounds": str(rounds),
-            "gflops": f"{computed[name] / 1e9:.4f}",
+            "gflops": f"{computed[name] / 1e9:.4f}" if name in computed else "",
             "gflops_limit": f"{limit / 1e9:.4f}",
             **versions(),
         }
@@ -365,7 +397,7 @@ def process_rows(case: Case, counts: Sequence[int], rounds: int) -> list[dict[st
                 "efficiency_low": f"{min(each):.3f}",
                 "efficiency_high": f"{max(each):.3f}",
                 "rounds": str(len(times)),
-                "gflops": f"{computed[name] / 1e9:.4f}",
+                "gflops": f"{computed[name] / 1e9:.4f}" if name in computed else "",
                 "gflops_limit": f"{limit / 1e9:.4f}",
                 **versions(),
             }
@@ -383,9 +415,7 @@ def memory_rows(case: Case) -> list[dict[str, str]]:
     saved: dict[str, dict[str, int]] = {"encoder": {}, "step": {}}
     for kind, name in itertools.product(saved, bench.contenders):
         contender = bench.contenders[name]
-        saved[kind][name] = saved_bytes(
-            partial(bench.forward, contender, kind, case.precision), contender.model
-        )
+        saved[kind][name] = saved_bytes(partial(bench.forward, contender, kind), contender.model)
     described = {name: description(bench, c, "step") for name, c in bench.contenders.items()}
     del bench, contender
     _free_memory(case.device)
@@ -435,7 +465,7 @@ def description(bench: Bench, contender: Contender, kind: str) -> dict[str, str]
         "mask_ratio": str(case.mask_ratio),
         "visible_share": f"{bench.visible_share:.4f}",
         "decoder": str(contender.decoder),
-        "precision": case.precision,
+        "precision": contender.precision,
         "channels_last": str(case.channels_last).lower(),
         "threads": str(case.threads),
         "processes": str(case.processes),
@@ -446,15 +476,6 @@ def description(bench: Bench, contender: Contender, kind: str) -> dict[str, str]
 def versions() -> dict[str, str]:
     """Last columns of a row."""
     return {"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()}
-
-
-def write_csv(rows: Sequence[dict[str, str]], path: Path) -> None:
-    """Write rows, all with the columns of the first."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(path, text.getvalue().encode())
 
 
 def show(rows: Sequence[dict[str, str]], command: str) -> None:

@@ -3,14 +3,16 @@
     python tools/decoder_study.py --data FOLDER --output_dir runs/decoders --results docs/results/decoders
 
 FOLDER as for tools/study.py, with images/scenes/{train,val}/CLASS besides. A decoder is written WIDTH/STAGES/KERNEL
-(decoder_width, decoder_stages, densify_kernel). First the seconds of a step of ResNet-18 at 128 px are taken, in turns.
-Then each pretrains the same encoder on the same number of images; those named by --equal_time also for as many epochs
-as fit into the time that the first one takes. Every encoder is scored by kNN and a linear probe on the scenes, and, if
-named by --depth, by the depth network of tools/study.py on nyu_val.txt. The decoder is thrown away, only the encoder
-counts. A study that was stopped continues where it was. Writes RESULTS.csv, a row a pretraining, and RESULTS.md.
+(decoder_width, decoder_stages, densify_kernel). First the seconds of a step of the pretraining config's model are
+taken, in turns, on 32 images. Then each pretrains the same encoder on the same number of images; those named by
+--equal_time also for as many epochs as fit into the time that the first one takes. Every encoder is scored by kNN and a
+linear probe on the scenes, and, if named by --depth, by the depth network of tools/study.py on nyu_val.txt. The decoder
+is thrown away, only the encoder counts. A study that was stopped continues where it was. Writes RESULTS.csv, a row a
+pretraining, and RESULTS.md.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import shlex
@@ -21,12 +23,17 @@ from typing import Any, NamedTuple
 
 import torch
 from benchmarks.decoders import Decoder
+from benchmarks.rows import rows_as_csv
 from benchmarks.timing import device_name, interleaved, refuse_busy_machine, summary
-from study import call, finished, hidden_paths, require_finished, rows_as_csv, write_image_list
+from study import call, finished, hidden_paths, require_finished, write_image_list
 
 from spark import SparK
+from spark.config import ModelConfig, PretrainConfig, parse_config
 from spark.folders import write_whole
 from spark.run import read_rows
+
+_BATCH = 32
+"""Images of a measured step."""
 
 
 class Job(NamedTuple):
@@ -96,14 +103,17 @@ def main() -> None:
 
 
 def step_costs(options: argparse.Namespace) -> dict[str, dict[str, str]]:
-    """Seconds of a training step of each decoder, measured in turns; kept in OUTPUT_DIR/costs_PRECISION.json.
+    """Seconds of a training step of each decoder, measured in turns; kept in OUTPUT_DIR/costs_*.json.
 
     Raises:
         SystemExit: the machine is busy.
     """
-    path = options.output_dir / f"costs_{options.precision}.json"
+    required = ["--data.train", "read by pretraining", "--output_dir", str(options.output_dir)]
+    config = parse_config(PretrainConfig, ["--config", options.pretrain_config, *required], "").model
+    models = {str(d): dataclasses.replace(config, **d.options) for d in options.decoders}
+    path = options.output_dir / f"costs_{config.name}_{_size(config)}_{options.precision}.json"
     costs = json.loads(path.read_text()) if path.exists() else {}
-    if all(str(decoder) in costs for decoder in options.decoders):
+    if all(decoder in costs for decoder in models):
         return costs
     try:
         refuse_busy_machine(options.busy)
@@ -112,25 +122,36 @@ def step_costs(options: argparse.Namespace) -> dict[str, dict[str, str]]:
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(os.cpu_count() or 1)
-    batch = torch.randn(32, 3, 128, 128, device=device).to(memory_format=torch.channels_last)
-    steps = {str(d): training_step(d, batch, options.precision) for d in options.decoders}
+    steps = {decoder: training_step(model, device, options.precision) for decoder, model in models.items()}
     seconds = interleaved(steps, 5, device)
     base = seconds[str(options.decoders[0])]
     costs = {
-        name: summary(times, base, len(batch)) | {"device": device_name(device)}
+        name: summary(times, base, _BATCH) | {"device": device_name(device)}
         for name, times in seconds.items()
     }
     write_whole(path, json.dumps(costs, indent=1).encode())
     return costs
 
 
-def training_step(decoder: Decoder, images: torch.Tensor, precision: str) -> Callable[[], object]:
-    """A forward and backward of ResNet-18 with this decoder."""
-    model = SparK("resnet18", images.shape[2], sync_bn=False, **decoder.options).to(images.device)
+def _size(config: ModelConfig) -> str:
+    """For the name of a file."""
+    sides = config.input_size
+    return str(sides) if isinstance(sides, int) else "x".join(map(str, sides))
+
+
+def training_step(config: ModelConfig, device: str, precision: str) -> Callable[[], object]:
+    """A forward and backward of the model that is pretrained, on `_BATCH` images."""
+    options = {
+        name: getattr(config, name) for name in ("mask_ratio", "in_chans", "patch_size", "densify_norm")
+    }
+    options |= {name: getattr(config, name) for name in Decoder().options}
+    model = SparK(config.name, config.input_size, sync_bn=False, **options).to(device)
+    images = torch.randn(_BATCH, config.in_chans, *model.input_size, device=device)
+    images = images.to(memory_format=torch.channels_last)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
     def step() -> None:
-        with torch.autocast(images.device.type, dtype, enabled=precision != "fp32"):
+        with torch.autocast(device, dtype, enabled=precision != "fp32"):
             loss = model(images).loss
         loss.backward()
         model.zero_grad()

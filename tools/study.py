@@ -10,8 +10,6 @@ are not run again. Writes RESULTS.csv, a row a depth run, and RESULTS.md, the ta
 """
 
 import argparse
-import csv
-import io
 import json
 import os
 import shlex
@@ -24,6 +22,7 @@ from pathlib import Path
 import timm
 import torch
 import yaml
+from benchmarks.rows import rows_as_csv
 
 from spark.folders import write_whole
 from spark.run import read_rows
@@ -213,15 +212,6 @@ def write_results(jobs: list[tuple[str, str, int]], options: argparse.Namespace)
     write_whole(options.results.with_suffix(".md"), table.encode())
     if options.readme:
         put_between_marks(options.readme, table)
-
-
-def rows_as_csv(rows: list[dict]) -> str:
-    """The text of a CSV file, all rows with the columns of the first."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def markdown(rows: list[dict], options: argparse.Namespace) -> str:

@@ -42,6 +42,7 @@ class Case:
         channels_last: memory format of the original and its images; ours always are in channels_last.
         threads: of a CPU, for each process.
         official: folder of a clone of the original, or None.
+        original_precision: of the original, where it is another than `precision`.
         layouts: of ours, "masked" first.
         processes: that train together, each on a batch; the batch statistics of ours are then over all of them.
     """
@@ -56,6 +57,7 @@ class Case:
     channels_last: bool = False
     threads: int = 1
     official: Path | None = None
+    original_precision: str | None = None
     layouts: tuple[str, ...] = ("masked", "packed")
     processes: int = 1
 
@@ -78,6 +80,7 @@ class Contender:
         name: a layout of ours, or "original".
         model: the whole of it, in training mode.
         decoder: what shapes its decoder.
+        precision: in which it is timed, see `Case`.
         grid: patches (fh, fw) of an image.
         loss: (images, visible) -> scalar.
         features: (images, visible) -> dense feature maps; for ours that includes `to_dense`, which any reader of
@@ -87,6 +90,7 @@ class Contender:
     name: str
     model: nn.Module
     decoder: Decoder
+    precision: str
     grid: tuple[int, int]
     loss: Callable[[Tensor, Tensor], Tensor]
     features: Callable[[Tensor, Tensor], list[Tensor]]
@@ -126,9 +130,9 @@ class Bench:
         """Visible patches over all patches: 1 - mask_ratio, rounded to whole patches."""
         return self.visible.float().mean().item()
 
-    def forward(self, contender: Contender, kind: str, precision: str) -> list[Tensor]:
-        """[loss] of a "step", or the feature maps of an "encoder"."""
-        case = self.case
+    def forward(self, contender: Contender, kind: str, precision: str | None = None) -> list[Tensor]:
+        """[loss] of a "step", or the feature maps of an "encoder", in this precision or the contender's own."""
+        case, precision = self.case, precision or contender.precision
         try:
             with torch.autocast(torch.device(case.device).type, torch.bfloat16, enabled=precision == "bf16"):
                 if kind == "step":
@@ -138,7 +142,7 @@ class Bench:
             if contender.name != "original" or isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
             raise ValueError(
-                f"the original does not run {case.model} in {precision} ({error}): use --precision fp32, "
+                f"the original does not run {case.model} in {precision} ({error}): pass --original_precision fp32, "
                 "or leave --official out"
             ) from error
 
@@ -156,7 +160,7 @@ class Bench:
 
     def step(self, contender: Contender, kind: str) -> None:
         """What is timed: forward, backward, gradients dropped."""
-        self.backward(self.forward(contender, kind, self.case.precision))
+        self.backward(self.forward(contender, kind))
         contender.model.zero_grad(set_to_none=True)
 
 
@@ -172,7 +176,7 @@ def _build(case: Case, names: list[str]) -> list[Contender]:
         assert case.official is not None
         code = import_original(case.official)
         model = lively(build_original(code, case.model, case.size, case.mask_ratio))
-        contenders.append(_original(code, model))
+        contenders.append(_original(code, model, case.original_precision or case.precision))
     ours: dict[str, SparK] = {}
     for layout in [name for name in names if name != "original"]:
         if contenders and case.decoder == ORIGINAL_DECODER:
@@ -191,7 +195,7 @@ def _build(case: Case, names: list[str]) -> list[Contender]:
             lively(first)
         else:
             ours[layout].load_state_dict(first.state_dict())
-    contenders += [our_own(model, case.decoder) for model in ours.values()]
+    contenders += [our_own(model, case) for model in ours.values()]
     for contender in contenders:
         contender.model.to(case.device).train()
     if contenders[0].name == "original":
@@ -199,7 +203,7 @@ def _build(case: Case, names: list[str]) -> list[Contender]:
     return contenders
 
 
-def our_own(model: SparK, decoder: Decoder, wrapped: nn.Module | None = None) -> Contender:
+def our_own(model: SparK, case: Case, wrapped: nn.Module | None = None) -> Contender:
     """A model of ours as a contender; its loss is computed by `wrapped`, a module around it, where there is one."""
     run = model if wrapped is None else wrapped
     per_image = num_visible(model.grid, model.mask_ratio)  # told, as in training: nothing waits for a GPU
@@ -211,18 +215,20 @@ def our_own(model: SparK, decoder: Decoder, wrapped: nn.Module | None = None) ->
     return Contender(
         model.layout,
         model,
-        decoder,
+        case.decoder,
+        case.precision,
         model.grid,
         lambda images, visible: run(images, visible, len(images) * per_image).loss,
         features,
     )
 
 
-def _original(code: Original, model: Any) -> Contender:
+def _original(code: Original, model: Any, precision: str) -> Contender:
     return Contender(
         "original",
         model,
         ORIGINAL_DECODER,
+        precision,
         (model.fmap_h, model.fmap_w),
         lambda images, visible: model(images, active_b1ff=visible),
         lambda images, visible: original_features(code, model, images, visible),

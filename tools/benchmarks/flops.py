@@ -16,7 +16,14 @@ from spark.encoder import pyramid
 from spark.sparse import sparsify
 
 _PANEL = ("model", "batch", "height", "width")
-_COLOURS = {"original": "tab:gray", "masked": "tab:blue", "packed": "tab:orange"}
+_COLOURS = {
+    "original": "tab:gray",
+    "masked": "tab:blue",
+    "packed": "tab:orange",
+    "spconv": "tab:green",
+    "triton": "tab:red",
+}
+_UNCOUNTED = ("spconv", "triton")  # kernels of their own, which PyTorch's counter does not see
 
 
 def count_flops(run: Callable[[], object]) -> int:
@@ -27,7 +34,7 @@ def count_flops(run: Callable[[], object]) -> int:
 
 
 def flops_per_image(bench: Bench, kind: str) -> tuple[dict[str, float], float]:
-    """Forward FLOPs of an image: what each contender computes, and the limit.
+    """Forward FLOPs of an image: what each contender whose operators are PyTorch's computes, and the limit.
 
     The limit is the masked layout's encoder times the visible share, plus, in a "step", as much of densify and all of
     the decoder, which has to be dense. The backward costs about twice as much of each, so ratios hold for a whole step.
@@ -35,9 +42,9 @@ def flops_per_image(bench: Bench, kind: str) -> tuple[dict[str, float], float]:
 
     def count(name: str, what: str) -> float:
         contender = bench.contenders[name]
-        return count_flops(lambda: bench.forward(contender, what, bench.case.precision)) / bench.case.batch
+        return count_flops(lambda: bench.forward(contender, what)) / bench.case.batch
 
-    computed = {name: count(name, kind) for name in bench.contenders}
+    computed = {name: count(name, kind) for name in bench.contenders if name not in _UNCOUNTED}
     sparse = count("masked", "encoder") + (densify_flops(bench) if kind == "step" else 0)
     return computed, computed["masked"] - (1 - bench.visible_share) * sparse
 

@@ -62,8 +62,10 @@ def table_rows(timings: Sequence[Mapping[str, str]], device: str) -> list[dict[s
     return rows
 
 
-def replace_device(path: Path, rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """The table in a file with these rows in place of those of the same device, after those of other devices.
+def replace_cases(path: Path, rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """The table in a file with these rows in place of those of the same cases, after all others.
+
+    A case goes as a whole, with all its layouts: their speed-ups are over the same masked one.
 
     Raises:
         ValueError: the file has other columns.
@@ -76,5 +78,9 @@ def replace_device(path: Path, rows: Sequence[Mapping[str, str]]) -> list[dict[s
             if tuple(reader.fieldnames or ()) != COLUMNS:
                 raise ValueError(f"{path} is no table of layouts: its first line must be {','.join(COLUMNS)}")
             kept = list(reader)
-    measured = {row["device"] for row in rows}
-    return [*(row for row in kept if row["device"] not in measured), *map(dict, rows)]
+    measured = {_case(row) for row in rows}
+    return [*(row for row in kept if _case(row) not in measured), *map(dict, rows)]
+
+
+def _case(row: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(row[column] for column in COLUMNS[: COLUMNS.index("layout")])

@@ -16,21 +16,26 @@ _TOLERANCE = {"fp64": 1e-6, "fp32": 1e-3, "bf16": 1e-1}
 def check_parity(bench: Bench, kind: str) -> None:
     """Speed of a wrong result is no speed: compare loss or features, and gradients.
 
-    Checked in fp64, where equal semantics give equal numbers, and loosely, without gradients and without TF32, in the
-    precision of the case. Numbers are compared with those of the base: |a - b| / |b|, norms over a whole tensor.
+    Checked in fp64, where equal semantics give equal numbers, and loosely, without gradients and without TF32, each in
+    the precision that it is timed in. Numbers are compared with those of the base: |a - b| / |b|, norms over a whole
+    tensor.
 
     Raises:
         ValueError: contenders differ, or one gives no finite number; it says who, in what and by how much.
     """
-    for precision in ("fp64", bench.case.precision):
+    for exact in (True, False):
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             results = {
-                name: _numbers(bench, contender, kind, precision)
+                name: (_exact_numbers if exact else _numbers)(bench, contender, kind)
                 for name, contender in bench.contenders.items()
                 if contender.decoder == bench.case.decoder
             }
         base = next(iter(results))
         for name, numbers in results.items():
+            precision = "fp64" if exact else bench.contenders[name].precision
+            tolerance = max(
+                _TOLERANCE["fp64" if exact else bench.contenders[who].precision] for who in (name, base)
+            )
             for what, value in numbers.items():
                 if not value.isfinite().all():
                     raise ValueError(
@@ -39,22 +44,25 @@ def check_parity(bench: Bench, kind: str) -> None:
                     )
                 expected = results[base][what]
                 error = ((value - expected).norm() / expected.norm()).item()
-                if error > _TOLERANCE[precision]:
+                if error > tolerance:
                     raise ValueError(
                         f"{bench.case.model}: {name} and {base} differ in their {what} by {error:.1e} (relative, "
-                        f"{precision}) on the same weights and mask, more than {_TOLERANCE[precision]:.0e}, so nothing "
+                        f"{precision}) on the same weights and mask, more than {tolerance:.0e}, so nothing "
                         "is measured"
                     )
 
 
-def _numbers(bench: Bench, contender: Contender, kind: str, precision: str) -> dict[str, Tensor]:
-    """Results of a step by name; gradients of parameters, which each names its own way, as one norm over all."""
-    if precision != "fp64":
-        return _named(bench.forward(contender, kind, precision))
+def _numbers(bench: Bench, contender: Contender, kind: str) -> dict[str, Tensor]:
+    """Results of a step by name, in the precision that is timed."""
+    return _named(bench.forward(contender, kind))
+
+
+def _exact_numbers(bench: Bench, contender: Contender, kind: str) -> dict[str, Tensor]:
+    """Results and gradients of a step in fp64; those of parameters, which each names its own way, as one norm."""
     single = bench.images
     contender.model.double()
     bench.images = single.double().requires_grad_()
-    outputs = bench.forward(contender, kind, precision)
+    outputs = bench.forward(contender, kind, "fp64")
     bench.backward(outputs)
     norms = [p.grad.norm() for p in contender.model.parameters() if p.grad is not None]
     assert bench.images.grad is not None

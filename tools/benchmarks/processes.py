@@ -168,7 +168,7 @@ def _in_group(contender: Contender, case: Case) -> Contender:
         wrapped = DistributedDataParallel(
             contender.model, broadcast_buffers=False, gradient_as_bucket_view=True
         )
-    return our_own(cast(SparK, contender.model), contender.decoder, wrapped)
+    return our_own(cast(SparK, contender.model), case, wrapped)
 
 
 def _step(bench: Bench, contender: Contender) -> None:
