@@ -4,6 +4,7 @@ Every rule is called as `rule(func, *args, **kwargs)` with the function PyTorch 
 that masked sites, which hold 0, hold 0 afterwards without further work.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spark.sparse.channel_ops import CHANNEL_RULES
 from spark.sparse.sites import Sites
 from spark.sparse.tensor import Layout, MissingRuleError, Rule, SparseTensor
 
@@ -158,7 +160,10 @@ def arithmetic_of(
                     f"no sparse rule for {func.__name__} of {a!r} and {b!r}: shapes differ"
                 )
         out = func(as_operand(a, x), as_operand(b, x), **kwargs)
-        if out.shape != x.data.shape:
+        axis = 3 if x.channels_last and out.ndim == 4 else 1
+        if out.ndim == x.data.ndim and x.size4[1] == 1 != out.shape[axis] and not is_inplace(func, kwargs):
+            x = x.like(x.data, channels=out.shape[axis])  # a gate for each site, times what each channel gets
+        elif out.shape != x.data.shape:
             raise MissingRuleError(
                 f"no sparse rule for {func.__name__}: its result {list(out.shape)} outgrows {x!r}"
             )
@@ -169,8 +174,7 @@ def arithmetic_of(
 
 def over_channels(x: SparseTensor, dim: Any) -> bool:
     """Whether a reduction over `dim` runs over the channels of each site."""
-    dims = {d % 4 for d in (dim if isinstance(dim, Sequence) else [dim])} if dim is not None else None
-    return dims == ({3} if x.channels_last else {1})
+    return _dims(dim) == ({3} if x.channels_last else {1})
 
 
 def per_site(
@@ -195,8 +199,7 @@ def mean_of(sum_over_sites: Callable[[SparseTensor], Tensor]) -> Rule:
     def mean(func: Callable, x: SparseTensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
         if over_channels(x, dim):
             return per_site(func, x, dim, keepdim, **kwargs)
-        dims = {d % 4 for d in (dim if isinstance(dim, Sequence) else [dim])} if dim is not None else None
-        if dims != ({1, 2} if x.channels_last else {2, 3}) or kwargs:
+        if _dims(dim) != _spatial(x) or kwargs:
             raise MissingRuleError(
                 f"no sparse rule for mean over dimensions {dim} of {x!r}: only both spatial ones, or channels"
             )
@@ -209,18 +212,99 @@ def mean_of(sum_over_sites: Callable[[SparseTensor], Tensor]) -> Rule:
     return mean
 
 
+def require_one_site(func: Callable, x: SparseTensor, output_size: Any) -> None:
+    """Adaptive pooling to more than one site would mix patches."""
+    require_channels_first(func, x)
+    if output_size not in (1, (1, 1), [1, 1]):
+        raise MissingRuleError(f"no sparse rule for {func.__name__} to {output_size}: only to one site")
+
+
 def global_pool_of(mean: Rule) -> Rule:
     """Make the rule of adaptive average pooling to one site."""
 
     def adaptive_avg_pool2d(func: Callable, x: SparseTensor, output_size: Any) -> Tensor:
-        require_channels_first(func, x)
-        if output_size not in (1, (1, 1), [1, 1]):
-            raise MissingRuleError(
-                f"no sparse rule for adaptive_avg_pool2d to {output_size}: only to one site"
-            )
+        require_one_site(func, x, output_size)
         return mean(func, x, (2, 3), keepdim=True)
 
     return adaptive_avg_pool2d
+
+
+def spatial_norm_of(sum_over_sites: Callable[[SparseTensor], Tensor]) -> Rule:
+    """Make the rule of `norm` over both spatial dimensions, given how a layout adds up sites to [B, C].
+
+    A statistic per image, over its visible sites: the Euclidean norm of each channel, as a plain tensor, as global
+    response normalisation wants it. Its gradient where all is 0 is 0, as of a dense map.
+    """
+
+    def norm(
+        func: Callable, x: SparseTensor, p: Any = "fro", dim: Any = None, keepdim: bool = False
+    ) -> Tensor:
+        if p not in (2, "fro") or _dims(dim) != _spatial(x) or not keepdim:
+            raise MissingRuleError(
+                f"no sparse rule for norm of order {p} over dimensions {dim} of {x!r}: only 2, over both spatial ones, "
+                "kept"
+            )
+        wide = x.like(x.data.to(at_least_fp32(x.dtype)).square())
+        total = sum_over_sites(wide)
+        value = torch.where(total > 0, torch.where(total > 0, total, 1).sqrt(), 0).to(x.dtype)
+        return value[:, None, None, :] if x.channels_last else value[:, :, None, None]
+
+    return norm
+
+
+def _dims(dim: Any) -> set[int] | None:
+    """Dimensions of a reduction as numbers from 0; None for all."""
+    return None if dim is None else {d % 4 for d in (dim if isinstance(dim, Sequence) else [dim])}
+
+
+def _spatial(x: SparseTensor) -> set[int]:
+    return {1, 2} if x.channels_last else {2, 3}
+
+
+def amax(func: Callable, x: SparseTensor, dim: Any = None, keepdim: bool = False) -> Tensor:
+    """The largest value over both spatial dimensions: a statistic per image, over its visible sites."""
+    if _dims(dim) != {2, 3} or x.channels_last:
+        raise MissingRuleError(
+            f"no sparse rule for {func.__name__} over dimensions {dim} of {x!r}: only both spatial ones"
+        )
+    lowest = torch.full((1, x.size4[1], 1, 1), -math.inf, dtype=x.dtype, device=x.device)
+    return x.to_dense(lowest).amax((2, 3), keepdim=keepdim)
+
+
+def adaptive_max_pool2d(
+    func: Callable, x: SparseTensor, output_size: Any, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Pooling to one site: over the visible ones of each image."""
+    require_one_site(func, x, output_size)
+    return amax(func, x, (2, 3), keepdim=True)
+
+
+def addcmul(func: Callable, a: Any, b: Any, c: Any, *, value: float = 1) -> SparseTensor:
+    """a + value * b * c, as the arithmetic of the layout has it."""
+    product = torch.mul(b, c)
+    return torch.add(a, product if value == 1 else product * value)
+
+
+def interpolate(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
+    """As the dense operator on the zero-filled map, read at the visible sites of its output."""
+    return window(func, x, *args, **kwargs)
+
+
+def instance_norm(
+    func: Callable,
+    x: SparseTensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> SparseTensor:
+    """Statistics per image and channel, over its visible sites: group norm with a group for each channel."""
+    if running_mean is not None or not use_input_stats:
+        raise MissingRuleError("no sparse rule for instance_norm with running statistics: only of each image")
+    return x.layout.rules["group_norm"](F.group_norm, x, x.size4[1], weight, bias, eps)
 
 
 def _size4(dense: Tensor) -> tuple[int, int, int, int]:
@@ -266,12 +350,18 @@ def with_inplace(names: Sequence[str], rule: Rule) -> dict[str, Rule]:
 
 
 SHARED_RULES: dict[str, Rule] = {
+    **CHANNEL_RULES,
     **dict.fromkeys(CONVERSIONS, convert),
     **dict.fromkeys(NEW, new_dense),
     **with_inplace(ZERO_PRESERVING, elementwise),
     "expand_as": expand_as,
     "permute": permute,
     "var": per_site,
+    "amax": amax,
+    "adaptive_max_pool2d": adaptive_max_pool2d,
+    "addcmul": addcmul,
+    "interpolate": interpolate,
+    "instance_norm": instance_norm,
     "pad": pad,
     "max_pool2d": window,
     "avg_pool2d": window,

@@ -354,6 +354,7 @@ PACKED = Layout(
         "layer_norm": layer_norm,
         "linear": linear,
         "mean": _mean,
+        "norm": common.spatial_norm_of(_sum_over_sites),
         "adaptive_avg_pool2d": common.global_pool_of(_mean),
     },
     from_dense,

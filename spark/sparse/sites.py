@@ -106,6 +106,16 @@ def static_on(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+class UnalignedError(ValueError):
+    """A feature map's sites do not belong to patches of the mask.
+
+    Attributes:
+        located: the message names the module that made the map.
+    """
+
+    located = False
+
+
 class Sites:
     """The mask of one forward, and the index maps that follow from it (each computed once, then kept).
 
@@ -157,13 +167,14 @@ class Sites:
         """Sites along a patch (ph, pw) of an h x w feature map.
 
         Raises:
-            ValueError: the map's size is no multiple of the grid, so that masks and sites do not line up.
+            UnalignedError: the map's size is no multiple of the grid, so that masks and sites do not line up.
         """
         fh, fw = self.grid
         if h % fh or w % fw or h < fh or w < fw:
-            raise ValueError(
+            raise UnalignedError(
                 f"a feature map of {h}x{w} does not line up with the mask's {fh}x{fw} patches: the image size must be "
-                "a multiple of the patch size, and the patch size a multiple of the encoder's stride"
+                "a multiple of the patch size, the patch size a multiple of every stride inside the encoder, and its "
+                "convolutions padded so that sizes divide evenly"
             )
         return h // fh, w // fw
 

@@ -24,13 +24,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from spark.sparse.sites import Sites
+from spark.sparse.sites import Sites, UnalignedError
 
 Rule = Callable[..., Any]
 
 
 class MissingRuleError(NotImplementedError):
-    """An operator has no rule for sparse values."""
+    """An operator has no rule for sparse values: the encoder cannot be used, or needs a rule in `spark/sparse`.
+
+    Attributes:
+        located: the message names the module that called the operator.
+    """
+
+    located = False
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,11 @@ class SparseTensor:
             self.channels_last if channels_last is None else channels_last,
         )
 
+    @property
+    def rules(self) -> Mapping[str, Rule]:
+        """Function name -> rule."""
+        return self.layout.rules
+
     def to_dense(self, fill: Tensor | None = None) -> Tensor:
         """Array [B, C, h, w] with `fill` ([1, C, 1, 1]; default 0) at masked sites."""
         if self.channels_last:
@@ -177,10 +188,21 @@ class SparseTensor:
                 raise ValueError(
                     f"a {first.layout.name} and a {other.layout.name} value met in one operation"
                 )
-        rule = first.layout.rules.get(_OPERATORS.get(func.__name__, func.__name__))
+        rule = first.rules.get(_OPERATORS.get(func.__name__, func.__name__))
         if rule is None:
-            raise MissingRuleError(_missing_rule(func.__name__, first))
-        return rule(func, *args, **kwargs)
+            missing = MissingRuleError(
+                f"no sparse rule for operator {func.__name__!r} {_where()}, called on {first!r}"
+            )
+            missing.located = True
+            raise missing
+        try:
+            return rule(func, *args, **kwargs)
+        except (MissingRuleError, UnalignedError) as error:
+            if error.located:
+                raise
+            located = type(error)(f"{error}; operator {func.__name__!r} {_where()}")
+            located.located = True
+            raise located from None
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(torch.Tensor, name, None)
@@ -212,6 +234,12 @@ class SparseTensor:
     def __truediv__(self, other: Any) -> Any:
         return torch.div(self, other)  # type: ignore[call-overload]
 
+    def __pow__(self, exponent: Any) -> Any:
+        return torch.pow(self, exponent)  # type: ignore[call-overload]
+
+    def __getitem__(self, index: Any) -> Any:
+        return SparseTensor.__torch_function__(torch.Tensor.__getitem__, (), (self, index))
+
     def __neg__(self) -> Any:
         return torch.neg(self)  # type: ignore[arg-type]
 
@@ -225,22 +253,18 @@ def pytree_leaves(tree: Any) -> list[Any]:
     return pytree.tree_leaves(tree, is_leaf=lambda v: isinstance(v, SparseTensor))
 
 
-def _missing_rule(operator: str, value: SparseTensor) -> str:
-    """Name the operator and the module, found on the stack (only when there is an error to tell)."""
+def _where() -> str:
+    """The module that called an operator, found on the stack (only when there is an error to tell)."""
     inner, root = None, None
     for frame in inspect.stack()[2:]:
         caller = frame.frame.f_locals.get("self")
         if isinstance(caller, nn.Module):
             inner = inner or caller
             root = caller
-    where = "outside any module"
-    if inner is not None and root is not None:
-        path = next((name for name, module in root.named_modules() if module is inner), "")
-        where = f"in module {path or '(root)'!r} ({type(inner).__name__})"
-    return (
-        f"no sparse rule for operator {operator!r} {where}, called on {value!r}; "
-        f"add one to spark/sparse/{value.layout.name}_ops.py or use an encoder without this operator"
-    )
+    if inner is None or root is None:
+        return "outside any module"
+    path = next((name for name, module in root.named_modules() if module is inner), "")
+    return f"in module {path or '(root)'!r} ({type(inner).__name__})"
 
 
 # Gradient checkpointing looks through its arguments for tensors, to know which devices' random state to restore.
