@@ -118,7 +118,9 @@ def pyramid(encoder: nn.Module, x: Any, levels: Sequence[PyramidLevel] | None = 
     """Feature maps of `x` [B, C, H, W] (plain or sparse) at these levels, shallow first: [B, C_i, H / s_i, W / s_i]."""
     levels = pyramid_info(encoder) if levels is None else levels
     indices = [level.index for level in levels]
-    return encoder.forward_intermediates(x, indices=indices, intermediates_only=True)  # type: ignore[operator]
+    return encoder.forward_intermediates(  # type: ignore[operator]
+        x, indices=indices, intermediates_only=True, stop_early=True
+    )
 
 
 def unreached_parameters(encoder: nn.Module, levels: Sequence[PyramidLevel], in_chans: int) -> list[str]:

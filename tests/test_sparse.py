@@ -14,7 +14,27 @@ from spark.masking import random_visible, visible_at
 from spark.sparse import MASKED, PACKED, MissingRuleError, Sites, SparseTensor, SyncBatchNorm2d, sparsify
 from tests.test_model import lively
 
+SHORT = {
+    "convnextv2_atto": {"depths": (1, 1, 1, 1)},  # global response normalisation
+    "inception_next_atto": {"depths": (1, 1, 1, 1)},  # split into four branches of depthwise convolution
+    "skresnet18": {"layers": (1, 1, 1, 1)},  # selective kernels: stacked paths
+    "resnest14d": {},  # split attention: groups of channels
+    "res2next50": {"layers": (1, 1, 1, 1)},  # branches that feed each other
+    "ghostnet_050": {},
+    "densenet121": {"block_config": (2, 2, 2, 2)},
+    "dla46x_c": {"levels": (1, 1, 1, 1, 1, 1)},
+    "hrnet_w18_small": {},  # branches of four resolutions, nearest upsampling
+    "cs3darknet_focus_s": {},
+    "dpn48b": {"k_sec": (1, 1, 1, 1)},  # slices
+    "hgnetv2_b0": {},  # pooling after padding
+    "mambaout_femto": {"depths": (1, 1, 1, 1)},  # split in the order [B, h, w, C]
+    "rexnet_100": {"depth_mult": 0.3},
+    "fasternet_t0": {"depths": (1, 1, 1, 1)},
+    "nf_regnet_b0": {},  # no norm: standardised weights, and activations right behind convolutions
+}
+"""Further families: timm name -> options that make it shorter."""
 ENCODERS = [
+    *SHORT,
     "resnet18",
     "resnet26",
     "resnet10t",  # deep stem, average-pool shortcut, 3x3 stem tiers
@@ -40,6 +60,7 @@ def encoder_of(name):
     short = {"convnext": {"depths": (1, 1, 2, 1)}, "resnet": {"layers": (1, 1, 2, 1)}}
     families = ("convnext", "resnetblur", "resnetaa", "resnet50_gn", "seresnet")  # the long members
     options = short["convnext" if "convnext" in name else "resnet"] if name.startswith(families) else {}
+    options = SHORT.get(name, options)
     return lively(build_encoder(name, **options)).double()
 
 

@@ -268,7 +268,8 @@ class _PackedConv(torch.autograd.Function):
     ) -> Tensor:
         ctx.plan, ctx.compute = plan, None if recipe is None else recipe.compute
         ctx.save_for_backward(weight, *((rows,) if recipe is None else recipe.inputs))
-        return plan.convolve(rows, weight, bias)
+        # Rows that are a view of an image are none to autograd: an activation may work in place on them.
+        return plan.convolve(rows, weight, bias).detach()
 
     @staticmethod
     @once_differentiable
