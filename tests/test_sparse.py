@@ -232,11 +232,11 @@ def sparse_pair(channels=6, seed=0):
     return sparsify(x, visible, "masked"), sparsify(x, visible, "packed"), Sites(visible).mask(8, 12)
 
 
-def group_norm_of_visible(x):
+def norm_of_visible(x, groups, weight):
     """`F.group_norm` of the visible sites of each image of `sparse_pair`, laid out as an image of their own."""
     out = torch.zeros_like(x)
     for image, mask in zip(range(2), sparse_pair()[2][:, 0], strict=True):
-        visible = F.group_norm(x[image][:, mask][None], 2, torch.ones(6).double(), torch.ones(6).double())
+        visible = F.group_norm(x[image][:, mask][None], groups, weight, torch.ones(6).double())
         out[image][:, mask] = visible[0]
     return out
 
@@ -281,14 +281,46 @@ OPERATIONS = {
     "group norm": lambda x: (
         F.group_norm(x, 2, torch.ones(6).double(), torch.ones(6).double())
         if isinstance(x, SparseTensor)
-        else group_norm_of_visible(x)
+        else norm_of_visible(x, 2, torch.ones(6).double())
     ),
     "per-site mean": lambda x: x * x.pow(2).mean(dim=1, keepdim=True),
     "per-site variance": lambda x: x * torch.rsqrt(x.var(dim=1, keepdim=True) + 0.5),
     "gamma in the order BHWC": lambda x: (x.permute(0, 2, 3, 1) * torch.arange(6.0).double()).permute(
         0, 3, 1, 2
     ),
-    "in place": lambda x: F.relu(x + 0.5, inplace=True).mul_(2),
+    "in place": lambda x: F.relu((x + 0.5).mul_(2), inplace=True),
+    "concatenation": lambda x: torch.cat([x, 2 * x, F.relu(x)], 1),
+    "concatenation in the order BHWC": lambda x: torch.cat(
+        [x.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1).square()], -1
+    ).permute(0, 3, 1, 2),
+    "split": lambda x: torch.cat(list(reversed(torch.split(x, [1, 2, 3], dim=1))), 1),
+    "split into twos": lambda x: x.split(2, 1)[1],
+    "chunk": lambda x: torch.mul(*x.chunk(2, dim=1)),
+    "chunk in the order BHWC": lambda x: torch.mul(*x.permute(0, 2, 3, 1).chunk(2, -1)).permute(0, 3, 1, 2),
+    "slice": lambda x: x[:, 1:4] - x[:, 2:5, :, :],
+    "slice in the order BHWC": lambda x: x.permute(0, 2, 3, 1)[..., ::2].permute(0, 3, 1, 2),
+    "shuffle": lambda x: F.channel_shuffle(x, 3),
+    "shuffle by hand": lambda x: x.view(2, 3, 2, 8, 12).transpose(1, 2).contiguous().view(2, -1, 8, 12),
+    "groups weighed and summed": lambda x: (
+        x.reshape(2, 3, 2, 8, 12) * torch.arange(12.0).double().view(2, 3, 2, 1, 1)
+    ).sum(dim=1),
+    "paths stacked and summed": lambda x: (
+        torch.stack([x, x.square()], dim=1) * torch.arange(4.0).double().view(2, 2, 1, 1, 1)
+    ).sum(1),
+    "gate of a site times what a channel gets": lambda x: x[:, :1] * torch.arange(6.0).double().view(6, 1, 1),
+    "gate of a site times channels": lambda x: x[:, :1] * x,
+    "nearest": lambda x: F.interpolate(x, scale_factor=2, mode="nearest"),
+    "nearest to a size": lambda x: F.interpolate(F.avg_pool2d(x, 2), size=x.shape[-2:], mode="nearest"),
+    "bilinear": lambda x: F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False),
+    "power": lambda x: (x + 0.1) ** 2,
+    "addcmul": lambda x: torch.addcmul(
+        torch.arange(6.0).double().view(6, 1, 1), torch.arange(6.0).double().view(6, 1, 1), x, value=0.5
+    ),
+    "instance norm": lambda x: (
+        F.instance_norm(x, weight=torch.arange(6.0).double(), bias=torch.ones(6).double())
+        if isinstance(x, SparseTensor)
+        else norm_of_visible(x, 6, torch.arange(6.0).double())
+    ),
     "convert": lambda x: x.float().to(torch.float64).contiguous(memory_format=torch.channels_last),
 }
 
@@ -303,6 +335,67 @@ def test_rule_is_the_dense_operator_then_the_mask(operation):
         out = OPERATIONS[operation](x)
         assert out.shape == expected.shape
         torch.testing.assert_close(out.to_dense(), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_gradient_of_a_rule(operation):
+    """Of images and back, by the dense operator between two masks."""
+    visible, mask = sparse_pair()[0].sites.visible, sparse_pair()[2]
+    images = torch.randn(2, 6, 8, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def gradient(run):
+        x = images.clone().requires_grad_()
+        out = run(x)
+        weights = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(2))
+        (out * weights).sum().backward()
+        return x.grad
+
+    def dense(x):
+        out = OPERATIONS[operation](x * mask)
+        return out * F.interpolate(mask.double(), size=out.shape[2:])
+
+    expected = gradient(dense)
+    assert expected.abs().max() > 0
+    for layout in LAYOUTS:
+        grad = gradient(lambda x, on=layout: OPERATIONS[operation](sparsify(x, visible, on)).to_dense())
+        torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_piece_changed_in_place_changes_the_whole(layout):
+    def run(x):
+        whole = x * 2
+        piece = whole[:, :3]
+        piece += 0.5
+        piece.sigmoid_()
+        F.relu(piece.sub_(0.6), inplace=True)
+        return whole
+
+    x = torch.randn(2, 6, 8, 12, dtype=torch.float64)
+    visible, mask = sparse_pair()[0].sites.visible, sparse_pair()[2]
+    torch.testing.assert_close(run(sparsify(x, visible, layout)).to_dense(), run(x * mask) * mask)
+
+
+def test_spatial_norm_and_maximum_are_over_the_visible_sites_of_each_image():
+    masked, packed, mask = sparse_pair()
+    dense = masked.to_dense() - 5 * mask  # all below 0: masked sites would be the largest
+    norm = torch.stack([dense[i][:, mask[i, 0]].norm(dim=1) for i in range(2)])
+    largest = torch.stack([dense[i][:, mask[i, 0]].amax(1) for i in range(2)])
+    for x in (masked - 5, packed - 5):
+        torch.testing.assert_close(x.norm(p=2, dim=(2, 3), keepdim=True), norm[:, :, None, None])
+        torch.testing.assert_close(
+            x.permute(0, 2, 3, 1).norm(p=2, dim=(1, 2), keepdim=True), norm[:, None, None]
+        )
+        torch.testing.assert_close(x.amax((2, 3)), largest)
+        torch.testing.assert_close(F.adaptive_max_pool2d(x, 1), largest[:, :, None, None])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_spatial_norm_of_nothing_has_a_gradient(layout):
+    x = torch.zeros(1, 6, 8, 12, dtype=torch.float64, requires_grad=True)
+    sparse = sparsify(x, torch.ones(1, 1, 2, 3, dtype=torch.bool), layout)
+    sparse.norm(p=2, dim=(2, 3), keepdim=True).sum().backward()
+    assert (x.grad == 0).all()
 
 
 def test_spatial_mean_is_over_the_visible_sites_of_each_image():
@@ -380,6 +473,25 @@ class TestRefusals:
             lambda x: F.conv2d(x.permute(0, 2, 3, 1), torch.ones(1, 8, 1, 1).double()),
             lambda x: x.flatten(1),
             lambda x: torch.cat([x, x], 2),
+            lambda x: torch.cat([x, torch.zeros(2, 1, 8, 12).double()], 1),
+            lambda x: torch.cat([x, F.max_pool2d(x, 2)], 1),
+            lambda x: x.chunk(2, 2),
+            lambda x: x[:1],
+            lambda x: x[:, 0],
+            lambda x: x[..., ::2],
+            lambda x: x[:, [0, 1]],
+            lambda x: x.reshape(2, 6, 96),
+            lambda x: x.reshape(2, 6, 4, 2, 12),
+            lambda x: x.reshape(2, 3, 2, 8, 12).sum(2),
+            lambda x: x.reshape(2, 3, 2, 8, 12) + 1,
+            lambda x: x.reshape(2, 3, 2, 8, 12).transpose(2, 3),
+            lambda x: torch.stack([x, x], 0),
+            lambda x: x.norm(p=1, dim=(2, 3), keepdim=True),
+            lambda x: x.norm(p=2, dim=1, keepdim=True),
+            lambda x: x.amax(1),
+            lambda x: F.adaptive_max_pool2d(x, (2, 3)),
+            lambda x: F.instance_norm(x, torch.zeros(6), torch.ones(6), use_input_stats=False),
+            lambda x: x[:, :1].mul_(torch.ones(1, 6, 1, 1).double()),
             lambda x: F.pad(x, (1, 1, 1, 1)) + 1,
         ],
     )

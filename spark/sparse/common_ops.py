@@ -142,13 +142,13 @@ def exact_layer_norm(data: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def arithmetic_of(
-    as_operand: Callable[[Any, SparseTensor], Any], clean: Callable[[SparseTensor, Tensor], Tensor]
+    as_operand: Callable[[Any, SparseTensor], Any], clean: Callable[[Callable, SparseTensor, Tensor], Tensor]
 ) -> Rule:
     """Make the rule of a + b, a - b, a * b, a / b: of two sparse values, or of one and what broadcasts to its shape.
 
     Args:
         as_operand: (operand, x) -> what meets x's data: a number, or a tensor that broadcasts to it.
-        clean: (x, data) -> data with masked sites at zero again.
+        clean: (func, x, data) -> what func made of x, with masked sites at zero again.
     """
 
     def arithmetic(func: Callable, a: Any, b: Any, **kwargs: Any) -> SparseTensor:
@@ -167,7 +167,7 @@ def arithmetic_of(
             raise MissingRuleError(
                 f"no sparse rule for {func.__name__}: its result {list(out.shape)} outgrows {x!r}"
             )
-        return finish(func, kwargs, x, clean(x, out))
+        return finish(func, kwargs, x, clean(func, x, out))
 
     return arithmetic
 

@@ -37,7 +37,16 @@ def elementwise_remasked(func: Callable, x: SparseTensor, *args: Any, **kwargs: 
     """f(x) where f(0) != 0.  Masked sites are computed at 1, where f has a gradient, then zeroed."""
     mask = x.sites.mask(*x.size4[2:])
     inside = torch.where(mask.permute(0, 2, 3, 1) if x.channels_last else mask, x.data, 1)
-    return common.finish(func, kwargs, x, remask(x, func(inside, *args, **kwargs)))
+    out = remask(x, func(inside, *args, **kwargs))
+    return common.finish(func, kwargs, x, x.data.copy_(out) if common.is_inplace(func, kwargs) else out)
+
+
+def clean(func: Callable, x: SparseTensor, data: Tensor) -> Tensor:
+    """Zero the masked sites of what arithmetic made of x, in place where that worked in place."""
+    if not common.is_inplace(func, {}):
+        return remask(x, data)
+    mask = x.sites.mask(*x.size4[2:])
+    return data.masked_fill_(~(mask.permute(0, 2, 3, 1) if x.channels_last else mask), 0)
 
 
 def batch_norm(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
@@ -108,7 +117,7 @@ MASKED = Layout(
     {
         **common.SHARED_RULES,
         **common.with_inplace(common.NOT_ZERO_PRESERVING, elementwise_remasked),
-        **common.with_inplace(common.ARITHMETIC, common.arithmetic_of(_operand, remask)),
+        **common.with_inplace(common.ARITHMETIC, common.arithmetic_of(_operand, clean)),
         "conv2d": common.window,
         "batch_norm": batch_norm,
         "group_norm": group_norm,

@@ -254,7 +254,7 @@ def dropout(
     return x if p == 0 or not training else common.elementwise(func, x, p, training, inplace)
 
 
-_arithmetic = common.arithmetic_of(_as_rows, lambda x, data: data)
+_arithmetic = common.arithmetic_of(_as_rows, lambda func, x, data: data)
 
 
 def add(func: Callable, a: Any, b: Any, **kwargs: Any) -> SparseTensor:
