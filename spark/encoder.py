@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+from timm.layers import DropPath
 from torch import nn
 
 
@@ -30,7 +31,7 @@ def build_encoder(
     Args:
         name: a timm model name, with or without a tag ("resnet50", "convnext_tiny.fb_in1k").
         in_chans: input channels.
-        drop_path: stochastic depth rate of the deepest block (timm's `drop_path_rate`).
+        drop_path: stochastic depth rate of the deepest block (timm's `drop_path_rate`); 0 turns off a model's own, too.
         pretrained: load timm's published weights for this name (needs network or a cache).
         timm_kwargs: handed to `timm.create_model` as they are.
 
@@ -41,6 +42,10 @@ def build_encoder(
     if drop_path > 0:
         timm_kwargs["drop_path_rate"] = drop_path
     encoder = create_model(name, pretrained=pretrained, num_classes=0, in_chans=in_chans, **timm_kwargs)
+    if drop_path == 0:  # some models have a rate of their own
+        for module in encoder.modules():
+            if isinstance(module, DropPath):
+                module.drop_prob = 0.0
     pyramid_info(encoder)
     return encoder
 

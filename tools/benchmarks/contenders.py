@@ -255,7 +255,7 @@ def lively(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.ndim == 1:
-                scale = name.endswith(("weight", "gamma"))
+            if p.ndim <= 1:
+                scale = name.endswith(("weight", "gamma", "gain", "scale"))
                 p.copy_((0.5 if scale else 0.0) + 0.3 * torch.randn(p.shape, generator=generator))
     return model
