@@ -8,7 +8,8 @@ help:
 	@echo "make demo   render rooms, pretrain, transfer, evaluate: runs/demo/report.html (about 5 minutes on 2 cores)"
 	@echo "make test   the test suite (no network, no GPU needed)"
 	@echo "make check  ruff format, ruff lint, pyright"
-	@echo "make bench  time and memory of a training step, speed of the loader here (OFFICIAL=a clone of SparK compares with the original)"
+	@echo "make bench  time and memory of a training step, speed of the loader here, half an hour: docs/results/benchmark_*"
+	@echo "            (OFFICIAL=a clone of SparK compares with the original; ROUNDS=7 for more of each)"
 
 env: .venv/.installed
 
@@ -29,12 +30,23 @@ check: env
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
+BENCHMARK = $(BIN)/python tools/benchmark.py
+ORIGINAL = $(if $(OFFICIAL),--official $(OFFICIAL))
+MEASURED = docs/results/benchmark
+LEAN ?= 256/5/3
+ROUNDS ?= 3
+OPTIONS ?=
+
 bench: env
-	for what in step encoder memory; do \
-	    $(BIN)/python tools/benchmark.py $$what $(if $(OFFICIAL),--official $(OFFICIAL)) \
-	        --csv docs/results/benchmark_$$what.csv || exit 1; \
-	done
-	$(BIN)/python tools/benchmark.py loader --csv docs/results/benchmark_loader.csv
+	$(BENCHMARK) encoder $(ORIGINAL) --rounds $(ROUNDS) $(OPTIONS) --csv $(MEASURED)_encoder.csv
+	$(BENCHMARK) step $(ORIGINAL) --rounds $(ROUNDS) $(OPTIONS) --csv $(MEASURED)_step.csv
+	$(BENCHMARK) step --decoder $(LEAN) $(ORIGINAL) --rounds $(ROUNDS) $(OPTIONS) --csv $(MEASURED)_step_lean.csv
+	$(BENCHMARK) memory --decoder $(LEAN) $(ORIGINAL) $(OPTIONS) --csv $(MEASURED)_memory.csv
+	$(BENCHMARK) scaling --model resnet50 --batch 4 --mask_ratio 0.3 0.45 0.6 0.75 0.9 $(ORIGINAL) \
+	    --rounds $(ROUNDS) $(OPTIONS) --csv $(MEASURED)_scaling.csv --plot $(MEASURED)_scaling.png
+	$(BENCHMARK) scaling --model resnet50 --batch 4 --mask_ratio 0.6 --processes 1 2 \
+	    --rounds $(ROUNDS) $(OPTIONS) --csv $(MEASURED)_processes.csv
+	$(BENCHMARK) loader --rounds $(ROUNDS) $(OPTIONS) --csv $(MEASURED)_loader.csv
 
 clean:
 	rm -rf .venv runs build dist *.egg-info
