@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from timm.layers import DropPath
+from timm.layers.drop import DropPath
 from torch import nn
 
 

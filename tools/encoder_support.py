@@ -317,7 +317,8 @@ def check_packed(s: Subject) -> None:
 
 def check_trains(s: Subject) -> None:
     """SparK around it: finite loss and gradients, in fp32."""
-    model = SparK(copy.deepcopy(s.encoder).float(), tuple(s.images.shape[2:]), 0.5, 3, s.patch_size, 64)
+    size = s.images.shape[2], s.images.shape[3]
+    model = SparK(copy.deepcopy(s.encoder).float(), size, 0.5, patch_size=s.patch_size, decoder_width=64)
     model(s.images.float(), s.visible).loss.backward()
     gradients = [p.grad for p in model.parameters() if p.requires_grad]
     assert all(g is not None and g.isfinite().all() for g in gradients), "a gradient is missing or not finite"

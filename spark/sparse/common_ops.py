@@ -279,7 +279,7 @@ def adaptive_max_pool2d(
     return amax(func, x, (2, 3), keepdim=True)
 
 
-def addcmul(func: Callable, a: Any, b: Any, c: Any, *, value: float = 1) -> SparseTensor:
+def addcmul(func: Callable, a: Any, b: Any, c: Any, *, value: float = 1) -> Any:
     """a + value * b * c, as the arithmetic of the layout has it."""
     product = torch.mul(b, c)
     return torch.add(a, product if value == 1 else product * value)
