@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers.grn import GlobalResponseNorm
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
@@ -41,6 +42,9 @@ ENCODERS = {
     # average pooling in the shortcuts, a gate from the mean over an image, and an activation without branches
     "gated": ("seresnet50", {**UNEVEN, "avg_down": True, "act_layer": nn.SiLU, "channels": (3, 5, 9, 13)}),
     "convnext": ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (10, 18, 36, 52)}),
+    # global response normalisation: a norm over an image
+    "convnextv2": ("convnextv2_atto", {"depths": (1, 1, 1, 1), "dims": (10, 18, 36, 52)}),
+    "concatenated": ("densenet121", {"block_config": (1, 2, 1, 1), "growth_rate": 11}),
 }
 
 # Side of a patch [px], and which patches are visible: [B][fh][fw].
@@ -164,7 +168,7 @@ def test_as_exact_as_the_masked_reference(name, precision):
     layouts = layouts_here("masked", "packed", *([] if bf16 else ["spconv"]))
     model = model_of(name, input_size=(96, 160), decoder_stages=3)
     errors: dict[tuple[str, str], list[float]] = {}
-    bends = name not in ("gated", "convnext")
+    bends = name not in ("gated", "convnext", "convnextv2")
     for seed in range(3 if bends and not bf16 else 2):
         generator = torch.Generator().manual_seed(seed)
         images = torch.randn(4, 3, 96, 160, generator=generator)
@@ -183,7 +187,7 @@ def test_as_exact_as_the_masked_reference(name, precision):
         values = errors[kind, layout]
         return min(values) if "gradient" in kind and not bf16 else sum(values) / len(values)
 
-    assert ("statistics" in {kind for kind, _ in errors}) == (name != "convnext")
+    assert ("statistics" in {kind for kind, _ in errors}) == (not name.startswith("convnext"))
     for kind, layout in errors:
         ours, theirs = summary(kind, layout), summary(kind, "masked")
         assert summary("prediction", layout) > 0, "computed in fp64 after all?"
@@ -224,6 +228,7 @@ LONG_SUMS: dict[str, Callable[[int], nn.Module]] = {
     "batch norm, ReLU, 3x3": lambda c: nn.Sequential(
         nn.BatchNorm2d(c), nn.ReLU(inplace=True), nn.Conv2d(c, c, 3, padding=1)
     ),
+    "global response norm": lambda c: GlobalResponseNorm(c, channels_last=False),
     "layer norm": lambda c: LayerNorm2d(c),
     "group norm": lambda c: nn.GroupNorm(4, c),
     "gate": Gate,
