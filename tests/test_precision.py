@@ -228,7 +228,7 @@ LONG_SUMS: dict[str, Callable[[int], nn.Module]] = {
     "batch norm, ReLU, 3x3": lambda c: nn.Sequential(
         nn.BatchNorm2d(c), nn.ReLU(inplace=True), nn.Conv2d(c, c, 3, padding=1)
     ),
-    "global response norm": lambda c: GlobalResponseNorm(c, channels_last=False),
+    "global response norm": lambda c: lively(GlobalResponseNorm(c, channels_last=False)),
     "layer norm": lambda c: LayerNorm2d(c),
     "group norm": lambda c: nn.GroupNorm(4, c),
     "gate": Gate,
