@@ -6,7 +6,6 @@ One process or several, on CPUs or GPUs, run this same file. Every random number
 position in the stream of images (see `spark.run`), so a resumed run goes on exactly where it was.
 """
 
-import hashlib
 import math
 import os
 import time
@@ -24,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from spark.checkpoint import find_run, load_run, save_encoder, save_run
 from spark.config import PretrainConfig, config_changes, config_dict, parse_config, save_config
-from spark.images import PretrainTransform, UnlabeledImages, UnreadableImages, collate_images, list_images
+from spark.images import Normalise, PretrainTransform, UnlabeledImages, UnreadableImages, collate_images
 from spark.masking import visible_at
 from spark.model import SparK
 from spark.monitor import reconstruction_panels, save_panels
@@ -48,6 +47,7 @@ from spark.run import (
     worker_count,
 )
 from spark.seeding import derive_seed
+from spark.sources import open_source
 from spark.sparse.choice import AUTO, Choice, is_available
 
 DESCRIPTION = """Pretrain a timm convnet on unlabeled images with SparK (sparse and hierarchical masked modelling).
@@ -110,8 +110,8 @@ def pretrain(config: PretrainConfig) -> None:
     spark.layout = layout.layout
     try_forward(spark, device)
 
-    files = list_images(config.data.train)
-    data = fingerprint(files, config.data.train)
+    source = open_source(config.data.train)
+    data = {"images": len(source), "names": source.digest()}
     transform = PretrainTransform(
         spark.input_size,
         config.model.in_chans,
@@ -120,19 +120,20 @@ def pretrain(config: PretrainConfig) -> None:
         config.data.std,
         config.data.hflip,
     )
-    images = UnlabeledImages(files, transform, config.seed, config.data.max_pixels)
-    unreadable = UnreadableImages(len(files), config.data.max_unreadable)
+    images = UnlabeledImages(source, transform, config.seed, config.data.max_pixels)
+    unreadable = UnreadableImages(len(source), config.data.max_unreadable)
     config = resolve(config, spark, transform)
     betas, mean, std = config.optim.betas, config.data.mean, config.data.std
     assert betas is not None
     assert mean is not None
     assert std is not None
+    normalise = Normalise(mean, std, device)
 
     peak_lr = config.optim.base_lr * config.optim.batch_size / 256
     start_decay = config.optim.weight_decay
     end_decay = start_decay if config.optim.weight_decay_end is None else config.optim.weight_decay_end
     total_steps, warmup_steps = run_length(
-        len(files) / config.optim.batch_size,
+        len(source) / config.optim.batch_size,
         config.epochs,
         config.max_steps,
         config.optim.warmup_epochs,
@@ -168,7 +169,7 @@ def pretrain(config: PretrainConfig) -> None:
     # --- the stream of batches, from the step on
     workers = worker_count(config.data.workers, accelerator)
     stream = StreamSampler(
-        len(files),
+        len(source),
         micro_batch,
         rank=rank,
         world_size=world,
@@ -192,7 +193,7 @@ def pretrain(config: PretrainConfig) -> None:
     if main_process:
         save_config(config, Path(config.output_dir) / "config.yaml")
         print(
-            summary(config, spark, layout, accelerator, len(files), total_steps, warmup_steps, workers),
+            summary(config, spark, layout, accelerator, len(source), total_steps, warmup_steps, workers),
             flush=True,
         )
 
@@ -218,7 +219,7 @@ def pretrain(config: PretrainConfig) -> None:
         """Write reconstruction panels of the fixed images; main process only."""
         assert panel_batch is not None
         pixels, visible = (tensor.to(device) for tensor in panel_batch)
-        picture = reconstruction_panels(spark, pixels, visible, mean, std)
+        picture = reconstruction_panels(spark, normalise(pixels), visible, mean, std)
         return save_panels(picture, config.output_dir, step)
 
     def export() -> Path:
@@ -266,15 +267,16 @@ def pretrain(config: PretrainConfig) -> None:
             try:
                 # forward and backward, in parts; the processes average their gradients in the last one
                 loss_sum = torch.zeros((), device=device)
-                indices: list[int] = []
+                names: list[str] = []
                 failed: list[str] = []
                 for part in range(config.accumulation):
                     asked = time.perf_counter()
                     batch = next(batches)
                     waited += time.perf_counter() - asked
-                    indices += batch["index"].tolist()
+                    names += batch["name"]
                     failed += batch["failed"]
                     pixels = batch["image"].to(device, non_blocking=True, memory_format=memory_format)
+                    pixels = normalise(pixels)
                     visible_count = int(batch["visible"].sum())  # here: on a GPU, reading it would wait
                     visible = batch["visible"].to(device, non_blocking=True)
                     torch.manual_seed(derive_seed(config.seed, step * config.accumulation + part, rank, 4))
@@ -313,9 +315,8 @@ def pretrain(config: PretrainConfig) -> None:
             numbers: dict[str, float] = {"the loss": mean_loss}
             if accelerator.scaler is None or accelerator.scaler.get_scale() < 1:
                 numbers["the gradient norm"] = grad_norm
-            batch_files = [images.files[index] for index in indices]
             check_finite(
-                accelerator, step + 1, numbers, files=batch_files, output_dir=config.output_dir, save=rescue
+                accelerator, step + 1, numbers, files=names, output_dir=config.output_dir, save=rescue
             )
             optimizer.step()
             optimizer.zero_grad()
@@ -334,7 +335,7 @@ def pretrain(config: PretrainConfig) -> None:
                     lr=lr,
                     weight_decay=weight_decay,
                     grad_norm=grad_norm,
-                    epoch=step * config.optim.batch_size / len(files),
+                    epoch=step * config.optim.batch_size / len(source),
                     images_per_second=rate,
                     data_wait=waited / (now - since),
                     layout=layout.layout,
@@ -446,16 +447,6 @@ def try_forward(spark: SparK, device: torch.device) -> None:
     spark.train()
 
 
-def fingerprint(files: Sequence[Path], source: str) -> dict[str, Any]:
-    """Number of files and a digest of their names, which do not change when the whole data set is moved."""
-    root = Path(source).expanduser()
-    prefix = f"{root if root.is_dir() else root.parent}{os.sep}"
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(os.fsencode(str(file).removeprefix(prefix)) + b"\0")
-    return {"images": len(files), "names": digest.hexdigest()}
-
-
 def data_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Say how the list of images differs from that of the checkpoint, for the positions of the stream are its."""
     if before == now:
@@ -497,7 +488,7 @@ def resolve(config: PretrainConfig, spark: SparK, transform: PretrainTransform) 
 
 
 def fixed_batch(images: UnlabeledImages, spark: SparK, seed: int) -> tuple[Tensor, Tensor]:
-    """Images and masks for the panels, always the same: [B, C, H, W] and [B, 1, fh, fw]."""
+    """Images and masks for the panels, always the same: [B, C, H, W] uint8 and [B, 1, fh, fw]."""
     count = min(PANEL_IMAGES, len(images))
     samples = [images[position, position * len(images) // count] for position in range(count)]
     batch = MaskedBatches(spark.grid, spark.mask_ratio, seed)(samples)

@@ -40,11 +40,13 @@ from torchvision.transforms import functional
 
 from finetune.inference import chosen_device
 from finetune.metrics import write_results
+from spark.decoding import describe_failure, read_image
 from spark.encoder import PyramidLevel, pyramid, pyramid_info
 from spark.export import load_encoder
-from spark.images import UnreadableImages, describe_failure, list_images, read_image
+from spark.images import UnreadableImages
 from spark.official import input_channels, timm_config
 from spark.run import ignore_stop_signals, one_line_errors, progress_bar
+from spark.sources import list_images
 
 SPLITS = ("train", "val")
 TEMPERATURE = 0.07
