@@ -110,7 +110,8 @@ def pretrain(config: PretrainConfig) -> None:
     spark.layout = layout.layout
     try_forward(spark, device)
 
-    source = open_source(config.data.train)
+    cache = config.data.cache or Path(config.output_dir) / "shards"
+    source, lost_shards = open_source(config.data.train, cache, config.data.max_unreadable)
     data = {"images": len(source), "names": source.digest()}
     transform = PretrainTransform(
         spark.input_size,
@@ -165,6 +166,9 @@ def pretrain(config: PretrainConfig) -> None:
             )
     elif config.resume:
         accelerator.print(f"no checkpoint in {config.output_dir} yet: starting from the beginning")
+
+    for line in unreadable.add(lost_shards):
+        accelerator.print(f"left out the shard {line}")
 
     # --- the stream of batches, from the step on
     workers = worker_count(config.data.workers, accelerator)

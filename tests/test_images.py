@@ -112,7 +112,7 @@ def test_links_are_followed_once(tmp_path):
 
 
 def test_missing_source(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no image folder or list.*nowhere.*check the path"):
+    with pytest.raises(FileNotFoundError, match=r"no image folder, list.*nowhere.*check the path"):
         list_images(tmp_path / "nowhere")
 
 
@@ -151,15 +151,26 @@ def test_unreadable_folder_is_an_error(tmp_path, monkeypatch):
 def test_list_is_relative_to_its_folder(tmp_path, monkeypatch):
     first, second = (
         write_image(tmp_path / "lists" / "in" / "a b.png"),
-        write_image(tmp_path / "other" / "b.png"),
+        write_image(tmp_path / "lists" / "other" / "b.png"),
     )
     odd = write_image(tmp_path / "c.png").rename(tmp_path / "no_extension")
-    text = f"\ufeff# comment\r\n\r\n  ../other/b.png \r\nin/a b.png\n{odd}\n../other/b.png\n"
+    text = f"\ufeff# comment\r\n\r\n  other/b.png \r\nin/a b.png\n{odd}\nin/../other/b.png\n"
     (tmp_path / "lists" / "train.txt").write_bytes(text.encode())
     monkeypatch.chdir(tmp_path)
 
     found = list_images("lists/train.txt")
     assert [path.resolve() for path in found] == [second, first, odd, second]
+
+
+@pytest.mark.parametrize("entry", ["../b.png", "in/../../b.png", ".."])
+def test_list_entries_stay_in_their_folder(tmp_path, entry):
+    write_image(tmp_path / "b.png")
+    write_image(tmp_path / "lists" / "a.png")
+    (tmp_path / "lists" / "train.txt").write_text(f"a.png\n{entry}\n")
+    with pytest.raises(
+        ValueError, match=r"leads out of the folder of the list: write it as an absolute path"
+    ):
+        list_images(tmp_path / "lists" / "train.txt")
 
 
 def test_list_may_name_folders(tmp_path):

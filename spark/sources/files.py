@@ -1,4 +1,4 @@
-"""Image files: of a folder, of a text list, of a glob pattern."""
+"""Image files: of a folder or of a text list."""
 
 import os
 from collections import Counter
@@ -57,12 +57,14 @@ def list_images(source: str | Path) -> list[Path]:
     are followed, and each real folder is entered once: a link back to a parent ends there. Sorted by path.
 
     A text list (UTF-8) has one path a line, relative to the folder of the list or absolute. Empty lines and
-    lines that start with `#` are skipped. Order and repetitions are kept. The extension does not matter; a
+    lines that start with `#` are skipped. A relative path may not lead out of that folder (`../`). Order and
+    repetitions are kept. The extension does not matter; a
     line that names a folder stands for the images in it.
 
     Raises:
         FileNotFoundError: the source, or a file named in the list, does not exist.
-        ValueError: no image in the folder or the list; the source is neither a folder nor a text file.
+        ValueError: no image in the folder or the list; the source is neither a folder nor a text file; an entry of the
+            list leads out of its folder.
         OSError: a subfolder cannot be read.
     """
     source = Path(source).expanduser()
@@ -71,7 +73,7 @@ def list_images(source: str | Path) -> list[Path]:
     if source.is_file():
         return _images_in_list(source)
     raise FileNotFoundError(
-        f"there is no image folder or list of images at {source.absolute()}: check the path "
+        f"there is no image folder, list of images, tar shard or array at {source.absolute()}: check the path "
         f"(a relative one starts at the current folder)"
     )
 
@@ -135,6 +137,11 @@ def _images_in_list(path: Path) -> list[Path]:
     images: list[Path] = []
     missing: list[str] = []
     for entry in entries:
+        if not os.path.isabs(entry) and os.path.normpath(entry).split(os.sep)[0] == os.pardir:
+            raise ValueError(
+                f"the entry {entry} of {path} leads out of the folder of the list: write it as an absolute path, "
+                "or move the list"
+            )
         image = path.parent / entry  # an absolute entry replaces the parent
         if image.is_dir():
             images.extend(_images_in_folder(image))
