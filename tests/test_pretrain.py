@@ -25,7 +25,7 @@ from spark import pretrain
 from spark.config import parse_config
 from spark.model import SparK
 from spark.run import RunLog, read_rows
-from spark.sources import open_source
+from spark.sources import open_source, remote
 from spark.sparse import PACKED
 
 NOT_REPEATED = ("images_per_second", "data_wait")
@@ -663,7 +663,10 @@ def test_fingerprint_moves_with_the_data(tmp_path):
     assert prints[0] == prints[1]
 
 
-def test_shards_train_as_their_folder_does_also_from_a_server_and_resumed(command, photos, tmp_path, capsys):
+def test_shards_train_as_their_folder_does_also_from_a_server_and_resumed(
+    command, photos, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
     shards = tmp_path / "shards"
     shards.mkdir()
     files = sorted(photos.rglob("*.png"))
@@ -678,9 +681,10 @@ def test_shards_train_as_their_folder_does_also_from_a_server_and_resumed(comman
         kept = ("--data.max_unreadable=0.5", "--max_steps=4")
         run(command("--max_steps=4", output="folder"))
         run(command(f"--data.train={shards}", "--max_steps=4", output="shards"))
-        run(command(url, *kept, "--max_steps=2", output="url"))
+        run(command(url, *kept, "--checkpoint_every=2", output="url"))
         server.shutdown()
-    run(command(url, *kept, "--resume=true", output="url"))  # the shards are there, the server is gone
+    half = tmp_path / "url" / "checkpoints" / "step_0000002"
+    run(command(url, *kept, f"--resume={half}", output="url"))  # the shards are there, the server is gone
     losses = [[row["loss"] for row in curve(tmp_path / name)] for name in ("folder", "shards", "url")]
     assert losses[0] == losses[1] == losses[2]
     assert "left out the shard http://127.0.0.1" in capsys.readouterr().out
