@@ -19,7 +19,7 @@ from spark import images
 from spark.decoding import JpegPicture, RawPicture, UnreadableImageError, open_picture, read_image
 from spark.images import Normalise, PretrainTransform, UnlabeledImages, UnreadableImages, collate_images
 from spark.seeding import derive_seed
-from spark.sources import FileSource, list_images
+from spark.sources import FileSource, list_images, open_source
 
 
 def noise(height=24, width=32, channels=3, seed=0) -> np.ndarray:
@@ -151,10 +151,10 @@ def test_unreadable_folder_is_an_error(tmp_path, monkeypatch):
 def test_list_is_relative_to_its_folder(tmp_path, monkeypatch):
     first, second = (
         write_image(tmp_path / "lists" / "in" / "a b.png"),
-        write_image(tmp_path / "lists" / "other" / "b.png"),
+        write_image(tmp_path / "other" / "b.png"),
     )
     odd = write_image(tmp_path / "c.png").rename(tmp_path / "no_extension")
-    text = f"\ufeff# comment\r\n\r\n  other/b.png \r\nin/a b.png\n{odd}\nin/../other/b.png\n"
+    text = f"\ufeff# comment\r\n\r\n  ../other/b.png \r\nin/a b.png\n{odd}\n../other/b.png\n"
     (tmp_path / "lists" / "train.txt").write_bytes(text.encode())
     monkeypatch.chdir(tmp_path)
 
@@ -170,7 +170,9 @@ def test_list_entries_stay_in_their_folder(tmp_path, entry):
     with pytest.raises(
         ValueError, match=r"leads out of the folder of the list: write it as an absolute path"
     ):
-        list_images(tmp_path / "lists" / "train.txt")
+        list_images(tmp_path / "lists" / "train.txt", confined=True)
+    with pytest.raises(ValueError, match="leads out of the folder"):
+        open_source(str(tmp_path / "lists" / "train.txt"), "unused")
 
 
 def test_list_may_name_folders(tmp_path):

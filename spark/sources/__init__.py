@@ -10,7 +10,7 @@ from braceexpand import braceexpand
 from spark.decoding import EXTENSIONS
 from spark.sources.arrays import ArraySource
 from spark.sources.base import Source
-from spark.sources.files import FileSource, list_images
+from spark.sources.files import FileSource, list_images, walk
 from spark.sources.hub import HubSource
 from spark.sources.remote import fetch_shards
 from spark.sources.tars import TarSource
@@ -54,13 +54,11 @@ def open_source(text: str, cache: str | Path, max_unreadable: float = 0.0) -> tu
         return TarSource([path]), []
     if path.is_file() and path.suffix == ".npy":
         return ArraySource(path), []
-    return FileSource(list_images(path), path if path.is_dir() else path.parent), []
+    return FileSource(list_images(path, confined=True), path if path.is_dir() else path.parent), []
 
 
 def _has_images(folder: Path) -> bool:
-    return any(
-        os.path.splitext(name)[1].lower() in EXTENSIONS for _, _, names in os.walk(folder) for name in names
-    )
+    return any(os.path.splitext(name)[1].lower() in EXTENSIONS for _, names in walk(folder) for name in names)
 
 
 def _braces(text: str) -> list[str]:

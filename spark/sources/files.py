@@ -49,7 +49,7 @@ class FileSource:
         return self._names.digest()
 
 
-def list_images(source: str | Path) -> list[Path]:
+def list_images(source: str | Path, confined: bool = False) -> list[Path]:
     """The image files of a folder, or of a text list.
 
     A folder is searched through all its subfolders (flat, class folders, `train/` ...: all the same here)
@@ -57,21 +57,24 @@ def list_images(source: str | Path) -> list[Path]:
     are followed, and each real folder is entered once: a link back to a parent ends there. Sorted by path.
 
     A text list (UTF-8) has one path a line, relative to the folder of the list or absolute. Empty lines and
-    lines that start with `#` are skipped. A relative path may not lead out of that folder (`../`). Order and
-    repetitions are kept. The extension does not matter; a
+    lines that start with `#` are skipped. Order and repetitions are kept. The extension does not matter; a
     line that names a folder stands for the images in it.
+
+    Args:
+        source: the folder or the list.
+        confined: refuse relative entries of a list that lead out of its folder (`../`).
 
     Raises:
         FileNotFoundError: the source, or a file named in the list, does not exist.
-        ValueError: no image in the folder or the list; the source is neither a folder nor a text file; an entry of the
-            list leads out of its folder.
+        ValueError: no image in the folder or the list; the source is neither a folder nor a text file; an entry of
+            the list leads out of its folder.
         OSError: a subfolder cannot be read.
     """
     source = Path(source).expanduser()
     if source.is_dir():
         return _images_in_folder(source)
     if source.is_file():
-        return _images_in_list(source)
+        return _images_in_list(source, confined)
     raise FileNotFoundError(
         f"there is no image folder, list of images, tar shard or array at {source.absolute()}: check the path "
         f"(a relative one starts at the current folder)"
@@ -81,7 +84,7 @@ def list_images(source: str | Path) -> list[Path]:
 def _images_in_folder(root: Path) -> list[Path]:
     images: list[Path] = []
     others: Counter[str] = Counter()
-    for folder, names in _walk(root):
+    for folder, names in walk(root):
         for name in names:
             extension = os.path.splitext(name)[1].lower()
             if extension in EXTENSIONS:
@@ -97,7 +100,7 @@ def _images_in_folder(root: Path) -> list[Path]:
     return sorted(images)
 
 
-def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
+def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
     """Yield every folder under `root` with its file names: hidden ones left out, each real folder once."""
 
     def stop(error: OSError) -> None:
@@ -118,7 +121,7 @@ def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
         yield folder, [name for name in names if not name.startswith(".")]
 
 
-def _images_in_list(path: Path) -> list[Path]:
+def _images_in_list(path: Path, confined: bool) -> list[Path]:
     if path.suffix.lower() in EXTENSIONS:
         raise ValueError(
             f"{path} is a single image: give a folder of images, or a text list with one path a line"
@@ -137,7 +140,8 @@ def _images_in_list(path: Path) -> list[Path]:
     images: list[Path] = []
     missing: list[str] = []
     for entry in entries:
-        if not os.path.isabs(entry) and os.path.normpath(entry).split(os.sep)[0] == os.pardir:
+        leads_out = not os.path.isabs(entry) and os.path.normpath(entry).split(os.sep)[0] == os.pardir
+        if confined and leads_out:
             raise ValueError(
                 f"the entry {entry} of {path} leads out of the folder of the list: write it as an absolute path, "
                 "or move the list"
