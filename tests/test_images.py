@@ -51,6 +51,9 @@ def encoded(image: Image.Image, file_format: str, **options) -> bytes:
 def pixels(path: Path, **options) -> np.ndarray:
     image = read_image(path, **options)
     assert image.mode == "RGB"
+    as_the_loader_reads = open_picture(path.read_bytes(), **options)
+    assert (as_the_loader_reads.width, as_the_loader_reads.height) == image.size
+    assert np.array_equal(as_the_loader_reads.pixels(), image)
     return np.asarray(image)
 
 
@@ -384,6 +387,8 @@ def test_truncated_files_fail(tmp_path, monkeypatch, file_format, share):
     path.write_bytes(data[: int(len(data) * share)])
     with pytest.raises((OSError, SyntaxError)):
         read_image(path)
+    with pytest.raises((OSError, SyntaxError, UnreadableImageError)):
+        open_picture(path.read_bytes()).pixels()
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True
 
 

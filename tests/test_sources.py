@@ -6,6 +6,7 @@ import pickle
 import sys
 import tarfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -316,6 +317,15 @@ def test_shards_of_a_server(server, tmp_path):
     assert len(handler.log) == 3
     assert opened(f"{address}/{{00..02}}.tar", tmp_path / "cache").digest() == source.digest()
     assert len(handler.log) == 3  # they are here now
+
+
+def test_processes_that_fetch_together_share_the_work(server, tmp_path):
+    handler, address = server
+    urls = [f"{address}/0{shard}.tar" for shard in range(3)]
+    with ThreadPoolExecutor(4) as several:
+        found = list(several.map(lambda _: remote.fetch_shards(urls, tmp_path / "cache"), range(4)))
+    assert all(result == found[0] for result in found)
+    assert len(handler.log) == 3
 
 
 @pytest.mark.parametrize("ranges", [True, False])
