@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from spark.export import STATE, WEIGHTS, architecture, load_encoder, read_encoder, save_encoder
+from spark.export import STATE, WEIGHTS, description, load_encoder, read_encoder, save_encoder
 from spark.folders import whole_folder, write_tensors
 from spark.keys import KeyReport, fit
 from spark.official import load_official, read_torch_file
@@ -81,9 +81,9 @@ def save_run(
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     metadata = {}
     if isinstance(encoder := getattr(model, "encoder", None), nn.Module):
-        # What timm does not know cannot be exported from the checkpoint, but it resumes.
+        # What is neither timm's nor says what maps it yields cannot be exported from the checkpoint, but it resumes.
         with contextlib.suppress(ValueError):
-            metadata["encoder"] = json.dumps(architecture(encoder))
+            metadata["encoder"] = json.dumps(description(encoder))
 
     folder = Path(output_dir) / "checkpoints" / f"step_{step:07d}"
     if folder.exists() and any(entry.name not in (WEIGHTS, STATE) for entry in folder.iterdir()):

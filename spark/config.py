@@ -29,11 +29,19 @@ class ModelConfig:
     """Model: encoder, mask and decoder.
 
     Attributes:
-        name: timm name of the convnet to pretrain, such as resnet50 or convnext_small.
+        name: timm name of the convnet to pretrain, such as resnet50 or convnext_small; or package.module:factory, a
+            function of your own that makes one (docs/options.md).
         input_size: size of the training images in pixels, one number or [height, width]; multiples of the stride.
+        train_sizes: sizes between which training switches from step to step, each a number or [height, width], such as
+            [160,192,224]; null is input_size in every step. Panels are drawn in input_size.
         in_chans: channels of the images.
-        mask_ratio: share of the patches that is hidden, between 0 and 1.
-        patch_size: side of a mask patch in pixels; null is the total stride of the encoder.
+        mask_ratio: share of the patches that is hidden, between 0 and 1; of a range [low, high] every step draws one.
+        mask_block_size: side, in patches, of the blocks that are hidden or shown together; 1 hides single patches.
+        patch_size: side of a mask patch in pixels, a multiple of the stride; null is the stride.
+        stride: stride of the deepest feature map that is used, such as 16; deeper parts of the encoder neither run nor
+            train. null is the encoder's own.
+        output_stride: 8, 16 or 32, for networks that timm can dilate to it instead of halving the resolution; no part
+            is left out. null is the network as it is.
         decoder_width: channels of the decoder at the deepest stage.
         layout: how the encoder runs on masked images; packed computes visible sites only, masked is the reference,
             spconv and triton are packed with the convolutions of these packages (CUDA); auto is the one of them that
@@ -41,19 +49,31 @@ class ModelConfig:
         drop_path: stochastic depth rate of the encoder.
         sync_bn: batch normalisation takes its statistics over all processes.
         densify_norm: normalisation of the encoder's feature maps before the decoder, bn (batch) or ln (layer); null is
-            the kind that the encoder itself uses.
+            bn for an encoder with any batch norm, ln for all others.
         decoder_stages: blocks of the decoder, each doubling the resolution; null is as many as the image's resolution
             takes. With fewer, the last one's positions predict squares of pixels: a cheaper decoder.
         densify_kernel: of the projections between encoder and decoder, 3 or, cheaper, 1.
+        decoder_maps: feature maps that the decoder receives, the deepest ones; 1 is a decoder of a single scale.
+        masked_pixels: what the encoder finds at masked patches; absent is SparK, which encodes visible patches only.
+            With zero or token (a learned number for each channel) the dense network runs on the whole image; the
+            decoder then gets its features of visible patches (zero) or all of them (token, as in SimMIM). For
+            ablations.
+        target: what the decoder predicts; pixels, each patch normalised by itself (normalised) or not (pixels), or
+            histograms of oriented gradients (hog, as in MaskFeat).
+        loss_on: patches that count in the loss, masked or all.
         grad_checkpointing: compute the encoder's activations again in the backward pass instead of keeping them, which
             costs time and saves memory; the results stay the same.
     """
 
     name: str
     input_size: int | tuple[int, int] = 224
+    train_sizes: tuple[int | tuple[int, int], ...] | None = None
     in_chans: int = 3
-    mask_ratio: float = 0.6
+    mask_block_size: int = 1
+    mask_ratio: float | tuple[float, float] = 0.6
     patch_size: int | None = None
+    stride: int | None = None
+    output_stride: Literal[8, 16, 32] | None = None
     decoder_width: int = 768
     layout: Literal["auto", "packed", "masked", "spconv", "triton"] = "auto"
     drop_path: float = 0.0
@@ -61,13 +81,29 @@ class ModelConfig:
     densify_norm: Literal["bn", "ln"] | None = None
     decoder_stages: int | None = None
     densify_kernel: Literal[1, 3] = 3
+    decoder_maps: int = 4
+    masked_pixels: Literal["absent", "zero", "token"] = "absent"
+    target: Literal["normalised", "pixels", "hog"] = "normalised"
+    loss_on: Literal["masked", "all"] = "masked"
     grad_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        require(0 < self.mask_ratio < 1, "model.mask_ratio", self.mask_ratio, "between 0 and 1")
+        if isinstance(self.mask_ratio, tuple):
+            low, high = self.mask_ratio
+            require(
+                0 < low <= high < 1,
+                "model.mask_ratio",
+                list(self.mask_ratio),
+                "between 0 and 1, or two such numbers, [low, high]",
+            )
+        else:
+            require(0 < self.mask_ratio < 1, "model.mask_ratio", self.mask_ratio, "between 0 and 1")
+        require(self.mask_block_size >= 1, "model.mask_block_size", self.mask_block_size, "at least 1")
+        require(self.train_sizes != (), "model.train_sizes", "[]", "null or a list with at least one size")
         require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "at least 0 and below 1")
         require(self.in_chans >= 1, "model.in_chans", self.in_chans, "at least 1")
         require(self.decoder_width >= 1, "model.decoder_width", self.decoder_width, "at least 1")
+        require(self.decoder_maps >= 1, "model.decoder_maps", self.decoder_maps, "at least 1")
 
 
 @dataclass
@@ -279,14 +315,13 @@ def save_config(config: Any, path: str | Path) -> None:
 
 def config_dict(config: Any) -> dict[str, Any]:
     """Turn a dataclass of options into nested dicts of plain values (lists for tuples), as in its YAML file."""
-    return {
-        item.name: config_dict(value)
-        if dataclasses.is_dataclass(value := getattr(config, item.name))
-        else list(value)
-        if isinstance(value, tuple)
-        else value
-        for item in dataclasses.fields(config)
-    }
+    return {item.name: _plain(getattr(config, item.name)) for item in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return config_dict(value)
+    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
 
 
 def config_changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
@@ -424,4 +459,5 @@ def _type_name(kind: Any) -> str:
 
 
 def _plural(kind: type) -> str:
-    return {int: "whole numbers", float: "numbers", str: "texts"}[kind]
+    names = {int: "whole numbers", float: "numbers", str: "texts"}
+    return names.get(kind) or f"entries, each {_type_name(kind)}"

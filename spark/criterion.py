@@ -3,10 +3,17 @@
 Shapes: B images, C channels, patches of p x p pixels on a grid of fh x fw.
 Source: SparK (ICLR 2023), section 3.3, with MAE's per-patch normalised pixels.  A patch is normalised over all its
 values, channels included.  Everything works on a view [B, C, fh, p, fw, p]; no patch is ever moved in memory.
+
+Other targets are for ablations: pixels as they are, and MaskFeat's histograms of oriented gradients.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from spark.hog import BINS, CELL, hog
 
 _PATCH_VALUES = (1, 3, 5)  # channel, row in patch, column in patch
 
@@ -37,7 +44,33 @@ def restore_patches(normalised: Tensor, images: Tensor, patch_size: int) -> Tens
     return (patch_view(normalised, patch_size) * std + mean).reshape(images.shape)
 
 
-def masked_patch_loss(prediction: Tensor, target: Tensor, visible: Tensor, patch_size: int) -> Tensor:
+@dataclass(frozen=True)
+class Target:
+    """What the decoder predicts.
+
+    Attributes:
+        make: (images [B, C, H, W], patch size [px]) -> target [B, C * features, H / cell, W / cell].
+        restore: (prediction, images, patch size) -> images that it stands for, [B, C, H, W]; None where there are none.
+        features: predicted numbers for each channel of the image.
+        cell: side of the square of pixels that one position of the target stands for.
+    """
+
+    make: Callable[[Tensor, int], Tensor]
+    restore: Callable[[Tensor, Tensor, int], Tensor] | None
+    features: int = 1
+    cell: int = 1
+
+
+TARGETS = {
+    "normalised": Target(normalise_patches, restore_patches),
+    "pixels": Target(lambda images, _: images, lambda prediction, _, __: prediction),
+    "hog": Target(lambda images, _: hog(images), None, BINS, CELL),
+}
+
+
+def masked_patch_loss(
+    prediction: Tensor, target: Tensor, visible: Tensor, patch_size: int, everywhere: bool = False
+) -> Tensor:
     """Mean squared error of the masked patches, a scalar.
 
     Sum over masked patches of the patch's mean squared error / (number of masked patches + 1e-8), the official form.
@@ -46,9 +79,10 @@ def masked_patch_loss(prediction: Tensor, target: Tensor, visible: Tensor, patch
         prediction: [B, C, H, W], any floating dtype; compared in at least fp32.
         target: [B, C, H, W].
         visible: [B, 1, fh, fw] bool.
-        patch_size: [px].
+        patch_size: side of a patch in positions of the target.
+        everywhere: of visible patches too.
     """
     dtype = torch.promote_types(prediction.dtype, torch.float32)
     error = patch_view(prediction.to(dtype) - target.to(dtype), patch_size).square().mean(_PATCH_VALUES)
-    masked = (~visible.squeeze(1)).to(dtype)
+    masked = torch.ones_like(error) if everywhere else (~visible.squeeze(1)).to(dtype)
     return (error * masked).sum() / (masked.sum() + 1e-8)

@@ -27,6 +27,7 @@ class Densify(nn.Module):
         kernel_size: of the projection: 1 at the deepest stage, 3 above.
         identity_if_equal: skip the projection when channels == width (the official rule at the deepest stage).
         sync_bn: batch statistics over all processes.
+        has_token: False for maps without masked sites, those of a dense encoder that has filled them itself.
     """
 
     def __init__(
@@ -38,27 +39,37 @@ class Densify(nn.Module):
         kernel_size: int,
         identity_if_equal: bool,
         sync_bn: bool,
+        has_token: bool = True,
     ):
         super().__init__()
         self.norm = (
             SyncBatchNorm2d(channels, sync=sync_bn) if norm == "bn" else LayerNorm2d(channels, eps=1e-6)
         )
-        self.token = nn.Parameter(torch.zeros(1, channels, 1, 1))
-        trunc_normal_(self.token, std=0.02, a=-0.02, b=0.02)
+        if has_token:
+            self.token = mask_token(channels)
         if identity_if_equal and channels == width:
             self.projection = nn.Identity()
         else:
             self.projection = nn.Conv2d(channels, width, kernel_size, padding=kernel_size // 2, bias=True)
         self.pointwise = isinstance(self.projection, nn.Conv2d) and kernel_size == 1
 
-    def forward(self, x: SparseTensor) -> Tensor:
-        """[B, channels, h, w] sparse -> [B, width, h, w] dense."""
+    def forward(self, x: SparseTensor | Tensor) -> Tensor:
+        """[B, channels, h, w], sparse if there is a token -> [B, width, h, w] dense."""
         x = self.norm(x)
+        if isinstance(x, Tensor):
+            return self.projection(x)
         if self.pointwise:  # a projection site by site: of the visible sites, and once of the token
             return self.projection(x).to_dense(self.projection(self.token))
         if isinstance(self.projection, nn.Conv2d) and filled_conv_pays(x):
             return filled_conv(x, self.token, self.projection.weight, self.projection.bias)
         return self.projection(x.to_dense(self.token))
+
+
+def mask_token(channels: int) -> nn.Parameter:
+    """What stands at masked places, [1, channels, 1, 1]: normal around 0, deviation 0.02, cut at 0.02."""
+    token = nn.Parameter(torch.zeros(1, channels, 1, 1))
+    trunc_normal_(token, std=0.02, a=-0.02, b=0.02)
+    return token
 
 
 class DecoderBlock(nn.Module):

@@ -2,17 +2,25 @@
 
 An encoder is a stock timm model, unwrapped: its state dict is timm's.  `pyramid` reads its feature maps through
 timm's `forward_intermediates`, which works on plain tensors and on sparse ones.
+
+Or it is anybody's own module that keeps this contract:
+1. `forward(images)` returns the list of feature maps [B, C_i, H / s_i, W / s_i], the largest first, each stride s_i
+   twice the one before;
+2. the attribute `feature_info` says so: a list of `{"num_chs": C_i, "reduction": s_i}`;
+3. sizes divide evenly: images whose sides are multiples of the last stride give maps of exactly these sizes.
 """
 
 import difflib
+import importlib
 import itertools
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import timm
 import torch
 from timm.layers.drop import DropPath
-from torch import nn
+from torch import Tensor, nn
 
 
 class PyramidLevel(NamedTuple):
@@ -26,10 +34,12 @@ class PyramidLevel(NamedTuple):
 def build_encoder(
     name: str, in_chans: int = 3, drop_path: float = 0.0, pretrained: bool = False, **timm_kwargs: Any
 ) -> nn.Module:
-    """Make a stock timm model without classifier.
+    """Make a stock timm model without classifier, or one's own encoder.
 
     Args:
-        name: a timm model name, with or without a tag ("resnet50", "convnext_tiny.fb_in1k").
+        name: a timm model name, with or without a tag ("resnet50", "convnext_tiny.fb_in1k"); or
+            "package.module:factory", a function or class of one's own that is called with `in_chans` (and with
+            `drop_path` where that is not 0).
         in_chans: input channels.
         drop_path: stochastic depth rate of the deepest block (timm's `drop_path_rate`); 0 turns off a model's own, too.
         pretrained: load timm's published weights for this name (needs network or a cache).
@@ -39,6 +49,12 @@ def build_encoder(
         ValueError: unknown name (nearest names are offered), or a model without a feature pyramid.
         OSError: the published weights could not be downloaded.
     """
+    if is_own(name):
+        if pretrained:
+            raise ValueError(f"{name} is not timm's, so timm has no weights of it: leave pretrained false")
+        return _build_own(
+            name, {"in_chans": in_chans} | ({"drop_path": drop_path} if drop_path else {}) | timm_kwargs
+        )
     if drop_path > 0:
         timm_kwargs["drop_path_rate"] = drop_path
     encoder = create_model(name, pretrained=pretrained, num_classes=0, in_chans=in_chans, **timm_kwargs)
@@ -47,6 +63,35 @@ def build_encoder(
             if isinstance(module, DropPath):
                 module.drop_prob = 0.0
     pyramid_info(encoder)
+    return encoder
+
+
+def is_own(name: str) -> bool:
+    """Whether a name means one's own code, "package.module:factory"."""
+    return bool(re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name))
+
+
+def _build_own(name: str, options: dict[str, Any]) -> nn.Module:
+    """Call one's own factory; the encoder remembers its name and options as `own_encoder`, for the export."""
+    module_name, _, attribute = name.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"{name} cannot be imported ({error}): the name is package.module:factory, and the package must be "
+            "installed or its folder be on PYTHONPATH"
+        ) from error
+    try:
+        encoder = factory(**options)
+    except TypeError as error:
+        raise ValueError(
+            f"{name} could not be called with {', '.join(f'{k}={v!r}' for k, v in options.items())} ({error}): it "
+            "must take the number of image channels as in_chans, and drop_path where a run sets it"
+        ) from error
+    if not isinstance(encoder, nn.Module):
+        raise ValueError(f"{name} made a {type(encoder).__name__}, not a torch.nn.Module")
+    pyramid_info(encoder)
+    encoder.own_encoder = {"own": name, "model_args": options}  # type: ignore[assignment]
     return encoder
 
 
@@ -60,7 +105,7 @@ def create_model(name: str, *, pretrained: bool = False, **options: Any) -> nn.M
     require_timm_name(name)
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
-    except (TypeError, RuntimeError) as error:
+    except (AssertionError, TypeError, RuntimeError) as error:
         raise ValueError(f"timm model {name!r} does not accept these options: {error}") from error
     except OSError as error:  # huggingface_hub's errors, and urllib's, are of this kind
         if not pretrained:
@@ -100,10 +145,11 @@ def pyramid_info(encoder: nn.Module) -> list[PyramidLevel]:
     """
     name = type(encoder).__name__
     entries = getattr(encoder, "feature_info", None)
-    if entries is None or not hasattr(encoder, "forward_intermediates"):
+    if entries is None:
         raise ValueError(
-            f"{name} yields no feature pyramid (timm's feature_info and forward_intermediates are missing); "
-            "use a convnet that timm.create_model(..., features_only=True) supports"
+            f"{name} yields no feature pyramid (it has no feature_info): use a convnet that "
+            "timm.create_model(..., features_only=True) supports, or have your own say what maps it returns "
+            "(docs/options.md)"
         )
     by_stride: dict[int, PyramidLevel] = {}
     for index, entry in enumerate(entries):
@@ -123,6 +169,15 @@ def pyramid(encoder: nn.Module, x: Any, levels: Sequence[PyramidLevel] | None = 
     """Feature maps of `x` [B, C, H, W] (plain or sparse) at these levels, shallow first: [B, C_i, H / s_i, W / s_i]."""
     levels = pyramid_info(encoder) if levels is None else levels
     indices = [level.index for level in levels]
+    if not hasattr(encoder, "forward_intermediates"):
+        maps, count = encoder(x), len(encoder.feature_info)  # type: ignore[arg-type]
+        if not isinstance(maps, list | tuple) or len(maps) != count:
+            got = f"{len(maps)} maps" if isinstance(maps, list | tuple) else f"a {type(maps).__name__}"
+            raise ValueError(
+                f"{type(encoder).__name__} returns {got}, not the list of {count} feature maps that its feature_info "
+                "announces"
+            )
+        return [maps[index] for index in indices]
     return encoder.forward_intermediates(  # type: ignore[operator]
         x, indices=indices, intermediates_only=True, stop_early=True
     )
@@ -134,7 +189,8 @@ def unreached_parameters(encoder: nn.Module, levels: Sequence[PyramidLevel], in_
     Found by differentiating a small dense forward, so no architecture has to be known by name.
 
     Raises:
-        ValueError: the encoder does not run on an image of twice its stride (it attends over a fixed grid, say).
+        ValueError: the encoder does not run on an image of twice its stride (it attends over a fixed grid, say), or
+            one's own returns other maps than its `feature_info` announces.
     """
     named = [(name, p) for name, p in encoder.named_parameters() if p.requires_grad]
     first, side = named[0][1], 2 * levels[-1].stride
@@ -143,7 +199,10 @@ def unreached_parameters(encoder: nn.Module, levels: Sequence[PyramidLevel], in_
     try:
         with torch.enable_grad():
             probe = torch.zeros(1, in_chans, side, side, device=first.device, dtype=first.dtype)
-            total = torch.stack([feature.sum() for feature in pyramid(encoder, probe, levels)]).sum()
+            features = pyramid(encoder, probe, levels)
+            if not hasattr(encoder, "forward_intermediates"):
+                _require_announced(encoder, features, levels, side)
+            total = torch.stack([feature.sum() for feature in features]).sum()
             grads = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
     except (AssertionError, RuntimeError, TypeError) as error:
         raise ValueError(
@@ -153,6 +212,31 @@ def unreached_parameters(encoder: nn.Module, levels: Sequence[PyramidLevel], in_
     finally:
         encoder.train(was_training)
     return [name for (name, _), grad in zip(named, grads, strict=True) if grad is None]
+
+
+def _require_announced(
+    encoder: nn.Module, features: Sequence[Tensor], levels: Sequence[PyramidLevel], side: int
+) -> None:
+    for feature, level in zip(features, levels, strict=True):
+        announced = [1, level.channels, side // level.stride, side // level.stride]
+        if list(feature.shape) != announced:
+            raise ValueError(
+                f"{type(encoder).__name__} made a feature map {list(feature.shape)} of an image of {side}x{side} px, "
+                f"where its feature_info announces {announced}: correct num_chs and reduction there, or "
+                "the padding inside"
+            )
+
+
+def cut_pyramid(levels: Sequence[PyramidLevel], stride: int) -> list[PyramidLevel]:
+    """The levels down to a stride [px]; deeper parts of the encoder then do not run.
+
+    Raises:
+        ValueError: there is no map of this stride.
+    """
+    strides = [level.stride for level in levels]
+    if stride not in strides:
+        raise ValueError(f"the encoder has no feature map of stride {stride}: use one of {strides}")
+    return list(levels[: strides.index(stride) + 1])
 
 
 def freeze_unreached(encoder: nn.Module, levels: Sequence[PyramidLevel], in_chans: int) -> None:

@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from spark.encoder import build_encoder, create_model
+from spark.channels import adapt_input, adapt_statistics
+from spark.encoder import build_encoder, create_model, is_own
 from spark.folders import whole_folder, write_tensors
 from spark.keys import KeyReport
 from spark.official import (
@@ -57,6 +58,9 @@ _NOT_ARCHITECTURE = (
 )
 """Options of `timm.create_model` that are not part of an export: recorded elsewhere, or a matter of use."""
 
+_OWN_CONFIG = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "input_size": (3, 224, 224)}
+"""How images of one's own encoder are prepared unless it is said."""
+
 _PREPROCESSING = ("interpolation", "crop_pct", "crop_mode", "fixed_input_size", "classifier")
 """Entries of a timm model's `pretrained_cfg` that stay true of other weights."""
 
@@ -68,12 +72,13 @@ def save_encoder(
     std: Sequence[float] | None = None,
     input_size: int | tuple[int, int] | None = None,
 ) -> Path:
-    """Export a timm encoder: `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it.
+    """Export an encoder; `timm.create_model("local-dir:FOLDER", pretrained=True)` loads timm's.
 
     It also loads with `features_only=True`, with another `in_chans`, and with `num_classes=N` for a new classifier.
+    One's own encoder loads with `load_encoder(FOLDER, model_name="package.module:factory")`.
 
     Args:
-        encoder: A stock timm model, such as `SparK.encoder`.
+        encoder: A stock timm model, or one's own encoder, such as `SparK.encoder`.
         folder: Written whole or not at all; an earlier export there is replaced.
         mean: Of each channel, as the images were normalised. Default: what the model's `pretrained_cfg` says.
         std: Likewise.
@@ -83,12 +88,13 @@ def save_encoder(
         The folder.
 
     Raises:
-        ValueError: Not a stock timm model, or mean and std do not have a value for each channel.
+        ValueError: Neither a stock timm model nor an encoder, or mean and std do not have a value for each channel.
         OSError: Disk full, or not writable.
     """
     encoder = extract_model_from_parallel(encoder, keep_torch_compile=False)
     config = _encoder_config(encoder, mean, std, input_size)
-    _require_rebuildable(encoder, config)
+    if "architecture" in config:
+        _require_rebuildable(encoder, config)
     with whole_folder(folder, (CONFIG, WEIGHTS)) as temporary:
         write_tensors(encoder, temporary / WEIGHTS, {})
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -116,6 +122,21 @@ def architecture(encoder: nn.Module) -> dict[str, Any]:
     return {"architecture": known["architecture"], "model_args": options}
 
 
+def description(encoder: nn.Module) -> dict[str, Any]:
+    """What is needed to build an encoder again: `architecture`, or for one's own what named it (`own`).
+
+    Of a model that was handed over as an object only the class can be named.
+
+    Raises:
+        ValueError: as `architecture`, for a model that is neither timm's nor yields feature maps.
+    """
+    if timm_config(encoder).get("architecture") or not hasattr(encoder, "feature_info"):
+        return architecture(encoder)
+    unnamed = {"own": f"{type(encoder).__module__}:{type(encoder).__qualname__}", "model_args": {}}
+    built: dict[str, Any] = getattr(encoder, "own_encoder", unnamed)
+    return {**built, "model_args": {**built["model_args"], "in_chans": input_channels(encoder)}}
+
+
 def _encoder_config(
     encoder: nn.Module,
     mean: Sequence[float] | None,
@@ -123,8 +144,8 @@ def _encoder_config(
     input_size: int | tuple[int, int] | None,
 ) -> dict[str, Any]:
     """Content of config.json: the architecture and how its images are prepared."""
-    built = architecture(encoder)
-    known = timm_config(encoder)
+    built = description(encoder)
+    known = _OWN_CONFIG | timm_config(encoder)
     channels = built["model_args"]["in_chans"]
     if input_size is None:
         input_size = tuple(known["input_size"][1:])
@@ -215,7 +236,8 @@ def load_encoder(
             first convolution.
         pretrained: For a timm name: load timm's published weights (needs the network). Otherwise the weights of a
             timm name are random. Files and folders are always loaded.
-        model_name: timm name of the encoder in a `.pth` file that does not say it.
+        model_name: timm name of the encoder in a `.pth` file that does not say it; "package.module:factory" of one's
+            own encoder, which must always be said: no file decides which code is run.
         timm_kwargs: Further options of `timm.create_model`, such as `drop_path_rate` or `out_indices`.
 
     Returns:
@@ -263,6 +285,23 @@ def read_encoder(
         return build_encoder(name, in_chans or 3, pretrained=pretrained, **timm_kwargs), KeyReport()
 
     channels = found.options["in_chans"]
+    if in_chans not in (None, channels):
+        for key in ("mean", "std"):
+            if key in found.preparation:
+                found.preparation[key] = adapt_statistics(found.preparation[key], in_chans)
+    if is_own(found.name):
+        encoder = build_encoder(
+            found.name, **{**found.options, "in_chans": in_chans or channels, **timm_kwargs}
+        )
+        first = f"{first_convolution(encoder)}.weight"
+        if first in found.tensors:
+            found.tensors[first] = adapt_input(found.tensors[first], in_chans or channels)
+        report = fit_encoder(
+            found.tensors, encoder, source=found.label, name=found.name, ignored=found.ignored
+        )
+        size = found.preparation.get("input_size", _OWN_CONFIG["input_size"][1:])
+        encoder.pretrained_cfg = {**found.preparation, "input_size": (in_chans or channels, *size)}  # type: ignore[assignment]
+        return encoder, report
     encoder = build_encoder(found.name, **found.options)
     report = fit_encoder(found.tensors, encoder, source=found.label, name=found.name, ignored=found.ignored)
     height, width = found.preparation.get("input_size", timm_config(encoder)["input_size"][1:])
@@ -283,6 +322,7 @@ def read_encoder(
             **{**found.options, "in_chans": in_chans or channels, **timm_kwargs},
         )
         timm_config(encoder).pop("state_dict")
+        preparation["input_size"] = (in_chans or channels, height, width)
     timm_config(encoder).update(preparation)
     return encoder, report
 
@@ -290,11 +330,11 @@ def read_encoder(
 def _find_encoder(source: str | Path, model_name: str | None) -> _Source | None:
     """Find the encoder weights that a path means; None if it is a timm name."""
     path = Path(str(source).removeprefix("local-dir:")).expanduser()
-    is_name = os.sep not in str(source) and timm.is_model(str(source).split(".")[0])
+    is_name = is_own(str(source)) or (os.sep not in str(source) and timm.is_model(str(source).split(".")[0]))
     if (path / CONFIG).is_file():
-        return _from_export(path)
+        return _from_export(path, model_name)
     if (path / STATE).is_file():
-        return _from_run(path)
+        return _from_run(path, model_name)
     if path.is_dir() and not is_name:
         hint = "save_encoder and tools/export_encoder.py write such folders"
         if (path / "encoder" / CONFIG).is_file():
@@ -324,11 +364,24 @@ def _from_file(path: Path, model_name: str | None) -> _Source:
     return _Source(weights.source, name, tensors, {"in_chans": channels}, preparation, ignored)
 
 
-def _from_export(folder: Path) -> _Source:
+def _name_of(built: dict[str, Any], source: Path, model_name: str | None) -> str:
+    """timm name of an encoder, or the user's own word for one's own."""
+    if "own" not in built:
+        return built["architecture"]
+    if model_name is None or not is_own(model_name):
+        raise ValueError(
+            f"{source} holds {built['own']}, which is not timm's, and no code is run because a file names it: say "
+            f"model_name='package.module:factory' (--model_name), such as {built['own']}"
+        )
+    return model_name
+
+
+def _from_export(folder: Path, model_name: str | None) -> _Source:
     """Read a folder with config.json: of `save_encoder`, or of another timm model on disk."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        name, cfg = config["architecture"], config.get("pretrained_cfg", {})
+        cfg = config.get("pretrained_cfg", {})
+        name = None if "own" in config else config["architecture"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{folder / CONFIG} does not describe a timm model (no architecture in it)"
@@ -339,6 +392,7 @@ def _from_export(folder: Path) -> _Source:
         raise ValueError(
             f"{folder / WEIGHTS} is missing, cut short or damaged ({error}): export it again"
         ) from error
+    name = name or _name_of(config, folder, model_name)
     preparation = {key: tuple(cfg[key]) for key in ("mean", "std") if key in cfg}
     if "input_size" in cfg:
         preparation["input_size"] = tuple(cfg["input_size"][1:])
@@ -347,7 +401,7 @@ def _from_export(folder: Path) -> _Source:
     return _Source(str(folder), name, tensors, options, preparation)
 
 
-def _from_run(folder: Path) -> _Source:
+def _from_run(folder: Path, model_name: str | None) -> _Source:
     """Read the encoder out of a checkpoint folder of a run."""
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
@@ -364,7 +418,7 @@ def _from_run(folder: Path) -> _Source:
     built = json.loads(described)
     return _Source(
         str(folder),
-        built["architecture"],
+        _name_of(built, folder, model_name),
         tensors,
         built["model_args"],
         _run_preparation(folder),

@@ -5,19 +5,23 @@ Shapes: images [B, C, H, W], a mask of fh x fw patches of `patch_size` pixels.
 """
 
 import math
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from spark.criterion import masked_patch_loss, normalise_patches, restore_patches
-from spark.decoder import Densify, LightDecoder
-from spark.encoder import build_encoder, freeze_unreached, pyramid, pyramid_info
-from spark.masking import num_visible, random_visible
-from spark.sparse import LAYOUTS, sparsify
+from spark.criterion import TARGETS, masked_patch_loss
+from spark.decoder import Densify, LightDecoder, mask_token
+from spark.dense import dense_pyramid, fill_masked
+from spark.encoder import build_encoder, cut_pyramid, freeze_unreached, pyramid, pyramid_info
+from spark.masking import MaskRatio, check_masks, mean_ratio, num_visible, random_visible, ratio_range
+from spark.sparse import LAYOUTS, SparseTensor, sparsify
 from spark.sparse.choice import AUTO, Choice, choose_layout, convolution_kind
+from spark.sparse.sites import static_on
 
-_HIERARCHY = 4  # feature maps the decoder receives: strides 4, 8, 16, 32 of a common convnet
+MASKED_PIXELS = ("absent", "zero", "token")
+LOSS_ON = ("masked", "all")
 
 
 class SparKOutput(NamedTuple):
@@ -26,7 +30,8 @@ class SparKOutput(NamedTuple):
     Attributes:
         loss: scalar, over the masked patches.
         prediction: [B, C, H, W], in the space of the target.
-        target: [B, C, H, W], each patch normalised by its own mean and deviation.
+        target: [B, C, H, W], each patch normalised by its own mean and deviation. (With `target="hog"` both are
+            [B, 9 C, H / 8, W / 8].)
         visible: [B, 1, fh, fw] bool, the mask that was used.
     """
 
@@ -43,23 +48,39 @@ class SparK(nn.Module):
     Nothing in it depends on the image size, so weights trained at one size run and load at any other.
 
     Args:
-        encoder: a timm model name, or a timm model.
+        encoder: a timm model name, "package.module:factory" for one's own (see `spark.encoder`), or such a model.
         input_size: [px], an int or (H, W); only used to check sizes early and to report `grid`. Forward takes any size
             that is a multiple of the patch size.
-        mask_ratio: share of patches hidden from the encoder.
+        mask_ratio: share of patches hidden from the encoder, or a range (low, high) of it; masks that the model draws
+            itself take one number of the range for all images of a forward.
         in_chans: image channels (of a named encoder; a given one must have been made with as many).
-        patch_size: [px], a multiple of the encoder's total stride; default the stride itself.
+        patch_size: [px], a multiple of the stride; default the stride itself.
+        stride: of the deepest feature map that is used [px], which decides about smallest patches and decoder depth;
+            deeper parts of the encoder neither run nor train. Default: the encoder's own. To keep all parts at a lower
+            stride, have timm dilate them with its option `output_stride`.
         decoder_width: channels at the decoder's deepest block; 768 is the official one, 256 is much cheaper.
         layout: "packed" computes visible sites only, "masked" is the dense reference of equal value; "spconv" and
             "triton" are "packed" with the convolutions of these packages, on CUDA. "auto" is the one of them that was
             the fastest in the committed measurements, chosen in the first forward on each kind of device.
         drop_path: stochastic depth rate of a named encoder.
         sync_bn: batch statistics over all processes.
-        densify_norm: "bn" or "ln"; default the kind that the encoder itself uses.
+        densify_norm: "bn" or "ln"; default "bn" for an encoder with any batch norm, "ln" for all others (layer norm,
+            group norm, no norm).
         decoder_stages: blocks of the decoder, each doubling the resolution; default as many as it takes to reach the
             image's. With fewer, each position of the last block predicts a square of pixels, and feature maps of higher
             resolution than that are not read.
         densify_kernel: 3, or 1 for cheaper projections (the deepest one always has 1).
+        decoder_maps: feature maps that the decoder receives, the deepest ones; 4 are the official hierarchy (strides 4
+            to 32 of a common convnet), 1 is a decoder of a single scale.
+        masked_pixels: what the encoder finds at masked patches. "absent": nothing, it runs on visible sites only
+            (SparK). "zero": zeros, and the dense network runs on the whole image; its features at masked sites are then
+            replaced by tokens as ever. "token": one learned number a channel, and the dense network runs on the whole
+            image; its features are kept at all sites (SimMIM). The last two are ablations: `layout` then only
+            concerns what is between encoder and decoder.
+        target: "normalised": pixels, every patch by its own mean and deviation; "pixels": as they are given; "hog":
+            histograms of oriented gradients (MaskFeat; `spark.hog`), which the decoder predicts at a stride of 8.
+        loss_on: "masked" patches, or "all".
+        mask_block_size: side of the blocks of patches that are hidden or shown together, see `spark.masking`.
 
     Raises:
         ValueError: unknown model, sizes or options that do not fit; each says what does.
@@ -69,7 +90,7 @@ class SparK(nn.Module):
         self,
         encoder: str | nn.Module,
         input_size: int | tuple[int, int] = 224,
-        mask_ratio: float = 0.6,
+        mask_ratio: MaskRatio = 0.6,
         in_chans: int = 3,
         patch_size: int | None = None,
         decoder_width: int = 768,
@@ -79,6 +100,12 @@ class SparK(nn.Module):
         densify_norm: str | None = None,
         decoder_stages: int | None = None,
         densify_kernel: int = 3,
+        decoder_maps: int = 4,
+        masked_pixels: str = "absent",
+        target: str = "normalised",
+        loss_on: str = "masked",
+        mask_block_size: int = 1,
+        stride: int | None = None,
         **timm_kwargs: Any,
     ):
         super().__init__()
@@ -88,49 +115,66 @@ class SparK(nn.Module):
             raise ValueError(
                 "drop_path and timm options shape a named encoder; a model that is already made keeps its own"
             )
-        if layout not in (AUTO, *LAYOUTS):
-            raise ValueError(
-                f"layout {layout!r} does not exist: use one of {', '.join(map(repr, (AUTO, *LAYOUTS)))}"
-            )
+        _require_one_of("layout", layout, (AUTO, *LAYOUTS))
         if layout != AUTO:
             LAYOUTS[layout]()  # refuses now what needs a package that is not there
+        _require_one_of("masked_pixels", masked_pixels, MASKED_PIXELS)
+        _require_one_of("target", target, TARGETS)
+        _require_one_of("loss_on", loss_on, LOSS_ON)
         self.encoder = encoder
         self.in_chans = in_chans
         self.mask_ratio = mask_ratio
+        self.mask_block_size = mask_block_size
         self.layout = layout
         self._choices: dict[tuple[str, str], Choice] = {}
         self.sync_bn = sync_bn
+        self.masked_pixels = masked_pixels
+        self.target = target
+        self.loss_on = loss_on
         levels = pyramid_info(encoder)
+        if stride is not None:
+            levels = cut_pyramid(levels, stride)
         self.stride = levels[-1].stride
         self.patch_size = self.stride if patch_size is None else patch_size
         if self.patch_size % self.stride or self.patch_size <= 0:
             raise ValueError(
                 f"patch_size {patch_size} must be a multiple of the encoder's stride {self.stride}"
             )
-        num_blocks = int(math.log2(self.stride))
-        if 2**num_blocks != self.stride:
+        if 2 ** int(math.log2(self.stride)) != self.stride:
             raise ValueError(
                 f"the encoder's total stride is {self.stride}; the decoder doubles sizes and needs a power of 2"
+            )
+        features, cell = TARGETS[target].features, TARGETS[target].cell
+        num_blocks = int(math.log2(self.stride / cell))
+        if num_blocks < 1:
+            raise ValueError(
+                f"target {target!r} is predicted at a stride of {cell}, which the encoder's stride of {self.stride} "
+                "does not exceed: use another target or a deeper encoder"
             )
         stages = num_blocks if decoder_stages is None else decoder_stages
         if not 1 <= stages <= num_blocks:
             raise ValueError(
                 f"decoder_stages {stages} must be 1 to {num_blocks}, log2 of the encoder's stride"
+                + (f" over that of the target, {cell}" if cell > 1 else "")
+            )
+        if decoder_maps < 1:
+            raise ValueError(
+                f"decoder_maps {decoder_maps} must be at least 1: the decoder needs a feature map"
             )
         if densify_kernel not in (1, 3):
             raise ValueError(f"densify_kernel {densify_kernel} must be 1 or 3")
-        self.levels = levels[-min(_HIERARCHY, stages + 1) :]
+        self.levels = levels[-min(decoder_maps, stages + 1) :]
         self.input_size = (
             (input_size, input_size) if isinstance(input_size, int) else (input_size[0], input_size[1])
         )
         self.grid = self.grid_of(*self.input_size)
-        num_visible(self.grid, mask_ratio)
+        check_masks(self.grid, mask_ratio, mask_block_size)
 
         norm = densify_norm or _norm_kind(encoder)
         if norm not in ("bn", "ln"):
             raise ValueError(f"densify_norm {densify_norm!r} does not exist: use 'bn' or 'ln'")
         upscale = 2 ** (num_blocks - stages)
-        self.decoder = LightDecoder(decoder_width, stages, in_chans, sync_bn, upscale)
+        self.decoder = LightDecoder(decoder_width, stages, in_chans * features, sync_bn, upscale)
         self.densify = nn.ModuleList(
             Densify(
                 level.channels,
@@ -139,9 +183,12 @@ class SparK(nn.Module):
                 kernel_size=1 if depth == 0 else densify_kernel,
                 identity_if_equal=depth == 0,
                 sync_bn=sync_bn,
+                has_token=masked_pixels != "token",
             )
             for depth, level in enumerate(reversed(self.levels))
         )
+        if masked_pixels == "token":
+            self.token = mask_token(in_chans)
         freeze_unreached(encoder, self.levels, in_chans)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as packed rows lie in memory
 
@@ -173,7 +220,7 @@ class SparK(nn.Module):
         key = (device_type, precision)
         if key not in self._choices:
             self._choices[key] = choose_layout(
-                device_type, convolution_kind(self.encoder), precision, self.mask_ratio
+                device_type, convolution_kind(self.encoder), precision, mean_ratio(self.mask_ratio)
             )
         return self._choices[key]
 
@@ -203,29 +250,61 @@ class SparK(nn.Module):
                 f"images have {images.shape[1]} channels, the model was made for in_chans={self.in_chans}"
             )
         if visible is None:
-            visible = random_visible(len(images), grid, self.mask_ratio, device=images.device)
-            visible_count = len(images) * num_visible(grid, self.mask_ratio)
+            low, high = ratio_range(self.mask_ratio)
+            ratio = low if low == high else low + (high - low) * torch.rand(()).item()
+            visible = random_visible(
+                len(images), grid, ratio, device=images.device, block=self.mask_block_size
+            )
+            visible_count = len(images) * num_visible(grid, ratio)
         elif tuple(visible.shape) != (len(images), 1, *grid):
             raise ValueError(
                 f"visible must be [{len(images)}, 1, {grid[0]}, {grid[1]}], got {list(visible.shape)}"
             )
-        layout = self.layout_on(images.device.type, _precision(images)).layout
-        sparse = sparsify(images, visible, layout, self.sync_bn, visible_count)
         # Not on a GPU: looking would wait for all work under way.
-        if not sparse.sites.static and not visible.any():
+        if not static_on(images.device) and not visible.any():
             raise ValueError("visible hides every patch of every image: leave at least one True")
-        features = pyramid(self.encoder, sparse, self.levels)
+        features = self._features(images, visible, visible_count)
         dense = [densify(x) for densify, x in zip(self.densify, reversed(features), strict=True)]
         prediction = self.decoder(dense)
-        target = normalise_patches(images, self.patch_size)
-        loss = masked_patch_loss(prediction, target, visible, self.patch_size)
+        task = TARGETS[self.target]
+        target = task.make(images, self.patch_size)
+        side = self.patch_size // task.cell
+        loss = masked_patch_loss(prediction, target, visible, side, everywhere=self.loss_on == "all")
         return SparKOutput(loss, prediction, target, visible)
 
+    def _features(self, images: Tensor, visible: Tensor, visible_count: int | None) -> list[Any]:
+        """What the encoder makes of the masked images, shallow first; sparse but for `masked_pixels="token"`."""
+
+        def sparse(x: Tensor) -> SparseTensor:
+            layout = self.layout_on(images.device.type, _precision(images)).layout
+            return sparsify(x, visible, layout, self.sync_bn, visible_count)
+
+        if self.masked_pixels == "absent":
+            return pyramid(self.encoder, sparse(images), self.levels)
+        filled = fill_masked(images, visible, self.token if self.masked_pixels == "token" else 0.0)
+        features = dense_pyramid(self.encoder, filled, self.levels, self.sync_bn)
+        return features if self.masked_pixels == "token" else [sparse(x) for x in features]
+
     def reconstruct(self, images: Tensor, output: SparKOutput) -> Tensor:
-        """Visible patches of the images, and at masked ones the prediction in image space: [B, C, H, W]."""
-        predicted = restore_patches(output.prediction.to(images.dtype), images, self.patch_size)
+        """Visible patches of the images, and at masked ones the prediction in image space: [B, C, H, W].
+
+        Raises:
+            ValueError: the target is no image.
+        """
+        restore = TARGETS[self.target].restore
+        if restore is None:
+            raise ValueError(
+                f"no image can be made of target {self.target!r}: spark.hog.draw_hog draws histograms, and "
+                "spark.monitor.reconstruction_panels true ones beside predicted ones"
+            )
+        predicted = restore(output.prediction.to(images.dtype), images, self.patch_size)
         seen = output.visible.repeat_interleave(self.patch_size, 2).repeat_interleave(self.patch_size, 3)
         return predicted.where(~seen, images)
+
+
+def _require_one_of(name: str, value: str, known: Collection[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} {value!r} does not exist: use one of {', '.join(map(repr, known))}")
 
 
 def _precision(images: Tensor) -> str:
@@ -237,12 +316,9 @@ def _precision(images: Tensor) -> str:
 
 
 def _norm_kind(encoder: nn.Module) -> str:
-    """The official rule, read off the network instead of its name: batch norm for ResNets, layer norm for ConvNeXts."""
-    kinds = {type(m) for m in encoder.modules()}
-    if any(issubclass(k, nn.modules.batchnorm._BatchNorm) for k in kinds):
-        return "bn"
-    if any(issubclass(k, nn.LayerNorm) for k in kinds):
-        return "ln"
-    raise ValueError(
-        f"{type(encoder).__name__} has neither batch norm nor layer norm: say densify_norm='bn' or densify_norm='ln'"
-    )
+    """The official rule, read off the network instead of its name: batch norm for ResNets, layer norm for ConvNeXts.
+
+    Networks with neither (group norm, none at all) were made not to depend on the batch; layer norm does not either.
+    """
+    batch = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in encoder.modules())
+    return "bn" if batch else "ln"

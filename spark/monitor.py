@@ -5,12 +5,14 @@ from io import BytesIO
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.transforms import functional
 from torchvision.utils import make_grid
 
 from spark.folders import write_whole
+from spark.hog import draw_hog
 from spark.model import SparK
 
 _GAP = 2  # [px] between pictures
@@ -22,7 +24,8 @@ _READABLE = 128  # [px] smaller images are enlarged by a whole factor up to this
 def reconstruction_panels(
     model: SparK, images: Tensor, visible: Tensor, mean: Sequence[float], std: Sequence[float]
 ) -> Image.Image:
-    """Draw a row "input, masked, reconstruction" for each image.
+    """Draw a row "input, masked, reconstruction" for each image; for histograms of oriented gradients "input, masked,
+    HOG, HOG predicted", the last as true in visible patches and as predicted in masked ones.
 
     The reconstruction shows visible patches as they are, and masked patches as predicted, brought back to image space
     with the mean and standard deviation of the true patch, as the loss compares them. The model runs in evaluation mode
@@ -37,30 +40,32 @@ def reconstruction_panels(
         std: per channel, on the scale 0 to 1.
 
     Returns:
-        An RGB picture with B rows of three images, small ones enlarged.
+        An RGB picture with B rows of three or four images, small ones enlarged.
     """
     was_training = model.training
     model.eval()
     output = model(images, visible)
-    restored = model.reconstruct(images, output)
     model.train(was_training)
 
-    seen = (
-        functional.resize(
-            output.visible.float(), list(images.shape[2:]), functional.InterpolationMode.NEAREST
-        )
-        > 0
-    )
+    seen = F.interpolate(visible.float(), size=images.shape[2:]) > 0
     masked = images.where(seen, 0.0)  # the mean colour of the data set
-    rows = torch.stack([_displayable(x, mean, std) for x in (images, masked, restored)], dim=1).flatten(0, 1)
+    columns = {"input": _displayable(images, mean, std), "masked": _displayable(masked, mean, std)}
+    if model.target == "hog":
+        true, predicted = (
+            draw_hog(x).cpu().expand(-1, 3, -1, -1) for x in (output.target, output.prediction)
+        )
+        columns |= {"HOG": true, "HOG predicted": true.where(seen.cpu(), predicted)}
+    else:
+        columns["reconstruction"] = _displayable(model.reconstruct(images, output), mean, std)
+    rows = torch.stack(list(columns.values()), dim=1).flatten(0, 1)
     zoom = max(1, _READABLE // images.shape[3])
     rows = rows.repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)
-    grid = functional.to_pil_image(make_grid(rows, nrow=3, padding=_GAP, pad_value=1.0))
+    grid = functional.to_pil_image(make_grid(rows, nrow=len(columns), padding=_GAP, pad_value=1.0))
 
     picture = Image.new("RGB", (grid.width, grid.height + _HEADER), "white")
     picture.paste(grid, (0, _HEADER))
     width = rows.shape[3]
-    for column, title in enumerate(("input", "masked", "reconstruction")):
+    for column, title in enumerate(columns):
         ImageDraw.Draw(picture).text((_GAP + column * (width + _GAP), 2), title, fill="black")
     return picture
 

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from timm.models.convnext import checkpoint_filter_fn
 from torch import Tensor, nn
 
+from spark.channels import adapt_input, adapt_output
 from spark.encoder import pyramid_info, require_timm_name, unreached_parameters
 from spark.keys import KeyReport, fit, some
 from spark.model import SparK
@@ -313,9 +314,10 @@ def load_official(
 
     Args:
         path: The `.pth` file.
-        layout: see `SparK`, see `SparK`.
+        layout: see `SparK`.
         model_name: timm name of the encoder, if the file does not say it and it is none of the official ones.
-        spark_kwargs: Options of `SparK` that take the place of the file's.
+        spark_kwargs: Options of `SparK` that take the place of the file's. With another `in_chans`, what reads and what
+            predicts the image is adapted as `spark.channels` says.
 
     Raises:
         FileNotFoundError: No such file.
@@ -339,6 +341,13 @@ def load_official(
     if "decoder.blocks.0.upsample.weight" in weights.others:
         options["decoder_width"] = weights.others["decoder.blocks.0.upsample.weight"].shape[0]
     model = SparK(name, layout=layout, **{**options, **spark_kwargs})
+    stored = options["in_chans"]
+    if model.in_chans != stored:
+        first = f"{first_convolution(model.encoder)}.weight"
+        tensors[first] = adapt_input(tensors[first], model.in_chans)
+        for key in ("decoder.head.weight", "decoder.head.bias"):
+            if key in weights.others:
+                weights.others[key] = adapt_output(weights.others[key], stored, model.in_chans)
     tensors = {f"encoder.{key}": value for key, value in tensors.items()}
     unreached = [key for key, parameter in model.encoder.named_parameters() if not parameter.requires_grad]
     report = fit(

@@ -1,11 +1,13 @@
 """Pretrain any timm convnet on unlabeled images with SparK: config -> objects -> one loop.
 
-    accelerate launch spark/pretrain.py --config configs/pretrain/resnet50.yaml --data.train PATH --output_dir DIR
+    accelerate launch spark/pretrain.py --config configs/pretrain/official_resnet50.yaml \\
+        --data.train PATH --output_dir DIR
 
 One process or several, on CPUs or GPUs, run this same file. Every random number is a function of the seed and of the
 position in the stream of images (see `spark.run`), so a resumed run goes on exactly where it was.
 """
 
+import copy
 import math
 import os
 import time
@@ -23,8 +25,8 @@ from torch.utils.data import DataLoader
 
 from spark.checkpoint import find_run, load_run, save_encoder, save_run
 from spark.config import PretrainConfig, config_changes, config_dict, parse_config, save_config
-from spark.images import Normalise, PretrainTransform, UnlabeledImages, UnreadableImages, collate_images
-from spark.masking import visible_at
+from spark.images import Normalise, PretrainTransform, UnlabeledImages, UnreadableImages
+from spark.masking import check_masks, mean_ratio, visible_at
 from spark.model import SparK
 from spark.monitor import reconstruction_panels, save_panels
 from spark.optim import build_optimizer, lr_at, parameter_groups, set_hyperparameters, weight_decay_at
@@ -49,6 +51,7 @@ from spark.run import (
 from spark.seeding import derive_seed
 from spark.sources import open_source
 from spark.sparse.choice import AUTO, Choice, is_available
+from spark.steps import MaskedBatches, StepImages, StepPlan
 
 DESCRIPTION = """Pretrain a timm convnet on unlabeled images with SparK (sparse and hierarchical masked modelling).
 SIGTERM and Ctrl-C save a checkpoint; continue with --resume true. A single process then ends with exit code 0; of
@@ -90,6 +93,7 @@ def pretrain(config: PretrainConfig) -> None:
         config.model.name,
         input_size=config.model.input_size,
         mask_ratio=config.model.mask_ratio,
+        mask_block_size=config.model.mask_block_size,
         in_chans=config.model.in_chans,
         patch_size=config.model.patch_size,
         decoder_width=config.model.decoder_width,
@@ -99,16 +103,23 @@ def pretrain(config: PretrainConfig) -> None:
         densify_norm=config.model.densify_norm,
         decoder_stages=config.model.decoder_stages,
         densify_kernel=config.model.densify_kernel,
+        decoder_maps=config.model.decoder_maps,
+        masked_pixels=config.model.masked_pixels,
+        target=config.model.target,
+        loss_on=config.model.loss_on,
+        stride=config.model.stride,
+        **({} if config.model.output_stride is None else {"output_stride": config.model.output_stride}),
     )
     if config.model.grad_checkpointing:
-        checkpoint_activations(spark.encoder, config.model.name)
+        checkpoint_activations(spark, config.model.name)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     spark.to(device).to(memory_format=memory_format)
     checkpoint = find_run(config.output_dir, config.resume)
     before = None if checkpoint is None else read_extra(checkpoint)
     layout = choose_layout(spark, device.type, config.precision, before)
     spark.layout = layout.layout
-    try_forward(spark, device)
+    plan = StepPlan(training_sizes(config, spark), spark.mask_ratio, config.optim.batch_size, config.seed)
+    try_forward(spark, device, plan.sizes)
 
     cache = config.data.cache or Path(config.output_dir) / "shards"
     source, lost_shards = open_source(config.data.train, cache, config.data.max_unreadable)
@@ -122,6 +133,9 @@ def pretrain(config: PretrainConfig) -> None:
         config.data.hflip,
     )
     images = UnlabeledImages(source, transform, config.seed, config.data.max_pixels)
+    resized = {size: copy.copy(images) for size in plan.sizes}  # the source is shared
+    for size, those in resized.items():
+        those.transform = replace(transform, input_size=size)
     unreadable = UnreadableImages(len(source), config.data.max_unreadable)
     config = resolve(config, spark, transform)
     betas, mean, std = config.optim.betas, config.data.mean, config.data.std
@@ -182,10 +196,10 @@ def pretrain(config: PretrainConfig) -> None:
         stop=total_steps * config.accumulation,
     )
     loader = DataLoader(
-        images,
+        StepImages(resized, plan),
         batch_sampler=stream,
         num_workers=workers,
-        collate_fn=MaskedBatches(spark.grid, config.model.mask_ratio, config.seed),
+        collate_fn=MaskedBatches(plan, spark.patch_size, spark.mask_block_size),
         pin_memory=device.type == "cuda",
         worker_init_fn=ignore_stop_signals,
     )
@@ -197,7 +211,17 @@ def pretrain(config: PretrainConfig) -> None:
     if main_process:
         save_config(config, Path(config.output_dir) / "config.yaml")
         print(
-            summary(config, spark, layout, accelerator, len(source), total_steps, warmup_steps, workers),
+            summary(
+                config,
+                spark,
+                plan.sizes,
+                layout,
+                accelerator,
+                len(source),
+                total_steps,
+                warmup_steps,
+                workers,
+            ),
             flush=True,
         )
 
@@ -343,6 +367,9 @@ def pretrain(config: PretrainConfig) -> None:
                     images_per_second=rate,
                     data_wait=waited / (now - since),
                     layout=layout.layout,
+                    mask_ratio=1 - visible_count / batch["visible"].numel(),
+                    height=pixels.shape[2],
+                    width=pixels.shape[3],
                     **memory_use(device),
                 )
             if main_process and config.checkpoint_every and step % config.checkpoint_every == 0:
@@ -378,31 +405,32 @@ def pretrain(config: PretrainConfig) -> None:
     log.close()
 
 
-class MaskedBatches:
-    """Collate function: a batch of images and, under "visible", the masks of its positions: [B, 1, fh, fw] bool.
+def training_sizes(config: PretrainConfig, spark: SparK) -> tuple[tuple[int, int], ...]:
+    """The sizes (H, W) between which training switches.
 
-    Masks are drawn here so that the loader's processes do it.
+    Raises:
+        ValueError: a size that patches or masks do not fit.
     """
-
-    def __init__(self, grid: tuple[int, int], mask_ratio: float, seed: int):
-        self.grid = grid
-        self.mask_ratio = mask_ratio
-        self.seed = seed
-
-    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Batch samples of `UnlabeledImages`."""
-        batch = collate_images(samples)
-        batch["visible"] = visible_at(batch["position"].tolist(), self.grid, self.mask_ratio, self.seed)
-        return batch
+    if config.model.train_sizes is None:
+        return (spark.input_size,)
+    sizes = tuple((size, size) if isinstance(size, int) else size for size in config.model.train_sizes)
+    for size in sizes:
+        check_masks(spark.grid_of(*size), spark.mask_ratio, spark.mask_block_size)
+    return sizes
 
 
-def checkpoint_activations(encoder: nn.Module, name: str) -> None:
+def checkpoint_activations(spark: SparK, name: str) -> None:
     """Let the encoder compute activations again in the backward pass instead of keeping them, which saves memory.
 
     Raises:
-        ValueError: the timm model cannot do so.
+        ValueError: the timm model cannot do so, or it runs dense: its batch norms would move their statistics twice.
     """
-    switch = getattr(encoder, "set_grad_checkpointing", None)
+    if spark.masked_pixels != "absent":
+        raise ValueError(
+            f"model.grad_checkpointing needs model.masked_pixels absent, not {spark.masked_pixels}: a dense encoder "
+            "would count every batch twice in its batch statistics. Raise accumulation to save memory"
+        )
+    switch = getattr(spark.encoder, "set_grad_checkpointing", None)
     advice = "leave model.grad_checkpointing false; a larger accumulation saves memory too"
     if switch is None:
         raise ValueError(f"timm model {name} cannot checkpoint its activations: {advice}")
@@ -437,8 +465,8 @@ def choose_layout(spark: SparK, device_type: str, precision: str, before: Mappin
 
 
 @torch.no_grad()
-def try_forward(spark: SparK, device: torch.device) -> None:
-    """Send black images through the model, to learn what it refuses before anything is written.
+def try_forward(spark: SparK, device: torch.device, sizes: Sequence[tuple[int, int]]) -> None:
+    """Send black images of these sizes (H, W) through the model, to learn what it refuses before anything is written.
 
     Evaluation mode and a mask of its own: no statistic moves and no random number of the run is drawn.
 
@@ -446,8 +474,11 @@ def try_forward(spark: SparK, device: torch.device) -> None:
         MissingRuleError: an operator of the encoder has no rule for sparse values.
     """
     spark.eval()
-    visible = visible_at(range(2), spark.grid, spark.mask_ratio, seed=0, device=device)
-    spark(torch.zeros(2, spark.in_chans, *spark.input_size, device=device), visible)
+    for size in sizes:
+        visible = visible_at(
+            range(2), spark.grid_of(*size), mean_ratio(spark.mask_ratio), seed=0, device=device
+        )
+        spark(torch.zeros(2, spark.in_chans, *size, device=device), visible)
     spark.train()
 
 
@@ -492,10 +523,15 @@ def resolve(config: PretrainConfig, spark: SparK, transform: PretrainTransform) 
 
 
 def fixed_batch(images: UnlabeledImages, spark: SparK, seed: int) -> tuple[Tensor, Tensor]:
-    """Images and masks for the panels, always the same: [B, C, H, W] uint8 and [B, 1, fh, fw]."""
+    """Images and masks for the panels, always the same and in the model's own size.
+
+    Returns:
+        [B, C, H, W] uint8 and [B, 1, fh, fw].
+    """
     count = min(PANEL_IMAGES, len(images))
     samples = [images[position, position * len(images) // count] for position in range(count)]
-    batch = MaskedBatches(spark.grid, spark.mask_ratio, seed)(samples)
+    plan = StepPlan((spark.input_size,), mean_ratio(spark.mask_ratio), count, seed)
+    batch = MaskedBatches(plan, spark.patch_size, spark.mask_block_size)(samples)
     return batch["image"], batch["visible"]
 
 
@@ -507,6 +543,7 @@ def read_extra(checkpoint: Path) -> dict[str, Any]:
 def summary(
     config: PretrainConfig,
     spark: SparK,
+    sizes: Sequence[tuple[int, int]],
     layout: Choice,
     accelerator: Accelerator,
     num_images: int,
@@ -520,7 +557,6 @@ def summary(
         return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.2f}M"
 
     optim, world = config.optim, accelerator.num_processes
-    height, width = spark.input_size
     warmup = (
         f"{warmup_steps} of warm-up"
         if warmup_steps < total_steps or not warmup_steps
@@ -529,7 +565,8 @@ def summary(
     return "\n".join(
         (
             f"model      {config.model.name}: {millions(spark.encoder)} parameters, with decoder {millions(spark)}; "
-            f"{height}x{width} px, {spark.grid[0]}x{spark.grid[1]} patches, mask {config.model.mask_ratio}",
+            f"{', '.join(f'{h}x{w}' for h, w in sizes)} px, patches of {spark.patch_size}, "
+            f"mask {config.model.mask_ratio}",
             f"layout     {layout.layout} ({layout.reason})",
             f"data       {num_images} images in {config.data.train}; loader processes {world} x {workers}",
             f"batch      {optim.batch_size} images: processes {world} x accumulation {config.accumulation} x "

@@ -307,17 +307,47 @@ def test_configs_are_run_cards_that_parse(file):
         assert word in text
 
 
-def test_paper_recipes():
-    resnet, convnext = (
-        parse("--config", str(CONFIGS / "pretrain" / name), "--data.train", "x", "--output_dir", "y")
-        for name in ("resnet50.yaml", "convnext_small.yaml")
-    )
-    for config in (resnet, convnext):
-        assert config.optim.base_lr * config.optim.batch_size / 256 == pytest.approx(3.2e-3)
-        assert (config.epochs, config.optim.warmup_epochs, config.optim.name) == (1600, 40, "lamb")
-    assert resnet.optim.betas == (0.9, 0.95)
-    assert convnext.optim.betas == (0.9, 0.999)
-    assert (resnet.model.drop_path, convnext.model.drop_path) == (0.05, 0.2)
+# The paper's recipe (Tian et al., ICLR 2023, and its code): the same for all networks but for these two.
+OFFICIAL = {  # network: drop path, beta2
+    "resnet50": (0.05, 0.95),
+    "resnet101": (0.08, 0.95),
+    "resnet152": (0.10, 0.95),
+    "resnet200": (0.15, 0.95),
+    "convnext_small": (0.2, 0.999),
+    "convnext_base": (0.3, 0.999),
+    "convnext_large": (0.4, 0.999),
+}
+
+
+def test_official_recipes():
+    files = sorted((CONFIGS / "pretrain").glob("official_*.yaml"))
+    assert {file.stem.removeprefix("official_") for file in files} == set(OFFICIAL)
+    for file in files:
+        config = parse("--config", str(file), "--data.train", "x", "--output_dir", "y")
+        model, data, optim = config.model, config.data, config.optim
+        assert model.name == file.stem.removeprefix("official_")
+        drop_path, beta2 = OFFICIAL[model.name]
+        assert (model.drop_path, optim.betas) == (drop_path, (0.9, beta2))
+        assert (model.input_size, model.mask_ratio, model.decoder_width) == (224, 0.6, 768)
+        plain = parse("--model.name", model.name, "--data.train", "x", "--output_dir", "y")
+        official = ("name", "drop_path")
+        assert {k: v for k, v in vars(model).items() if k not in official} == {
+            k: v for k, v in vars(plain.model).items() if k not in official
+        }, "all other options of the model are the paper's by default"
+        assert (data.crop_scale, data.hflip, data.mean, data.std) == ((0.67, 1.0), 0.5, None, None)
+        assert (optim.name, optim.batch_size, optim.eps, optim.clip_grad) == ("lamb", 4096, 1e-6, 5.0)
+        assert optim.base_lr * optim.batch_size / 256 == pytest.approx(2e-4 * 4096 / 256)
+        assert (optim.weight_decay, optim.weight_decay_end) == (0.04, 0.2)
+        assert (config.epochs, optim.warmup_epochs, optim.warmup_steps, config.max_steps) == (
+            1600,
+            40,
+            None,
+            None,
+        )
+        assert optim.batch_size % (8 * config.accumulation) == 0, "the card's 8 GPUs"
+        micro = optim.batch_size // 8 // config.accumulation
+        assert f"{micro} images at once" in file.read_text()
+        assert f"1 GPU: {8 * config.accumulation})" in file.read_text()
 
 
 @pytest.mark.parametrize("file", sorted((CONFIGS / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)

@@ -184,7 +184,6 @@ def test_trains_under_autocast_and_learns():
         ({"encoder": "resnet5O"}, "nearest: resnet50"),
         ({"encoder": "vit_tiny_patch16_224"}, "no feature pyramid"),
         ({"encoder": "swin_tiny_patch4_window7_224"}, "does not run on an image of 64x64"),
-        ({"encoder": "resnet50_gn", "layers": (1, 1, 1, 1)}, "say densify_norm='bn' or densify_norm='ln'"),
         ({"input_size": 100}, "use 96x96 or 128x128"),
         ({"input_size": (64, 90)}, "use 64x64 or 64x96"),
         ({"mask_ratio": 0.99}, "0 of 4 visible"),

@@ -633,7 +633,7 @@ def test_the_trial_forward_leaves_no_trace():
     model = SparK("test_resnet", input_size=64, decoder_width=32)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    pretrain.try_forward(model, torch.device("cpu"))
+    pretrain.try_forward(model, torch.device("cpu"), [(64, 64), (32, 96)])
     assert torch.equal(state, torch.get_rng_state())
     assert_equal(before, model.state_dict())
     assert model.training
@@ -691,6 +691,24 @@ def test_shards_train_as_their_folder_does_also_from_a_server_and_resumed(
     assert "3.tar: " in (tmp_path / "url" / "skipped_images.txt").read_text()
 
 
+@pytest.mark.parametrize("switches", [("zero", "pixels", "all"), ("token", "hog", "masked")])
+def test_ablations_run_resume_and_leave_what_every_run_leaves(command, tmp_path, switches):
+    names = ("masked_pixels", "target", "loss_on")
+    options = [f"--model.{name}={value}" for name, value in zip(names, switches, strict=True)]
+    run(command(*options, "--max_steps=4", "--panels_every=2", output="whole"))
+    run(command(*options, "--max_steps=4", "--checkpoint_every=2"))
+    run(
+        command(
+            *options, "--max_steps=4", f"--resume={tmp_path / 'run/checkpoints/step_0000002'}", output="b"
+        )
+    )
+    assert curve(tmp_path / "b") == curve(tmp_path / "whole")[2:]
+    assert_equal(weights(tmp_path / "b", 4), weights(tmp_path / "whole", 4))
+    figures = sorted(path.name for path in (tmp_path / "whole" / "figures").iterdir())
+    assert figures == ["panels_0000002.png", "panels_0000004.png"]
+    timm.create_model(f"local-dir:{tmp_path / 'whole' / 'encoder'}", pretrained=True)
+
+
 @pytest.mark.parametrize("name", ["test_resnet", "test_convnext"])
 def test_grad_checkpointing_gives_the_same_losses(command, tmp_path, name):
     options = (f"--model.name={name}", "--max_steps=3", "--model.densify_norm=ln")
@@ -705,10 +723,16 @@ def test_grad_checkpointing_is_refused_by_models_that_cannot():
         def set_grad_checkpointing(self, enable=True):
             raise AssertionError("gradient checkpointing not supported")
 
+    spark = SparK("test_resnet", input_size=64, decoder_width=32)
+    spark.encoder = Refuses()
     with pytest.raises(ValueError, match=r"dla34 refuses .*not supported.*model.grad_checkpointing false"):
-        pretrain.checkpoint_activations(Refuses(), "dla34")
+        pretrain.checkpoint_activations(spark, "dla34")
+    spark.encoder = torch.nn.Identity()
     with pytest.raises(ValueError, match="x cannot checkpoint"):
-        pretrain.checkpoint_activations(torch.nn.Identity(), "x")
+        pretrain.checkpoint_activations(spark, "x")
+    spark.masked_pixels = "zero"
+    with pytest.raises(ValueError, match=r"needs model.masked_pixels absent, not zero"):
+        pretrain.checkpoint_activations(spark, "x")
 
 
 def test_bugs_are_not_dressed_up(command, monkeypatch):

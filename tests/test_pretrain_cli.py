@@ -30,6 +30,7 @@ def losses(folder):
 def test_two_processes_equal_one(photos, tmp_path):  # noqa: F811
     """A global batch over two processes gives the loss and the weights of one, statistics synchronised."""
     options = ("--optim.name=sgd", "--optim.base_lr=3", "--max_steps=5", "--accumulation=2")
+    options += ("--model.train_sizes=[64,[64,96]]", "--model.mask_ratio=[0.4,0.6]")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     launcher.append(str(ROOT / "configs" / "accelerate" / "cpu_2_processes.yaml"))
     done = subprocess.run(

@@ -47,7 +47,7 @@ from finetune.protocols import get_protocol
 from spark import SparK
 from spark.checkpoint import find_run
 from spark.folders import write_whole
-from spark.masking import visible_at
+from spark.masking import mean_ratio, ratio_range, visible_at
 from spark.run import format_duration, read_rows
 
 # name in results.json -> heading, and whether larger is better
@@ -272,6 +272,7 @@ def curves(runs: Sequence[Run], names: Sequence[tuple[str, str, bool]]) -> str:
 def pretraining_section(run: Run) -> str:
     """Settings, curves and reconstructions of a pretraining run."""
     size = run.option("model.input_size")
+    ratio = run.option("model.mask_ratio")
     _, losses = run.series("loss")
     _, speeds = run.series("images_per_second")
     parts = [
@@ -284,7 +285,9 @@ def pretraining_section(run: Run) -> str:
                 ("input", " × ".join(map(str, size)) if isinstance(size, list) else size),
                 (
                     "hidden",
-                    None if not run.option("model.mask_ratio") else f"{run.option('model.mask_ratio'):.0%}",
+                    None
+                    if ratio is None
+                    else " to ".join(f"{r:.0%}" for r in dict.fromkeys(ratio_range(ratio))),
                 ),
                 ("batch", run.option("optim.batch_size")),
                 ("steps", run.steps or None),
@@ -772,7 +775,7 @@ def masked_and_reconstructed(
     resized = [np.array(Image.fromarray(i).resize((width, height), Image.Resampling.BICUBIC)) for i in images]
     batch = torch.stack([torch.from_numpy(i).permute(2, 0, 1).float() / 255 for i in resized])
     batch = (batch - mean) / std
-    visible = visible_at(range(len(batch)), model.grid, model.mask_ratio, seed=0)
+    visible = visible_at(range(len(batch)), model.grid, mean_ratio(model.mask_ratio), seed=0)
     with torch.inference_mode():
         output = model(batch, visible)
         restored = model.reconstruct(batch, output)

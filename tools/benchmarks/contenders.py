@@ -22,7 +22,7 @@ from benchmarks.original import (
 )
 from spark import SparK
 from spark.encoder import pyramid
-from spark.masking import num_visible, random_visible
+from spark.masking import mean_ratio, num_visible, random_visible
 from spark.official import load_official
 from spark.sparse import sparsify
 
@@ -206,7 +206,9 @@ def _build(case: Case, names: list[str]) -> list[Contender]:
 def our_own(model: SparK, case: Case, wrapped: nn.Module | None = None) -> Contender:
     """A model of ours as a contender; its loss is computed by `wrapped`, a module around it, where there is one."""
     run = model if wrapped is None else wrapped
-    per_image = num_visible(model.grid, model.mask_ratio)  # told, as in training: nothing waits for a GPU
+    per_image = num_visible(
+        model.grid, mean_ratio(model.mask_ratio)
+    )  # told, as in training: nothing waits for a GPU
 
     def features(images: Tensor, visible: Tensor) -> list[Tensor]:
         sparse = sparsify(images, visible, model.layout, model.sync_bn, len(images) * per_image)

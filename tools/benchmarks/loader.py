@@ -129,7 +129,7 @@ def _mean_and_std(images: UnlabeledImages) -> tuple[Sequence[float], Sequence[fl
 
 
 def _collate_with_masks(samples: Sequence[dict[str, Any]], grid: tuple[int, int]) -> dict[str, Any]:
-    """As `MaskedBatches` of spark/pretrain.py, an entry script, which nothing imports."""
+    """As `MaskedBatches` of spark/steps.py."""
     batch = collate_images(samples)
     batch["visible"] = visible_at(batch["position"].tolist(), grid, _MASK_RATIO, _SEED)
     return batch
