@@ -172,6 +172,37 @@ class OptimConfig:
 
 
 @dataclass
+class MonitorConfig:
+    """Monitors: how good the encoder's features of unmasked images are, measured while it trains.
+
+    Attributes:
+        data: folder of labelled images, train/CLASS/* and val/CLASS/*, to score with nearest neighbours and a linear
+            probe; null measures the features of some training images, which takes no labels.
+        every: optimizer steps between measurements; 0 never measures.
+        max_images: images that are measured, of a labelled folder in each of train/ and val/.
+        max_share: share of the run's time that measurements may take; one that would take more is skipped, and its row
+            of metrics.jsonl says so.
+        collapse_rank: a smaller effective rank of the features warns that they collapse.
+        collapse_std: a smaller channel_std, between 0 and 1, of the features warns that they collapse.
+    """
+
+    data: str | None = None
+    every: int = 1000
+    max_images: int = 1000
+    max_share: float = 0.03
+    collapse_rank: float = 2.0
+    collapse_std: float = 0.01
+
+    def __post_init__(self) -> None:
+        self.data = None if self.data is None else os.path.expanduser(self.data)
+        require(self.every >= 0, "monitor.every", self.every, "0 or more")
+        require(self.max_images >= 2, "monitor.max_images", self.max_images, "at least 2")
+        require(0 < self.max_share <= 1, "monitor.max_share", self.max_share, "above 0 and at most 1")
+        require(self.collapse_rank >= 0, "monitor.collapse_rank", self.collapse_rank, "0 or more")
+        require(self.collapse_std >= 0, "monitor.collapse_std", self.collapse_std, "0 or more")
+
+
+@dataclass
 class PretrainConfig:
     """Run: length, precision, logs and checkpoints.
 
@@ -195,6 +226,7 @@ class PretrainConfig:
     data: DataConfig
     output_dir: str
     optim: OptimConfig = field(default_factory=OptimConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     epochs: float = 1600
     max_steps: int | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

@@ -27,8 +27,16 @@ from spark.config import PretrainConfig, config_changes, config_dict, parse_conf
 from spark.images import PretrainTransform, UnlabeledImages, UnreadableImages, collate_images, list_images
 from spark.masking import visible_at
 from spark.model import SparK
-from spark.monitor import reconstruction_panels, save_panels
+from spark.monitor import (
+    Monitor,
+    MonitoredImages,
+    collapse_warning,
+    read_labelled,
+    reconstruction_panels,
+    save_panels,
+)
 from spark.optim import build_optimizer, lr_at, parameter_groups, set_hyperparameters, weight_decay_at
+from spark.probing import list_labelled
 from spark.run import (
     RunLog,
     StopRequest,
@@ -185,6 +193,7 @@ def pretrain(config: PretrainConfig) -> None:
         worker_init_fn=ignore_stop_signals,
     )
     panel_batch = fixed_batch(images, spark, config.seed) if main_process else None
+    monitor = build_monitor(config, images, spark, micro_batch, main_process)
 
     # --- logs
     make_output_dir(config.output_dir)
@@ -220,6 +229,29 @@ def pretrain(config: PretrainConfig) -> None:
         pixels, visible = (tensor.to(device) for tensor in panel_batch)
         picture = reconstruction_panels(spark, pixels, visible, mean, std)
         return save_panels(picture, config.output_dir, step)
+
+    def measure(rate: float) -> dict[str, float | str]:
+        """Measure the features of unmasked images, if that keeps within its share of the time; main process only."""
+        nonlocal monitor
+        assert monitor is not None
+        if not monitor.affordable(rate):
+            expected = monitor.expected(rate)
+            return {
+                "monitor": f"skipped: its {expected:.1f} s would exceed monitor.max_share {monitor.max_share}"
+            }
+        try:
+            values = monitor.measure(spark.encoder)
+        except ValueError as error:  # labelled images that cannot be read: the run can do without
+            bar.say(f"the monitor is off from here on: {error}")
+            monitor = None
+            return {"monitor": f"off: {error}"}
+        text = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+        bar.say(f"unmasked features after step {step}: {text}")
+        warning = collapse_warning(values, config.monitor.collapse_rank, config.monitor.collapse_std)
+        if warning is None:
+            return {**values}
+        bar.say(f"warning: after step {step} the {warning}")
+        return {**values, "event": "collapse", "reason": warning}
 
     def export() -> Path:
         """Write the encoder; main process only."""
@@ -324,10 +356,15 @@ def pretrain(config: PretrainConfig) -> None:
 
             # report, save, draw, export
             now = time.perf_counter()
-            rate = steps_since * config.optim.batch_size / (now - since)
+            elapsed = now - since
+            rate = steps_since * config.optim.batch_size / elapsed
             bar.update(step, loss=mean_loss, lr=lr, images_per_second=rate)
+            watched: dict[str, float | str] = {}
+            if monitor is not None and (step % config.monitor.every == 0 or step == total_steps):
+                watched = measure(rate)
+                since += time.perf_counter() - now  # the time of measuring is not that of training
             log_due = step % config.log_every == 0 or step in (1, total_steps)
-            if log_due:
+            if log_due or watched:
                 log.row(
                     step,
                     loss=mean_loss,
@@ -336,16 +373,20 @@ def pretrain(config: PretrainConfig) -> None:
                     grad_norm=grad_norm,
                     epoch=step * config.optim.batch_size / len(files),
                     images_per_second=rate,
-                    data_wait=waited / (now - since),
+                    data_wait=waited / elapsed,
                     layout=layout.layout,
                     **memory_use(device),
+                    **watched,
                 )
             if main_process and config.checkpoint_every and step % config.checkpoint_every == 0:
                 save()
                 saved_step = step
             if main_process and config.panels_every and step % config.panels_every == 0:
+                begin = time.perf_counter()
                 attempt("panels", draw)
                 drawn_step = step
+                if monitor is not None:
+                    monitor.seconds += time.perf_counter() - begin
             if main_process and stop.export:
                 stop.export = False
                 if folder := attempt("the encoder", export):
@@ -496,12 +537,50 @@ def resolve(config: PretrainConfig, spark: SparK, transform: PretrainTransform) 
     )
 
 
+def fixed_samples(images: UnlabeledImages, most: int) -> list[dict[str, Any]]:
+    """At most so many training images, evenly spread, always the same."""
+    count = min(most, len(images))
+    return [images[position, position * len(images) // count] for position in range(count)]
+
+
 def fixed_batch(images: UnlabeledImages, spark: SparK, seed: int) -> tuple[Tensor, Tensor]:
     """Images and masks for the panels, always the same: [B, C, H, W] and [B, 1, fh, fw]."""
-    count = min(PANEL_IMAGES, len(images))
-    samples = [images[position, position * len(images) // count] for position in range(count)]
-    batch = MaskedBatches(spark.grid, spark.mask_ratio, seed)(samples)
+    batch = MaskedBatches(spark.grid, spark.mask_ratio, seed)(fixed_samples(images, PANEL_IMAGES))
     return batch["image"], batch["visible"]
+
+
+def build_monitor(
+    config: PretrainConfig, images: UnlabeledImages, spark: SparK, batch_size: int, main_process: bool
+) -> Monitor | None:
+    """What watches a run, in its main process; None in the others, which only check the options, and if it is off.
+
+    Raises:
+        FileNotFoundError: a split of the labelled folder is missing.
+        ValueError: the labelled folder does not fit.
+    """
+    most, mean, std = config.monitor.max_images, config.data.mean, config.data.std
+    if not config.monitor.every:
+        return None
+    assert mean is not None
+    assert std is not None
+    if config.monitor.data is None:
+        count = min(most, len(images))
+
+        def read() -> MonitoredImages:
+            return MonitoredImages(collate_images(fixed_samples(images, count))["image"])
+    else:
+        if len(mean) not in (1, 3):
+            raise ValueError(
+                f"monitor.data is a folder of image files, which have 3 channels (colour) or 1 (grey), and "
+                f"model.in_chans is {len(mean)}: leave monitor.data null"
+            )
+        found = list_labelled(Path(config.monitor.data))
+        count = sum(min(most, int(part.sum())) for part in (found.train, ~found.train))
+
+        def read() -> MonitoredImages:
+            return read_labelled(found, most, spark.input_size, mean, std)
+
+    return Monitor(read, count, config.monitor.max_share, batch_size) if main_process else None
 
 
 def read_extra(checkpoint: Path) -> dict[str, Any]:

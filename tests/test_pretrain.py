@@ -61,6 +61,7 @@ def small_run(photos, folder, *more):
         "log_every": "1",
         "checkpoint_every": "0",
         "panels_every": "0",
+        "monitor.every": "0",
         "output_dir": str(folder),
     }
     return [f"--{name}={value}" for name, value in options.items()] + list(more)
@@ -275,6 +276,72 @@ def test_loader_processes_change_nothing(command, tmp_path, whole):
 def test_seed_changes_the_run(command, tmp_path, whole):
     run(command("--seed=1", "--checkpoint_every=0"))
     assert curve(tmp_path / "run")[0]["loss"] != curve(whole)[0]["loss"]
+
+
+# --- monitors
+
+
+def test_monitors_measure_and_leave_the_run_as_it_is(command, tmp_path, photos, whole, capsys):
+    """Bit for bit the run without: weights, batch norm's statistics, optimizer and every row."""
+    labelled = tmp_path / "labelled"
+    for split in ("train", "val"):
+        shutil.copytree(photos, labelled / split)
+    run(command("--monitor.every=3", "--monitor.max_share=1", f"--monitor.data={labelled}"))
+    rows = curve(tmp_path / "run")
+    measured = (
+        "rank",
+        "channel_std",
+        "bn_gap",
+        "bn_drift",
+        "knn",
+        "linear",
+        "monitor_seconds",
+        "monitor_share",
+    )
+    assert [row["step"] for row in rows if "rank" in row] == [3, 6, 8]
+    assert set(measured) <= rows[5].keys()
+    assert rows[5]["linear"] >= 0.5
+    assert rows[5]["knn"] == 1.0, "every validation image is a training image too"
+    assert rows[5]["bn_drift"] > 0
+    assert "unmasked features after step 6: rank " in capsys.readouterr().out
+    assert [{k: v for k, v in row.items() if k not in measured} for row in rows] == curve(whole)
+    assert_equal(weights(tmp_path / "run", 8), weights(whole, 8))
+    assert_equal(moments(tmp_path / "run", 8), moments(whole, 8))
+
+
+def test_monitors_that_cost_too_much_are_skipped_and_say_so(command, tmp_path):
+    run(command("--monitor.every=4", "--monitor.max_share=1e-6", "--log_every=8"))
+    rows = curve(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 4, 8]
+    assert "monitor" not in rows[0]
+    for row in rows[1:]:
+        assert "rank" not in row
+        assert row["monitor"].startswith("skipped: its ")
+        assert row["loss"] > 0
+
+
+def test_collapse_is_an_event_and_a_warning(command, tmp_path, capsys):
+    run(
+        command("--monitor.every=8", "--monitor.max_share=1", "--monitor.collapse_rank=1000", "--max_steps=8")
+    )
+    row = curve(tmp_path / "run")[-1]
+    assert row["event"] == "collapse"
+    assert "below 1000" in row["reason"]
+    assert "warning: after step 8 the features collapse: rank" in capsys.readouterr().out
+
+
+def test_unfit_labelled_folder_is_refused_before_anything_is_written(command, tmp_path, capsys, photos):
+    assert "there is no folder" in error_of(capsys, command("--monitor.every=1", f"--monitor.data={photos}"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_labelled_images_have_the_channels_of_image_files(command, photos):
+    options = command(
+        "--monitor.every=1", f"--monitor.data={photos}", "--data.mean=[0,0]", "--data.std=[1,1]"
+    )
+    config = parse_config(pretrain.PretrainConfig, options, "")
+    with pytest.raises(ValueError, match=r"in_chans is 2: leave monitor\.data null"):
+        pretrain.build_monitor(config, [], SparK("test_resnet", in_chans=2, decoder_width=32), 1, True)
 
 
 # --- resume
