@@ -6,13 +6,15 @@ One process or several, on CPUs or GPUs, run this same file. Every random number
 position in the stream of images (see `spark.run`), so a resumed run goes on exactly where it was.
 """
 
+import copy
 import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from spark.checkpoint import find_run, load_run, save_encoder, save_run
 from spark.config import PretrainConfig, config_changes, config_dict, parse_config, save_config
+from spark.guard import Guard
 from spark.images import PretrainTransform, UnlabeledImages, UnreadableImages, collate_images, list_images
 from spark.masking import visible_at
 from spark.model import SparK
@@ -35,13 +38,19 @@ from spark.monitor import (
     reconstruction_panels,
     save_panels,
 )
-from spark.optim import build_optimizer, lr_at, parameter_groups, set_hyperparameters, weight_decay_at
+from spark.optim import (
+    build_optimizer,
+    lr_at,
+    parameter_groups,
+    set_hyperparameters,
+    update_average,
+    weight_decay_at,
+)
 from spark.probing import list_labelled
 from spark.run import (
     RunLog,
     StopRequest,
     StreamSampler,
-    check_finite,
     check_output_dir,
     ignore_stop_signals,
     make_output_dir,
@@ -53,6 +62,7 @@ from spark.run import (
     resume_command,
     run_length,
     start_accelerator,
+    stop_run,
     worker_count,
 )
 from spark.seeding import derive_seed
@@ -83,6 +93,8 @@ def pretrain(config: PretrainConfig) -> None:
             sentence says what to do.
         OSError: a file cannot be read or written; likewise.
     """
+    deadline = time.monotonic() + config.time_limit_seconds()
+
     # --- objects; nothing is written before all of them fit together
     check_output_dir(config.output_dir, config.resume)
     accelerator = start_accelerator(config.output_dir, config.precision)
@@ -148,10 +160,13 @@ def pretrain(config: PretrainConfig) -> None:
     )
     groups = parameter_groups(spark, start_decay)
     optimizer = build_optimizer(config.optim.name, groups, peak_lr, betas, config.optim.eps)
+    ema = None if config.optim.ema_decay is None else copy.deepcopy(spark).requires_grad_(False)
+    guard = Guard(config.guard)
     model, optimizer = prepare(accelerator, spark, optimizer)
 
     # --- resume
     step = 0
+    offset = 0  # batches of the stream that rollbacks have passed over: step n trains on batch n + offset
     if checkpoint is not None and before is not None:
         accelerator.print(f"continuing from {checkpoint}")
         for line in config_changes(before["config"], config_dict(config)):
@@ -163,8 +178,15 @@ def pretrain(config: PretrainConfig) -> None:
                 f"changed since that checkpoint: the layout was {old} on {before.get('device_type', device.type)}, is "
                 f"{layout.layout} on {device.type}: from here on the run agrees with the earlier one to rounding"
             )
-        state = load_run(checkpoint, model=spark, optimizer=optimizer, scaler=accelerator.scaler)
-        step = state["step"]
+        if (old := before.get("processes", world)) != world:
+            accelerator.print(
+                f"changed since that checkpoint: processes were {old}, are {world}: the same batches of images, "
+                "divided anew; the run agrees with the earlier one to rounding, except for what stochastic depth draws"
+            )
+        state = load_run(checkpoint, model=spark, optimizer=optimizer, scaler=accelerator.scaler, ema=ema)
+        step, offset = state["step"], state.get("offset", 0)
+        if "guard" in state:
+            guard.load_state_dict(state["guard"])
         unreadable.load_state_dict(state["unreadable"])
         if step >= total_steps:
             accelerator.print(
@@ -175,23 +197,28 @@ def pretrain(config: PretrainConfig) -> None:
 
     # --- the stream of batches, from the step on
     workers = worker_count(config.data.workers, accelerator)
-    stream = StreamSampler(
-        len(files),
-        micro_batch,
-        rank=rank,
-        world_size=world,
-        seed=config.seed,
-        start=step * config.accumulation,
-        stop=total_steps * config.accumulation,
-    )
-    loader = DataLoader(
-        images,
-        batch_sampler=stream,
-        num_workers=workers,
-        collate_fn=MaskedBatches(spark.grid, config.model.mask_ratio, config.seed),
-        pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_stop_signals,
-    )
+
+    def batches_from(position: int) -> Iterator[dict[str, Any]]:
+        """Batches of this process from one of the stream's on; `accumulation` of them are a step's."""
+        stream = StreamSampler(
+            len(files),
+            micro_batch,
+            rank=rank,
+            world_size=world,
+            seed=config.seed,
+            start=position * config.accumulation,
+            stop=(total_steps + offset) * config.accumulation,
+        )
+        loader = DataLoader(
+            images,
+            batch_sampler=stream,
+            num_workers=workers,
+            collate_fn=MaskedBatches(spark.grid, config.model.mask_ratio, config.seed),
+            pin_memory=device.type == "cuda",
+            worker_init_fn=ignore_stop_signals,
+        )
+        return iter(loader)
+
     panel_batch = fixed_batch(images, spark, config.seed) if main_process else None
     monitor = build_monitor(config, images, spark, micro_batch, main_process)
 
@@ -213,10 +240,14 @@ def pretrain(config: PretrainConfig) -> None:
             model=spark,
             optimizer=optimizer,
             scaler=accelerator.scaler,
+            ema=ema,
             extra={
                 "config": config_dict(config),
                 "unreadable": unreadable.state_dict(),
                 "data": data,
+                "offset": offset,
+                "guard": guard.state_dict(),
+                "processes": world,
                 "layout": layout.layout,
                 "device_type": device.type,
             },
@@ -256,7 +287,8 @@ def pretrain(config: PretrainConfig) -> None:
     def export() -> Path:
         """Write the encoder; main process only."""
         folder = Path(config.output_dir) / "encoder"
-        return save_encoder(spark.encoder, folder, mean, std, spark.input_size)
+        trained = ema if ema is not None and config.export_ema else spark
+        return save_encoder(trained.encoder, folder, mean, std, spark.input_size)
 
     def attempt(what: str, write: Callable[[], Path]) -> Path | None:
         """Write what the run can do without: a failure is told, and the run goes on."""
@@ -268,6 +300,19 @@ def pretrain(config: PretrainConfig) -> None:
                 f"or correct the permissions of {config.output_dir} before the next checkpoint"
             )
             return None
+
+    def keep_on(what: str, write: Callable[[], Any]) -> bool:
+        """Write what the run needs, and say whether it was written; guard.on_save_error tells if a failure ends it."""
+        try:
+            write()
+        except OSError as error:
+            if config.guard.on_save_error == "stop":
+                raise
+            bar.say(
+                f"{what} after step {step} could not be written, training goes on (guard.on_save_error): {error}"
+            )
+            return False
+        return True
 
     # Batch norm's running statistics change in the forward pass already. To be able to go back to the state before a
     # step whose loss is not finite, they are copied first.
@@ -285,10 +330,10 @@ def pretrain(config: PretrainConfig) -> None:
     saved_step = drawn_step = -1
     since, steps_since, waited = time.perf_counter(), 0, 0.0
     with (
-        StopRequest() as stop,
+        StopRequest(deadline) as stop,
         progress_bar(total_steps, step, every=config.log_every, enabled=main_process) as bar,
     ):
-        batches = iter(loader)
+        batches = batches_from(step + offset)
         while step < total_steps and not stop.agreed(accelerator):
             lr = lr_at(step, peak=peak_lr, total_steps=total_steps, warmup_steps=warmup_steps)
             weight_decay = weight_decay_at(step, start=start_decay, end=end_decay, total_steps=total_steps)
@@ -309,7 +354,9 @@ def pretrain(config: PretrainConfig) -> None:
                     pixels = batch["image"].to(device, non_blocking=True, memory_format=memory_format)
                     visible_count = int(batch["visible"].sum())  # here: on a GPU, reading it would wait
                     visible = batch["visible"].to(device, non_blocking=True)
-                    torch.manual_seed(derive_seed(config.seed, step * config.accumulation + part, rank, 4))
+                    torch.manual_seed(
+                        derive_seed(config.seed, (step + offset) * config.accumulation + part, rank, 4)
+                    )
                     is_last = part == config.accumulation - 1
                     with nullcontext() if is_last else accelerator.no_sync(model):
                         loss = model(pixels, visible, visible_count).loss / config.accumulation
@@ -345,12 +392,52 @@ def pretrain(config: PretrainConfig) -> None:
             numbers: dict[str, float] = {"the loss": mean_loss}
             if accelerator.scaler is None or accelerator.scaler.get_scale() < 1:
                 numbers["the gradient norm"] = grad_norm
-            batch_files = [images.files[index] for index in indices]
-            check_finite(
-                accelerator, step + 1, numbers, files=batch_files, output_dir=config.output_dir, save=rescue
-            )
-            optimizer.step()
+            verdict = guard.judge(numbers)
+            event: dict[str, float | str] = {}
+            if verdict is not None and verdict.action == "rollback":
+                target = find_run(config.output_dir, True)
+                if target is None:  # before the first checkpoint
+                    verdict = guard.skip(f"{verdict.reason}, and there is no checkpoint to roll back to")
+            if verdict is None:
+                optimizer.step()
+                if ema is not None and config.optim.ema_decay is not None:
+                    update_average(ema, spark, config.optim.ema_decay if step else 0.0)
+            elif verdict.action == "stop":
+                batch_files = [images.files[index] for index in indices]
+                stop_run(
+                    accelerator,
+                    step + 1,
+                    verdict.reason,
+                    files=batch_files,
+                    output_dir=config.output_dir,
+                    save=rescue,
+                )
+            else:
+                torch._foreach_copy_(running, running_before)  # pyright: ignore[reportPrivateImportUsage]
+                if accelerator.scaler is not None:
+                    accelerator.scaler.update()
+                event = {"event": verdict.action, "reason": verdict.reason}
+                bar.say(f"step {step + 1}: {verdict.reason}: {verdict.action}")
             optimizer.zero_grad()
+            if verdict is not None and verdict.action == "rollback":
+                assert target is not None
+                guard.rollbacks += 1
+                state = load_run(target, model=spark, optimizer=optimizer, scaler=accelerator.scaler, ema=ema)
+                accelerator.wait_for_everyone()  # nobody writes checkpoints while others read them
+                guard.load_state_dict(
+                    {**state.get("guard", Guard(config.guard).state_dict()), "rollbacks": guard.rollbacks}
+                )
+                event["at_step"] = step + 1
+                # The stream goes on behind the batch that failed, or the same would happen again.
+                position, step = step + offset + 1, state["step"]
+                offset = position - step
+                batches = batches_from(position)
+                keep_on("the rows", partial(log.rewind, step, keep_events=True))
+                keep_on(
+                    "a row", partial(log.row, step, loss=mean_loss, lr=lr, images_per_second=0.0, **event)
+                )
+                since, steps_since, waited = time.perf_counter(), 0, 0.0
+                continue
             step += 1
             steps_since += 1
 
@@ -360,27 +447,28 @@ def pretrain(config: PretrainConfig) -> None:
             rate = steps_since * config.optim.batch_size / elapsed
             bar.update(step, loss=mean_loss, lr=lr, images_per_second=rate)
             watched: dict[str, float | str] = {}
-            if monitor is not None and (step % config.monitor.every == 0 or step == total_steps):
+            if (
+                monitor is not None
+                and not event
+                and (step % config.monitor.every == 0 or step == total_steps)
+            ):
                 watched = measure(rate)
                 since += time.perf_counter() - now  # the time of measuring is not that of training
             log_due = step % config.log_every == 0 or step in (1, total_steps)
-            if log_due or watched:
-                log.row(
-                    step,
-                    loss=mean_loss,
-                    lr=lr,
-                    weight_decay=weight_decay,
-                    grad_norm=grad_norm,
-                    epoch=step * config.optim.batch_size / len(files),
-                    images_per_second=rate,
-                    data_wait=waited / elapsed,
-                    layout=layout.layout,
-                    **memory_use(device),
-                    **watched,
-                )
+            if log_due or watched or event:
+                row = {
+                    "loss": mean_loss,
+                    "lr": lr,
+                    "weight_decay": weight_decay,
+                    "grad_norm": grad_norm,
+                    "epoch": (step + offset) * config.optim.batch_size / len(files),
+                    "images_per_second": rate,
+                    "data_wait": waited / elapsed,
+                    "layout": layout.layout,
+                }
+                keep_on("a row", partial(log.row, step, **row, **memory_use(device), **watched, **event))
             if main_process and config.checkpoint_every and step % config.checkpoint_every == 0:
-                save()
-                saved_step = step
+                saved_step = step if keep_on("the checkpoint", save) else saved_step
             if main_process and config.panels_every and step % config.panels_every == 0:
                 begin = time.perf_counter()
                 attempt("panels", draw)

@@ -19,7 +19,7 @@ LAYERS = [
     {"folding", "encoder", "criterion"},
     {"decoder"},
     {"model"},
-    {"folders", "keys", "config", "optim", "images", "probing", "monitor"},
+    {"folders", "keys", "config", "optim", "images", "probing", "guard", "monitor"},
     {"official"},
     {"export"},
     {"checkpoint"},
