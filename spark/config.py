@@ -48,6 +48,11 @@ class ModelConfig:
         densify_kernel: of the projections between encoder and decoder, 3 or, cheaper, 1.
         grad_checkpointing: compute the encoder's activations again in the backward pass instead of keeping them, which
             costs time and saves memory; the results stay the same.
+        init: weights to start from, of any image size: a run folder or a checkpoint folder of one, an official .pth
+            file, an exported encoder folder, or timm for timm's published weights of this name; null starts at random.
+            Other numbers of channels are adapted. A run that resumes goes on from its checkpoint instead.
+        init_decoder: auto takes the decoder of init too, if it has one that fits; keep insists on it; drop starts the
+            decoder at random.
     """
 
     name: str
@@ -63,12 +68,15 @@ class ModelConfig:
     decoder_stages: int | None = None
     densify_kernel: Literal[1, 3] = 3
     grad_checkpointing: bool = False
+    init: str | None = None
+    init_decoder: Literal["auto", "keep", "drop"] = "auto"
 
     def __post_init__(self) -> None:
         require(0 < self.mask_ratio < 1, "model.mask_ratio", self.mask_ratio, "between 0 and 1")
         require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "at least 0 and below 1")
         require(self.in_chans >= 1, "model.in_chans", self.in_chans, "at least 1")
         require(self.decoder_width >= 1, "model.decoder_width", self.decoder_width, "at least 1")
+        self.init = None if self.init is None else os.path.expanduser(self.init)
 
 
 @dataclass

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from spark.checkpoint import find_run, load_run, save_encoder, save_run
 from spark.config import PretrainConfig, config_changes, config_dict, parse_config, save_config
+from spark.continuation import start_from
 from spark.guard import Guard
 from spark.images import PretrainTransform, UnlabeledImages, UnreadableImages, collate_images, list_images
 from spark.masking import visible_at
@@ -125,6 +126,9 @@ def pretrain(config: PretrainConfig) -> None:
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     spark.to(device).to(memory_format=memory_format)
     checkpoint = find_run(config.output_dir, config.resume)
+    if checkpoint is None and config.model.init is not None:
+        for line in start_from(spark, config.model.init, config.model.name, config.model.init_decoder):
+            accelerator.print(line)
     before = None if checkpoint is None else read_extra(checkpoint)
     layout = choose_layout(spark, device.type, config.precision, before)
     spark.layout = layout.layout

@@ -23,6 +23,7 @@ LAYERS = [
     {"official"},
     {"export"},
     {"checkpoint"},
+    {"continuation"},
     {"run"},
     {"pretrain"},
 ]
