@@ -78,7 +78,7 @@ def start_from(spark: SparK, source: str, name: str, decoder: str = "auto") -> l
         if decoder == "keep":
             raise ValueError(
                 f"model.init_decoder is keep, and the decoder of {source} cannot be kept: {why}. Take the options of "
-                "its run (decoder_width, decoder_stages, densify_norm, in_chans, ...), or let model.init_decoder drop it"
+                "its run (decoder_width, decoder_stages, densify_norm, ...), or let model.init_decoder drop it"
             )
         return [
             *lines,
