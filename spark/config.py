@@ -263,6 +263,8 @@ class PretrainConfig:
         max_steps: length of the run in optimizer steps; when set it takes the place of epochs.
         precision: fp32, or mixed precision in bf16 or fp16.
         accumulation: parts that each process splits its share of a batch into, to fit the memory.
+        compile: the training step's forward and backward through torch.compile, which takes minutes at the start; see
+            docs/compile.md for what it can trace. Measurements and pictures are not compiled.
         channels_last: images and weights in the channels-last memory format, the faster one nearly everywhere.
         seed: seed of everything random: weights, order of the images, crops, masks, stochastic depth.
         log_every: optimizer steps between rows of metrics.jsonl.
@@ -286,6 +288,7 @@ class PretrainConfig:
     max_steps: int | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     accumulation: int = 1
+    compile: bool = False
     channels_last: bool = True
     seed: int = 0
     log_every: int = 10
@@ -314,6 +317,12 @@ class PretrainConfig:
             "export_ema",
             self.export_ema,
             "false where optim.ema_decay is null: there is no average to export",
+        )
+        require(
+            not (self.compile and self.model.grad_checkpointing),
+            "compile",
+            self.compile,
+            "false together with model.grad_checkpointing: the compiler chooses itself what is computed again",
         )
         self.time_limit_seconds()
 

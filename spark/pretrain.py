@@ -67,6 +67,7 @@ from spark.run import (
     worker_count,
 )
 from spark.seeding import derive_seed
+from spark.sparse.batch_norm import in_recomputation
 from spark.sparse.choice import AUTO, Choice, is_available
 
 DESCRIPTION = """Pretrain a timm convnet on unlabeled images with SparK (sparse and hierarchical masked modelling).
@@ -167,6 +168,7 @@ def pretrain(config: PretrainConfig) -> None:
     ema = None if config.optim.ema_decay is None else copy.deepcopy(spark).requires_grad_(False)
     guard = Guard(config.guard)
     model, optimizer = prepare(accelerator, spark, optimizer)
+    forward = torch.compile(model) if config.compile else model
 
     # --- resume
     step = 0
@@ -363,7 +365,7 @@ def pretrain(config: PretrainConfig) -> None:
                     )
                     is_last = part == config.accumulation - 1
                     with nullcontext() if is_last else accelerator.no_sync(model):
-                        loss = model(pixels, visible, visible_count).loss / config.accumulation
+                        loss = forward(pixels, visible, visible_count).loss / config.accumulation
                         accelerator.backward(loss)
                     loss_sum += loss.detach()
                 all_loss, all_failed = reduce_sum(accelerator, [loss_sum.item(), len(failed)])
@@ -540,6 +542,15 @@ def checkpoint_activations(encoder: nn.Module, name: str) -> None:
         raise ValueError(
             f"timm model {name} refuses to checkpoint its activations ({error}): {advice}"
         ) from error
+
+    def uncount(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
+        # batch norm counts its batches as it is called; the second call of a step is no second batch
+        if norm.training and in_recomputation():
+            cast(Tensor, norm.num_batches_tracked).sub_(1)
+
+    for module in encoder.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.num_batches_tracked is not None:
+            module.register_forward_pre_hook(uncount)
 
 
 def choose_layout(spark: SparK, device_type: str, precision: str, before: Mapping[str, Any] | None) -> Choice:

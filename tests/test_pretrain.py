@@ -921,6 +921,8 @@ def test_grad_checkpointing_gives_the_same_losses(command, tmp_path, name):
     run(command(*options, "--model.grad_checkpointing=true"))
     losses = [[row["loss"] for row in curve(tmp_path / folder)] for folder in ("plain", "run")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    counts = [value.item() for key, value in weights(tmp_path / "run", 3).items() if "num_batches" in key]
+    assert set(counts) == {3}, "a batch that goes through twice is one batch"
 
 
 def test_grad_checkpointing_is_refused_by_models_that_cannot():
