@@ -115,12 +115,18 @@ def start_accelerator(output_dir: str | Path, precision: str) -> Accelerator:
         precision: fp32, bf16 or fp16.
 
     Raises:
-        ValueError: fp16 without a GPU.
+        ValueError: fp16 without a GPU, or FSDP.
     """
     wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"true", "1", "yes"}
     on_cpu = wants_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     if on_cpu and precision == "fp16":
         raise ValueError("precision fp16 needs a GPU; use bf16 or fp32 on this machine")
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise ValueError(
+            "FSDP is not supported by the training scripts yet (checkpoints of sharded weights are not written): use a "
+            "configuration of configs/accelerate/, whole weights on each GPU, and model.grad_checkpointing or more "
+            "accumulation where memory is short"
+        )
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision="no" if precision == "fp32" else precision,

@@ -222,6 +222,12 @@ def test_fp16_without_gpu_is_refused(tmp_path, monkeypatch):
         start_accelerator(tmp_path, "fp16")
 
 
+def test_fsdp_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP is not supported by the training scripts yet"):
+        start_accelerator(tmp_path, "fp32")
+
+
 def test_launcher_that_started_one_process_of_several(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
