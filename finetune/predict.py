@@ -29,9 +29,10 @@ from finetune.inference import chosen_device, predict_depth, transform_of
 from finetune.model import DepthModel, load_depth_model
 from finetune.protocols import Protocol
 from spark.config import parse_config, require
+from spark.decoding import describe_failure, read_image
 from spark.folders import write_whole
-from spark.images import describe_failure, list_images, read_image
 from spark.run import one_line_errors
+from spark.sources import list_images
 
 DESCRIPTION = """Predict depth for an image or a folder of images: for each NAME.npy (metres), NAME_mm.png (16-bit
 millimetres) and NAME_colour.png, and predictions.json with what was written and what could not be read."""

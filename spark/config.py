@@ -84,7 +84,10 @@ class DataConfig:
     """Data: the unlabeled images and what is done to them.
 
     Attributes:
-        train: folder of images (searched recursively), or a text file with one image path a line.
+        train: the images: a folder (searched recursively), a text file with one image path a line, a pattern such as
+            photos/**/*.jpg, tar shards such as shards/{000..127}.tar or https://host/{000..127}.tar, a .npy file of
+            uint8 [N, H, W, C], or hf:NAME:SPLIT:COLUMN for a Hugging Face data set; see docs/images.md.
+        cache: folder that shards of http addresses are fetched to and kept in; null is shards/ in output_dir.
         workers: processes that read images; null is one for each core that a process may use, at most 8.
         mean: mean of each channel on the scale 0 to 1, subtracted from the images; null is ImageNet's.
         std: standard deviation of each channel on the scale 0 to 1, dividing the images; null is ImageNet's.
@@ -92,10 +95,11 @@ class DataConfig:
         hflip: probability of a horizontal flip.
         max_pixels: images of more pixels are skipped as unreadable.
         max_unreadable: share of the files that may be unreadable before the run stops, between 0 and 1; above 0 it
-            allows one file at least, however few there are.
+            allows one file at least, however few there are. Likewise for the shards that cannot be fetched.
     """
 
     train: str
+    cache: str | None = None
     workers: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -106,6 +110,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         self.train = os.path.expanduser(self.train)
+        self.cache = self.cache and os.path.expanduser(self.cache)
         low, high = self.crop_scale
         require(
             0 < low <= high <= 1,

@@ -7,7 +7,6 @@ position in the stream of images (see `spark.run`), so a resumed run goes on exa
 """
 
 import copy
-import hashlib
 import math
 import os
 import time
@@ -28,7 +27,7 @@ from spark.checkpoint import find_run, load_run, save_encoder, save_run
 from spark.config import PretrainConfig, config_changes, config_dict, parse_config, save_config
 from spark.continuation import start_from
 from spark.guard import Guard
-from spark.images import PretrainTransform, UnlabeledImages, UnreadableImages, collate_images, list_images
+from spark.images import Normalise, PretrainTransform, UnlabeledImages, UnreadableImages, collate_images
 from spark.masking import visible_at
 from spark.model import SparK
 from spark.monitor import (
@@ -67,6 +66,7 @@ from spark.run import (
     worker_count,
 )
 from spark.seeding import derive_seed
+from spark.sources import open_source
 from spark.sparse.batch_norm import in_recomputation
 from spark.sparse.choice import AUTO, Choice, is_available
 
@@ -135,8 +135,9 @@ def pretrain(config: PretrainConfig) -> None:
     spark.layout = layout.layout
     try_forward(spark, device)
 
-    files = list_images(config.data.train)
-    data = fingerprint(files, config.data.train)
+    cache = config.data.cache or Path(config.output_dir) / "shards"
+    source, lost_shards = open_source(config.data.train, cache, config.data.max_unreadable)
+    data = {"images": len(source), "names": source.digest()}
     transform = PretrainTransform(
         spark.input_size,
         config.model.in_chans,
@@ -145,19 +146,20 @@ def pretrain(config: PretrainConfig) -> None:
         config.data.std,
         config.data.hflip,
     )
-    images = UnlabeledImages(files, transform, config.seed, config.data.max_pixels)
-    unreadable = UnreadableImages(len(files), config.data.max_unreadable)
+    images = UnlabeledImages(source, transform, config.seed, config.data.max_pixels)
+    unreadable = UnreadableImages(len(source), config.data.max_unreadable)
     config = resolve(config, spark, transform)
     betas, mean, std = config.optim.betas, config.data.mean, config.data.std
     assert betas is not None
     assert mean is not None
     assert std is not None
+    normalise = Normalise(mean, std, device)
 
     peak_lr = config.optim.base_lr * config.optim.batch_size / 256
     start_decay = config.optim.weight_decay
     end_decay = start_decay if config.optim.weight_decay_end is None else config.optim.weight_decay_end
     total_steps, warmup_steps = run_length(
-        len(files) / config.optim.batch_size,
+        len(source) / config.optim.batch_size,
         config.epochs,
         config.max_steps,
         config.optim.warmup_epochs,
@@ -201,13 +203,16 @@ def pretrain(config: PretrainConfig) -> None:
     elif config.resume:
         accelerator.print(f"no checkpoint in {config.output_dir} yet: starting from the beginning")
 
+    for line in unreadable.add(lost_shards):
+        accelerator.print(f"left out the shard {line}")
+
     # --- the stream of batches, from the step on
     workers = worker_count(config.data.workers, accelerator)
 
     def batches_from(position: int) -> Iterator[dict[str, Any]]:
         """Batches of this process from one of the stream's on; `accumulation` of them are a step's."""
         stream = StreamSampler(
-            len(files),
+            len(source),
             micro_batch,
             rank=rank,
             world_size=world,
@@ -234,7 +239,7 @@ def pretrain(config: PretrainConfig) -> None:
     if main_process:
         save_config(config, Path(config.output_dir) / "config.yaml")
         print(
-            summary(config, spark, layout, accelerator, len(files), total_steps, warmup_steps, workers),
+            summary(config, spark, layout, accelerator, len(source), total_steps, warmup_steps, workers),
             flush=True,
         )
 
@@ -264,7 +269,7 @@ def pretrain(config: PretrainConfig) -> None:
         """Write reconstruction panels of the fixed images; main process only."""
         assert panel_batch is not None
         pixels, visible = (tensor.to(device) for tensor in panel_batch)
-        picture = reconstruction_panels(spark, pixels, visible, mean, std)
+        picture = reconstruction_panels(spark, normalise(pixels), visible, mean, std)
         return save_panels(picture, config.output_dir, step)
 
     def measure(rate: float) -> dict[str, float | str]:
@@ -349,15 +354,16 @@ def pretrain(config: PretrainConfig) -> None:
             try:
                 # forward and backward, in parts; the processes average their gradients in the last one
                 loss_sum = torch.zeros((), device=device)
-                indices: list[int] = []
+                names: list[str] = []
                 failed: list[str] = []
                 for part in range(config.accumulation):
                     asked = time.perf_counter()
                     batch = next(batches)
                     waited += time.perf_counter() - asked
-                    indices += batch["index"].tolist()
+                    names += batch["name"]
                     failed += batch["failed"]
                     pixels = batch["image"].to(device, non_blocking=True, memory_format=memory_format)
+                    pixels = normalise(pixels)
                     visible_count = int(batch["visible"].sum())  # here: on a GPU, reading it would wait
                     visible = batch["visible"].to(device, non_blocking=True)
                     torch.manual_seed(
@@ -409,12 +415,11 @@ def pretrain(config: PretrainConfig) -> None:
                 if ema is not None and config.optim.ema_decay is not None:
                     update_average(ema, spark, config.optim.ema_decay if step else 0.0)
             elif verdict.action == "stop":
-                batch_files = [images.files[index] for index in indices]
                 stop_run(
                     accelerator,
                     step + 1,
                     verdict.reason,
-                    files=batch_files,
+                    files=names,
                     output_dir=config.output_dir,
                     save=rescue,
                 )
@@ -467,7 +472,7 @@ def pretrain(config: PretrainConfig) -> None:
                     "lr": lr,
                     "weight_decay": weight_decay,
                     "grad_norm": grad_norm,
-                    "epoch": (step + offset) * config.optim.batch_size / len(files),
+                    "epoch": (step + offset) * config.optim.batch_size / len(source),
                     "images_per_second": rate,
                     "data_wait": waited / elapsed,
                     "layout": layout.layout,
@@ -590,16 +595,6 @@ def try_forward(spark: SparK, device: torch.device) -> None:
     spark.train()
 
 
-def fingerprint(files: Sequence[Path], source: str) -> dict[str, Any]:
-    """Number of files and a digest of their names, which do not change when the whole data set is moved."""
-    root = Path(source).expanduser()
-    prefix = f"{root if root.is_dir() else root.parent}{os.sep}"
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(os.fsencode(str(file).removeprefix(prefix)) + b"\0")
-    return {"images": len(files), "names": digest.hexdigest()}
-
-
 def data_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Say how the list of images differs from that of the checkpoint, for the positions of the stream are its."""
     if before == now:
@@ -647,7 +642,7 @@ def fixed_samples(images: UnlabeledImages, most: int) -> list[dict[str, Any]]:
 
 
 def fixed_batch(images: UnlabeledImages, spark: SparK, seed: int) -> tuple[Tensor, Tensor]:
-    """Images and masks for the panels, always the same: [B, C, H, W] and [B, 1, fh, fw]."""
+    """Images and masks for the panels, always the same: [B, C, H, W] uint8 and [B, 1, fh, fw]."""
     batch = MaskedBatches(spark.grid, spark.mask_ratio, seed)(fixed_samples(images, PANEL_IMAGES))
     return batch["image"], batch["visible"]
 
@@ -670,7 +665,8 @@ def build_monitor(
         count = min(most, len(images))
 
         def read() -> MonitoredImages:
-            return MonitoredImages(collate_images(fixed_samples(images, count))["image"])
+            pixels = collate_images(fixed_samples(images, count))["image"]
+            return MonitoredImages(Normalise(mean, std)(pixels))
     else:
         if len(mean) not in (1, 3):
             raise ValueError(

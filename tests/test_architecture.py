@@ -19,6 +19,8 @@ LAYERS = [
     {"folding", "encoder", "criterion"},
     {"decoder"},
     {"model"},
+    {"decoding"},
+    {"sources"},
     {"folders", "keys", "config", "optim", "images", "probing", "guard", "monitor"},
     {"official"},
     {"export"},

@@ -1,4 +1,4 @@
-"""spark.images: which files, odd and broken files, augmentation, samples, the count of failures."""
+"""spark.decoding, spark.images, spark.sources.files: which files, odd and broken ones, augmentation, samples."""
 
 import errno
 import io
@@ -16,21 +16,24 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from spark import images
-from spark.images import (
-    PretrainTransform,
-    UnlabeledImages,
-    UnreadableImages,
-    collate_images,
-    list_images,
-    read_image,
-)
+from spark.decoding import JpegPicture, RawPicture, UnreadableImageError, open_picture, read_image
+from spark.images import Normalise, PretrainTransform, UnlabeledImages, UnreadableImages, collate_images
 from spark.seeding import derive_seed
+from spark.sources import FileSource, list_images, open_source
 
 
 def noise(height=24, width=32, channels=3, seed=0) -> np.ndarray:
     """Random uint8 pixels, [H, W, C] or, for 0 channels, [H, W]."""
     shape = (height, width, channels) if channels else (height, width)
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def picture(image: Image.Image) -> RawPicture:
+    return RawPicture(np.asarray(image))
+
+
+def folder_of(path: Path, transform, seed=0) -> UnlabeledImages:
+    return UnlabeledImages(FileSource(list_images(path)), transform, seed)
 
 
 def write_image(path: Path, seed=0) -> Path:
@@ -48,6 +51,9 @@ def encoded(image: Image.Image, file_format: str, **options) -> bytes:
 def pixels(path: Path, **options) -> np.ndarray:
     image = read_image(path, **options)
     assert image.mode == "RGB"
+    as_the_loader_reads = open_picture(path.read_bytes(), **options)
+    assert (as_the_loader_reads.width, as_the_loader_reads.height) == image.size
+    assert np.array_equal(as_the_loader_reads.pixels(), image)
     return np.asarray(image)
 
 
@@ -109,7 +115,7 @@ def test_links_are_followed_once(tmp_path):
 
 
 def test_missing_source(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no image folder or list.*nowhere.*check the path"):
+    with pytest.raises(FileNotFoundError, match=r"no image folder, list.*nowhere.*check the path"):
         list_images(tmp_path / "nowhere")
 
 
@@ -157,6 +163,19 @@ def test_list_is_relative_to_its_folder(tmp_path, monkeypatch):
 
     found = list_images("lists/train.txt")
     assert [path.resolve() for path in found] == [second, first, odd, second]
+
+
+@pytest.mark.parametrize("entry", ["../b.png", "in/../../b.png", ".."])
+def test_list_entries_stay_in_their_folder(tmp_path, entry):
+    write_image(tmp_path / "b.png")
+    write_image(tmp_path / "lists" / "a.png")
+    (tmp_path / "lists" / "train.txt").write_text(f"a.png\n{entry}\n")
+    with pytest.raises(
+        ValueError, match=r"leads out of the folder of the list: write it as an absolute path"
+    ):
+        list_images(tmp_path / "lists" / "train.txt", confined=True)
+    with pytest.raises(ValueError, match="leads out of the folder"):
+        open_source(str(tmp_path / "lists" / "train.txt"), "unused")
 
 
 def test_list_may_name_folders(tmp_path):
@@ -368,6 +387,8 @@ def test_truncated_files_fail(tmp_path, monkeypatch, file_format, share):
     path.write_bytes(data[: int(len(data) * share)])
     with pytest.raises((OSError, SyntaxError)):
         read_image(path)
+    with pytest.raises((OSError, SyntaxError, UnreadableImageError)):
+        open_picture(path.read_bytes()).pixels()
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True
 
 
@@ -405,18 +426,116 @@ def test_transform_is_the_official_one():
     )
     image = Image.fromarray(noise(90, 120))
     ours = PretrainTransform((48, 48))
+    normalise = Normalise(ours.mean, ours.std)
+    std = torch.tensor(ours.std)[:, None, None]
     for seed in range(20):
         torch.manual_seed(seed)
         expected = official(image)
         torch.manual_seed(seed)
-        found = ours(image)
+        found = ours(picture(image))
         assert found.shape == (3, 48, 48)
+        assert found.dtype == torch.uint8
+        levels = (normalise(found[None])[0] - expected) * std * 255
+        # Rounded once more or less, and, of noise, the last bits of the filter's weights.
+        assert levels.abs().max() < 3
+        assert levels.abs().mean() < 0.1
+    torch.manual_seed(7)
+    expected = ours(picture(image))
+    torch.manual_seed(7)
+    assert torch.equal(PretrainTransform(48)(picture(image)), expected)
+
+
+def test_normalise_keeps_the_memory_format():
+    batch = torch.randint(0, 256, (2, 3, 5, 4), dtype=torch.uint8)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    expected = transforms.Normalize(mean, std)(batch.double() / 255)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        found = Normalise(mean, std)(batch.contiguous(memory_format=memory_format))
         assert found.dtype == torch.float32
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    torch.manual_seed(7)
-    expected = ours(image)
-    torch.manual_seed(7)
-    assert torch.equal(PretrainTransform(48)(image), expected)
+        assert found.is_contiguous(memory_format=memory_format)
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)
+
+
+def smooth(height: int, width: int) -> np.ndarray:
+    """A picture [H, W, 3] uint8 without fine detail, in which every place looks different."""
+    rows, columns = np.meshgrid(np.linspace(0, 1, height), np.linspace(0, 1, width), indexing="ij")
+    channels = [rows, columns, 0.5 + 0.5 * np.sin(9 * rows) * np.cos(7 * columns)]
+    return (255 * np.stack(channels, axis=2)).round().astype(np.uint8)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(301, 203), (208, 304), (800, 640)])
+def test_pixels_of_a_jpeg_are_those_of_the_whole_file(size, orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(Image.fromarray(smooth(*size)), "JPEG", quality=95, exif=exif)
+    (tmp_path / "image.jpg").write_bytes(content)
+    found = open_picture(content)
+    assert isinstance(found, JpegPicture)
+    whole = pixels(tmp_path / "image.jpg")
+    assert (found.height, found.width) == whole.shape[:2]
+    assert np.array_equal(found.pixels(), whole)
+    for reduce in (2, 4, 8):
+        reduced = found.pixels(reduce)
+        assert reduced.shape == (-(-whole.shape[0] // reduce), -(-whole.shape[1] // reduce), 3)
+        if not any(side % reduce for side in size):
+            expected = cv2.resize(whole, reduced.shape[1::-1], interpolation=cv2.INTER_AREA)
+            assert np.abs(reduced.astype(int) - expected).mean() < 2
+
+
+def test_decoding_stays_above_the_resolution_of_the_result(monkeypatch):
+    asked = []
+    whole = JpegPicture.pixels
+
+    def watched(self, reduce=1):
+        values = whole(self, reduce)
+        asked.append((reduce, values.shape))
+        return values
+
+    monkeypatch.setattr(JpegPicture, "pixels", watched)
+    for height, width, expected in [
+        (200, 150, {1}),
+        (500, 375, {1}),
+        (900, 1000, {4}),
+        (1900, 1900, {8}),
+        (90, 2000, {1}),
+    ]:
+        image = Image.fromarray(smooth(height, width))
+        content, transform = encoded(image, "JPEG", quality=95), PretrainTransform((120, 96))
+        for seed in range(15):
+            torch.manual_seed(seed)
+            reduced = transform(open_picture(content)).float()
+            torch.manual_seed(seed)
+            with_all = transform(picture(image)).float()
+            assert (reduced - with_all).abs().mean() < 2  # of 255
+        for reduce, (decoded_height, decoded_width, _) in asked:
+            # A crop covers at least two thirds of the area with sides that differ by 4/3 at most.
+            assert reduce == 1 or (decoded_height >= 180 and decoded_width >= 144)
+        assert {reduce for reduce, _ in asked} <= expected | {1, 2}
+        assert expected & {reduce for reduce, _ in asked}
+        asked.clear()
+
+
+def test_a_cut_jpeg_is_unreadable_when_it_is_decoded():
+    content = encoded(Image.fromarray(noise(64, 64)), "JPEG")
+    with pytest.raises(UnreadableImageError, match="truncated"):
+        open_picture(content[: len(content) // 2]).pixels()
+
+
+def test_a_jpeg_with_stray_bytes_is_read_as_pillow_reads_it(tmp_path):
+    content = encoded(Image.fromarray(noise(64, 64)), "JPEG")
+    scan = content.index(b"\xff\xda")
+    stray = content[:scan] + b"\x00\x00" + content[scan:]
+    (tmp_path / "stray.jpg").write_bytes(stray)
+    assert np.array_equal(open_picture(stray).pixels(), pixels(tmp_path / "stray.jpg"))
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 2), (4, 4, 4), (4,), (0, 4, 3)])
+def test_raw_pictures_refuse(shape):
+    with pytest.raises(ValueError, match=r"pixels must be uint8|without pixels"):
+        RawPicture(np.zeros(shape, np.uint8))
+    with pytest.raises(ValueError, match="not float32"):
+        RawPicture(np.zeros((4, 4, 3), np.float32))
 
 
 def test_flip_probability():
@@ -424,7 +543,7 @@ def test_flip_probability():
     for probability, flips in [(0.0, {False}), (1.0, {True}), (0.5, {False, True})]:
         transform = PretrainTransform(32, hflip=probability)
         torch.manual_seed(0)
-        found = [transform(ramp)[0, 0] for _ in range(12)]
+        found = [transform(picture(ramp))[0, 0] for _ in range(12)]
         assert {bool(row[0] > row[-1]) for row in found} == flips
 
 
@@ -433,11 +552,11 @@ def test_rectangle_stretches_no_more_than_a_square():
     height, width = 128, 384
     rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
     coordinates = Image.fromarray(np.dstack([rows, columns / 2, 0 * rows]).astype(np.uint8))
-    transform = PretrainTransform((32, 96), mean=(0, 0, 0), std=(1, 1, 1), hflip=0)
+    transform = PretrainTransform((32, 96), hflip=0)
     torch.manual_seed(0)
     shares = []
     for _ in range(50):
-        crop = transform(coordinates) * 255
+        crop = transform(picture(coordinates)).float()
         assert crop.shape == (3, 32, 96)
         # Slopes in source pixels per result pixel, away from the borders that bicubic filtering bends.
         down = (crop[0, -6, 48] - crop[0, 5, 48]) / (32 - 11)
@@ -455,18 +574,21 @@ def test_one_channel():
     assert transform.mean == pytest.approx([0.299 * 0.485 + 0.587 * 0.456 + 0.114 * 0.406])
     assert transform.std == pytest.approx([0.299 * 0.229 + 0.587 * 0.224 + 0.114 * 0.225])
     torch.manual_seed(3)
-    found = transform(image)
+    found = transform(picture(image))
     assert found.shape == (1, 16, 16)
+    assert found.dtype == torch.uint8
     torch.manual_seed(3)
-    plain = PretrainTransform(16, in_chans=1, mean=[0.5], std=[0.25])(image.convert("L"))
-    mean, std = torch.tensor(transform.mean), torch.tensor(transform.std)
-    assert torch.allclose(found * std + mean, plain * 0.25 + 0.5, atol=1e-6)
+    colour = PretrainTransform(16)(picture(image))
+    expected = Image.fromarray(colour.permute(1, 2, 0).numpy()).convert("L")
+    assert np.array_equal(found[0].numpy(), np.asarray(expected))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1)])
 def test_degenerate_images(size):
     torch.manual_seed(0)
-    assert torch.isfinite(PretrainTransform((32, 48))(Image.new("RGB", size, "red"))).all()
+    image = PretrainTransform((32, 48))(picture(Image.new("RGB", size, "red")))
+    assert image.shape == (3, 32, 48)
+    assert (image == torch.tensor([255, 0, 0])[:, None, None]).all()
 
 
 @pytest.mark.parametrize(
@@ -508,7 +630,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def dataset(folder) -> UnlabeledImages:
-    return UnlabeledImages(list_images(folder), PretrainTransform((16, 16)), seed=5)
+    return folder_of(folder, PretrainTransform((16, 16)), seed=5)
 
 
 def test_sample_is_a_function_of_seed_and_position(dataset, folder):
@@ -517,14 +639,14 @@ def test_sample_is_a_function_of_seed_and_position(dataset, folder):
     assert sample["index"] == 2
     assert sample["failed"] == []
     assert len(dataset) == 8
-    assert dataset.files[2] == str(folder / "2.png")
+    assert sample["name"] == dataset.source.name(2) == str(folder / "2.png")
 
     torch.manual_seed(derive_seed(5, 11))
-    assert torch.equal(sample["image"], PretrainTransform((16, 16))(Image.fromarray(noise(seed=2))))
+    assert torch.equal(sample["image"], PretrainTransform((16, 16))(RawPicture(noise(seed=2))))
     torch.rand(100)
     assert torch.equal(sample["image"], dataset[(11, 2)]["image"])
     assert not torch.equal(sample["image"], dataset[(12, 2)]["image"])
-    other = UnlabeledImages(dataset.files, dataset.transform, seed=6)
+    other = UnlabeledImages(dataset.source, dataset.transform, seed=6)
     assert not torch.equal(sample["image"], other[(11, 2)]["image"])
 
 
@@ -560,8 +682,8 @@ def test_file_that_vanished(dataset, folder):
 def test_no_readable_image(tmp_path):
     for index in range(5):
         (tmp_path / f"{index}.jpg").write_bytes(b"")
-    dataset = UnlabeledImages(list_images(tmp_path), PretrainTransform(16), seed=0)
-    with pytest.raises(ValueError, match=r"5 of 5 image files .* none could be read: .*0\.jpg: not an image"):
+    dataset = folder_of(tmp_path, PretrainTransform(16))
+    with pytest.raises(ValueError, match=r"5 of 5 images .* none could be read: .*0\.jpg: not an image"):
         dataset[(0, 3)]
 
 
@@ -570,9 +692,9 @@ def test_too_many_unreadable_in_a_row(tmp_path, monkeypatch):
     for index in range(6):
         (tmp_path / f"{index}.jpg").write_bytes(b"")
     write_image(tmp_path / "6.png")
-    dataset = UnlabeledImages(list_images(tmp_path), PretrainTransform(16), seed=0)
+    dataset = folder_of(tmp_path, PretrainTransform(16))
     assert len(dataset[(0, 3)]["failed"]) == 3
-    with pytest.raises(ValueError, match=r"4 of 7 image files were tried one after another"):
+    with pytest.raises(ValueError, match=r"4 of 7 images were tried one after another"):
         dataset[(0, 2)]
 
 
@@ -581,14 +703,14 @@ def test_bugs_of_a_transform_are_not_taken_for_bad_images(folder):
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
-        UnlabeledImages(list_images(folder), broken, seed=0)[(0, 0)]
+        folder_of(folder, broken)[(0, 0)]
 
 
 def test_dataset_refuses():
     with pytest.raises(ValueError, match="at least one image file"):
-        UnlabeledImages([], PretrainTransform(16), seed=0)
+        FileSource([])
     with pytest.raises(ValueError, match="max_pixels must be at least 1"):
-        UnlabeledImages(["a.png"], PretrainTransform(16), seed=0, max_pixels=0)
+        UnlabeledImages(FileSource(["a.png"]), PretrainTransform(16), seed=0, max_pixels=0)
 
 
 def test_batches_do_not_depend_on_workers(dataset):
@@ -693,7 +815,7 @@ def test_reasons_can_be_told_from_paths(tmp_path, content, reason):
     bad = tmp_path / "a: b.png"
     bad.write_bytes(content)
     good = write_image(tmp_path / "good.png")
-    failed = UnlabeledImages([bad, good], PretrainTransform(16), seed=0)[(0, 0)]["failed"]
+    failed = UnlabeledImages(FileSource([bad, good]), PretrainTransform(16), seed=0)[(0, 0)]["failed"]
     unreadable = UnreadableImages(2, 1.0)
     unreadable.add(failed)
     assert list(unreadable.reasons) == [str(bad)]
@@ -706,11 +828,12 @@ def test_real_photos(real_data):
     files = list_images(real_data / "images")
     assert len(files) > 1000
     assert files == sorted(files)
-    dataset = UnlabeledImages(files, PretrainTransform((96, 128)), seed=0)
+    dataset = UnlabeledImages(FileSource(files), PretrainTransform((96, 128)), seed=0)
     chosen = torch.linspace(0, len(files) - 1, 32).long().tolist()
     batch = collate_images([dataset[(position, index)] for position, index in enumerate(chosen)])
     assert batch["failed"] == []
     assert batch["index"].tolist() == chosen
     assert batch["image"].shape == (32, 3, 96, 128)
-    assert batch["image"].mean().abs() < 0.5  # normalised with ImageNet's statistics, so roughly 0 and 1
-    assert 0.7 < batch["image"].std() < 1.4
+    pixels = Normalise(dataset.transform.mean, dataset.transform.std)(batch["image"])
+    assert pixels.mean().abs() < 0.5  # normalised with ImageNet's statistics, so roughly 0 and 1
+    assert 0.7 < pixels.std() < 1.4

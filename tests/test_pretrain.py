@@ -5,6 +5,10 @@ import errno
 import os
 import shutil
 import signal
+import tarfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +27,7 @@ from spark.config import parse_config
 from spark.model import SparK
 from spark.monitor import Monitor
 from spark.run import RunLog, read_rows
+from spark.sources import open_source, remote
 from spark.sparse import PACKED
 
 NOT_REPEATED = ("images_per_second", "data_wait")
@@ -910,8 +915,37 @@ def test_fingerprint_moves_with_the_data(tmp_path):
     prints = []
     for place in ("a", "b"):
         (tmp_path / place).mkdir()
-        prints.append(pretrain.fingerprint([tmp_path / place / "x.png"], str(tmp_path / place)))
+        Image.new("RGB", (8, 8)).save(tmp_path / place / "x.png")
+        prints.append(open_source(str(tmp_path / place), "unused")[0].digest())
     assert prints[0] == prints[1]
+
+
+def test_shards_train_as_their_folder_does_also_from_a_server_and_resumed(
+    command, photos, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    files = sorted(photos.rglob("*.png"))
+    for shard in range(3):
+        with tarfile.open(shards / f"{shard}.tar", "w") as archive:
+            for file in files[4 * shard : 4 * shard + 4]:
+                archive.add(file, file.name)
+    handler = partial(SimpleHTTPRequestHandler, directory=str(shards))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"--data.train=http://127.0.0.1:{server.server_port}/{{0..3}}.tar"
+        kept = ("--data.max_unreadable=0.5", "--max_steps=4")
+        run(command("--max_steps=4", output="folder"))
+        run(command(f"--data.train={shards}", "--max_steps=4", output="shards"))
+        run(command(url, *kept, "--checkpoint_every=2", output="url"))
+        server.shutdown()
+    half = tmp_path / "url" / "checkpoints" / "step_0000002"
+    run(command(url, *kept, f"--resume={half}", output="url"))  # the shards are there, the server is gone
+    losses = [[row["loss"] for row in curve(tmp_path / name)] for name in ("folder", "shards", "url")]
+    assert losses[0] == losses[1] == losses[2]
+    assert "left out the shard http://127.0.0.1" in capsys.readouterr().out
+    assert "3.tar: " in (tmp_path / "url" / "skipped_images.txt").read_text()
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_convnext"])

@@ -37,6 +37,7 @@ from torch.utils.data import DataLoader
 
 from finetune.inference import chosen_device
 from finetune.metrics import write_results
+from spark.decoding import describe_failure, read_image
 from spark.encoder import PyramidLevel, pyramid, pyramid_info
 from spark.export import load_encoder
 from spark.images import UnreadableImages
@@ -56,6 +57,7 @@ from spark.probing import (
     standardise,
 )
 from spark.run import ignore_stop_signals, one_line_errors, progress_bar
+from spark.sources import list_images
 
 # ----------------------------------------------------------------------------------------------------
 # Features

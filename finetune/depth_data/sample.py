@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from spark.images import MAX_PIXELS, describe_failure
+from spark.decoding import MAX_PIXELS, describe_failure
 
 
 class DepthFileError(ValueError):

@@ -3,12 +3,14 @@
 - `plain`: Pillow and torchvision's transforms, as the original code has them (random resized crop of 0.67 to 1 of the
   area, bicubic; flip; ToTensor; Normalize), in a DataLoader.
 - `ours`: what `spark/pretrain.py` iterates over: its data set, transform, stream of positions, and masks of a batch.
+  Crops are decoded at full scale unless they are at least three times as large as the picture made of them.
 
 A turn of a contender is a pass of its DataLoader over the same batches of the same files, so that turns are of equal
 work and no loader process fetches ahead into the other's turn. The files are few and read before, so they come from the
 system's cache: this is the work of a core, not of a disk. Batches stay in the main memory.
 
-Shapes: images [B, 3, H, W] float32, normalised.
+Shapes: images [B, 3, H, W]; of `plain` float32, normalised; of `ours` uint8, which the training process normalises on
+its device, outside of what is measured here.
 """
 
 import platform
@@ -31,10 +33,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from benchmarks.timing import device_name, interleaved, summary
-from spark.images import PretrainTransform, UnlabeledImages, collate_images, list_images
+from spark.images import Normalise, PretrainTransform, UnlabeledImages, collate_images
 from spark.masking import visible_at
 from spark.run import StreamSampler
 from spark.seeding import derive_seed
+from spark.sources import FileSource, list_images
 
 PATCH = 32
 """Side of the patches that ours draws masks of [px]; a picture needs two along each side."""
@@ -98,7 +101,7 @@ def data_sets(case: LoaderCase) -> dict[str, Dataset]:
     """The contenders' data sets, the base of all ratios first."""
     return {
         "plain": PlainImages(case.files, case.size),
-        "ours": UnlabeledImages(case.files, PretrainTransform(case.size), _SEED),
+        "ours": UnlabeledImages(FileSource(case.files), PretrainTransform(case.size), _SEED),
     }
 
 
@@ -118,6 +121,13 @@ def loaders(case: LoaderCase) -> dict[str, DataLoader]:
     }
 
 
+def _mean_and_std(images: UnlabeledImages) -> tuple[Sequence[float], Sequence[float]]:
+    transform = cast(PretrainTransform, images.transform)
+    assert transform.mean is not None
+    assert transform.std is not None
+    return transform.mean, transform.std
+
+
 def _collate_with_masks(samples: Sequence[dict[str, Any]], grid: tuple[int, int]) -> dict[str, Any]:
     """As `MaskedBatches` of spark/pretrain.py, an entry script, which nothing imports."""
     batch = collate_images(samples)
@@ -135,6 +145,7 @@ def check_pictures(case: LoaderCase) -> None:
     """
     images = data_sets(case)
     std = torch.tensor(IMAGENET_DEFAULT_STD)[:, None, None]
+    normalise = Normalise(*_mean_and_std(cast(UnlabeledImages, images["ours"])))
     for position, file in enumerate(case.files):
         item = position, position
         sample = images["ours"][item]
@@ -143,7 +154,7 @@ def check_pictures(case: LoaderCase) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derive_seed(_SEED, position))
             expected = images["plain"][item]
-        error = ((sample["image"] - expected) * std).abs().mean().item()
+        error = ((normalise(sample["image"]) - expected) * std).abs().mean().item()
         if not error <= _TOLERANCE:  # also for NaN
             raise ValueError(
                 f"{file}: ours and plain make different pictures of it (by {error:.3f} on average, of values in 0..1; "

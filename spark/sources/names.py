@@ -1,0 +1,50 @@
+"""Millions of names in two arrays, which loader processes share or copy as one piece each."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from typing import overload
+
+import numpy as np
+
+
+class Names(Sequence[str]):
+    """An immutable list of file names as bytes one after another, and where each of them ends.
+
+    A Python list costs about a hundred bytes a name beside the name, and every loader process gets a copy of its own,
+    as counting references writes to memory that it shared. Here a name costs its length and 8 bytes.
+
+    Args:
+        names: as the file system gives them (names that are not UTF-8 are kept).
+    """
+
+    def __init__(self, names: Iterable[str]):
+        text = bytearray()
+        ends = [0]
+        for name in names:
+            text += os.fsencode(name)
+            ends.append(len(text))
+        self._text = np.frombuffer(bytes(text), np.uint8)
+        self._ends = np.array(ends, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        first = index % len(self)
+        return os.fsdecode(self._text[self._ends[first] : self._ends[first + 1]].tobytes())
+
+    def digest(self) -> str:
+        """SHA-256 of all names, each followed by a zero byte, which no name has."""
+        digest = hashlib.sha256()
+        for name in self:
+            digest.update(os.fsencode(name) + b"\0")
+        return digest.hexdigest()

@@ -1,0 +1,303 @@
+"""Write any source of images as tar shards of smaller JPEGs, which data.train of a pretraining run reads.
+
+    python tools/prepare_images.py --input ~/photos --output shards --short_side 256
+    python tools/prepare_images.py --input 'https://host/{000..127}.tar' --output shards
+    accelerate launch spark/pretrain.py --config configs/pretrain/small.yaml --data.train shards --output_dir runs/mine
+
+--input is any form of data.train (docs/images.md). A run that was stopped goes on with the same command: shards that
+are finished stay, and no shard has its name before it is whole. report.json says what was left out and why.
+"""
+
+import argparse
+import io
+import json
+import os
+import signal
+import sys
+import tarfile
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from spark.decoding import MAX_PIXELS, Picture, RawPicture, describe_failure, open_picture
+from spark.folders import write_whole
+from spark.run import ignore_stop_signals, one_line_errors, progress_bar
+from spark.sources import Source, open_source
+
+NOTES = ".prepare"  # folder in the output: the settings, a note for each finished shard, fetched shards
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the content of the shards.
+
+    Attributes:
+        images: number of images of the source.
+        digest: of its names.
+        short_side: images are made smaller, never larger, to this [px].
+        min_side: images with a shorter side are left out [px].
+        quality: of the JPEGs, 1 to 100.
+        shard_size: images of the source a shard; those left out make it smaller.
+        max_pixels: larger images are left out.
+    """
+
+    images: int
+    digest: str
+    short_side: int
+    min_side: int
+    quality: int
+    shard_size: int
+    max_pixels: int
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    options = parse_arguments(arguments)
+    with one_line_errors():
+        try:
+            prepare(options)
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on with the shards that are missing", file=sys.stderr)
+            raise SystemExit(130) from None
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--input", required=True, help="any form of data.train")
+    parser.add_argument("--output", required=True, type=Path, help="folder of the shards")
+    parser.add_argument("--short_side", type=int, default=256, help="of the images, unless smaller [px]")
+    parser.add_argument("--min_side", type=int, default=1, help="smaller images are left out [px]")
+    parser.add_argument("--quality", type=int, default=90, help="of the JPEGs, 1 to 100")
+    parser.add_argument("--shard_size", type=int, default=1000, help="images a shard")
+    parser.add_argument("--max_pixels", type=int, default=MAX_PIXELS, help="larger images are left out")
+    parser.add_argument(
+        "--max_unreadable", type=float, default=0.0, help="share of shards of an address to do without"
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    options = parser.parse_args(arguments)
+    for name in ("short_side", "min_side", "shard_size", "max_pixels", "workers"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1, not {getattr(options, name)}")
+    if not 1 <= options.quality <= 100:
+        parser.error(f"--quality lies in 1..100, not {options.quality}")
+    if not 0 <= options.max_unreadable <= 1:
+        parser.error(f"--max_unreadable lies in 0..1, not {options.max_unreadable}")
+    return options
+
+
+def prepare(options: argparse.Namespace) -> dict[str, Any]:
+    """Write the shards that are missing, then the report.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: the output folder holds something else; the source is wrong; no image was left.
+        OSError: something cannot be read or written.
+        KeyboardInterrupt: stopped by Ctrl-C or SIGTERM, after the shards under way.
+    """
+    output: Path = options.output.expanduser()
+    check_output(output)
+    source, lost = open_source(options.input, output / NOTES / "fetched", options.max_unreadable)
+    settings = Settings(
+        len(source),
+        source.digest(),
+        options.short_side,
+        options.min_side,
+        options.quality,
+        options.shard_size,
+        options.max_pixels,
+    )
+    keep_settings(output, settings)
+
+    shards = -(-len(source) // settings.shard_size)
+    missing = [shard for shard in range(shards) if not note_of(output, shard).exists()]
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with (
+            ProcessPoolExecutor(
+                min(options.workers, max(len(missing), 1)), initializer=ignore_stop_signals, initargs=(0,)
+            ) as pool,
+            progress_bar(shards, shards - len(missing)) as bar,
+        ):
+            tasks = [pool.submit(write_shard, source, settings, output, shard) for shard in missing]
+            try:
+                for done, task in enumerate(as_completed(tasks), start=shards - len(missing) + 1):
+                    task.result()
+                    bar.update(done)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # those under way are finished
+                raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+    report = make_report(
+        options.input, settings, lost, [read_json(note_of(output, n)) for n in range(shards)]
+    )
+    write_whole(
+        output / "report.json", (json.dumps(report, indent=1) + "\n").encode(errors="surrogateescape")
+    )
+    print(summary(report, output))
+    if not report["written"]:
+        raise ValueError(f"no image of {options.input} was left: {output / 'report.json'} says why")
+    return report
+
+
+def check_output(output: Path) -> None:
+    """Refuse a folder in which something else would be mixed with shards.
+
+    Raises:
+        ValueError: it is a file, or holds something that this tool did not write.
+    """
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output} is a file: name a folder")
+    if output.exists() and not (output / NOTES).exists() and any(output.iterdir()):
+        raise ValueError(f"--output {output} holds other files already: name a new or empty folder")
+
+
+def keep_settings(output: Path, settings: Settings) -> None:
+    """Write down what the shards are made of, or see that it is as before.
+
+    Raises:
+        ValueError: the folder holds shards that were made otherwise.
+    """
+    path = output / NOTES / "settings.json"
+    now = asdict(settings)
+    if path.exists():
+        before = read_json(path)
+        changes = [
+            f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]
+        ]
+        if changes:
+            raise ValueError(
+                f"the shards in {output} were made otherwise ({'; '.join(changes)}): give the command as it was, or "
+                "another --output"
+            )
+    else:
+        write_whole(path, json.dumps(now).encode())
+
+
+def note_of(output: Path, shard: int) -> Path:
+    """The file that says that a shard is finished, and what it lacks."""
+    return output / NOTES / f"{shard:06}.json"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Content of a file of this tool.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
+    try:
+        return json.loads(path.read_bytes().decode(errors="surrogateescape"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): remove it, and the same command writes it again"
+        ) from error
+
+
+def write_shard(source: Source, settings: Settings, output: Path, shard: int) -> None:
+    """Write one shard, under a hidden name until it is whole, then the note that it is finished.
+
+    An image is called after its number in the source. A shard of which nothing is left is not written.
+
+    Raises:
+        OSError: it cannot be written; nothing half-written is left.
+    """
+    path = output / f"{shard:06}.tar"
+    part = output / f".{path.name}.part"
+    dropped: list[list[str]] = []
+    written = 0
+    try:
+        with tarfile.open(part, "w") as archive:
+            first = shard * settings.shard_size
+            for index in range(first, min(first + settings.shard_size, len(source))):
+                name = source.name(index)
+                try:
+                    content = source.read(index)
+                    picture = (
+                        RawPicture(content)
+                        if isinstance(content, np.ndarray)
+                        else open_picture(content, settings.max_pixels)
+                    )
+                    small = make_smaller(picture, settings)
+                except Exception as error:  # on corrupt bytes Pillow's readers raise nearly everything
+                    dropped.append([name, describe_failure("", error).removeprefix(": ")])
+                    continue
+                entry = tarfile.TarInfo(f"{index:09}.jpg")
+                entry.size = len(small)
+                archive.addfile(entry, io.BytesIO(small))
+                written += 1
+        size = part.stat().st_size if written else 0
+        if written:
+            os.replace(part, path)
+        else:
+            part.unlink()
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    note = {"written": written, "bytes": size, "dropped": dropped}
+    write_whole(note_of(output, shard), json.dumps(note).encode(errors="surrogateescape"))
+
+
+def make_smaller(picture: Picture, settings: Settings) -> bytes:
+    """The JPEG of a picture, its short side at most `short_side`; as large as it is where it is smaller.
+
+    Raises:
+        ValueError: a side is shorter than `min_side`.
+        UnreadableImageError: it cannot be decoded.
+    """
+    height, width = picture.height, picture.width
+    short = min(height, width)
+    if short < settings.min_side:
+        raise ValueError(f"a side is shorter than {settings.min_side} pixels")
+    share = min(settings.short_side / short, 1.0)
+    # From at least twice the size, where a reduced scale of the decoder can no longer be told from the full one.
+    pixels = picture.pixels(next((n for n in (8, 4, 2) if short >= 2 * n * settings.short_side), 1))
+    if share < 1:
+        size = max(round(width * share), 1), max(round(height * share), 1)
+        pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), settings.quality, "RGB", "420")
+
+
+def make_report(
+    source: str, settings: Settings, lost: Sequence[str], notes: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """What was written, what was left out, and why."""
+    dropped = [entry for note in notes for entry in note["dropped"]]
+    return {
+        "input": source,
+        **asdict(settings),
+        "written": sum(note["written"] for note in notes),
+        "bytes": sum(note["bytes"] for note in notes),
+        "shards": sum(note["written"] > 0 for note in notes),
+        "lost_shards": list(lost),
+        "dropped": len(dropped),
+        "reasons": dict(Counter(reason for _, reason in dropped).most_common()),
+        "dropped_images": [{"name": name, "reason": reason} for name, reason in dropped],
+    }
+
+
+def summary(report: dict[str, Any], output: Path) -> str:
+    """The report in a few lines."""
+    lines = [
+        f"{report['written']} of {report['images']} images in {report['shards']} shards of {output}, "
+        f"{report['bytes'] / 1e6:.1f} MB; {report['dropped']} left out"
+    ]
+    lines += [f"  {count} x {reason}" for reason, count in list(report["reasons"].items())[:10]]
+    lines += [f"  shard not fetched: {line}" for line in report["lost_shards"]]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
