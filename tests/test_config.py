@@ -303,7 +303,11 @@ def test_a_config_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"name": "old"}
 
 
-@pytest.mark.parametrize("file", sorted((CONFIGS / "pretrain").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "file",
+    sorted(path for path in (CONFIGS / "pretrain").glob("*.yaml") if not path.is_symlink()),
+    ids=lambda path: path.stem,
+)
 def test_configs_are_run_cards_that_parse(file):
     config = parse("--config", str(file), "--data.train", "x", "--output_dir", "y")
     if file.stem == "small":
