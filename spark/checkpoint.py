@@ -1,8 +1,9 @@
 """Run checkpoints; the one door to encoders in and out (`spark.export`) and to official files (`spark.official`).
 
-A run checkpoint is a folder `checkpoints/step_NNNNNNN/` with `model.safetensors` and `state.pt` (optimizer, gradient
-scaler, step, and what else the loop keeps). It is written under a hidden name and renamed when all of it is on the
-disk, so what has its final name is whole. Nothing is ever unpickled: safetensors, and `torch.load(weights_only=True)`.
+A run checkpoint is a folder `checkpoints/step_NNNNNNN/` with `model.safetensors`, `state.pt` (optimizer, gradient
+scaler, step, and what else the loop keeps) and, of a run that averages its weights, `ema.safetensors`. It is written
+under a hidden name and renamed when all of it is on the disk, so what has its final name is whole. Nothing is ever
+unpickled: safetensors, and `torch.load(weights_only=True)`.
 """
 
 import contextlib
@@ -26,6 +27,7 @@ from spark.keys import KeyReport, fit
 from spark.official import load_official, read_torch_file
 
 __all__ = [
+    "EMA",
     "KeyReport",
     "find_run",
     "load_encoder",
@@ -38,6 +40,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+EMA = "ema.safetensors"
+"""Averaged weights in a checkpoint, under the names of the model."""
+
 _STEP_FOLDER = re.compile(r"step_(\d+)")
 
 
@@ -48,6 +53,7 @@ def save_run(
     model: nn.Module,
     optimizer: Optimizer,
     scaler: Any = None,
+    ema: nn.Module | None = None,
     extra: dict[str, Any] | None = None,
     keep: int = 2,
 ) -> Path:
@@ -64,6 +70,7 @@ def save_run(
         model: The model; wrappers for several processes or compilation are taken off.
         optimizer: Its optimizer.
         scaler: Gradient scaler, if there is one.
+        ema: A model of the same architecture that holds averaged weights, if the run keeps them.
         extra: What else the loop needs to go on: tensors and plain values only.
         keep: Checkpoints to keep, at least 1.
 
@@ -86,15 +93,18 @@ def save_run(
             metadata["encoder"] = json.dumps(description(encoder))
 
     folder = Path(output_dir) / "checkpoints" / f"step_{step:07d}"
-    if folder.exists() and any(entry.name not in (WEIGHTS, STATE) for entry in folder.iterdir()):
+    if folder.exists() and any(entry.name not in (WEIGHTS, STATE, EMA) for entry in folder.iterdir()):
         _set_aside(folder)
-    with whole_folder(folder, (WEIGHTS, STATE)) as temporary:
+    with whole_folder(folder, (WEIGHTS, STATE, EMA)) as temporary:
         write_tensors(model, temporary / WEIGHTS, metadata)
+        if ema is not None:
+            write_tensors(ema, temporary / EMA, metadata)
         state = {
             "step": step,
             "optimizer": optimizer.state_dict(),
             "optimizer_kind": _kind(optimizer),
             "scaler": None if scaler is None else scaler.state_dict(),
+            "ema": ema is not None,
             "extra": extra,
         }
         with open(temporary / STATE, "wb") as file:
@@ -210,6 +220,12 @@ def _damage(folder: Path) -> str | None:
         return f"{STATE} is cut short or damaged"
     if not isinstance(state, dict) or not {"step", "optimizer", "extra"} <= state.keys():
         return f"{STATE} is not the state of a run"
+    if state.get("ema"):
+        try:
+            with safe_open(folder / EMA, framework="pt") as file:
+                file.keys()
+        except (SafetensorError, OSError) as error:
+            return f"{EMA} is missing, cut short or damaged ({error})"
     named = _STEP_FOLDER.fullmatch(folder.name)
     if named and int(named[1]) != state["step"]:
         return f"its name says another step than its state, {state['step']}"
@@ -217,7 +233,12 @@ def _damage(folder: Path) -> str | None:
 
 
 def load_run(
-    path: str | Path, *, model: nn.Module, optimizer: Optimizer, scaler: Any = None
+    path: str | Path,
+    *,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scaler: Any = None,
+    ema: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Restore a run in place; every process calls it.
 
@@ -229,6 +250,8 @@ def load_run(
         model: Of the same architecture; wrappers for several processes or compilation are taken off.
         optimizer: Of the same kind, over the same groups.
         scaler: Gradient scaler, if the run uses one.
+        ema: Model for the averaged weights, if the run keeps them; of a checkpoint without, the average starts from its
+            weights.
 
     Returns:
         `{"step": optimizer steps done, **extra}`.
@@ -256,6 +279,10 @@ def load_run(
         name="the model of this run",
         advice="Resume with the options of the run that wrote it (its config.yaml), or start a new run elsewhere",
     )
+    if ema is not None and not state.get("ema"):
+        logger.warning("%s holds no averaged weights: the average starts from its weights", path)
+    if ema is not None:
+        ema.load_state_dict(load_file(path / (EMA if state.get("ema") else WEIGHTS)))
     optimizer.load_state_dict(state["optimizer"])
     if scaler is not None:
         if state["scaler"]:

@@ -6,6 +6,7 @@ same `parse_config` and `save_config` with their own dataclasses.
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 import sys
@@ -63,6 +64,11 @@ class ModelConfig:
         loss_on: patches that count in the loss, masked or all.
         grad_checkpointing: compute the encoder's activations again in the backward pass instead of keeping them, which
             costs time and saves memory; the results stay the same.
+        init: weights to start from, of any image size: a run folder or a checkpoint folder of one, an official .pth
+            file, an exported encoder folder, or timm for timm's published weights of this name; null starts at random.
+            Other numbers of channels are adapted. A run that resumes goes on from its checkpoint instead.
+        init_decoder: auto takes the decoder of init too, if it has one that fits; keep insists on it; drop starts the
+            decoder at random.
     """
 
     name: str
@@ -86,6 +92,8 @@ class ModelConfig:
     target: Literal["normalised", "pixels", "hog"] = "normalised"
     loss_on: Literal["masked", "all"] = "masked"
     grad_checkpointing: bool = False
+    init: str | None = None
+    init_decoder: Literal["auto", "keep", "drop"] = "auto"
 
     def __post_init__(self) -> None:
         if isinstance(self.mask_ratio, tuple):
@@ -104,6 +112,7 @@ class ModelConfig:
         require(self.in_chans >= 1, "model.in_chans", self.in_chans, "at least 1")
         require(self.decoder_width >= 1, "model.decoder_width", self.decoder_width, "at least 1")
         require(self.decoder_maps >= 1, "model.decoder_maps", self.decoder_maps, "at least 1")
+        self.init = None if self.init is None else os.path.expanduser(self.init)
 
 
 @dataclass
@@ -167,6 +176,9 @@ class OptimConfig:
         warmup_steps: optimizer steps of the warm-up; when set it takes the place of warmup_epochs.
         warmup_epochs: epochs of the warm-up, in which the learning rate rises linearly.
         clip_grad: largest norm of the gradient of all parameters together; null does not clip.
+        ema_decay: keep an exponential moving average of the weights beside them, which each step leaves at this share
+            of itself, such as 0.999; null keeps none. Buffers (batch norm's running statistics) are copied, not
+            averaged, being averages already.
     """
 
     name: Literal["lamb", "adamw", "sgd"] = "lamb"
@@ -179,6 +191,7 @@ class OptimConfig:
     warmup_steps: int | None = None
     warmup_epochs: float = 40
     clip_grad: float | None = 5.0
+    ema_decay: float | None = None
 
     def __post_init__(self) -> None:
         require(self.base_lr > 0, "optim.base_lr", self.base_lr, "above 0")
@@ -210,6 +223,75 @@ class OptimConfig:
             self.clip_grad,
             "above 0, or null for no clipping",
         )
+        require(
+            self.ema_decay is None or 0 < self.ema_decay < 1,
+            "optim.ema_decay",
+            self.ema_decay,
+            "between 0 and 1, or null for no average",
+        )
+
+
+@dataclass
+class MonitorConfig:
+    """Monitors: how good the encoder's features of unmasked images are, measured while it trains.
+
+    Attributes:
+        data: folder of labelled images, train/CLASS/* and val/CLASS/*, to score with nearest neighbours and a linear
+            probe; null measures the features of some training images, which takes no labels.
+        every: optimizer steps between measurements; 0 never measures.
+        max_images: images that are measured, of a labelled folder in each of train/ and val/.
+        max_share: share of the run's time that measurements may take; one that would take more is skipped, and its row
+            of metrics.jsonl says so.
+        collapse_rank: a smaller effective rank of the features warns that they collapse.
+        collapse_std: a smaller channel_std, between 0 and 1, of the features warns that they collapse.
+    """
+
+    data: str | None = None
+    every: int = 1000
+    max_images: int = 1000
+    max_share: float = 0.03
+    collapse_rank: float = 2.0
+    collapse_std: float = 0.01
+
+    def __post_init__(self) -> None:
+        self.data = None if self.data is None else os.path.expanduser(self.data)
+        require(self.every >= 0, "monitor.every", self.every, "0 or more")
+        require(self.max_images >= 2, "monitor.max_images", self.max_images, "at least 2")
+        require(0 < self.max_share <= 1, "monitor.max_share", self.max_share, "above 0 and at most 1")
+        require(self.collapse_rank >= 0, "monitor.collapse_rank", self.collapse_rank, "0 or more")
+        require(self.collapse_std >= 0, "monitor.collapse_std", self.collapse_std, "0 or more")
+
+
+@dataclass
+class GuardConfig:
+    """Guard: what a run does about trouble, unattended; every event is a row of metrics.jsonl.
+
+    Attributes:
+        on_nonfinite: a loss or gradient that is not finite: stop after saving the state before the step, skip the step,
+            or rollback to the newest checkpoint and go on with the images that come next.
+        on_spike: likewise for a loss above the median of the last spike_window ones by more than spike_factor times
+            their median absolute deviation; ignore looks for none.
+        spike_window: losses that a spike is told from; there is none before half as many are known.
+        spike_factor: median absolute deviations above the median.
+        max_skips: steps in a row that may be skipped; one more stops the run.
+        max_rollbacks: rollbacks of a run; one more stops it. Before the first checkpoint, a step is skipped instead.
+        on_save_error: a checkpoint or a row that cannot be written, for want of space above all: stop, or continue
+            training and try again when the next one is due. The last whole checkpoint stays in any case.
+    """
+
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    on_spike: Literal["ignore", "skip", "rollback", "stop"] = "ignore"
+    spike_window: int = 200
+    spike_factor: float = 20.0
+    max_skips: int = 10
+    max_rollbacks: int = 3
+    on_save_error: Literal["stop", "continue"] = "stop"
+
+    def __post_init__(self) -> None:
+        require(self.spike_window >= 4, "guard.spike_window", self.spike_window, "at least 4")
+        require(self.spike_factor > 0, "guard.spike_factor", self.spike_factor, "above 0")
+        require(self.max_skips >= 0, "guard.max_skips", self.max_skips, "0 or more")
+        require(self.max_rollbacks >= 0, "guard.max_rollbacks", self.max_rollbacks, "0 or more")
 
 
 @dataclass
@@ -222,12 +304,17 @@ class PretrainConfig:
         max_steps: length of the run in optimizer steps; when set it takes the place of epochs.
         precision: fp32, or mixed precision in bf16 or fp16.
         accumulation: parts that each process splits its share of a batch into, to fit the memory.
+        compile: the training step's forward and backward through torch.compile, which takes minutes at the start; see
+            docs/compile.md for what it can trace. Measurements and pictures are not compiled.
         channels_last: images and weights in the channels-last memory format, the faster one nearly everywhere.
         seed: seed of everything random: weights, order of the images, crops, masks, stochastic depth.
         log_every: optimizer steps between rows of metrics.jsonl.
         checkpoint_every: optimizer steps between checkpoints; 0 writes one at the end only.
         keep_checkpoints: number of the newest checkpoints that are kept.
         panels_every: optimizer steps between reconstruction panels in figures/; 0 writes them at the end only.
+        export_ema: encoder/ holds the averaged weights (optim.ema_decay) in place of the last ones.
+        time_limit: time after which the run saves, prints the command that continues it, and ends with exit code 0:
+            hours, as a number, or a text "HH:MM:SS". The step under way and the saving come on top of it.
         resume: true continues from the newest checkpoint of output_dir, and starts from the beginning where there is
             none; a path continues from that checkpoint.
     """
@@ -236,16 +323,21 @@ class PretrainConfig:
     data: DataConfig
     output_dir: str
     optim: OptimConfig = field(default_factory=OptimConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     epochs: float = 1600
     max_steps: int | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     accumulation: int = 1
+    compile: bool = False
     channels_last: bool = True
     seed: int = 0
     log_every: int = 10
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
     panels_every: int = 1000
+    export_ema: bool = False
+    time_limit: str | float | None = None
     resume: bool | str = False
 
     def __post_init__(self) -> None:
@@ -261,6 +353,39 @@ class PretrainConfig:
         require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")
         require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "at least 1")
         require(self.panels_every >= 0, "panels_every", self.panels_every, "0 or more")
+        require(
+            not self.export_ema or self.optim.ema_decay is not None,
+            "export_ema",
+            self.export_ema,
+            "false where optim.ema_decay is null: there is no average to export",
+        )
+        require(
+            not (self.compile and self.model.grad_checkpointing),
+            "compile",
+            self.compile,
+            "false together with model.grad_checkpointing: the compiler chooses itself what is computed again",
+        )
+        self.time_limit_seconds()
+
+    def time_limit_seconds(self) -> float:
+        """`time_limit` in seconds, infinite for none.
+
+        Raises:
+            ValueError: it is neither a number of hours above 0 nor HH:MM:SS.
+        """
+        limit, seconds = self.time_limit, math.inf
+        if limit is not None:
+            parts = re.fullmatch(r"(\d+):([0-5]\d):([0-5]\d)", str(limit))
+            hours = re.fullmatch(r"\d+(\.\d*)?", str(limit))
+            if parts:
+                seconds = sum(int(p) * unit for p, unit in zip(parts.groups(), (3600, 60, 1), strict=True))
+            else:
+                seconds = 3600 * float(str(limit)) if hours else 0.0
+        rule = 'a number of hours above 0, or HH:MM:SS (in a YAML file in quotes: "12:00:00")'
+        require(seconds > 0, "time_limit", limit, rule)
+        # Without quotes YAML reads 12:00:00 as 43200, a number to the base of 60.
+        require(isinstance(limit, str | None) or limit < 1000, "time_limit", limit, rule)
+        return seconds
 
 
 def require(holds: bool, path: str, value: Any, rule: str) -> None:
@@ -402,12 +527,14 @@ def _suggest(name: str, options: dict[str, Any], groups: dict[str, list[str]]) -
     group = difflib.get_close_matches(group, groups, n=1)[:1] if group else []
     names = [*options, *groups]
     siblings = [other for other in names if group and other.rpartition(".")[0] == group[0]]
-    by_leaf = {other.rpartition(".")[2]: other for other in reversed([*siblings, *names])}
-    nearest = (
-        difflib.get_close_matches(name, names, n=1, cutoff=0.8)
-        or [by_leaf[match] for match in difflib.get_close_matches(leaf, by_leaf, n=1)]
-        or [by_leaf[other] for other in by_leaf if leaf in other.split("_")]
-    )
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
+    for candidates in (siblings, names):
+        by_leaf = {other.rpartition(".")[2]: other for other in reversed(candidates)}
+        nearest = (
+            nearest
+            or [by_leaf[match] for match in difflib.get_close_matches(leaf, by_leaf, n=1)]
+            or [by_leaf[other] for other in by_leaf if leaf in other.split("_")]
+        )
     if nearest:
         return f"; did you mean {nearest[0]}?"
     return f"; {group[0]} has {', '.join(groups[group[0]])}" if group else "; --help lists all options"

@@ -16,9 +16,8 @@ from spark.decoder import Densify, LightDecoder, mask_token
 from spark.dense import dense_pyramid, fill_masked
 from spark.encoder import build_encoder, cut_pyramid, freeze_unreached, pyramid, pyramid_info
 from spark.masking import MaskRatio, check_masks, mean_ratio, num_visible, random_visible, ratio_range
-from spark.sparse import LAYOUTS, SparseTensor, sparsify
+from spark.sparse import LAYOUTS, SparseTensor, sites, sparsify
 from spark.sparse.choice import AUTO, Choice, choose_layout, convolution_kind
-from spark.sparse.sites import static_on
 
 MASKED_PIXELS = ("absent", "zero", "token")
 LOSS_ON = ("masked", "all")
@@ -261,7 +260,7 @@ class SparK(nn.Module):
                 f"visible must be [{len(images)}, 1, {grid[0]}, {grid[1]}], got {list(visible.shape)}"
             )
         # Not on a GPU: looking would wait for all work under way.
-        if not static_on(images.device) and not visible.any():
+        if not sites.static_on(images.device) and not visible.any():
             raise ValueError("visible hides every patch of every image: leave at least one True")
         features = self._features(images, visible, visible_count)
         dense = [densify(x) for densify, x in zip(self.densify, reversed(features), strict=True)]

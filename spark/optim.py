@@ -261,3 +261,19 @@ def set_hyperparameters(optimizer: Optimizer, lr: float, weight_decay: float) ->
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
         group["weight_decay"] = weight_decay * group.get("weight_decay_scale", 1.0)
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Move an exponential moving average of weights: average <- decay * average + (1 - decay) * model.
+
+    Buffers (batch norm's running statistics, averages themselves) are copied. As `torch.optim.swa_utils.AveragedModel`.
+
+    Args:
+        average: A copy of the model.
+        model: The model that is trained, after its optimizer step.
+        decay: In [0, 1); 0 copies.
+    """
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+    for mine, theirs in zip(average.buffers(), model.buffers(), strict=True):
+        mine.copy_(theirs)

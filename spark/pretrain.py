@@ -11,9 +11,10 @@ import copy
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,16 +26,32 @@ from torch.utils.data import DataLoader
 
 from spark.checkpoint import find_run, load_run, save_encoder, save_run
 from spark.config import PretrainConfig, config_changes, config_dict, parse_config, save_config
-from spark.images import Normalise, PretrainTransform, UnlabeledImages, UnreadableImages
+from spark.continuation import start_from
+from spark.guard import Guard
+from spark.images import Normalise, PretrainTransform, UnlabeledImages, UnreadableImages, collate_images
 from spark.masking import check_masks, mean_ratio, visible_at
 from spark.model import SparK
-from spark.monitor import reconstruction_panels, save_panels
-from spark.optim import build_optimizer, lr_at, parameter_groups, set_hyperparameters, weight_decay_at
+from spark.monitor import (
+    Monitor,
+    MonitoredImages,
+    collapse_warning,
+    read_labelled,
+    reconstruction_panels,
+    save_panels,
+)
+from spark.optim import (
+    build_optimizer,
+    lr_at,
+    parameter_groups,
+    set_hyperparameters,
+    update_average,
+    weight_decay_at,
+)
+from spark.probing import list_labelled
 from spark.run import (
     RunLog,
     StopRequest,
     StreamSampler,
-    check_finite,
     check_output_dir,
     ignore_stop_signals,
     make_output_dir,
@@ -46,10 +63,12 @@ from spark.run import (
     resume_command,
     run_length,
     start_accelerator,
+    stop_run,
     worker_count,
 )
 from spark.seeding import derive_seed
 from spark.sources import open_source
+from spark.sparse.batch_norm import in_recomputation
 from spark.sparse.choice import AUTO, Choice, is_available
 from spark.steps import MaskedBatches, StepImages, StepPlan
 
@@ -78,6 +97,8 @@ def pretrain(config: PretrainConfig) -> None:
             sentence says what to do.
         OSError: a file cannot be read or written; likewise.
     """
+    deadline = time.monotonic() + config.time_limit_seconds()
+
     # --- objects; nothing is written before all of them fit together
     check_output_dir(config.output_dir, config.resume)
     accelerator = start_accelerator(config.output_dir, config.precision)
@@ -115,6 +136,9 @@ def pretrain(config: PretrainConfig) -> None:
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     spark.to(device).to(memory_format=memory_format)
     checkpoint = find_run(config.output_dir, config.resume)
+    if checkpoint is None and config.model.init is not None:
+        for line in start_from(spark, config.model.init, config.model.name, config.model.init_decoder):
+            accelerator.print(line)
     before = None if checkpoint is None else read_extra(checkpoint)
     layout = choose_layout(spark, device.type, config.precision, before)
     spark.layout = layout.layout
@@ -156,10 +180,14 @@ def pretrain(config: PretrainConfig) -> None:
     )
     groups = parameter_groups(spark, start_decay)
     optimizer = build_optimizer(config.optim.name, groups, peak_lr, betas, config.optim.eps)
+    ema = None if config.optim.ema_decay is None else copy.deepcopy(spark).requires_grad_(False)
+    guard = Guard(config.guard)
     model, optimizer = prepare(accelerator, spark, optimizer)
+    forward = torch.compile(model) if config.compile else model
 
     # --- resume
     step = 0
+    offset = 0  # batches of the stream that rollbacks have passed over: step n trains on batch n + offset
     if checkpoint is not None and before is not None:
         accelerator.print(f"continuing from {checkpoint}")
         for line in config_changes(before["config"], config_dict(config)):
@@ -171,8 +199,15 @@ def pretrain(config: PretrainConfig) -> None:
                 f"changed since that checkpoint: the layout was {old} on {before.get('device_type', device.type)}, is "
                 f"{layout.layout} on {device.type}: from here on the run agrees with the earlier one to rounding"
             )
-        state = load_run(checkpoint, model=spark, optimizer=optimizer, scaler=accelerator.scaler)
-        step = state["step"]
+        if (old := before.get("processes", world)) != world:
+            accelerator.print(
+                f"changed since that checkpoint: processes were {old}, are {world}: the same batches of images, "
+                "divided anew; the run agrees with the earlier one to rounding, except for what stochastic depth draws"
+            )
+        state = load_run(checkpoint, model=spark, optimizer=optimizer, scaler=accelerator.scaler, ema=ema)
+        step, offset = state["step"], state.get("offset", 0)
+        if "guard" in state:
+            guard.load_state_dict(state["guard"])
         unreadable.load_state_dict(state["unreadable"])
         if step >= total_steps:
             accelerator.print(
@@ -186,24 +221,30 @@ def pretrain(config: PretrainConfig) -> None:
 
     # --- the stream of batches, from the step on
     workers = worker_count(config.data.workers, accelerator)
-    stream = StreamSampler(
-        len(source),
-        micro_batch,
-        rank=rank,
-        world_size=world,
-        seed=config.seed,
-        start=step * config.accumulation,
-        stop=total_steps * config.accumulation,
-    )
-    loader = DataLoader(
-        StepImages(resized, plan),
-        batch_sampler=stream,
-        num_workers=workers,
-        collate_fn=MaskedBatches(plan, spark.patch_size, spark.mask_block_size),
-        pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_stop_signals,
-    )
+
+    def batches_from(position: int) -> Iterator[dict[str, Any]]:
+        """Batches of this process from one of the stream's on; `accumulation` of them are a step's."""
+        stream = StreamSampler(
+            len(source),
+            micro_batch,
+            rank=rank,
+            world_size=world,
+            seed=config.seed,
+            start=position * config.accumulation,
+            stop=(total_steps + offset) * config.accumulation,
+        )
+        loader = DataLoader(
+            StepImages(resized, plan),
+            batch_sampler=stream,
+            num_workers=workers,
+            collate_fn=MaskedBatches(plan, spark.patch_size, spark.mask_block_size),
+            pin_memory=device.type == "cuda",
+            worker_init_fn=ignore_stop_signals,
+        )
+        return iter(loader)
+
     panel_batch = fixed_batch(images, spark, config.seed) if main_process else None
+    monitor = build_monitor(config, images, spark, micro_batch, main_process)
 
     # --- logs
     make_output_dir(config.output_dir)
@@ -233,10 +274,14 @@ def pretrain(config: PretrainConfig) -> None:
             model=spark,
             optimizer=optimizer,
             scaler=accelerator.scaler,
+            ema=ema,
             extra={
                 "config": config_dict(config),
                 "unreadable": unreadable.state_dict(),
                 "data": data,
+                "offset": offset,
+                "guard": guard.state_dict(),
+                "processes": world,
                 "layout": layout.layout,
                 "device_type": device.type,
             },
@@ -250,10 +295,34 @@ def pretrain(config: PretrainConfig) -> None:
         picture = reconstruction_panels(spark, normalise(pixels), visible, mean, std)
         return save_panels(picture, config.output_dir, step)
 
+    def measure(rate: float) -> dict[str, float | str]:
+        """Measure the features of unmasked images, if that keeps within its share of the time; main process only."""
+        nonlocal monitor
+        assert monitor is not None
+        if not monitor.affordable(rate):
+            expected = monitor.expected(rate)
+            return {
+                "monitor": f"skipped: its {expected:.1f} s would exceed monitor.max_share {monitor.max_share}"
+            }
+        try:
+            values = monitor.measure(spark.encoder)
+        except ValueError as error:  # labelled images that cannot be read: the run can do without
+            bar.say(f"the monitor is off from here on: {error}")
+            monitor = None
+            return {"monitor": f"off: {error}"}
+        text = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+        bar.say(f"unmasked features after step {step}: {text}")
+        warning = collapse_warning(values, config.monitor.collapse_rank, config.monitor.collapse_std)
+        if warning is None:
+            return {**values}
+        bar.say(f"warning: after step {step} the {warning}")
+        return {**values, "event": "collapse", "reason": warning}
+
     def export() -> Path:
         """Write the encoder; main process only."""
         folder = Path(config.output_dir) / "encoder"
-        return save_encoder(spark.encoder, folder, mean, std, spark.input_size)
+        trained = ema if ema is not None and config.export_ema else spark
+        return save_encoder(trained.encoder, folder, mean, std, spark.input_size)
 
     def attempt(what: str, write: Callable[[], Path]) -> Path | None:
         """Write what the run can do without: a failure is told, and the run goes on."""
@@ -265,6 +334,19 @@ def pretrain(config: PretrainConfig) -> None:
                 f"or correct the permissions of {config.output_dir} before the next checkpoint"
             )
             return None
+
+    def keep_on(what: str, write: Callable[[], Any]) -> bool:
+        """Write what the run needs, and say whether it was written; guard.on_save_error tells if a failure ends it."""
+        try:
+            write()
+        except OSError as error:
+            if config.guard.on_save_error == "stop":
+                raise
+            bar.say(
+                f"{what} after step {step} could not be written, training goes on (guard.on_save_error): {error}"
+            )
+            return False
+        return True
 
     # Batch norm's running statistics change in the forward pass already. To be able to go back to the state before a
     # step whose loss is not finite, they are copied first.
@@ -282,10 +364,10 @@ def pretrain(config: PretrainConfig) -> None:
     saved_step = drawn_step = -1
     since, steps_since, waited = time.perf_counter(), 0, 0.0
     with (
-        StopRequest() as stop,
+        StopRequest(deadline) as stop,
         progress_bar(total_steps, step, every=config.log_every, enabled=main_process) as bar,
     ):
-        batches = iter(loader)
+        batches = batches_from(step + offset)
         while step < total_steps and not stop.agreed(accelerator):
             lr = lr_at(step, peak=peak_lr, total_steps=total_steps, warmup_steps=warmup_steps)
             weight_decay = weight_decay_at(step, start=start_decay, end=end_decay, total_steps=total_steps)
@@ -307,10 +389,12 @@ def pretrain(config: PretrainConfig) -> None:
                     pixels = normalise(pixels)
                     visible_count = int(batch["visible"].sum())  # here: on a GPU, reading it would wait
                     visible = batch["visible"].to(device, non_blocking=True)
-                    torch.manual_seed(derive_seed(config.seed, step * config.accumulation + part, rank, 4))
+                    torch.manual_seed(
+                        derive_seed(config.seed, (step + offset) * config.accumulation + part, rank, 4)
+                    )
                     is_last = part == config.accumulation - 1
                     with nullcontext() if is_last else accelerator.no_sync(model):
-                        loss = model(pixels, visible, visible_count).loss / config.accumulation
+                        loss = forward(pixels, visible, visible_count).loss / config.accumulation
                         accelerator.backward(loss)
                     loss_sum += loss.detach()
                 all_loss, all_failed = reduce_sum(accelerator, [loss_sum.item(), len(failed)])
@@ -343,41 +427,91 @@ def pretrain(config: PretrainConfig) -> None:
             numbers: dict[str, float] = {"the loss": mean_loss}
             if accelerator.scaler is None or accelerator.scaler.get_scale() < 1:
                 numbers["the gradient norm"] = grad_norm
-            check_finite(
-                accelerator, step + 1, numbers, files=names, output_dir=config.output_dir, save=rescue
-            )
-            optimizer.step()
+            verdict = guard.judge(numbers)
+            event: dict[str, float | str] = {}
+            if verdict is not None and verdict.action == "rollback":
+                target = find_run(config.output_dir, True)
+                if target is None:  # before the first checkpoint
+                    verdict = guard.skip(f"{verdict.reason}, and there is no checkpoint to roll back to")
+            if verdict is None:
+                optimizer.step()
+                if ema is not None and config.optim.ema_decay is not None:
+                    update_average(ema, spark, config.optim.ema_decay if step else 0.0)
+            elif verdict.action == "stop":
+                stop_run(
+                    accelerator,
+                    step + 1,
+                    verdict.reason,
+                    files=names,
+                    output_dir=config.output_dir,
+                    save=rescue,
+                )
+            else:
+                torch._foreach_copy_(running, running_before)  # pyright: ignore[reportPrivateImportUsage]
+                if accelerator.scaler is not None:
+                    accelerator.scaler.update()
+                event = {"event": verdict.action, "reason": verdict.reason}
+                bar.say(f"step {step + 1}: {verdict.reason}: {verdict.action}")
             optimizer.zero_grad()
+            if verdict is not None and verdict.action == "rollback":
+                assert target is not None
+                guard.rollbacks += 1
+                state = load_run(target, model=spark, optimizer=optimizer, scaler=accelerator.scaler, ema=ema)
+                accelerator.wait_for_everyone()  # nobody writes checkpoints while others read them
+                guard.load_state_dict(
+                    {**state.get("guard", Guard(config.guard).state_dict()), "rollbacks": guard.rollbacks}
+                )
+                event["at_step"] = step + 1
+                # The stream goes on behind the batch that failed, or the same would happen again.
+                position, step = step + offset + 1, state["step"]
+                offset = position - step
+                batches = batches_from(position)
+                keep_on("the rows", partial(log.rewind, step, keep_events=True))
+                keep_on(
+                    "a row", partial(log.row, step, loss=mean_loss, lr=lr, images_per_second=0.0, **event)
+                )
+                since, steps_since, waited = time.perf_counter(), 0, 0.0
+                continue
             step += 1
             steps_since += 1
 
             # report, save, draw, export
             now = time.perf_counter()
-            rate = steps_since * config.optim.batch_size / (now - since)
+            elapsed = now - since
+            rate = steps_since * config.optim.batch_size / elapsed
             bar.update(step, loss=mean_loss, lr=lr, images_per_second=rate)
+            watched: dict[str, float | str] = {}
+            if (
+                monitor is not None
+                and not event
+                and (step % config.monitor.every == 0 or step == total_steps)
+            ):
+                watched = measure(rate)
+                since += time.perf_counter() - now  # the time of measuring is not that of training
             log_due = step % config.log_every == 0 or step in (1, total_steps)
-            if log_due:
-                log.row(
-                    step,
-                    loss=mean_loss,
-                    lr=lr,
-                    weight_decay=weight_decay,
-                    grad_norm=grad_norm,
-                    epoch=step * config.optim.batch_size / len(source),
-                    images_per_second=rate,
-                    data_wait=waited / (now - since),
-                    layout=layout.layout,
-                    mask_ratio=1 - visible_count / batch["visible"].numel(),
-                    height=pixels.shape[2],
-                    width=pixels.shape[3],
-                    **memory_use(device),
-                )
+            if log_due or watched or event:
+                row = {
+                    "loss": mean_loss,
+                    "lr": lr,
+                    "weight_decay": weight_decay,
+                    "grad_norm": grad_norm,
+                    "epoch": (step + offset) * config.optim.batch_size / len(source),
+                    "images_per_second": rate,
+                    "data_wait": waited / elapsed,
+                    "layout": layout.layout,
+                    "mask_ratio": 1 - visible_count / batch["visible"].numel(),
+                    "height": pixels.shape[2],
+                    "width": pixels.shape[3],
+                }
+                keep_on("a row", partial(log.row, step, **row, **memory_use(device), **watched, **event))
             if main_process and config.checkpoint_every and step % config.checkpoint_every == 0:
-                save()
-                saved_step = step
+                saved_step = step if keep_on("the checkpoint", save) else saved_step
             if main_process and config.panels_every and step % config.panels_every == 0:
+                begin = time.perf_counter()
                 attempt("panels", draw)
                 drawn_step = step
+                if monitor is not None:
+                    monitor.seconds += time.perf_counter() - begin
             if main_process and stop.export:
                 stop.export = False
                 if folder := attempt("the encoder", export):
@@ -440,6 +574,15 @@ def checkpoint_activations(spark: SparK, name: str) -> None:
         raise ValueError(
             f"timm model {name} refuses to checkpoint its activations ({error}): {advice}"
         ) from error
+
+    def uncount(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
+        # batch norm counts its batches as it is called; the second call of a step is no second batch
+        if norm.training and in_recomputation():
+            cast(Tensor, norm.num_batches_tracked).sub_(1)
+
+    for module in spark.encoder.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.num_batches_tracked is not None:
+            module.register_forward_pre_hook(uncount)
 
 
 def choose_layout(spark: SparK, device_type: str, precision: str, before: Mapping[str, Any] | None) -> Choice:
@@ -522,17 +665,57 @@ def resolve(config: PretrainConfig, spark: SparK, transform: PretrainTransform) 
     )
 
 
+def fixed_samples(images: UnlabeledImages, most: int) -> list[dict[str, Any]]:
+    """At most so many training images, evenly spread, always the same."""
+    count = min(most, len(images))
+    return [images[position, position * len(images) // count] for position in range(count)]
+
+
 def fixed_batch(images: UnlabeledImages, spark: SparK, seed: int) -> tuple[Tensor, Tensor]:
     """Images and masks for the panels, always the same and in the model's own size.
 
     Returns:
         [B, C, H, W] uint8 and [B, 1, fh, fw].
     """
-    count = min(PANEL_IMAGES, len(images))
-    samples = [images[position, position * len(images) // count] for position in range(count)]
-    plan = StepPlan((spark.input_size,), mean_ratio(spark.mask_ratio), count, seed)
+    samples = fixed_samples(images, PANEL_IMAGES)
+    plan = StepPlan((spark.input_size,), mean_ratio(spark.mask_ratio), len(samples), seed)
     batch = MaskedBatches(plan, spark.patch_size, spark.mask_block_size)(samples)
     return batch["image"], batch["visible"]
+
+
+def build_monitor(
+    config: PretrainConfig, images: UnlabeledImages, spark: SparK, batch_size: int, main_process: bool
+) -> Monitor | None:
+    """What watches a run, in its main process; None in the others, which only check the options, and if it is off.
+
+    Raises:
+        FileNotFoundError: a split of the labelled folder is missing.
+        ValueError: the labelled folder does not fit.
+    """
+    most, mean, std = config.monitor.max_images, config.data.mean, config.data.std
+    if not config.monitor.every:
+        return None
+    assert mean is not None
+    assert std is not None
+    if config.monitor.data is None:
+        count = min(most, len(images))
+
+        def read() -> MonitoredImages:
+            pixels = collate_images(fixed_samples(images, count))["image"]
+            return MonitoredImages(Normalise(mean, std)(pixels))
+    else:
+        if len(mean) not in (1, 3):
+            raise ValueError(
+                f"monitor.data is a folder of image files, which have 3 channels (colour) or 1 (grey), and "
+                f"model.in_chans is {len(mean)}: leave monitor.data null"
+            )
+        found = list_labelled(Path(config.monitor.data))
+        count = sum(min(most, int(part.sum())) for part in (found.train, ~found.train))
+
+        def read() -> MonitoredImages:
+            return read_labelled(found, most, spark.input_size, mean, std)
+
+    return Monitor(read, count, config.monitor.max_share, batch_size) if main_process else None
 
 
 def read_extra(checkpoint: Path) -> dict[str, Any]:

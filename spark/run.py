@@ -17,10 +17,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -115,12 +115,18 @@ def start_accelerator(output_dir: str | Path, precision: str) -> Accelerator:
         precision: fp32, bf16 or fp16.
 
     Raises:
-        ValueError: fp16 without a GPU.
+        ValueError: fp16 without a GPU, or FSDP.
     """
     wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"true", "1", "yes"}
     on_cpu = wants_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     if on_cpu and precision == "fp16":
         raise ValueError("precision fp16 needs a GPU; use bf16 or fp32 on this machine")
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise ValueError(
+            "FSDP is not supported by the training scripts yet (checkpoints of sharded weights are not written): use a "
+            "configuration of configs/accelerate/, whole weights on each GPU, and model.grad_checkpointing or more "
+            "accumulation where memory is short"
+        )
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision="no" if precision == "fp32" else precision,
@@ -300,15 +306,26 @@ class RunLog:
     def __init__(self, output_dir: str | Path, accelerator: Accelerator, resume_step: int | None):
         self.path = Path(output_dir) / "metrics.jsonl"
         self.accelerator = accelerator
-        if accelerator.is_main_process:
-            kept = (
-                []
-                if resume_step is None
-                else [row for row in read_rows(self.path) if row["step"] <= resume_step]
-            )
-            write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        self.rewind(-1 if resume_step is None else resume_step)
         options = {} if resume_step is None else {"purge_step": resume_step + 1}
         accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": options})
+
+    def rewind(self, step: int, keep_events: bool = False) -> None:
+        """Drop the rows of later steps, which are going to be computed again.
+
+        Args:
+            step: last step whose rows stay; -1 drops all.
+            keep_events: rows with an `event` stay too, as rows of this step that name theirs in `at_step`.
+        """
+        if not self.accelerator.is_main_process:
+            return
+        rows = []
+        for row in read_rows(self.path) if step >= 0 else []:
+            if row["step"] <= step:
+                rows.append(row)
+            elif keep_events and "event" in row:
+                rows.append({**row, "step": step, "at_step": row["step"]})
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def row(self, step: int, **values: float | str) -> None:
         """Write one row; numbers that are not finite become null, for JSON has no other word for them.
@@ -322,10 +339,13 @@ class RunLog:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
         }
+        before = self.path.stat().st_size if self.path.exists() else 0
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **finite}) + "\n")
         except OSError as error:
+            with suppress(OSError):  # half a row would make the file unreadable
+                os.truncate(self.path, before)
             if error.errno != errno.ENOSPC:
                 raise
             raise OSError(
@@ -438,12 +458,16 @@ class StopRequest:
 
     Used as a context manager; the previous handlers come back at its end.
 
+    Args:
+        deadline: time on the monotonic clock [s] that counts as a request when it is reached.
+
     Attributes:
         requested: this process was asked to stop.
         export: this process was asked for its result; the loop sets it back to False.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, deadline: float = math.inf) -> None:
+        self.deadline = deadline
         self.requested = False
         self.export = False
         self._first = math.inf
@@ -472,8 +496,8 @@ class StopRequest:
 
     def agreed(self, accelerator: Accelerator) -> bool:
         """Whether any process was asked to stop: the same answer in all of them, which all call it together."""
-        if self._launcher is not None and os.getppid() != self._launcher:
-            self.requested = True
+        orphaned = self._launcher is not None and os.getppid() != self._launcher
+        self.requested |= orphaned or time.monotonic() >= self.deadline
         if accelerator.num_processes == 1:
             return self.requested
         return reduce_sum(accelerator, [float(self.requested)])[0] > 0
@@ -488,25 +512,41 @@ def check_finite(
     output_dir: str | Path,
     save: Callable[[], Path | None],
 ) -> None:
-    """Stop a run whose loss or gradient is not finite: keep the state, name the batch, say what to do.
+    """Stop a run whose loss or gradient is not finite, see `stop_run`; `values` are what must be, by name.
 
-    Every process calls it with the same values, before the optimizer's step, so that the weights are still good.
+    Raises:
+        ValueError: a value is not finite.
+    """
+    bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+        stop_run(accelerator, step, " and ".join(bad), files=files, output_dir=output_dir, save=save)
+
+
+def stop_run(
+    accelerator: Accelerator,
+    step: int,
+    reason: str,
+    *,
+    files: Sequence[str],
+    output_dir: str | Path,
+    save: Callable[[], Path | None],
+) -> NoReturn:
+    """Stop a run at a step that would spoil the weights: keep the state, name the batch, say what to do.
+
+    Every process calls it with the same reason, before the optimizer's step, so that the weights are still good.
 
     Args:
         accelerator: of the run.
         step: the step under way, counted from 1.
-        values: name and value of what must be finite.
+        reason: what is wrong, such as "the loss is nan".
         files: the files of this process in the step's batch.
         output_dir: folder of the run; the files of all processes are listed in ``nonfinite_step_NNNNNNN.txt``.
         save: writes a checkpoint of the state before the step, called in the main process; returns its folder, or None
             when that state is not finite either.
 
     Raises:
-        ValueError: a value is not finite.
+        ValueError: always.
     """
-    bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
-    if not bad:
-        return
     everyone = gather_object(list(files))
     listing = Path(output_dir) / f"nonfinite_step_{step:07d}.txt"
     kept = "the weights were no longer finite either, so no checkpoint was written: go back to an older one"
@@ -517,7 +557,7 @@ def check_finite(
             kept = f"the state before this step is saved in {checkpoint}"
     accelerator.wait_for_everyone()
     raise ValueError(
-        f"{' and '.join(bad)} at step {step}, the run has stopped; {kept}. The images of this batch are listed in "
+        f"{reason} at step {step}, the run has stopped; {kept}. The images of this batch are listed in "
         f"{listing}. Look at these images, lower the learning rate or use precision fp32, then use --resume true"
     )
 

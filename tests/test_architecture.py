@@ -23,11 +23,12 @@ LAYERS = [
     {"model"},
     {"decoding"},
     {"sources"},
-    {"folders", "keys", "config", "optim", "images", "monitor"},
+    {"folders", "keys", "config", "optim", "images", "probing", "guard", "monitor"},
     {"steps", "channels"},
     {"official"},
     {"export"},
     {"checkpoint"},
+    {"continuation"},
     {"run"},
     {"pretrain"},
 ]

@@ -200,7 +200,10 @@ def test_scaling_measures_every_combination_and_draws(tmp_path):
         (["loader", "--batch", "many"], "--batch: must be a whole number, 1 or more, not many"),
         (["loader", "--size", "32"], "--size: must be a whole number, 64 or more, not 32"),
         (["loader", "--workers", "-1"], "--workers: must be a whole number, 0 or more, not -1"),
-        (["loader", "--busy", "--data", "nowhere"], "error: there is no image folder or list of images at"),
+        (
+            ["loader", "--busy", "--data", "nowhere"],
+            "error: there is no image folder, list of images, tar shard or array at",
+        ),
         (["scaling", "--processes", "0"], "--processes: must be a whole number, 1 or more, not 0"),
         (
             ["scaling", "--processes", "2", "--official", "SparK"],

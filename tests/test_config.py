@@ -1,6 +1,7 @@
 """spark.config: the command line and YAML files become dataclasses; every mistake is one sentence."""
 
 import errno
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,7 +9,15 @@ import pytest
 import yaml
 
 from finetune.config import DepthConfig
-from spark.config import PretrainConfig, config_changes, config_dict, parse_config, save_config
+from spark.config import (
+    DataConfig,
+    ModelConfig,
+    PretrainConfig,
+    config_changes,
+    config_dict,
+    parse_config,
+    save_config,
+)
 
 REQUIRED = ["--model.name", "resnet18", "--data.train", "images", "--output_dir", "out"]
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -294,7 +303,11 @@ def test_a_config_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"name": "old"}
 
 
-@pytest.mark.parametrize("file", sorted((CONFIGS / "pretrain").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "file",
+    sorted(path for path in (CONFIGS / "pretrain").glob("*.yaml") if not path.is_symlink()),
+    ids=lambda path: path.stem,
+)
 def test_configs_are_run_cards_that_parse(file):
     config = parse("--config", str(file), "--data.train", "x", "--output_dir", "y")
     if file.stem == "small":
@@ -355,7 +368,7 @@ def test_accelerate_configs_are_known_to_accelerate(file):
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(str(file))
-    assert vars(config)["num_processes"] in (1, 2, 8)
+    assert vars(config)["num_processes"] in (1, 2, 8, 16)
 
 
 def test_changes_between_two_configs_are_named():
@@ -367,3 +380,25 @@ def test_changes_between_two_configs_are_named():
         "b.new was None, is 4",
     ]
     assert config_changes(before, before) == []
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [(None, math.inf), (0.5, 1800), ("2", 7200), ("1.5", 5400), ("00:10:05", 605), ("100:00:00", 360000)],
+)
+def test_time_limit(limit, seconds):
+    config = PretrainConfig(ModelConfig("resnet18"), DataConfig("x"), "y", time_limit=limit)
+    assert config.time_limit_seconds() == seconds
+
+
+@pytest.mark.parametrize("limit", ["soon", "-1", "0", 0.0, "1:99:00", "10:00", 43200.0])
+def test_time_limit_that_is_none(limit):
+    with pytest.raises(
+        ValueError, match=r"time_limit must be a number of hours above 0, or HH:MM:SS \(in a YAML"
+    ):
+        PretrainConfig(ModelConfig("resnet18"), DataConfig("x"), "y", time_limit=limit)
+
+
+def test_an_average_that_is_not_kept_cannot_be_exported():
+    with pytest.raises(ValueError, match=r"export_ema must be false where optim\.ema_decay is null"):
+        PretrainConfig(ModelConfig("resnet18"), DataConfig("x"), "y", export_ema=True)

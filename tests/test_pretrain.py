@@ -19,11 +19,13 @@ import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import spark.checkpoint
 from spark import pretrain
 from spark.config import parse_config
 from spark.model import SparK
+from spark.monitor import Monitor
 from spark.run import RunLog, read_rows
 from spark.sources import open_source, remote
 from spark.sparse import PACKED
@@ -66,6 +68,7 @@ def small_run(photos, folder, *more):
         "log_every": "1",
         "checkpoint_every": "0",
         "panels_every": "0",
+        "monitor.every": "0",
         "output_dir": str(folder),
     }
     return [f"--{name}={value}" for name, value in options.items()] + list(more)
@@ -282,6 +285,124 @@ def test_seed_changes_the_run(command, tmp_path, whole):
     assert curve(tmp_path / "run")[0]["loss"] != curve(whole)[0]["loss"]
 
 
+# --- averaged weights
+
+
+def averages(folder, step):
+    return load_file(folder / "checkpoints" / f"step_{step:07d}" / "ema.safetensors")
+
+
+def test_averaged_weights_are_exact_on_resume_and_exported_on_demand(command, tmp_path, monkeypatch, whole):
+    options = ("--optim.ema_decay=0.7", "--checkpoint_every=1", "--keep_checkpoints=9", "--export_ema=true")
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run(command(*options))
+    run(command(*options, "--resume=true"))
+    assert curve(folder) == curve(whole), "an average changes no training"
+    assert_equal(weights(folder, 8), weights(whole, 8))
+
+    model = SparK("test_resnet", 64, decoder_width=32)
+    expected = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.7))  # torch's own
+    for step in range(1, 9):
+        model.load_state_dict(weights(folder, step))
+        expected.update_parameters(model)
+        for name, value in averages(folder, step).items():
+            torch.testing.assert_close(value, expected.module.state_dict()[name], msg=f"{name} at {step}")
+    exported = load_file(folder / "encoder" / "model.safetensors")
+    averaged = averages(folder, 8)
+    for name, value in exported.items():
+        assert torch.equal(value, averaged[f"encoder.{name}"]), name
+    assert not torch.equal(averaged["encoder.conv1.0.weight"], weights(folder, 8)["encoder.conv1.0.weight"])
+
+
+def test_an_average_may_begin_on_resume(command, tmp_path, capsys, caplog):
+    run(command("--max_steps=2"))
+    run(command("--max_steps=3", "--optim.ema_decay=0.5", "--resume=true"))
+    assert "holds no averaged weights: the average starts from its weights" in caplog.text
+    before, after, averaged = (
+        weights(tmp_path / "run", 2),
+        weights(tmp_path / "run", 3),
+        averages(tmp_path / "run", 3),
+    )
+    name = "encoder.conv1.0.weight"
+    torch.testing.assert_close(averaged[name], 0.5 * (before[name] + after[name]))
+
+
+def test_a_torn_average_is_no_whole_checkpoint(command, tmp_path, caplog):
+    run(command("--max_steps=4", "--checkpoint_every=2", "--optim.ema_decay=0.5"))
+    torn = tmp_path / "run" / "checkpoints" / "step_0000004" / "ema.safetensors"
+    torn.write_bytes(torn.read_bytes()[:100])
+    assert spark.checkpoint.find_run(tmp_path / "run", True).name == "step_0000002"
+    assert "ema.safetensors is missing, cut short or damaged" in caplog.text
+
+
+# --- monitors
+
+
+def test_monitors_measure_and_leave_the_run_as_it_is(command, tmp_path, photos, whole, capsys, monkeypatch):
+    """Bit for bit the run without: weights, batch norm's statistics, optimizer and every row."""
+    monkeypatch.setattr(Monitor, "affordable", lambda self, rate: True)
+    labelled = tmp_path / "labelled"
+    for split in ("train", "val"):
+        shutil.copytree(photos, labelled / split)
+    run(command("--monitor.every=3", f"--monitor.data={labelled}"))
+    rows = curve(tmp_path / "run")
+    measured = (
+        "rank",
+        "channel_std",
+        "bn_gap",
+        "bn_drift",
+        "knn",
+        "linear",
+        "monitor_seconds",
+        "monitor_share",
+    )
+    assert [row["step"] for row in rows if "rank" in row] == [3, 6, 8]
+    assert set(measured) <= rows[5].keys()
+    assert rows[5]["linear"] >= 0.5
+    assert rows[5]["knn"] == 1.0, "every validation image is a training image too"
+    assert rows[5]["bn_drift"] > 0
+    assert "unmasked features after step 6: rank " in capsys.readouterr().out
+    assert [{k: v for k, v in row.items() if k not in measured} for row in rows] == curve(whole)
+    assert_equal(weights(tmp_path / "run", 8), weights(whole, 8))
+    assert_equal(moments(tmp_path / "run", 8), moments(whole, 8))
+
+
+def test_monitors_that_cost_too_much_are_skipped_and_say_so(command, tmp_path):
+    run(command("--monitor.every=4", "--monitor.max_share=1e-6", "--log_every=8"))
+    rows = curve(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 4, 8]
+    assert "monitor" not in rows[0]
+    for row in rows[1:]:
+        assert "rank" not in row
+        assert row["monitor"].startswith("skipped: its ")
+        assert row["loss"] > 0
+
+
+def test_collapse_is_an_event_and_a_warning(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Monitor, "affordable", lambda self, rate: True)
+    run(command("--monitor.every=8", "--monitor.collapse_rank=1000", "--max_steps=8"))
+    row = curve(tmp_path / "run")[-1]
+    assert row["event"] == "collapse"
+    assert "below 1000" in row["reason"]
+    assert "warning: after step 8 the features collapse: rank" in capsys.readouterr().out
+
+
+def test_unfit_labelled_folder_is_refused_before_anything_is_written(command, tmp_path, capsys, photos):
+    assert "there is no folder" in error_of(capsys, command("--monitor.every=1", f"--monitor.data={photos}"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_labelled_images_have_the_channels_of_image_files(command, photos):
+    options = command(
+        "--monitor.every=1", f"--monitor.data={photos}", "--data.mean=[0,0]", "--data.std=[1,1]"
+    )
+    config = parse_config(pretrain.PretrainConfig, options, "")
+    with pytest.raises(ValueError, match=r"in_chans is 2: leave monitor\.data null"):
+        pretrain.build_monitor(config, [], SparK("test_resnet", in_chans=2, decoder_width=32), 1, True)
+
+
 # --- resume
 
 
@@ -319,6 +440,15 @@ def test_crashed_and_resumed_is_the_same_run(command, tmp_path, monkeypatch, who
     run(command(*EXACT, "--checkpoint_every=2", "--resume=true"))
     assert curve(folder) == curve(whole_exact)
     assert_equal(weights(folder, 8), weights(whole_exact, 8))
+
+
+def test_time_limit_saves_and_ends_well(command, tmp_path, capsys):
+    run(command("--max_steps=100000", "--time_limit=00:00:02", "--log_every=1000"))
+    text = capsys.readouterr().out
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    step = int(checkpoint.name.removeprefix("step_"))
+    assert f"stopped and saved after step {step} of 100000; to continue:" in text
+    assert "--resume true" in text
 
 
 def test_resume_from_a_path_into_another_folder(command, tmp_path):
@@ -527,6 +657,98 @@ def test_nan_loss_stops_saves_and_names_the_batch(command, tmp_path, monkeypatch
     assert_equal(weights(folder, 8), weights(whole, 8))
 
 
+def spoiled(monkeypatch, steps, spoil):
+    """The loss of these training forwards (counted from 1) becomes something else; after it, the statistics moved."""
+    calls = [0]
+    original = SparK.forward
+
+    def forward(self, images, visible=None, *count):
+        calls[0] += self.training
+        output = original(self, images, visible, *count)
+        return output._replace(loss=spoil(output.loss)) if self.training and calls[0] in steps else output
+
+    monkeypatch.setattr(SparK, "forward", forward)
+
+
+EVENTS = ("--guard.spike_window=4", "--checkpoint_every=1", "--keep_checkpoints=99")
+
+
+@pytest.mark.parametrize(
+    ("policy", "spoil", "reason"),
+    [
+        ("--guard.on_nonfinite=skip", lambda loss: loss * float("nan"), "the loss is nan"),
+        ("--guard.on_spike=skip", lambda loss: loss + 100, "is a spike, above"),
+    ],
+)
+def test_a_skipped_step_changes_nothing_and_is_told(
+    command, tmp_path, monkeypatch, capsys, policy, spoil, reason
+):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        spoiled(patch, {5}, spoil)
+        run(command(policy, *EVENTS, "--log_every=100"))
+    rows = curve(folder)
+    assert [row["step"] for row in rows] == [1, 5, 8]
+    assert rows[1]["event"] == "skip"
+    assert reason in rows[1]["reason"]
+    assert "event" not in rows[2]
+    assert_equal(weights(folder, 4), weights(folder, 5))
+    assert_equal(moments(folder, 4), moments(folder, 5))
+    assert any(not torch.equal(v, weights(folder, 6)[k]) for k, v in weights(folder, 5).items())
+    assert f"step 5: {rows[1]['reason']}: skip" in capsys.readouterr().out
+
+
+def test_a_rollback_goes_on_behind_the_batch_that_failed(command, tmp_path, monkeypatch, photos):
+    """Steps 4 and 5 of the stream's batches 3 and 4 are given up; steps 4 to 8 train on batches 5 to 9."""
+    folder, seen = tmp_path / "run", []
+    original = pretrain.MaskedBatches.__call__
+
+    def call(self, samples):
+        seen.append(samples[0]["position"] // 8)
+        return original(self, samples)
+
+    options = (
+        "--guard.on_nonfinite=rollback",
+        "--checkpoint_every=3",
+        "--keep_checkpoints=9",
+        "--optim.ema_decay=0.5",
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain.MaskedBatches, "__call__", call)
+        spoiled(patch, {5}, lambda loss: loss * float("nan"))
+        run(command(*options))
+    assert seen[-10:] == list(range(10))
+    rows = curve(folder)
+    assert [row["step"] for row in rows] == [1, 2, 3, 3, 4, 5, 6, 7, 8]
+    event = rows[3]
+    assert (event["event"], event["at_step"], event["loss"]) == ("rollback", 5, None)
+    assert rows[4]["epoch"] == pytest.approx(6 * 8 / 12)
+
+    # a run resumed behind it knows how far the stream is, and comes to the same
+    run(command(*options, f"--resume={folder / 'checkpoints' / 'step_0000006'}", output="fork"))
+    assert curve(tmp_path / "fork") == rows[-2:]
+    assert_equal(weights(tmp_path / "fork", 8), weights(folder, 8))
+    assert_equal(averages(tmp_path / "fork", 8), averages(folder, 8))
+
+
+def test_rollbacks_are_bounded_and_the_first_steps_are_skipped(command, tmp_path, monkeypatch, capsys):
+    spoiled(monkeypatch, {2, *range(5, 100)}, lambda loss: loss + float("inf"))
+    options = ("--guard.on_nonfinite=rollback", "--guard.max_rollbacks=2", "--checkpoint_every=3")
+    text = error_of(capsys, command(*options))
+    assert "the loss is inf, after 2 rollbacks (guard.max_rollbacks) at step 4, the run has stopped" in text
+    events = [row for row in curve(tmp_path / "run") if "event" in row]
+    assert [(row["event"], row["step"]) for row in events] == [("skip", 2), ("rollback", 3), ("rollback", 3)]
+    assert "no checkpoint to roll back to" in events[0]["reason"]
+
+
+def test_a_spike_can_stop_the_run(command, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        spoiled(patch, {6}, lambda loss: loss + 1)
+        text = error_of(capsys, command("--guard.on_spike=stop", "--guard.spike_window=4"))
+    assert "is a spike, above" in text
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_0000005"]
+
+
 def test_diverging_run_stops(command, tmp_path, capsys):
     text = error_of(
         capsys,
@@ -536,6 +758,41 @@ def test_diverging_run_stops(command, tmp_path, capsys):
     steps = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert all(torch.isfinite(v).all() for v in load_file(steps[0] / "model.safetensors").values())
     assert list((tmp_path / "run").glob("nonfinite_step_*.txt"))
+
+
+def test_a_row_that_cannot_be_written_need_not_stop_training(command, tmp_path, monkeypatch, capsys):
+    original = RunLog.row
+
+    def row(self, step, **values):
+        if step == 3:
+            raise OSError(errno.ENOSPC, "the disk is full, metrics.jsonl could not be written")
+        original(self, step, **values)
+
+    monkeypatch.setattr(RunLog, "row", row)
+    run(command("--guard.on_save_error=continue"))
+    assert [row["step"] for row in curve(tmp_path / "run")] == [1, 2, 4, 5, 6, 7, 8]
+    assert "a row after step 3 could not be written, training goes on" in capsys.readouterr().out
+
+
+def test_training_goes_on_without_the_checkpoint_if_wanted(command, tmp_path, monkeypatch, capsys, whole):
+    folder = tmp_path / "run"
+    original = spark.checkpoint.write_tensors
+
+    def write_tensors(model, path, metadata):
+        if "step_0000004" in str(path) or "step_0000006" in str(path):
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(model, path, metadata)
+
+    monkeypatch.setattr(spark.checkpoint, "write_tensors", write_tensors)
+    seen = []
+    at_step(monkeypatch, 7, lambda: seen.extend(sorted(p.name for p in (folder / "checkpoints").iterdir())))
+    run(command("--checkpoint_every=2", "--guard.on_save_error=continue"))
+    assert seen == ["step_0000002"], "the last whole one stays"
+    text = capsys.readouterr().out
+    assert "the checkpoint after step 4 could not be written, training goes on (guard.on_save_error)" in text
+    assert curve(folder) == curve(whole)
+    assert_equal(weights(folder, 8), weights(whole, 8))
 
 
 def test_full_disk_keeps_older_checkpoints(command, tmp_path, monkeypatch, capsys, whole):
@@ -716,6 +973,8 @@ def test_grad_checkpointing_gives_the_same_losses(command, tmp_path, name):
     run(command(*options, "--model.grad_checkpointing=true"))
     losses = [[row["loss"] for row in curve(tmp_path / folder)] for folder in ("plain", "run")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    counts = [value.item() for key, value in weights(tmp_path / "run", 3).items() if "num_batches" in key]
+    assert set(counts) == {3}, "a batch that goes through twice is one batch"
 
 
 def test_grad_checkpointing_is_refused_by_models_that_cannot():

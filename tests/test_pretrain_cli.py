@@ -1,6 +1,7 @@
 """spark/pretrain.py as users start it: real processes, real signals, two processes that equal one."""
 
 import os
+import random
 import shlex
 import signal
 import subprocess
@@ -27,19 +28,40 @@ def losses(folder):
     return {row["step"]: row["loss"] for row in read_rows(folder / "metrics.jsonl")}
 
 
-def test_two_processes_equal_one(photos, tmp_path):  # noqa: F811
-    """A global batch over two processes gives the loss and the weights of one, statistics synchronised."""
-    options = ("--optim.name=sgd", "--optim.base_lr=3", "--max_steps=5", "--accumulation=2")
-    options += ("--model.train_sizes=[64,[64,96]]", "--model.mask_ratio=[0.4,0.6]")
+def two_processes(arguments, config="cpu_2_processes.yaml"):
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    launcher.append(str(ROOT / "configs" / "accelerate" / "cpu_2_processes.yaml"))
-    done = subprocess.run(
-        [*launcher, SCRIPT, *small_run(photos, tmp_path / "two", *options)],
+    return subprocess.run(
+        [*launcher, str(ROOT / "configs" / "accelerate" / config), SCRIPT, *arguments],
         env=environment(),
         capture_output=True,
         text=True,
         timeout=240,
     )
+
+
+def start(arguments):
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, *arguments],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_rows(process, folder, count):
+    deadline = time.monotonic() + 240
+    while len(read_rows(folder / "metrics.jsonl")) < count:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_two_processes_equal_one(photos, tmp_path):  # noqa: F811
+    """A global batch over two processes gives the loss and the weights of one, statistics synchronised."""
+    options = ("--optim.name=sgd", "--optim.base_lr=3", "--max_steps=5", "--accumulation=2")
+    options += ("--model.train_sizes=[64,[64,96]]", "--model.mask_ratio=[0.4,0.6]")
+    done = two_processes(small_run(photos, tmp_path / "two", *options))
     assert done.returncode == 0, done.stderr
     assert "batch      8 images: processes 2 x accumulation 2 x 2 at once; cpu, fp32" in done.stdout
     assert done.stdout.count("step 5/5") == 1, "one process speaks"
@@ -58,25 +80,15 @@ def test_two_processes_equal_one(photos, tmp_path):  # noqa: F811
     assert first.keys() == second.keys()
     for key, value in first.items():
         torch.testing.assert_close(
-            second[key], value, rtol=1e-4, atol=2e-6, msg=lambda text, key=key: f"{key}: {text}"
+            second[key], value, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
         )
 
 
 def test_sigterm_saves_and_the_printed_command_continues(photos, tmp_path):  # noqa: F811
     folder = tmp_path / "run"
     arguments = small_run(photos, folder, "--max_steps=100000", "--data.workers=1")
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, *arguments],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 240
-    while len(read_rows(folder / "metrics.jsonl")) < 3:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    process = start(arguments)
+    wait_for_rows(process, folder, 3)
     os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does: the loader's processes are signalled too
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 0
@@ -90,3 +102,52 @@ def test_sigterm_saves_and_the_printed_command_continues(photos, tmp_path):  # n
     run([*resume[2:], f"--max_steps={step + 2}"])
     assert sorted(losses(folder)) == list(range(1, step + 3))
     assert (folder / "encoder" / "model.safetensors").exists()
+
+
+def test_killed_at_a_random_step_and_resumed_is_the_same_run(photos, tmp_path):  # noqa: F811
+    """SIGKILL, wherever it hits; what the kill tears is passed over, and the rest is computed again."""
+    options = ("--max_steps=40", "--checkpoint_every=2", "--optim.ema_decay=0.9", "--data.workers=1")
+    folder = tmp_path / "run"
+    process = start(small_run(photos, folder, *options))
+    wait_for_rows(process, folder, random.randint(3, 12))
+    time.sleep(random.random() / 10)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    killed = max(losses(folder))
+    assert killed < 40
+    run(small_run(photos, folder, *options, "--resume=true"))
+    run(small_run(photos, tmp_path / "whole", *options))
+    assert losses(folder) == losses(tmp_path / "whole"), f"killed after step {killed}"
+    for name in ("model.safetensors", "ema.safetensors"):
+        mine, whole = (
+            load_file(each / "checkpoints" / "step_0000040" / name) for each in (folder, tmp_path / "whole")
+        )
+        for key, value in whole.items():
+            assert torch.equal(mine[key], value), f"{key}, killed after step {killed}"
+
+
+def test_one_process_goes_on_as_two(photos, tmp_path):  # noqa: F811
+    options = ("--optim.name=sgd", "--optim.base_lr=3")
+    run(small_run(photos, tmp_path / "whole", *options, "--max_steps=6"))
+    run(small_run(photos, tmp_path / "run", *options, "--max_steps=6", "--checkpoint_every=3"))
+    resume = tmp_path / "run" / "checkpoints" / "step_0000003"
+    more = ("--max_steps=6", f"--resume={resume}", "--guard.on_nonfinite=rollback")
+    done = two_processes(small_run(photos, tmp_path / "two", *options, *more))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("processes were 1, are 2: the same batches of images, divided anew") == 1
+    one, two = losses(tmp_path / "whole"), losses(tmp_path / "two")
+    assert sorted(two) == [4, 5, 6]
+    for step, loss in two.items():
+        assert loss == pytest.approx(one[step], rel=2e-6)
+
+
+def test_two_processes_roll_back_alike_and_stop(photos, tmp_path):  # noqa: F811
+    """A learning rate that spoils the weights at once: both go back to the first checkpoint, then both stop."""
+    options = ("--optim.name=sgd", "--optim.base_lr=1e30", "--optim.clip_grad=null", "--checkpoint_every=1")
+    policy = ("--guard.on_nonfinite=rollback", "--guard.max_rollbacks=1")
+    done = two_processes(small_run(photos, tmp_path / "run", *options, *policy))
+    assert done.returncode != 0
+    assert done.stderr.count("after 1 rollbacks (guard.max_rollbacks)") == 1, done.stderr[-2000:]
+    events = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "event" in row]
+    assert [row["event"] for row in events] == ["rollback"]

@@ -11,7 +11,7 @@ import timm
 import torch
 from PIL import Image
 
-from spark import save_encoder
+from spark import probing, save_encoder
 from spark.encoder import pyramid, pyramid_info
 from spark.images import UnreadableImages
 from tools import probe
@@ -149,8 +149,8 @@ def test_the_held_out_tenth_is_of_every_class_and_of_the_seed(monkeypatch):
         fitted.append(features[:, 0].tolist())
         return original(features, labels, classes, strength)
 
-    original = probe.fit_logistic
-    monkeypatch.setattr(probe, "fit_logistic", fit)
+    original = probing.fit_logistic
+    monkeypatch.setattr(probing, "fit_logistic", fit)
     labels = torch.tensor([0] * 30 + [1] * 50 + [2] * 2)
     features = torch.arange(82.0).double()[:, None]
     for seed in (0, 0, 1):
@@ -333,7 +333,7 @@ def test_what_is_wrong_with_a_folder_is_said_in_one_sentence(tmp_path, capsys, c
         (["--encoder", "test_resnet", "missing/encoder"], "no encoder at missing/encoder"),
         (["--encoder", "test_resnet", "--level", "64"], "has no feature map of level '64'"),
         (["--encoder", "test_resnet", "--size", "16"], "smaller than the stride"),
-        (["--encoder", "test_resnet", "--size", "32", "--k", "99"], "--k 99 is more than the 10 training"),
+        (["--encoder", "test_resnet", "--size", "32", "--k", "99"], "k 99 is more than the 10 training"),
     ],
 )
 def test_wrong_options_are_said_in_one_sentence(folder, tmp_path, capsys, arguments, message):

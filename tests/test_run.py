@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -177,10 +178,54 @@ def test_full_disk_while_logging(tmp_path):
     log.close()
 
 
+def test_a_row_that_was_half_written_is_taken_back(tmp_path):
+    """A file may grow by 10 bytes more: the row does not fit, and what of it did is gone."""
+    resource = pytest.importorskip("resource")
+    log = RunLog(tmp_path, start_accelerator(tmp_path, "fp32"), None)
+    log.row(1, loss=1.0)
+    before = log.path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"."):
+            log.row(2, loss=1.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert log.path.read_bytes() == before
+    log.close()
+
+
+def test_rows_are_dropped_on_the_way_back_and_events_move(tmp_path):
+    log = RunLog(tmp_path, start_accelerator(tmp_path, "fp32"), None)
+    for step in range(1, 5):
+        log.row(step, loss=float(step), **({"event": "skip"} if step == 3 else {}))
+    log.rewind(2, keep_events=True)
+    rows = read_rows(log.path)
+    assert [row["step"] for row in rows] == [1, 2, 2]
+    assert rows[2] == {"step": 2, "loss": 3.0, "event": "skip", "at_step": 3}
+    log.rewind(1)
+    assert [row["step"] for row in read_rows(log.path)] == [1]
+    log.close()
+
+
+def test_a_deadline_counts_as_a_request(tmp_path):
+    accelerator = start_accelerator(tmp_path, "fp32")
+    with StopRequest(time.monotonic() + 0.2) as stop:
+        assert not stop.agreed(accelerator)
+        time.sleep(0.25)
+        assert stop.agreed(accelerator)
+
+
 def test_fp16_without_gpu_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     with pytest.raises(ValueError, match="fp16 needs a GPU; use bf16 or fp32"):
         start_accelerator(tmp_path, "fp16")
+
+
+def test_fsdp_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP is not supported by the training scripts yet"):
+        start_accelerator(tmp_path, "fp32")
 
 
 def test_launcher_that_started_one_process_of_several(tmp_path, monkeypatch, capsys):

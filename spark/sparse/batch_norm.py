@@ -20,8 +20,8 @@ def world_size() -> int:
 
 
 def in_recomputation() -> bool:
-    """True while gradient checkpointing runs a forward again, inside the backward pass."""
-    return torch._C._current_graph_task_id() != -1
+    """True while gradient checkpointing runs a forward again, inside the backward pass; unknown to `torch.compile`."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class BatchNormed(NamedTuple):
@@ -82,7 +82,7 @@ def batch_norm(x: Tensor, call: BatchNormCall, *, sync: bool) -> BatchNormed:
     synced = training and sync and world_size() > 1
     if training and not synced:
         require_statistics(x.numel() // x.shape[1])
-    if training and not synced and x.ndim == 2:
+    if training and not synced and x.ndim == 2 and not torch.compiler.is_compiling():
         return BatchNormed(*_RowsBatchNorm.apply(x, weight, bias, running_mean, running_var, momentum, eps))
     if not synced:
         return BatchNormed(

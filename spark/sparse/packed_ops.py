@@ -70,6 +70,8 @@ def recipe(
     compute: Callable[..., Tensor], inputs: tuple[Tensor, ...], data: Tensor, terms: int = 1
 ) -> Recipe | None:
     """How to compute a result again; None where nothing is differentiated."""
+    if torch.compiler.is_compiling():  # the compiler decides itself what is kept and what is computed again
+        return None
     return Recipe(compute, inputs, data._version, terms) if data.requires_grad else None
 
 

@@ -102,8 +102,11 @@ class StaticCells(Cells):
 
 
 def static_on(device: torch.device) -> bool:
-    """Whether shapes must not depend on values there: reading a value waits for all work under way, as on a GPU."""
-    return device.type == "cuda"
+    """Whether shapes must not depend on values there: reading a value waits for all work under way, as on a GPU.
+
+    Or it would cut the graph in two while `torch.compile` traces, on any device.
+    """
+    return device.type == "cuda" or torch.compiler.is_compiling()
 
 
 class UnalignedError(ValueError):
