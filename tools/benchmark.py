@@ -499,7 +499,8 @@ def show(rows: Sequence[dict[str, str]], command: str) -> None:
     for row in cells:
         table.add_row(*(row[column] for column in columns.values()))
     console = Console()
-    if not console.is_terminal:  # a file has no width
+    if not console.is_terminal:  # a file has no width: as wide as the table is
+        console.width = 1000
         console.width = console.measure(table).maximum
     console.print(table)
 
