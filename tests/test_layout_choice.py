@@ -34,7 +34,7 @@ def table(tmp_path, monkeypatch):
 
     def write(*rows):
         lines = [
-            "device_type,model,convolutions,precision,mask_ratio,layout,speedup_median",
+            "device,device_type,model,convolutions,precision,mask_ratio,layout,speedup_median",
             *(
                 ",".join((*(str(row[c]) for c in ROW), layout, str(row[layout])))
                 for row in ({**ROW, **row} for row in rows)
@@ -50,6 +50,7 @@ def table(tmp_path, monkeypatch):
 
 
 ROW = {
+    "device": "another cpu",
     "device_type": "cpu",
     "model": "resnet50",
     "convolutions": "dense",
@@ -130,6 +131,16 @@ def test_precision_and_kind_are_kept_to_where_measured(table):
     assert choose_layout("cpu", "grouped", "bf16", 0.6) == Choice(
         "packed", f"auto: 4.0x the masked layout on cpu, fp32, mask ratio 0.6, convnext_tiny; {IN_TABLE}"
     )
+
+
+def test_ones_own_machine_decides_where_it_was_measured(table, monkeypatch):
+    mine = {"device": choice.device_name("cpu")}
+    table({"masked": 1.0, "packed": 3.0}, {**mine, "masked": 1.0, "packed": 0.8})
+    chosen = choose_layout("cpu", "dense", "fp32", 0.6)
+    assert chosen.layout == "masked"
+    assert "the fastest layout on this cpu, fp32" in chosen.reason
+    monkeypatch.setattr(choice, "device_name", lambda device_type: "a third cpu")
+    assert choose_layout("cpu", "dense", "fp32", 0.6).reason.startswith("auto: 1.9x the masked layout on cpu")
 
 
 def test_median_over_models(table):
@@ -410,7 +421,7 @@ def test_the_command_replaces_the_rows_of_its_cases(tmp_path, torch_as_before, m
     fastest = choose_layout("cpu", "dense", "fp32", 0.75)
     one = next(row for row in rows if row["layout"] == "packed" and row["mask_ratio"] == "0.75")
     assert fastest.layout == ("packed" if float(one["speedup_median"]) >= 1 else "masked")
-    assert fastest.reason.endswith(f"on cpu, fp32, mask ratio 0.75, test_resnet; {IN_TABLE}")
+    assert fastest.reason.endswith(f"on this cpu, fp32, mask ratio 0.75, test_resnet; {IN_TABLE}")
 
 
 def test_another_file_is_refused_before_measuring(tmp_path, monkeypatch, capsys):

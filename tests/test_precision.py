@@ -365,3 +365,16 @@ def test_statistics_of_images_do_not_overflow_in_fp16(layout):
     for ours, exact in zip(results(torch.float16, layout), results(torch.float64, "masked"), strict=True):
         assert ours.dtype == torch.float16
         assert relative_error({"": ours}, {"": exact}) < 2e-3
+
+
+@pytest.mark.parametrize("layout", ["masked", "packed", "spconv"])
+def test_autocast_leaves_fp64_alone(layout):
+    if layout not in layouts_here(layout):
+        pytest.skip(f"{layout} is not installed")
+    model = model_of("basic", input_size=(64, 96), layout=layout).double()
+    images, visible = torch.randn(2, 3, 64, 96).double(), random_visible(2, (2, 3), 0.5)
+    expected = copy.deepcopy(model)(images, visible)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(images, visible)
+    assert found.prediction.dtype == torch.float64
+    torch.testing.assert_close(found.prediction, expected.prediction, rtol=1e-9, atol=1e-9)

@@ -41,12 +41,13 @@ from benchmarks.original import has_model, import_original
 from benchmarks.parity import checked
 from benchmarks.processes import check_counts, efficiencies, passes_of_groups, shared_case
 from benchmarks.rows import rows_as_csv
-from benchmarks.timing import device_name, interleaved, refuse_busy_machine, summary
+from benchmarks.timing import interleaved, refuse_busy_machine, summary
 from rich.console import Console
 from rich.table import Table
 
 from spark.folders import write_whole
 from spark.sparse import LAYOUTS, MissingRuleError
+from spark.sparse.choice import device_name
 
 CASE = {
     "model": "model",
@@ -160,7 +161,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         command.add_argument("--csv", type=Path, help="write the rows to this file")
         if many:
             command.add_argument(
-                "--plot", type=Path, help="draw images/s of one process against the mask ratio, as PNG"
+                "--plot", type=png_file, help="draw images/s of one process against the mask ratio, as PNG"
             )
             command.add_argument(
                 "--processes",
@@ -179,6 +180,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error("--rounds must be 2 or more: one time has no spread")
     if getattr(options, "original_precision", None) and not options.official:
         parser.error("--original_precision is of the original: name its folder by --official, too")
+    if "spconv" in getattr(options, "layouts", []) and options.precision == "bf16":
+        parser.error(
+            "--layouts spconv computes nothing in bf16, it would be packed: leave it out, or use fp32"
+        )
     if many_sizes(options):
         options.processes = sorted({1, *options.processes})
         if options.official and options.processes != [1]:
@@ -233,6 +238,13 @@ def whole_number(least: int) -> Callable[[str], int]:
     return read
 
 
+def png_file(text: str) -> Path:
+    """Reader of an option: a file to draw."""
+    if not text.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"must end in .png, not {text}")
+    return Path(text)
+
+
 def usable_device(text: str) -> str:
     """Reader of an option: a CPU or a GPU that is there."""
     kind, _, index = text.partition(":")
@@ -271,7 +283,9 @@ def cases(options: argparse.Namespace) -> list[Case]:
             threads=options.threads,
             official=options.official,
             original_precision=options.original_precision,
-            layouts=layouts,
+            layouts=tuple(
+                x for x in layouts if (x, precision) != ("spconv", "bf16")
+            ),  # it has none: packed twice
         )
         for model, batch, size, precision, ratio in itertools.product(
             options.model,

@@ -16,6 +16,7 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,13 +25,14 @@ from typing import Any, NamedTuple
 import torch
 from benchmarks.decoders import Decoder
 from benchmarks.rows import rows_as_csv
-from benchmarks.timing import device_name, interleaved, refuse_busy_machine, summary
+from benchmarks.timing import interleaved, refuse_busy_machine, summary
 from study import call, finished, hidden_paths, require_finished, write_image_list
 
 from spark import SparK
 from spark.config import ModelConfig, PretrainConfig, parse_config
 from spark.folders import write_whole
 from spark.run import read_rows
+from spark.sparse.choice import device_name
 
 _BATCH = 32
 """Images of a measured step."""
@@ -175,6 +177,9 @@ def pretrain(job: Job, images: Path, options: argparse.Namespace) -> None:
         **{f"model.{k}": v for k, v in job.decoder.options.items() if v is not None},
     )
     require_finished(run, "encoder", job.epochs)
+    # What was scored before is another encoder.
+    (options.output_dir / f"probe_{job.name}.json").unlink(missing_ok=True)
+    shutil.rmtree(options.output_dir / f"depth_{job.name}", ignore_errors=True)
 
 
 def probe(job: Job, options: argparse.Namespace) -> None:
@@ -207,6 +212,7 @@ def depth(job: Job, options: argparse.Namespace) -> None:
             **{"data.root": nyu, "data.list": "nyu_train.txt", "data.val_list": "nyu_val.txt"},
         )
         require_finished(run, "model", options.depth_epochs)
+        (run / "results.json").unlink(missing_ok=True)
     if not (run / "results.json").exists():
         call(
             "finetune/evaluate.py",

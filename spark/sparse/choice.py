@@ -4,11 +4,13 @@
 """
 
 import csv
+import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from spark.sparse import LAYOUTS
@@ -31,8 +33,9 @@ def choose_layout(device_type: str, convolutions: str, precision: str, mask_rati
     """Pick the layout of the highest median speed-up over the masked one, in the measurements nearest to this use.
 
     Nearest: of this device type (nothing is concluded from another); then, each only where the table has it, of this
-    kind of convolutions and of this precision; then of the nearest mask ratio (of both neighbours in the middle between
-    two). A layout whose package is missing is no candidate. Of equally fast layouts "packed" is taken, then "masked".
+    very device, of this kind of convolutions and of this precision; then of the nearest mask ratio (of both neighbours
+    in the middle between two). A layout whose package is missing is no candidate. Of equally fast layouts "packed" is
+    taken, then "masked".
 
     Args:
         device_type: torch's name of it, "cpu" or "cuda".
@@ -47,6 +50,8 @@ def choose_layout(device_type: str, convolutions: str, precision: str, mask_rati
     rows = [row for row in rows if row["layout"] in present]
     if not rows:
         return Choice(UNMEASURED, f"auto: not yet measured on {device_type}; {_TABLE}")
+    name = device_name(device_type)
+    rows = _where(rows, "device", name)
     rows = _where(rows, "convolutions", convolutions)
     rows = _where(rows, "precision", precision)
     # Rounded: 0.6 - 0.45 and 0.45 - 0.3 differ in their last bits.
@@ -63,15 +68,28 @@ def choose_layout(device_type: str, convolutions: str, precision: str, mask_rati
         " and ".join(dict.fromkeys(row[column] for row in rows))
         for column in ("precision", "mask_ratio", "model")
     )
-    return Choice(
-        layout, f"auto: {gain} on {device_type}, {precisions}, mask ratio {ratios}, {models}; {_TABLE}"
-    )
+    place = f"this {device_type}" if all(row.get("device") == name for row in rows) else device_type
+    return Choice(layout, f"auto: {gain} on {place}, {precisions}, mask ratio {ratios}, {models}; {_TABLE}")
 
 
 def measured() -> list[dict[str, str]]:
     """Rows of the table; none where nothing was measured yet."""
     with MEASURED.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def device_name(device: str) -> str:
+    """Kind of the machine, as the table names it, without anything that identifies it.
+
+    Args:
+        device: torch's name of it, "cpu", "cuda" or "cuda:1"; "" for a GPU that is not there.
+    """
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device) if torch.cuda.is_available() else ""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
+    return f"cpu ({model or platform.machine()})"
 
 
 def is_available(layout: str) -> bool:
@@ -98,4 +116,4 @@ def convolution_kind(encoder: nn.Module) -> str:
 
 def _where(rows: Sequence[Mapping[str, str]], column: str, value: str) -> list[Mapping[str, str]]:
     """The rows with this value, or all where there is none."""
-    return [row for row in rows if row[column] == value] or list(rows)
+    return [row for row in rows if row.get(column) == value] or list(rows)

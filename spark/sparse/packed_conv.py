@@ -319,7 +319,7 @@ def convolve_by(
 ) -> Tensor:
     """Convolve by a plan: in the type that autocast says, keeping the recipe's inputs for the backward pass."""
     device = rows.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device) and rows.dtype != torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(device)
         rows, weight = rows.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)

@@ -187,7 +187,9 @@ class _Conv2d:
         call = packed.ConvCall(*args, **kwargs)
         window = call.window
         device = x.device.type
-        autocast = torch.is_autocast_enabled(device)
+        autocast = (
+            torch.is_autocast_enabled(device) and x.dtype != torch.float64
+        )  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
         plan = None
         if window is not None and call.groups == 1 and dtype in DTYPES.get(device, ()):

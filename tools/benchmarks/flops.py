@@ -61,7 +61,7 @@ def densify_flops(bench: Bench) -> float:
 def plot_scaling(rows: Sequence[Mapping[str, str]], path: Path) -> None:
     """Draw images/s against the mask ratio, a panel for each model, batch and size (whose rows follow each other).
 
-    The dashed limit is the masked layout's measured throughput, sped up by its FLOPs over those of the limit.
+    The dashed limit is that of visible FLOPs, computed as fast as the fastest contender of the panel computes its own.
     """
     panels = [
         (key, list(group)) for key, group in itertools.groupby(rows, lambda row: [row[c] for c in _PANEL])
@@ -76,12 +76,10 @@ def plot_scaling(rows: Sequence[Mapping[str, str]], path: Path) -> None:
             rates = [float(row["images_per_second"]) for row in own]
             if own:
                 axes.plot(ratios, rates, "o-", color=colour, label=name)
-            if name == "masked":
-                limits = [
-                    rate * float(row["gflops"]) / float(row["gflops_limit"])
-                    for rate, row in zip(rates, own, strict=True)
-                ]
-                axes.plot(ratios, limits, "--", color="black", label="limit (visible FLOPs)")
+        counted = [row for row in group if row["gflops"]]
+        fastest = max(float(row["images_per_second"]) * float(row["gflops"]) for row in counted)
+        points = sorted({(float(row["mask_ratio"]), fastest / float(row["gflops_limit"])) for row in counted})
+        axes.plot(*zip(*points, strict=True), "--", color="black", label="limit (visible FLOPs)")
         model, batch, height, width = key
         axes.set(title=f"{model}, batch {batch}, {height}x{width} px", xlabel="mask ratio", ylabel="images/s")
         axes.set_ylim(bottom=0)

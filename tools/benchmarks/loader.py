@@ -32,12 +32,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from benchmarks.timing import device_name, interleaved, summary
+from benchmarks.timing import interleaved, summary
 from spark.images import Normalise, PretrainTransform, UnlabeledImages, collate_images
 from spark.masking import visible_at
 from spark.run import StreamSampler
 from spark.seeding import derive_seed
 from spark.sources import FileSource, list_images
+from spark.sparse.choice import device_name
 
 PATCH = 32
 """Side of the patches that ours draws masks of [px]; a picture needs two along each side."""

@@ -1,12 +1,10 @@
-"""Seconds of steps that take turns, their summary, and the machine that they ran on."""
+"""Seconds of steps that take turns, and their summary."""
 
 import math
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 
@@ -61,16 +59,6 @@ def summary(times: Sequence[float], base: Sequence[float], batch: int) -> dict[s
         "speedup_quartile_low": f"{slow:.3f}",
         "speedup_quartile_high": f"{fast:.3f}",
     }
-
-
-def device_name(device: str) -> str:
-    """Kind of the machine, without anything that identifies it."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
-    return f"cpu ({model or platform.machine()})"
 
 
 def _synchronise(device: str) -> None:
