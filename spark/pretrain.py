@@ -141,6 +141,11 @@ def pretrain(config: PretrainConfig) -> None:
             accelerator.print(line)
     before = None if checkpoint is None else read_extra(checkpoint)
     layout = choose_layout(spark, device.type, config.precision, before)
+    if config.compile and layout.layout not in ("masked", "packed"):
+        raise ValueError(
+            f"compile cannot trace the layout {layout.layout} ({layout.reason}): add --model.layout packed, or leave "
+            "compile false"
+        )
     spark.layout = layout.layout
     plan = StepPlan(training_sizes(config, spark), spark.mask_ratio, config.optim.batch_size, config.seed)
     try_forward(spark, device, plan.sizes)

@@ -319,6 +319,17 @@ def test_training_in_a_named_layout(train, tmp_path):
     assert [row["layout"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == ["masked"]
 
 
+def test_what_cannot_be_compiled_is_refused_before_anything_is_written(
+    table, train, tmp_path, missing, capsys
+):
+    table({"masked": 1.0, "packed": 2.0, "triton": 3.0})
+    missing()
+    with pytest.raises(SystemExit):
+        train(1, "--compile=true")
+    assert "compile cannot trace the layout triton (auto: 3.0x the masked layout" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_resumed_run_keeps_its_layout(table, train, layouts_run):
     table({"masked": 1.0, "packed": 0.5})
     train(1)

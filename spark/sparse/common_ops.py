@@ -74,7 +74,7 @@ def permute(func: Callable, x: SparseTensor, *dims: Any) -> SparseTensor:
 
 
 def window(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
-    """Convolution or pooling as the dense operator on the zero-filled map, read at the visible sites of its output.
+    """Convolution, pooling, interpolation: the dense operator on the zero-filled map, at its output's visible sites.
 
     A visible site sees zeros at masked neighbours: max pooling competes with 0 there (and with -inf beyond the image's
     border), average pooling divides as it does on a dense map.  Biases do not reach masked sites.
@@ -285,11 +285,6 @@ def addcmul(func: Callable, a: Any, b: Any, c: Any, *, value: float = 1) -> Any:
     return torch.add(a, product if value == 1 else product * value)
 
 
-def interpolate(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
-    """As the dense operator on the zero-filled map, read at the visible sites of its output."""
-    return window(func, x, *args, **kwargs)
-
-
 def instance_norm(
     func: Callable,
     x: SparseTensor,
@@ -360,7 +355,7 @@ SHARED_RULES: dict[str, Rule] = {
     "amax": amax,
     "adaptive_max_pool2d": adaptive_max_pool2d,
     "addcmul": addcmul,
-    "interpolate": interpolate,
+    "interpolate": window,
     "instance_norm": instance_norm,
     "pad": pad,
     "max_pool2d": window,
