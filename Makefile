@@ -8,8 +8,9 @@ help:
 	@echo "make demo   render rooms, pretrain, transfer, evaluate: runs/demo/report.html (about 5 minutes on 2 cores)"
 	@echo "make test   the test suite (no network, no GPU needed)"
 	@echo "make check  ruff format, ruff lint, pyright"
-	@echo "make bench  time and memory of a training step, speed of the loader here, half an hour: docs/results/benchmark_*"
-	@echo "            (OFFICIAL=a clone of SparK compares with the original; ROUNDS=7 for more of each)"
+	@echo "make bench  time and memory of a training step, speed of the loader here, half an hour: runs/bench/benchmark_*"
+	@echo "            (OFFICIAL=a clone of SparK compares with the original; ROUNDS=7 for more of each;"
+	@echo "            MEASURED=docs/results/benchmark takes the place of the committed results)"
 
 env: .venv/.installed
 
@@ -32,10 +33,11 @@ check: env
 
 BENCHMARK = $(BIN)/python tools/benchmark.py
 ORIGINAL = $(if $(OFFICIAL),--official $(OFFICIAL))
-MEASURED = docs/results/benchmark
+MEASURED ?= runs/bench/benchmark
 LEAN ?= 256/5/3
 ROUNDS ?= 3
 OPTIONS ?=
+LOADER_OPTIONS ?= $(filter --busy,$(OPTIONS))
 
 bench: env
 	$(BENCHMARK) encoder $(ORIGINAL) --rounds $(ROUNDS) $(OPTIONS) --csv $(MEASURED)_encoder.csv
@@ -46,7 +48,7 @@ bench: env
 	    --rounds $(ROUNDS) $(OPTIONS) --csv $(MEASURED)_scaling.csv --plot $(MEASURED)_scaling.png
 	$(BENCHMARK) scaling --model resnet50 --batch 4 --mask_ratio 0.6 --processes 1 2 \
 	    --rounds $(ROUNDS) $(OPTIONS) --csv $(MEASURED)_processes.csv
-	$(BENCHMARK) loader --rounds $(ROUNDS) $(OPTIONS) --csv $(MEASURED)_loader.csv
+	$(BENCHMARK) loader --rounds $(ROUNDS) $(LOADER_OPTIONS) --csv $(MEASURED)_loader.csv
 
 clean:
 	rm -rf .venv runs build dist *.egg-info

@@ -7,12 +7,14 @@ import csv
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest.mock import Mock
 
 import PIL
 import pytest
@@ -90,7 +92,8 @@ def test_a_wrong_backward_is_refused(of):
 
 def test_nan_is_refused():
     bench = Bench(TINY)
-    bench.images[:] = float("nan")
+    for images in bench.images.values():
+        images[:] = float("nan")
     with pytest.raises(ValueError, match="masked gives a loss that is not finite in fp64"):
         check_parity(bench, "step")
 
@@ -133,7 +136,7 @@ def test_summary_of_hand_made_times():
 def test_contenders_take_turns():
     turns = []
     seconds = timing.interleaved({name: lambda n=name: turns.append(n) for name in "ab"}, 3, "cpu")
-    assert turns == ["a", "b"] * 5  # two turns warm up
+    assert "".join(turns) == "abbaabbaab"  # two turns warm up, each begins with another
     assert [len(times) for times in seconds.values()] == [3, 3]
 
 
@@ -152,13 +155,11 @@ def test_a_busy_machine_is_refused_and_a_fading_load_waited_for(monkeypatch):
 @pytest.mark.parametrize("command", ["step", "encoder"])
 def test_rows_of_a_timing(command, tmp_path, capsys):
     width = [] if command == "encoder" else ["--decoder", "32"]
-    benchmark.main(
-        [command, *SMALL, "--mask_ratio", "0.75", "--channels_last", *width, "--csv", str(tmp_path / "a.csv")]
-    )
+    benchmark.main([command, *SMALL, "--mask_ratio", "0.75", *width, "--csv", str(tmp_path / "a.csv")])
     masked, packed = read(tmp_path / "a.csv")
     assert (masked["contender"], packed["contender"], packed["base"]) == ("masked", "packed", "masked")
     assert (packed["kind"], packed["batch"], packed["height"], packed["rounds"]) == (command, "2", "64", "2")
-    assert (packed["visible_share"], packed["channels_last"]) == ("0.2500", "true")
+    assert (packed["visible_share"], packed["channels_last"]) == ("0.2500", "true")  # ours always
     assert (packed["threads"], packed["processes"]) == ("1", "1")
     assert packed["decoder"] == ("768" if command == "encoder" else "32")
     assert masked["speedup_median"] == masked["speedup_quartile_low"] == "1.000"
@@ -223,6 +224,35 @@ def test_what_does_not_fit_is_said(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_mistakes_are_said_before_anything_is_waited_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "refuse_busy_machine", lambda allowed: pytest.fail("waited"))
+    (tmp_path / "file").touch()
+    for arguments, message in (
+        (["step", "--model", "test_resnet", "resnet_18"], "resnet_18"),
+        (["scaling", "--model", "test_resnet", "--mask_ratio", "0.5", "1.0"], "mask_ratio 1.0"),
+        (["encoder", "--csv", str(tmp_path)], "cannot be written: name a file"),
+        (["loader", "--csv", str(tmp_path / "file" / "a.csv")], "cannot be written: name a file"),
+        (["step", "--official", str(tmp_path)], "is no clone of github.com/keyu-tian/SparK"),
+    ):
+        with pytest.raises(SystemExit):
+            benchmark.main(arguments)
+        assert message in capsys.readouterr().err
+
+
+def test_memory_that_is_full_is_said(monkeypatch, capsys):
+    for error, message in (
+        (
+            torch.cuda.OutOfMemoryError("CUDA out of memory. Tried\nmuch"),
+            "the GPU's memory is full, lower --batch",
+        ),
+        (benchmark.BrokenProcessPool(), "was ended from outside: if the memory was full, lower --batch"),
+    ):
+        monkeypatch.setattr(benchmark, "measurements", Mock(side_effect=error))
+        with pytest.raises(SystemExit):
+            benchmark.main(["memory", *TINIEST])
+        assert message in capsys.readouterr().err
+
+
 def test_another_layout_takes_part(tmp_path):
     pytest.importorskip("spconv")
     benchmark.main(
@@ -248,7 +278,11 @@ def test_the_original_in_a_precision_of_its_own():
     case = Case("test_resnet", 2, (64, 64), decoder=Decoder(32), precision="bf16", original_precision="fp32")
     bench = Bench(case)
     ours = bench.contenders["packed"]
-    shipped = contenders._original(SimpleNamespace(), SimpleNamespace(fmap_h=2, fmap_w=2), "fp32")
+    shipped = contenders._original(
+        SimpleNamespace(),
+        SimpleNamespace(fmap_h=2, fmap_w=2),
+        replace(TINY, precision="bf16", original_precision="fp32"),
+    )
     assert (ours.precision, shipped.precision) == ("bf16", "fp32")
     for contender, dtype in (ours, torch.bfloat16), (replace(ours, precision="fp32"), torch.float32):
         features = bench.forward(contender, "encoder")
@@ -643,6 +677,17 @@ def test_models_of_a_clone(clone, capsys):
     assert features[:, :, 32:].unique().tolist() == [0]
     with pytest.raises(ValueError, match="square images only, not 64x96"):
         original.build_original(code, "resnet18", (64, 96), 0.5)
+
+
+def test_commit_of_a_clone(clone):
+    assert original.commit_of(clone) == "unknown"
+    git = ["git", "-C", str(clone), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
+        subprocess.run([*git, *arguments], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
+    assert original.commit_of(clone) == commit[:12]
+    (clone / "pretrain" / "decoder.py").write_text("changed")
+    assert original.commit_of(clone) == commit[:12] + "+"
 
 
 def test_a_folder_that_is_no_clone(tmp_path, clone, capsys):

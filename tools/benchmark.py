@@ -25,6 +25,7 @@ import platform
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from benchmarks.flops import flops_per_image, plot_scaling
 from benchmarks.layouts import layouts_of, replace_cases, table_rows
 from benchmarks.loader import PATCH, loader_rows
 from benchmarks.memory import peak_alone, saved_bytes
-from benchmarks.original import has_model, import_original
+from benchmarks.original import commit_of, has_model, import_original
 from benchmarks.parity import checked
 from benchmarks.processes import check_counts, efficiencies, passes_of_groups, shared_case
 from benchmarks.rows import rows_as_csv
@@ -45,6 +46,7 @@ from benchmarks.timing import interleaved, refuse_busy_machine, summary
 from rich.console import Console
 from rich.table import Table
 
+from spark import SparK
 from spark.folders import write_whole
 from spark.sparse import LAYOUTS, MissingRuleError
 from spark.sparse.choice import device_name
@@ -149,7 +151,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
                 default=["packed"],
                 help="of ours, compared beside masked, which always takes part (default: packed)",
             )
-        command.add_argument("--threads", type=whole_number(1), default=os.cpu_count(), help="CPU threads")
+        command.add_argument(
+            "--threads",
+            type=whole_number(1),
+            default=usable_cores(),
+            help="CPU threads (default: one for each core that this process may use)",
+        )
         if name != "memory":
             command.add_argument("--rounds", type=int, default=7, help="timed steps of each contender")
         command.add_argument(
@@ -303,37 +310,71 @@ def _each(value: Any) -> list[Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the command line, measure, write CSV rows as they come (`layouts`: all at the end), print a table."""
+    """Read the command line, measure, write CSV rows as they come, print a table."""
     options = parse_arguments(arguments)
     rows: list[dict[str, str]] = []
     # What it says of keys is for users' files; a weight that went astray fails the check of parity here.
     logging.getLogger("spark.official").setLevel(logging.ERROR)
     try:
+        check(options)
         refuse_busy_machine(options.busy)
-        if options.official is not None:
-            import_original(options.official)  # a wrong folder is an error, whatever the models
-            for name in options.model:
-                if not has_model(name):
-                    print(f"note: the original has no {name}, so only ours are compared", file=sys.stderr)
-        table = options.csv if options.command == "layouts" else None
-        if table:
-            replace_cases(table, [])  # refuses another kind of file before anything is measured
-        if many_sizes(options):
-            check_counts(options.processes, options.threads, options.device)
         for measured in measurements(options):
             rows += measured
-            if options.csv and not table:
-                write_whole(options.csv, rows_as_csv(rows).encode())
-        if table:
-            write_whole(table, rows_as_csv(replace_cases(table, table_rows(rows, options.device))).encode())
+            if options.csv:
+                whole = (
+                    replace_cases(options.csv, table_rows(measured, options.device))
+                    if options.command == "layouts"
+                    else rows
+                )
+                write_whole(options.csv, rows_as_csv(whole).encode())
         if many_sizes(options) and options.plot:
             plot_scaling([row for row in rows if row["processes"] == "1"], options.plot)
-    except (ValueError, OSError, MissingRuleError) as error:
+    except (ValueError, OSError, MissingRuleError, torch.cuda.OutOfMemoryError, BrokenProcessPool) as error:
         if rows:  # what was measured before is measured
             show(rows, options.command)
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_sentence(error)}", file=sys.stderr)
         sys.exit(2)
     show(rows, options.command)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, BrokenProcessPool):
+        return "the process whose memory was measured was ended from outside: if the memory was full, lower --batch"
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return f"the GPU's memory is full, lower --batch ({str(error).splitlines()[0]})"
+    return str(error)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Find what is wrong with a command line in seconds, before anything is waited for or measured.
+
+    Raises:
+        ValueError: a clone that is none, a table of another kind, a file that cannot be written, numbers of processes
+            that this machine lacks, a model, size or ratio that does not fit; each says what does.
+    """
+    for file in filter(None, (options.csv, getattr(options, "plot", None))):
+        folder = next(parent for parent in file.absolute().parents if parent.exists())
+        if file.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            raise ValueError(f"{file} cannot be written: name a file in a folder that you may write to")
+    if options.command == "loader":
+        return
+    if options.official is not None:
+        import_original(options.official)  # a wrong folder is an error, whatever the models
+        for name in options.model:
+            if not has_model(name):
+                print(f"note: the original has no {name}, so only ours are compared", file=sys.stderr)
+    if options.command == "layouts" and options.csv:
+        replace_cases(options.csv, [])  # refuses another kind of file
+    if many_sizes(options):
+        check_counts(options.processes, options.threads, options.device)
+    for case in cases(options):
+        with torch.device("meta"):  # shapes without numbers
+            SparK(case.model, case.size, case.mask_ratio, **case.decoder.options)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def measurements(options: argparse.Namespace) -> Iterator[list[dict[str, str]]]:
@@ -480,10 +521,11 @@ def description(bench: Bench, contender: Contender, kind: str) -> dict[str, str]
         "visible_share": f"{bench.visible_share:.4f}",
         "decoder": str(contender.decoder),
         "precision": contender.precision,
-        "channels_last": str(case.channels_last).lower(),
+        "channels_last": str(contender.channels_last).lower(),
         "threads": str(case.threads),
         "processes": str(case.processes),
         "device": device_name(case.device),
+        "original_commit": commit_of(case.official) if case.official else "",
     }
 
 

@@ -39,7 +39,8 @@ class Case:
         decoder: of ours.
         precision: "fp32" (on CUDA with PyTorch's defaults, so TF32 convolutions) or "bf16" (autocast).
         device: torch's name of it.
-        channels_last: memory format of the original and its images; ours always are in channels_last.
+        channels_last: memory format of the original and its images; ours always are in channels_last, as training
+            has them.
         threads: of a CPU, for each process.
         official: folder of a clone of the original, or None.
         original_precision: of the original, where it is another than `precision`.
@@ -81,6 +82,7 @@ class Contender:
         model: the whole of it, in training mode.
         decoder: what shapes its decoder.
         precision: in which it is timed, see `Case`.
+        channels_last: memory format of its weights and images.
         grid: patches (fh, fw) of an image.
         loss: (images, visible) -> scalar.
         features: (images, visible) -> dense feature maps; for ours that includes `to_dense`, which any reader of
@@ -91,6 +93,7 @@ class Contender:
     model: nn.Module
     decoder: Decoder
     precision: str
+    channels_last: bool
     grid: tuple[int, int]
     loss: Callable[[Tensor, Tensor], Tensor]
     features: Callable[[Tensor, Tensor], list[Tensor]]
@@ -105,6 +108,8 @@ def set_up_torch(case: Case) -> None:
 class Bench:
     """Contenders of a case with the images and the mask that all of them get.
 
+    The images lie in each contender's memory format before its time is taken: moving a batch to the device does that.
+
     Args:
         case: what is measured.
         only: names of the contenders to build; default all. Only contenders that were built together have equal
@@ -116,9 +121,11 @@ class Bench:
         self.case = case
         generator = torch.Generator().manual_seed(seed)
         self.contenders = {c.name: c for c in _build(case, case.names if only is None else only)}
-        self.images = torch.randn(case.batch, 3, *case.size, generator=generator).to(
-            case.device, memory_format=_memory_format(case)
-        )
+        images = torch.randn(case.batch, 3, *case.size, generator=generator)
+        self.images = {
+            name: images.to(case.device, memory_format=_memory_format(c.channels_last))
+            for name, c in self.contenders.items()
+        }
         grid = next(iter(self.contenders.values())).grid
         self.visible = random_visible(
             case.batch, grid, case.mask_ratio, generator=generator, device=case.device
@@ -136,8 +143,8 @@ class Bench:
         try:
             with torch.autocast(torch.device(case.device).type, torch.bfloat16, enabled=precision == "bf16"):
                 if kind == "step":
-                    return [contender.loss(self.images, self.visible)]
-                return contender.features(self.images, self.visible)
+                    return [contender.loss(self.images[contender.name], self.visible)]
+                return contender.features(self.images[contender.name], self.visible)
         except RuntimeError as error:
             if contender.name != "original" or isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
@@ -164,8 +171,8 @@ class Bench:
         contender.model.zero_grad(set_to_none=True)
 
 
-def _memory_format(case: Case) -> torch.memory_format:
-    return torch.channels_last if case.channels_last else torch.contiguous_format
+def _memory_format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def _build(case: Case, names: list[str]) -> list[Contender]:
@@ -176,7 +183,7 @@ def _build(case: Case, names: list[str]) -> list[Contender]:
         assert case.official is not None
         code = import_original(case.official)
         model = lively(build_original(code, case.model, case.size, case.mask_ratio))
-        contenders.append(_original(code, model, case.original_precision or case.precision))
+        contenders.append(_original(code, model, case))
     ours: dict[str, SparK] = {}
     for layout in [name for name in names if name != "original"]:
         if contenders and case.decoder == ORIGINAL_DECODER:
@@ -197,9 +204,7 @@ def _build(case: Case, names: list[str]) -> list[Contender]:
             ours[layout].load_state_dict(first.state_dict())
     contenders += [our_own(model, case) for model in ours.values()]
     for contender in contenders:
-        contender.model.to(case.device).train()
-    if contenders[0].name == "original":
-        contenders[0].model.to(memory_format=_memory_format(case))  # type: ignore[call-overload]
+        contender.model.to(case.device, memory_format=_memory_format(contender.channels_last)).train()  # type: ignore[call-overload]
     return contenders
 
 
@@ -219,18 +224,20 @@ def our_own(model: SparK, case: Case, wrapped: nn.Module | None = None) -> Conte
         model,
         case.decoder,
         case.precision,
+        True,
         model.grid,
         lambda images, visible: run(images, visible, len(images) * per_image).loss,
         features,
     )
 
 
-def _original(code: Original, model: Any, precision: str) -> Contender:
+def _original(code: Original, model: Any, case: Case) -> Contender:
     return Contender(
         "original",
         model,
         ORIGINAL_DECODER,
-        precision,
+        case.original_precision or case.precision,
+        case.channels_last,
         (model.fmap_h, model.fmap_w),
         lambda images, visible: model(images, active_b1ff=visible),
         lambda images, visible: original_features(code, model, images, visible),

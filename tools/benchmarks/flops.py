@@ -53,7 +53,7 @@ def densify_flops(bench: Bench) -> float:
     """Forward FLOPs that densify takes for an image, over whole maps."""
     model = cast(SparK, bench.contenders["masked"].model)
     with torch.no_grad():
-        maps = pyramid(model.encoder, sparsify(bench.images, bench.visible, "masked"), model.levels)
+        maps = pyramid(model.encoder, sparsify(bench.images["masked"], bench.visible, "masked"), model.levels)
     stages = list(zip(model.densify, reversed(maps), strict=True))
     return count_flops(lambda: [densify(x) for densify, x in stages]) / bench.case.batch
 

@@ -18,6 +18,7 @@ import importlib
 import importlib.util
 import io
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,6 +53,21 @@ class Original:
 def has_model(name: str) -> bool:
     """Whether the original's families hold this timm name."""
     return name in _CONVNEXTS or _RESNET.fullmatch(name) is not None
+
+
+def commit_of(path: Path) -> str:
+    """Commit of a clone, "+" behind it where files differ from it; "unknown" for a copy without git."""
+    if not (path / ".git").exists():  # git would name the repository around it
+        return "unknown"
+    git = ["git", "-C", str(path)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "--", "pretrain"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.stdout.strip()[:12] + "+" * bool(changes.stdout.strip())
 
 
 def import_original(path: Path) -> Original:

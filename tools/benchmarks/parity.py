@@ -59,21 +59,21 @@ def _numbers(bench: Bench, contender: Contender, kind: str) -> dict[str, Tensor]
 
 def _exact_numbers(bench: Bench, contender: Contender, kind: str) -> dict[str, Tensor]:
     """Results and gradients of a step in fp64; those of parameters, which each names its own way, as one norm."""
-    single = bench.images
+    single = bench.images[contender.name]
     contender.model.double()
-    bench.images = single.double().requires_grad_()
+    images = bench.images[contender.name] = single.double().requires_grad_()
     outputs = bench.forward(contender, kind, "fp64")
     bench.backward(outputs)
     norms = [p.grad.norm() for p in contender.model.parameters() if p.grad is not None]
-    assert bench.images.grad is not None
+    assert images.grad is not None
     numbers = {
         **_named(outputs),
-        "gradient of the images": bench.images.grad,
+        "gradient of the images": images.grad,
         "gradient": torch.stack(norms).norm(),
     }
     contender.model.zero_grad(set_to_none=True)
     contender.model.float()  # back to the very weights it had
-    bench.images = single
+    bench.images[contender.name] = single
     return numbers
 
 

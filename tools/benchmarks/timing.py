@@ -32,10 +32,14 @@ def refuse_busy_machine(allowed: bool) -> None:
 def interleaved(
     steps: Mapping[str, Callable[[], object]], rounds: int, device: str
 ) -> dict[str, list[float]]:
-    """Seconds of every step [s], contenders in turn, so that what slows the machine down slows all of them."""
+    """Seconds of every step [s], contenders in turn, so that what slows the machine down slows all of them.
+
+    Every turn begins with another contender: who comes after whom (caches, freed memory, clock rates) evens out.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + _WARM_UP):
-        for name, step in steps.items():
+        first = turn % len(steps)
+        for name, step in [*steps.items()][first:] + [*steps.items()][:first]:
             _synchronise(device)
             begin = time.perf_counter()
             step()
