@@ -12,7 +12,7 @@ from timm.layers.norm import LayerNorm2d
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
-from spark.folding import folded_upsample_conv, folding_pays, upsample_then_conv
+from spark.folding import folded_upsample_conv, folding_pays
 from spark.sparse import SparseTensor, SyncBatchNorm2d
 from spark.sparse.filled_conv import filled_conv, filled_conv_pays
 
@@ -60,7 +60,7 @@ class Densify(nn.Module):
             return self.projection(x)
         if self.pointwise:  # a projection site by site: of the visible sites, and once of the token
             return self.projection(x).to_dense(self.projection(self.token))
-        if isinstance(self.projection, nn.Conv2d) and filled_conv_pays(x):
+        if isinstance(self.projection, nn.Conv2d) and filled_conv_pays(x) and not _hooked(self.projection):
             return filled_conv(x, self.token, self.projection.weight, self.projection.bias)
         return self.projection(x.to_dense(self.token))
 
@@ -88,9 +88,19 @@ class DecoderBlock(nn.Module):
         """[B, in_chans, h, w] -> [B, out_chans, 2h, 2w]."""
         up, conv = self.upsample, self.conv1
         assert up.bias is not None
-        upsampled = folded_upsample_conv if folding_pays(x) else upsample_then_conv
-        x = self.act(self.norm1(upsampled(x, up.weight, up.bias, conv.weight)))
-        return self.norm2(self.conv2(x))
+        if folding_pays(x) and not _hooked(up, conv):
+            x = folded_upsample_conv(x, up.weight, up.bias, conv.weight)
+        else:
+            x = conv(up(x))
+        return self.norm2(self.conv2(self.act(self.norm1(x))))
+
+
+def _hooked(*modules: nn.Module) -> bool:
+    """Whether someone waits for these modules to be called, which shortcuts that read their weights do not do."""
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        for m in modules
+    )
 
 
 class LightDecoder(nn.Module):

@@ -20,17 +20,12 @@ from torch.autograd.function import once_differentiable
 _ENDS = ((0, 0), (3, 2))
 
 
-def upsample_then_conv(x: Tensor, up: Tensor, up_bias: Tensor, conv: Tensor) -> Tensor:
-    """The two convolutions one after the other: [B, c, h, w] -> [B, o, 2h, 2w]."""
-    return F.conv2d(F.conv_transpose2d(x, up, up_bias, stride=2, padding=1), conv, padding=1)
-
-
 def folding_pays(x: Tensor) -> bool:
     """Whether composing the weights costs less than it saves, for as many channels as x [B, c, h, w] has.
 
     It costs about 1,000 c^3 multiplications forwards and backwards, half as much again to be worth while, and saves
-    48 B h w c^2. On a GPU memory sets the
-    pace of both, and neither was measured there. `torch.compile` cannot trace its backward pass.
+    48 B h w c^2. On a GPU memory sets the pace of both, and neither was measured there. `torch.compile` cannot trace
+    its backward pass.
     """
     if torch.compiler.is_compiling():
         return False
@@ -39,7 +34,7 @@ def folding_pays(x: Tensor) -> bool:
 
 
 def folded_upsample_conv(x: Tensor, up: Tensor, up_bias: Tensor, conv: Tensor) -> Tensor:
-    """`upsample_then_conv` as one convolution c -> 4 o and a pixel shuffle, in channels_last memory.
+    """[B, c, h, w] -> [B, o, 2h, 2w], by one convolution c -> 4 o and a pixel shuffle, in channels_last memory.
 
     At the image's border the composed convolution goes wrong: it sees the upsampled map continued by one pixel, where
     the plain one sees zeros. What that pixel contributes is computed by convolutions along the border and taken off.

@@ -7,10 +7,15 @@ from torch import Tensor
 
 from spark import SparK
 from spark.decoder import DecoderBlock
-from spark.folding import compose, folded_upsample_conv, folding_pays, upsample_then_conv
+from spark.folding import compose, folded_upsample_conv, folding_pays
 from spark.masking import random_visible
 from spark.sparse import sparsify
 from spark.sparse.filled_conv import constant_conv, filled_conv, filled_conv_pays
+
+
+def upsample_then_conv(x: Tensor, up: Tensor, up_bias: Tensor, conv: Tensor) -> Tensor:
+    """The two convolutions one after the other: [B, c, h, w] -> [B, o, 2h, 2w]."""
+    return F.conv2d(F.conv_transpose2d(x, up, up_bias, stride=2, padding=1), conv, padding=1)
 
 
 def _parameters(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -133,3 +138,23 @@ def test_model_with_and_without_the_shortcuts(ratio: float, monkeypatch: pytest.
         results.append([loss, *torch.autograd.grad(loss, parameters)])
     for ours, theirs in zip(*results, strict=True):
         assert (ours - theirs).norm() <= 1e-9 * theirs.norm() + 1e-14
+
+
+def test_who_waits_for_a_convolution_sees_it_called() -> None:
+    """The shortcuts read weights; a hook (activations looked at, weight norm) sends them back to the modules."""
+    model = SparK("test_resnet", (64, 64), 0.75, decoder_width=32).double()
+    images = torch.rand(4, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    visible = random_visible(4, model.grid, 0.75, generator=torch.Generator().manual_seed(1))
+    short = model(images, visible)
+    seen = []
+    watched = [
+        model.decoder.blocks[-1].upsample,
+        model.decoder.blocks[-1].conv1,
+        model.densify[-1].projection,
+    ]
+    for module in watched:
+        module.register_forward_hook(lambda module, args, out: seen.append(module))
+    hooked = model(images, visible)
+    assert [m for m in watched if m in seen] == watched
+    assert len(seen) == 3
+    torch.testing.assert_close(hooked.prediction, short.prediction, rtol=1e-10, atol=1e-10)

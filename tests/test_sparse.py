@@ -84,7 +84,7 @@ def grads_of(encoder, features):
     return {k: p.grad.clone() for k, p in encoder.named_parameters() if p.grad is not None}
 
 
-def assert_same_grads(a, b, rel=1e-8):
+def assert_same_grads(a, b, rel=1e-9):
     """Equal up to rounding; a parameter whose true gradient is 0 (a bias before a norm) is held to the largest one."""
     assert a.keys() == b.keys()
     largest = max(g.abs().max() for g in a.values())

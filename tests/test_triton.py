@@ -79,7 +79,7 @@ def with_gradients(function, inputs, grad, dtype):
     return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(dtype))]
 
 
-def assert_as_exact(ours, reference, exact, floor=1e-6):
+def assert_as_exact(ours, reference, exact, floor=4 * 2**-24):
     """Each at most 1.5 times as far from fp64 as the reference, or within `floor` of it, relative."""
     for a, b, c in zip(ours, reference, exact, strict=True):
         assert a.shape == c.shape
@@ -87,7 +87,7 @@ def assert_as_exact(ours, reference, exact, floor=1e-6):
         assert error <= max(1.5 * of_reference, floor * c.norm())
 
 
-def check_conv(shapes, sides, groups, dtype=torch.float32, floor=1e-6):
+def check_conv(shapes, sides, groups, dtype=torch.float32, floor=4 * 2**-24):
     sites = uneven_sites()
     h, w = 3 * sides[0], 4 * sides[1]
     o, _, kh, kw = shapes
