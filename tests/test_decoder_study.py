@@ -36,6 +36,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
             result = target / ("encoder" if "spark" in script else "model")
             result.mkdir(parents=True)
             (result / "model.safetensors").touch()
+            (target / "config.yaml").write_text(f"epochs: {options['epochs']}\n")
             (target / "metrics.jsonl").write_text(
                 json.dumps({"epoch": options["epochs"], "loss": 0.75}) + "\n"
             )
@@ -94,6 +95,27 @@ def test_runs_and_table(monkeypatch, data, calls):
     before = len(calls)
     run(monkeypatch, data, *choice)
     assert len(calls) == before  # finished runs are not run again
+
+    # Another decoder is measured beside the first; what is known, and the epochs that follow from it, stay.
+    slower = dict.fromkeys(("768/5/3", "384/3/1", "256/2/1"), 1.0)
+    measured = []
+
+    def interleaved(steps: dict[str, object], rounds: int, device: str) -> dict[str, list[float]]:
+        measured.append(list(steps))
+        return {name: [slower[name]] * rounds for name in steps}
+
+    monkeypatch.setattr(decoder_study, "interleaved", interleaved)
+    more = ["--decoders", "768/5/3", "256/2/1", "384/3/1", *choice[3:]]
+    assert [r["step_speedup"] for r in run(monkeypatch, data, *more)] == ["1.000", "4.000", "1.000", "4.000"]
+    assert measured == [["768/5/3", "384/3/1"]]
+    monkeypatch.setattr(decoder_study, "device_name", lambda device: "another")
+    rows = run(monkeypatch, data, *choice)
+    assert measured[1:] == [["768/5/3", "256/2/1"]]
+    assert [(r["step_speedup"], r["epochs"]) for r in rows] == [
+        ("1.000", "3.0"),
+        ("1.000", "3.0"),
+        ("1.000", "12.0"),
+    ]
 
 
 def test_wrong_decoders_are_refused(monkeypatch, data, calls, capsys):

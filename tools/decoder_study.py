@@ -14,7 +14,6 @@ pretraining, and RESULTS.md.
 import argparse
 import dataclasses
 import json
-import os
 import shlex
 import shutil
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from benchmarks.decoders import Decoder
 from benchmarks.rows import rows_as_csv
 from benchmarks.timing import interleaved, refuse_busy_machine, summary
@@ -88,12 +88,8 @@ def main() -> None:
     images = write_image_list(options.data, options.output_dir / "images.txt")
 
     costs = step_costs(options)
-    first = float(costs[str(options.decoders[0])]["seconds_median"])
     jobs = [Job(decoder, options.epochs, "images") for decoder in options.decoders]
-    jobs += [
-        Job(decoder, round(options.epochs * first / float(costs[str(decoder)]["seconds_median"]), 2), "time")
-        for decoder in options.equal_time
-    ]
+    jobs += [equal_time_job(decoder, costs, options) for decoder in options.equal_time]
     for job in jobs:
         pretrain(job, images, options)
         probe(job, options)
@@ -105,7 +101,10 @@ def main() -> None:
 
 
 def step_costs(options: argparse.Namespace) -> dict[str, dict[str, str]]:
-    """Seconds of a training step of each decoder, measured in turns; kept in OUTPUT_DIR/costs_*.json.
+    """Seconds of a training step of each decoder, and their ratio to the first's.
+
+    They are kept in OUTPUT_DIR/costs_*.json. Decoders that are not in it, or on another device, are measured in turns
+    with the first one; what is known stays as it is.
 
     Raises:
         SystemExit: the machine is busy.
@@ -114,25 +113,35 @@ def step_costs(options: argparse.Namespace) -> dict[str, dict[str, str]]:
     config = parse_config(PretrainConfig, ["--config", options.pretrain_config, *required], "").model
     models = {str(d): dataclasses.replace(config, **d.options) for d in options.decoders}
     path = options.output_dir / f"costs_{config.name}_{_size(config)}_{options.precision}.json"
+    device, first = "cuda" if torch.cuda.is_available() else "cpu", str(options.decoders[0])
+    setting = {"base": first, "device": device_name(device)}
     costs = json.loads(path.read_text()) if path.exists() else {}
-    if all(decoder in costs for decoder in models):
+    costs = {name: cost for name, cost in costs.items() if setting.items() <= cost.items()}
+    missing = [decoder for decoder in models if decoder not in costs]
+    if not missing:
         return costs
     try:
         refuse_busy_machine(options.busy)
     except ValueError as error:
         sys.exit(f"error: {error}")
     torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(os.cpu_count() or 1)
-    steps = {decoder: training_step(model, device, options.precision) for decoder, model in models.items()}
-    seconds = interleaved(steps, 5, device)
-    base = seconds[str(options.decoders[0])]
-    costs = {
-        name: summary(times, base, _BATCH) | {"device": device_name(device)}
-        for name, times in seconds.items()
+    steps = {
+        name: training_step(models[name], device, options.precision)
+        for name in dict.fromkeys([first, *missing])
     }
+    seconds = interleaved(steps, 5, device)
+    costs |= {name: summary(seconds[name], seconds[first], _BATCH) | setting for name in missing}
     write_whole(path, json.dumps(costs, indent=1).encode())
     return costs
+
+
+def equal_time_job(decoder: Decoder, costs: dict[str, dict[str, str]], options: argparse.Namespace) -> Job:
+    """As many epochs as fit into the time of the first decoder's; a run that was begun keeps its number."""
+    job = Job(decoder, round(options.epochs * float(costs[str(decoder)]["speedup_median"]), 2), "time")
+    config = options.output_dir / f"pretrain_{job.name}" / "config.yaml"
+    if config.exists():
+        job = job._replace(epochs=yaml.safe_load(config.read_text(encoding="utf-8"))["epochs"])
+    return job
 
 
 def _size(config: ModelConfig) -> str:
@@ -243,13 +252,13 @@ def result(job: Job, costs: dict[str, dict[str, str]], options: argparse.Namespa
     ]
     scored = options.output_dir / f"depth_{job.name}" / "results.json"
     metrics = json.loads(scored.read_text())["metrics"] if scored.exists() else {}
-    cost, first = costs[str(job.decoder)], costs[str(options.decoders[0])]
+    cost = costs[str(job.decoder)]
     return {
         **job.decoder.options,
         "equal": job.equal,
         "epochs": job.epochs,
         "step_seconds": cost["seconds_median"],
-        "step_speedup": f"{float(first['seconds_median']) / float(cost['seconds_median']):.3f}",
+        "step_speedup": cost["speedup_median"],
         "final_loss": f"{losses[-1]:.4f}",
         **{f"knn_{k}": f"{share:.4f}" for k, share in scores["knn"].items()},
         "linear": f"{scores['linear']['val']:.4f}",
