@@ -34,7 +34,7 @@ def table(tmp_path, monkeypatch):
 
     def write(*rows):
         lines = [
-            "device,device_type,model,convolutions,precision,mask_ratio,layout,speedup_median",
+            ",".join((*ROW, "layout", "speedup_median")),
             *(
                 ",".join((*(str(row[c]) for c in ROW), layout, str(row[layout])))
                 for row in ({**ROW, **row} for row in rows)
@@ -55,6 +55,8 @@ ROW = {
     "model": "resnet50",
     "convolutions": "dense",
     "precision": "fp32",
+    "batch": 4,
+    "height": 192,
     "mask_ratio": 0.6,
 }
 
@@ -79,11 +81,13 @@ def missing(monkeypatch):
 def test_the_fastest_and_why(table):
     table({"masked": 1.0, "packed": 2.94})
     assert choose_layout("cpu", "dense", "fp32", 0.6) == Choice(
-        "packed", f"auto: 2.9x the masked layout on cpu, fp32, mask ratio 0.6, resnet50; {IN_TABLE}"
+        "packed",
+        f"auto: 2.9x the masked layout on cpu, fp32, mask ratio 0.6, resnet50 at 192 px, batch 4; {IN_TABLE}",
     )
     table({"masked": 1.0, "packed": 0.9})
     assert choose_layout("cpu", "dense", "fp32", 0.6) == Choice(
-        "masked", f"auto: the fastest layout on cpu, fp32, mask ratio 0.6, resnet50; {IN_TABLE}"
+        "masked",
+        f"auto: the fastest layout on cpu, fp32, mask ratio 0.6, resnet50 at 192 px, batch 4; {IN_TABLE}",
     )
 
 
@@ -113,7 +117,7 @@ def test_nearest_mask_ratio(table, asked, layout, said):
     )
     chosen = choose_layout("cpu", "dense", "fp32", asked)
     assert chosen.layout == layout
-    assert f", mask ratio {said}, resnet50;" in chosen.reason
+    assert f", mask ratio {said}, resnet50 at 192 px, batch 4;" in chosen.reason
 
 
 def test_precision_and_kind_are_kept_to_where_measured(table):
@@ -125,11 +129,13 @@ def test_precision_and_kind_are_kept_to_where_measured(table):
     assert choose_layout("cpu", "dense", "fp32", 0.6).reason.startswith("auto: 3.0x the masked layout")
     assert choose_layout("cpu", "dense", "bf16", 0.6).layout == "masked"
     assert choose_layout("cpu", "dense", "fp16", 0.6) == Choice(  # median of 3.0 and 0.5
-        "packed", f"auto: 1.8x the masked layout on cpu, fp32 and bf16, mask ratio 0.6, resnet50; {IN_TABLE}"
+        "packed",
+        f"auto: 1.8x the masked layout on cpu, fp32 and bf16, mask ratio 0.6, resnet50 at 192 px, batch 4; {IN_TABLE}",
     )
     # the kind before the precision: bf16 was not measured for grouped convolutions
     assert choose_layout("cpu", "grouped", "bf16", 0.6) == Choice(
-        "packed", f"auto: 4.0x the masked layout on cpu, fp32, mask ratio 0.6, convnext_tiny; {IN_TABLE}"
+        "packed",
+        f"auto: 4.0x the masked layout on cpu, fp32, mask ratio 0.6, convnext_tiny at 192 px, batch 4; {IN_TABLE}",
     )
 
 
@@ -151,8 +157,8 @@ def test_median_over_models(table):
     )
     assert choose_layout("cpu", "dense", "fp32", 0.6) == Choice(
         "packed",
-        "auto: 1.2x the masked layout on cpu, fp32, mask ratio 0.6, resnet18 and resnet34 and resnet50; "
-        + IN_TABLE,
+        "auto: 1.2x the masked layout on cpu, fp32, mask ratio 0.6, resnet18 and resnet34 and resnet50 at 192 px, "
+        "batch 4; " + IN_TABLE,
     )
 
 
@@ -306,7 +312,8 @@ def train(tmp_path, capsys):
 def test_training_says_what_it_picked(table, train, tmp_path, layouts_run):
     table({"masked": 1.0, "packed": 0.5}, {"precision": "bf16", "masked": 1.0, "packed": 1.25})
     said = (
-        "layout     packed (auto: 1.2x the masked layout on cpu, bf16, mask ratio 0.6, resnet50; " + IN_TABLE
+        "layout     packed (auto: 1.2x the masked layout on cpu, bf16, mask ratio 0.6, resnet50 at 192 px, batch 4; "
+        + IN_TABLE
     )
     assert train(2, "--precision=bf16").count(said) == 1
     assert set(layouts_run) == {"packed"}  # in the trial forward and the panels, too, which run in fp32
@@ -432,7 +439,9 @@ def test_the_command_replaces_the_rows_of_its_cases(tmp_path, torch_as_before, m
     fastest = choose_layout("cpu", "dense", "fp32", 0.75)
     one = next(row for row in rows if row["layout"] == "packed" and row["mask_ratio"] == "0.75")
     assert fastest.layout == ("packed" if float(one["speedup_median"]) >= 1 else "masked")
-    assert fastest.reason.endswith(f"on this cpu, fp32, mask ratio 0.75, test_resnet; {IN_TABLE}")
+    assert fastest.reason.endswith(
+        f"on this cpu, fp32, mask ratio 0.75, test_resnet at 64 px, batch 2; {IN_TABLE}"
+    )
 
 
 def test_another_file_is_refused_before_measuring(tmp_path, monkeypatch, capsys):

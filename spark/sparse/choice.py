@@ -64,12 +64,13 @@ def choose_layout(device_type: str, convolutions: str, precision: str, mask_rati
     }
     layout = max(speed, key=speed.__getitem__)  # the first of equals
     gain = "the fastest layout" if layout == "masked" else f"{speed[layout]:.1f}x the masked layout"
-    precisions, ratios, models = (
+    precisions, ratios, models, sides, batches = (
         " and ".join(dict.fromkeys(row[column] for row in rows))
-        for column in ("precision", "mask_ratio", "model")
+        for column in ("precision", "mask_ratio", "model", "height", "batch")
     )
     place = f"this {device_type}" if all(row.get("device") == name for row in rows) else device_type
-    return Choice(layout, f"auto: {gain} on {place}, {precisions}, mask ratio {ratios}, {models}; {_TABLE}")
+    case = f"{precisions}, mask ratio {ratios}, {models} at {sides} px, batch {batches}"
+    return Choice(layout, f"auto: {gain} on {place}, {case}; {_TABLE}")
 
 
 def measured() -> list[dict[str, str]]:
