@@ -9,9 +9,8 @@ position in the stream of images (see `spark.run`), so a resumed run goes on exa
 
 import copy
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -19,26 +18,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from spark.checkpoint import find_run, load_run, save_encoder, save_run
-from spark.config import PretrainConfig, config_changes, config_dict, parse_config, save_config
+from spark.assembly import build_model, choose_layout, resolve, summary, training_sizes, try_forward
+from spark.checkpoint import find_run
+from spark.config import PretrainConfig, config_dict, parse_config, save_config
 from spark.continuation import start_from
 from spark.guard import Guard
-from spark.images import Normalise, PretrainTransform, UnlabeledImages, UnreadableImages, collate_images
-from spark.masking import check_masks, mean_ratio, visible_at
-from spark.model import SparK
-from spark.monitor import (
-    Monitor,
-    MonitoredImages,
-    collapse_warning,
-    read_labelled,
-    reconstruction_panels,
-    save_panels,
-)
+from spark.images import Normalise, PretrainTransform, UnlabeledImages, UnreadableImages
 from spark.optim import (
     build_optimizer,
     lr_at,
@@ -47,7 +35,7 @@ from spark.optim import (
     update_average,
     weight_decay_at,
 )
-from spark.probing import list_labelled
+from spark.outputs import Outputs
 from spark.run import (
     RunLog,
     StopRequest,
@@ -68,16 +56,14 @@ from spark.run import (
 )
 from spark.seeding import derive_seed
 from spark.sources import open_source
-from spark.sparse.batch_norm import in_recomputation
-from spark.sparse.choice import AUTO, Choice, is_available
+from spark.state import RunState, changes, read_extra
 from spark.steps import MaskedBatches, StepImages, StepPlan
+from spark.watching import Watch, build_monitor, fixed_batch
 
 DESCRIPTION = """Pretrain a timm convnet on unlabeled images with SparK (sparse and hierarchical masked modelling).
 SIGTERM and Ctrl-C save a checkpoint; continue with --resume true. A single process then ends with exit code 0; of
 several processes the state is saved likewise, but their launcher reports the signal, with an exit code of its own.
 SIGUSR1 to the main process writes the encoder to output_dir/encoder at once; the end of the run does so anyway."""
-
-PANEL_IMAGES = 6
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -110,29 +96,7 @@ def pretrain(config: PretrainConfig) -> None:
     torch.backends.cudnn.benchmark = True
 
     torch.manual_seed(derive_seed(config.seed, 0, 3))
-    spark = SparK(
-        config.model.name,
-        input_size=config.model.input_size,
-        mask_ratio=config.model.mask_ratio,
-        mask_block_size=config.model.mask_block_size,
-        in_chans=config.model.in_chans,
-        patch_size=config.model.patch_size,
-        decoder_width=config.model.decoder_width,
-        layout=config.model.layout,
-        drop_path=config.model.drop_path,
-        sync_bn=config.model.sync_bn,
-        densify_norm=config.model.densify_norm,
-        decoder_stages=config.model.decoder_stages,
-        densify_kernel=config.model.densify_kernel,
-        decoder_maps=config.model.decoder_maps,
-        masked_pixels=config.model.masked_pixels,
-        target=config.model.target,
-        loss_on=config.model.loss_on,
-        stride=config.model.stride,
-        **({} if config.model.output_stride is None else {"output_stride": config.model.output_stride}),
-    )
-    if config.model.grad_checkpointing:
-        checkpoint_activations(spark, config.model.name)
+    spark = build_model(config.model)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     spark.to(device).to(memory_format=memory_format)
     checkpoint = find_run(config.output_dir, config.resume)
@@ -152,7 +116,6 @@ def pretrain(config: PretrainConfig) -> None:
 
     cache = config.data.cache or Path(config.output_dir) / "shards"
     source, lost_shards = open_source(config.data.train, cache, config.data.max_unreadable)
-    data = {"images": len(source), "names": source.digest()}
     transform = PretrainTransform(
         spark.input_size,
         config.model.in_chans,
@@ -186,37 +149,27 @@ def pretrain(config: PretrainConfig) -> None:
     groups = parameter_groups(spark, start_decay)
     optimizer = build_optimizer(config.optim.name, groups, peak_lr, betas, config.optim.eps)
     ema = None if config.optim.ema_decay is None else copy.deepcopy(spark).requires_grad_(False)
-    guard = Guard(config.guard)
     model, optimizer = prepare(accelerator, spark, optimizer)
     forward = torch.compile(model) if config.compile else model
+    guard = Guard(config.guard)
+    facts = {
+        "config": config_dict(config),
+        "data": {"images": len(source), "names": source.digest()},
+        "processes": world,
+        "layout": layout.layout,
+        "device_type": device.type,
+    }
+    state = RunState(spark, optimizer, accelerator.scaler, ema, guard, unreadable, facts)
 
     # --- resume
-    step = 0
-    offset = 0  # batches of the stream that rollbacks have passed over: step n trains on batch n + offset
     if checkpoint is not None and before is not None:
         accelerator.print(f"continuing from {checkpoint}")
-        for line in config_changes(before["config"], config_dict(config)):
+        for line in changes(before, facts):
             accelerator.print(f"changed since that checkpoint: {line}")
-        for line in data_changes(before.get("data", data), data):
-            accelerator.print(f"changed since that checkpoint: {line}")
-        if (old := before.get("layout", before["config"]["model"]["layout"])) != layout.layout:
+        state.resume(checkpoint)
+        if state.step >= total_steps:
             accelerator.print(
-                f"changed since that checkpoint: the layout was {old} on {before.get('device_type', device.type)}, is "
-                f"{layout.layout} on {device.type}: from here on the run agrees with the earlier one to rounding"
-            )
-        if (old := before.get("processes", world)) != world:
-            accelerator.print(
-                f"changed since that checkpoint: processes were {old}, are {world}: the same batches of images, "
-                "divided anew; the run agrees with the earlier one to rounding, except for what stochastic depth draws"
-            )
-        state = load_run(checkpoint, model=spark, optimizer=optimizer, scaler=accelerator.scaler, ema=ema)
-        step, offset = state["step"], state.get("offset", 0)
-        if "guard" in state:
-            guard.load_state_dict(state["guard"])
-        unreadable.load_state_dict(state["unreadable"])
-        if step >= total_steps:
-            accelerator.print(
-                f"the checkpoint is at step {step}, this run has {total_steps} steps: nothing is left to train"
+                f"the checkpoint is at step {state.step}, this run has {total_steps} steps: nothing is left to train"
             )
     elif config.resume:
         accelerator.print(f"no checkpoint in {config.output_dir} yet: starting from the beginning")
@@ -236,7 +189,7 @@ def pretrain(config: PretrainConfig) -> None:
             world_size=world,
             seed=config.seed,
             start=position * config.accumulation,
-            stop=(total_steps + offset) * config.accumulation,
+            stop=(total_steps + state.offset) * config.accumulation,
         )
         loader = DataLoader(
             StepImages(resized, plan),
@@ -249,11 +202,11 @@ def pretrain(config: PretrainConfig) -> None:
         return iter(loader)
 
     panel_batch = fixed_batch(images, spark, config.seed) if main_process else None
-    monitor = build_monitor(config, images, spark, micro_batch, main_process)
+    watch = Watch(config.monitor, build_monitor(config, images, spark, micro_batch, main_process), spark)
 
     # --- logs
     make_output_dir(config.output_dir)
-    log = RunLog(config.output_dir, accelerator, None if checkpoint is None else step)
+    log = RunLog(config.output_dir, accelerator, None if checkpoint is None else state.step)
     if main_process:
         save_config(config, Path(config.output_dir) / "config.yaml")
         print(
@@ -271,113 +224,22 @@ def pretrain(config: PretrainConfig) -> None:
             flush=True,
         )
 
-    def save(keep: int = config.keep_checkpoints) -> Path:
-        """Write the state after `step` steps; main process only."""
-        return save_run(
-            config.output_dir,
-            step,
-            model=spark,
-            optimizer=optimizer,
-            scaler=accelerator.scaler,
-            ema=ema,
-            extra={
-                "config": config_dict(config),
-                "unreadable": unreadable.state_dict(),
-                "data": data,
-                "offset": offset,
-                "guard": guard.state_dict(),
-                "processes": world,
-                "layout": layout.layout,
-                "device_type": device.type,
-            },
-            keep=keep,
-        )
-
-    def draw() -> Path:
-        """Write reconstruction panels of the fixed images; main process only."""
-        assert panel_batch is not None
-        pixels, visible = (tensor.to(device) for tensor in panel_batch)
-        picture = reconstruction_panels(spark, normalise(pixels), visible, mean, std)
-        return save_panels(picture, config.output_dir, step)
-
-    def measure(rate: float) -> dict[str, float | str]:
-        """Measure the features of unmasked images, if that keeps within its share of the time; main process only."""
-        nonlocal monitor
-        assert monitor is not None
-        if not monitor.affordable(rate):
-            expected = monitor.expected(rate)
-            return {
-                "monitor": f"skipped: its {expected:.1f} s would exceed monitor.max_share {monitor.max_share}"
-            }
-        try:
-            values = monitor.measure(spark.encoder)
-        except ValueError as error:  # labelled images that cannot be read: the run can do without
-            bar.say(f"the monitor is off from here on: {error}")
-            monitor = None
-            return {"monitor": f"off: {error}"}
-        text = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
-        bar.say(f"unmasked features after step {step}: {text}")
-        warning = collapse_warning(values, config.monitor.collapse_rank, config.monitor.collapse_std)
-        if warning is None:
-            return {**values}
-        bar.say(f"warning: after step {step} the {warning}")
-        return {**values, "event": "collapse", "reason": warning}
-
-    def export() -> Path:
-        """Write the encoder; main process only."""
-        folder = Path(config.output_dir) / "encoder"
-        trained = ema if ema is not None and config.export_ema else spark
-        return save_encoder(trained.encoder, folder, mean, std, spark.input_size)
-
-    def attempt(what: str, write: Callable[[], Path]) -> Path | None:
-        """Write what the run can do without: a failure is told, and the run goes on."""
-        try:
-            return write()
-        except OSError as error:
-            bar.say(
-                f"{what} after step {step} could not be written: {error}. The run goes on without; free space "
-                f"or correct the permissions of {config.output_dir} before the next checkpoint"
-            )
-            return None
-
-    def keep_on(what: str, write: Callable[[], Any]) -> bool:
-        """Write what the run needs, and say whether it was written; guard.on_save_error tells if a failure ends it."""
-        try:
-            write()
-        except OSError as error:
-            if config.guard.on_save_error == "stop":
-                raise
-            bar.say(
-                f"{what} after step {step} could not be written, training goes on (guard.on_save_error): {error}"
-            )
-            return False
-        return True
-
-    # Batch norm's running statistics change in the forward pass already. To be able to go back to the state before a
-    # step whose loss is not finite, they are copied first.
-    running = list(spark.buffers())
-    running_before = [buffer.clone() for buffer in running]
-
-    def rescue() -> Path | None:
-        """Write the state before the step under way, unless it is spoilt already; main process only."""
-        torch._foreach_copy_(running, running_before)  # pyright: ignore[reportPrivateImportUsage]
-        sound = all(torch.isfinite(parameter).all() for parameter in spark.parameters())
-        return save(config.keep_checkpoints + 1) if sound else None
-
     # --- the loop
     model.train()
     saved_step = drawn_step = -1
     since, steps_since, waited = time.perf_counter(), 0, 0.0
     with (
         StopRequest(deadline) as stop,
-        progress_bar(total_steps, step, every=config.log_every, enabled=main_process) as bar,
+        progress_bar(total_steps, state.step, every=config.log_every, enabled=main_process) as bar,
     ):
-        batches = batches_from(step + offset)
-        while step < total_steps and not stop.agreed(accelerator):
+        outputs = Outputs(config, state, normalise, panel_batch, bar.say)
+        batches = batches_from(state.step + state.offset)
+        while state.step < total_steps and not stop.agreed(accelerator):
+            step = state.step  # steps done; this one counts when its update is made, or skipped
             lr = lr_at(step, peak=peak_lr, total_steps=total_steps, warmup_steps=warmup_steps)
             weight_decay = weight_decay_at(step, start=start_decay, end=end_decay, total_steps=total_steps)
             set_hyperparameters(optimizer, lr, weight_decay)
-            torch._foreach_copy_(running_before, running)  # pyright: ignore[reportPrivateImportUsage]
+            state.begin_step()
 
             try:
                 # forward and backward, in parts; the processes average their gradients in the last one
@@ -395,7 +257,7 @@ def pretrain(config: PretrainConfig) -> None:
                     visible_count = int(batch["visible"].sum())  # here: on a GPU, reading it would wait
                     visible = batch["visible"].to(device, non_blocking=True)
                     torch.manual_seed(
-                        derive_seed(config.seed, (step + offset) * config.accumulation + part, rank, 4)
+                        derive_seed(config.seed, (step + state.offset) * config.accumulation + part, rank, 4)
                     )
                     is_last = part == config.accumulation - 1
                     with nullcontext() if is_last else accelerator.no_sync(model):
@@ -408,13 +270,12 @@ def pretrain(config: PretrainConfig) -> None:
                     for line in unreadable.add(gather_object(failed)):
                         bar.say(f"skipped {line}")
                 norm = accelerator.clip_grad_norm_(spark.parameters(), config.optim.clip_grad or math.inf)
-            except (
-                Exception
-            ) as error:  # whatever it is, a bug or a killed loader too, the steps so far are kept
+            except Exception as error:
+                # Whatever it is, a bug or a killed loader too, the steps so far are kept.
                 if main_process:
                     try:
                         unreadable.report(Path(config.output_dir) / "skipped_images.txt")
-                        if folder := rescue():
+                        if folder := outputs.rescue():
                             bar.say(f"the state before this step is saved in {folder}")
                     except (
                         Exception
@@ -449,10 +310,10 @@ def pretrain(config: PretrainConfig) -> None:
                     verdict.reason,
                     files=names,
                     output_dir=config.output_dir,
-                    save=rescue,
+                    save=outputs.rescue,
                 )
             else:
-                torch._foreach_copy_(running, running_before)  # pyright: ignore[reportPrivateImportUsage]
+                state.undo_forward()
                 if accelerator.scaler is not None:
                     accelerator.scaler.update()
                 event = {"event": verdict.action, "reason": verdict.reason}
@@ -460,24 +321,16 @@ def pretrain(config: PretrainConfig) -> None:
             optimizer.zero_grad()
             if verdict is not None and verdict.action == "rollback":
                 assert target is not None
-                guard.rollbacks += 1
-                state = load_run(target, model=spark, optimizer=optimizer, scaler=accelerator.scaler, ema=ema)
+                state.roll_back(target)
                 accelerator.wait_for_everyone()  # nobody writes checkpoints while others read them
-                guard.load_state_dict(
-                    {**state.get("guard", Guard(config.guard).state_dict()), "rollbacks": guard.rollbacks}
-                )
                 event["at_step"] = step + 1
-                # The stream goes on behind the batch that failed, or the same would happen again.
-                position, step = step + offset + 1, state["step"]
-                offset = position - step
-                batches = batches_from(position)
-                keep_on("the rows", partial(log.rewind, step, keep_events=True))
-                keep_on(
-                    "a row", partial(log.row, step, loss=mean_loss, lr=lr, images_per_second=0.0, **event)
-                )
+                batches = batches_from(state.step + state.offset)
+                outputs.keep_on("the rows", partial(log.rewind, state.step, keep_events=True))
+                row = {"loss": mean_loss, "lr": lr, "images_per_second": 0.0}
+                outputs.keep_on("a row", partial(log.row, state.step, **row, **event))
                 since, steps_since, waited = time.perf_counter(), 0, 0.0
                 continue
-            step += 1
+            state.step = step = step + 1
             steps_since += 1
 
             # report, save, draw, export
@@ -486,12 +339,8 @@ def pretrain(config: PretrainConfig) -> None:
             rate = steps_since * config.optim.batch_size / elapsed
             bar.update(step, loss=mean_loss, lr=lr, images_per_second=rate)
             watched: dict[str, float | str] = {}
-            if (
-                monitor is not None
-                and not event
-                and (step % config.monitor.every == 0 or step == total_steps)
-            ):
-                watched = measure(rate)
+            if watch.due(step, step == total_steps) and not event:
+                watched = watch.measure(step, rate, bar.say)
                 since += time.perf_counter() - now  # the time of measuring is not that of training
             log_due = step % config.log_every == 0 or step in (1, total_steps)
             if log_due or watched or event:
@@ -500,7 +349,7 @@ def pretrain(config: PretrainConfig) -> None:
                     "lr": lr,
                     "weight_decay": weight_decay,
                     "grad_norm": grad_norm,
-                    "epoch": (step + offset) * config.optim.batch_size / len(source),
+                    "epoch": (step + state.offset) * config.optim.batch_size / len(source),
                     "images_per_second": rate,
                     "data_wait": waited / elapsed,
                     "layout": layout.layout,
@@ -508,32 +357,34 @@ def pretrain(config: PretrainConfig) -> None:
                     "height": pixels.shape[2],
                     "width": pixels.shape[3],
                 }
-                keep_on("a row", partial(log.row, step, **row, **memory_use(device), **watched, **event))
+                outputs.keep_on(
+                    "a row", partial(log.row, step, **row, **memory_use(device), **watched, **event)
+                )
             if main_process and config.checkpoint_every and step % config.checkpoint_every == 0:
-                saved_step = step if keep_on("the checkpoint", save) else saved_step
+                saved_step = step if outputs.keep_on("the checkpoint", outputs.save) else saved_step
             if main_process and config.panels_every and step % config.panels_every == 0:
                 begin = time.perf_counter()
-                attempt("panels", draw)
+                outputs.attempt("panels", outputs.draw)
                 drawn_step = step
-                if monitor is not None:
-                    monitor.seconds += time.perf_counter() - begin
+                if watch.monitor is not None:
+                    watch.monitor.seconds += time.perf_counter() - begin
             if main_process and stop.export:
                 stop.export = False
-                if folder := attempt("the encoder", export):
+                if folder := outputs.attempt("the encoder", outputs.export):
                     bar.say(f"encoder after step {step} written to {folder}")
             if log_due:
                 since, steps_since, waited = time.perf_counter(), 0, 0.0
 
         # --- the end, or an early stop
         if main_process:
-            if step != saved_step:
-                save()
-            if step >= total_steps:
-                if step != drawn_step:
-                    attempt("panels", draw)
-                bar.say(f"done after step {step}: the encoder is in {export()}")
+            if state.step != saved_step:
+                outputs.save()
+            if state.step >= total_steps:
+                if state.step != drawn_step:
+                    outputs.attempt("panels", outputs.draw)
+                bar.say(f"done after step {state.step}: the encoder is in {outputs.export()}")
             else:
-                bar.say(f"stopped and saved after step {step} of {total_steps}; to continue:")
+                bar.say(f"stopped and saved after step {state.step} of {total_steps}; to continue:")
                 bar.say(f"  {resume_command(config.output_dir, world)}")
             unreadable.report(Path(config.output_dir) / "skipped_images.txt")
             if unreadable:
@@ -544,228 +395,9 @@ def pretrain(config: PretrainConfig) -> None:
     log.close()
 
 
-def training_sizes(config: PretrainConfig, spark: SparK) -> tuple[tuple[int, int], ...]:
-    """The sizes (H, W) between which training switches.
-
-    Raises:
-        ValueError: a size that patches or masks do not fit.
-    """
-    if config.model.train_sizes is None:
-        return (spark.input_size,)
-    sizes = tuple((size, size) if isinstance(size, int) else size for size in config.model.train_sizes)
-    for size in sizes:
-        check_masks(spark.grid_of(*size), spark.mask_ratio, spark.mask_block_size)
-    return sizes
-
-
-def checkpoint_activations(spark: SparK, name: str) -> None:
-    """Let the encoder compute activations again in the backward pass instead of keeping them, which saves memory.
-
-    Raises:
-        ValueError: the timm model cannot do so, or it runs dense: its batch norms would move their statistics twice.
-    """
-    if spark.masked_pixels != "absent":
-        raise ValueError(
-            f"model.grad_checkpointing needs model.masked_pixels absent, not {spark.masked_pixels}: a dense encoder "
-            "would count every batch twice in its batch statistics. Raise accumulation to save memory"
-        )
-    switch = getattr(spark.encoder, "set_grad_checkpointing", None)
-    advice = "leave model.grad_checkpointing false; a larger accumulation saves memory too"
-    if switch is None:
-        raise ValueError(f"timm model {name} cannot checkpoint its activations: {advice}")
-    try:
-        switch(True)
-    except (AssertionError, NotImplementedError, TypeError) as error:  # what timm's models refuse with
-        raise ValueError(
-            f"timm model {name} refuses to checkpoint its activations ({error}): {advice}"
-        ) from error
-
-    def uncount(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
-        # batch norm counts its batches as it is called; the second call of a step is no second batch
-        if norm.training and in_recomputation():
-            cast(Tensor, norm.num_batches_tracked).sub_(1)
-
-    for module in spark.encoder.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.num_batches_tracked is not None:
-            module.register_forward_pre_hook(uncount)
-
-
-def choose_layout(spark: SparK, device_type: str, precision: str, before: Mapping[str, Any] | None) -> Choice:
-    """The layout of a run, and why; layouts agree to rounding, so a run keeps to one as long as it can.
-
-    A layout that is named is taken as it is. For "auto", a run that continues on the same type of device takes what was
-    chosen before, even if the measurements say otherwise by now; any other run asks the measurements.
-
-    Args:
-        spark: the model, its `layout` as asked for.
-        device_type: torch's name of it, "cpu" or "cuda".
-        precision: fp32, bf16 or fp16.
-        before: from `read_extra`, if the run continues.
-    """
-    if (
-        before is not None
-        and spark.layout == before["config"]["model"]["layout"] == AUTO
-        and before["device_type"] == device_type
-        and is_available(before["layout"])
-    ):
-        return Choice(before["layout"], "auto: as before in this run")
-    return spark.layout_on(device_type, precision)
-
-
-@torch.no_grad()
-def try_forward(spark: SparK, device: torch.device, sizes: Sequence[tuple[int, int]]) -> None:
-    """Send black images of these sizes (H, W) through the model, to learn what it refuses before anything is written.
-
-    Evaluation mode and a mask of its own: no statistic moves and no random number of the run is drawn.
-
-    Raises:
-        MissingRuleError: an operator of the encoder has no rule for sparse values.
-    """
-    spark.eval()
-    for size in sizes:
-        visible = visible_at(
-            range(2), spark.grid_of(*size), mean_ratio(spark.mask_ratio), seed=0, device=device
-        )
-        spark(torch.zeros(2, spark.in_chans, *size, device=device), visible)
-    spark.train()
-
-
-def data_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Say how the list of images differs from that of the checkpoint, for the positions of the stream are its."""
-    if before == now:
-        return []
-    change = (
-        f"data was {before['images']} images, is {now['images']}"
-        if before["images"] != now["images"]
-        else f"data is {now['images']} images as before, but of other names or in another order"
-    )
-    return [f"{change}: the stream of images differs from here on"]
-
-
 def memory_use(device: torch.device) -> dict[str, float]:
     """Most GPU memory that this process has used so far [GB]; nothing on other devices."""
     return {"peak_memory_gb": torch.cuda.max_memory_allocated(device) / 1e9} if device.type == "cuda" else {}
-
-
-def resolve(config: PretrainConfig, spark: SparK, transform: PretrainTransform) -> PretrainConfig:
-    """Fill in what was left to a rule: betas by the encoder's family, mean and std by the transform.
-
-    Betas are those of the paper's recipe (Tian et al., ICLR 2023), which gives them for ResNets and ConvNeXts only. The
-    family is the timm module that defines the encoder, not its name.
-
-    Raises:
-        ValueError: betas are not set and the encoder belongs to neither family.
-    """
-    recipes = {"timm.models.resnet": (0.9, 0.95), "timm.models.convnext": (0.9, 0.999)}
-    betas = config.optim.betas or recipes.get(type(spark.encoder).__module__)
-    if betas is None:
-        raise ValueError(
-            f"SparK has no recipe for {config.model.name}, which is neither a ResNet nor a ConvNeXt: set optim.betas, "
-            "for example --optim.betas [0.9,0.95] (as for ResNets) or [0.9,0.999] (as for ConvNeXts)"
-        )
-    return replace(
-        config,
-        optim=replace(config.optim, betas=betas),
-        data=replace(config.data, mean=tuple(transform.mean or ()), std=tuple(transform.std or ())),
-    )
-
-
-def fixed_samples(images: UnlabeledImages, most: int) -> list[dict[str, Any]]:
-    """At most so many training images, evenly spread, always the same."""
-    count = min(most, len(images))
-    return [images[position, position * len(images) // count] for position in range(count)]
-
-
-def fixed_batch(images: UnlabeledImages, spark: SparK, seed: int) -> tuple[Tensor, Tensor]:
-    """Images and masks for the panels, always the same and in the model's own size.
-
-    Returns:
-        [B, C, H, W] uint8 and [B, 1, fh, fw].
-    """
-    samples = fixed_samples(images, PANEL_IMAGES)
-    plan = StepPlan((spark.input_size,), mean_ratio(spark.mask_ratio), len(samples), seed)
-    batch = MaskedBatches(plan, spark.patch_size, spark.mask_block_size)(samples)
-    return batch["image"], batch["visible"]
-
-
-def build_monitor(
-    config: PretrainConfig, images: UnlabeledImages, spark: SparK, batch_size: int, main_process: bool
-) -> Monitor | None:
-    """What watches a run, in its main process; None in the others, which only check the options, and if it is off.
-
-    Raises:
-        FileNotFoundError: a split of the labelled folder is missing.
-        ValueError: the labelled folder does not fit.
-    """
-    most, mean, std = config.monitor.max_images, config.data.mean, config.data.std
-    if not config.monitor.every:
-        return None
-    assert mean is not None
-    assert std is not None
-    if config.monitor.data is None:
-        count = min(most, len(images))
-
-        def read() -> MonitoredImages:
-            pixels = collate_images(fixed_samples(images, count))["image"]
-            return MonitoredImages(Normalise(mean, std)(pixels))
-    else:
-        if len(mean) not in (1, 3):
-            raise ValueError(
-                f"monitor.data is a folder of image files, which have 3 channels (colour) or 1 (grey), and "
-                f"model.in_chans is {len(mean)}: leave monitor.data null"
-            )
-        found = list_labelled(Path(config.monitor.data))
-        count = sum(min(most, int(part.sum())) for part in (found.train, ~found.train))
-
-        def read() -> MonitoredImages:
-            return read_labelled(found, most, spark.input_size, mean, std)
-
-    return Monitor(read, count, config.monitor.max_share, batch_size) if main_process else None
-
-
-def read_extra(checkpoint: Path) -> dict[str, Any]:
-    """What this loop keeps in a checkpoint beside weights and optimizer, read without the rest."""
-    return torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True, mmap=True)["extra"]
-
-
-def summary(
-    config: PretrainConfig,
-    spark: SparK,
-    sizes: Sequence[tuple[int, int]],
-    layout: Choice,
-    accelerator: Accelerator,
-    num_images: int,
-    total_steps: int,
-    warmup_steps: int,
-    workers: int,
-) -> str:
-    """What is going to run, in a few lines."""
-
-    def millions(module: nn.Module) -> str:
-        return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.2f}M"
-
-    optim, world = config.optim, accelerator.num_processes
-    warmup = (
-        f"{warmup_steps} of warm-up"
-        if warmup_steps < total_steps or not warmup_steps
-        else "all of them warm-up"
-    )
-    return "\n".join(
-        (
-            f"model      {config.model.name}: {millions(spark.encoder)} parameters, with decoder {millions(spark)}; "
-            f"{', '.join(f'{h}x{w}' for h, w in sizes)} px, patches of {spark.patch_size}, "
-            f"mask {config.model.mask_ratio}",
-            f"layout     {layout.layout} ({layout.reason})",
-            f"data       {num_images} images in {config.data.train}; loader processes {world} x {workers}",
-            f"batch      {optim.batch_size} images: processes {world} x accumulation {config.accumulation} x "
-            f"{optim.batch_size // world // config.accumulation} at once; "
-            f"{accelerator.device.type}, {config.precision}",
-            f"optimizer  {optim.name}, betas {list(optim.betas or ())}, "
-            f"lr {optim.base_lr * optim.batch_size / 256:.3g} at its peak",
-            f"length     {total_steps} steps ({warmup}), {total_steps * optim.batch_size / num_images:.1f} epochs",
-            f"output     {config.output_dir}; kill -USR1 {os.getpid()} writes the encoder at once",
-        )
-    )
 
 
 if __name__ == "__main__":

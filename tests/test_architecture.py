@@ -30,6 +30,8 @@ LAYERS = [
     {"checkpoint"},
     {"continuation"},
     {"run"},
+    {"assembly", "watching", "state"},
+    {"outputs"},
     {"pretrain"},
 ]
 

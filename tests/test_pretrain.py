@@ -22,13 +22,16 @@ from safetensors.torch import load_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import spark.checkpoint
-from spark import pretrain
-from spark.config import parse_config
+from spark import outputs, pretrain
+from spark.assembly import checkpoint_activations, try_forward
+from spark.config import PretrainConfig, parse_config
 from spark.model import SparK
 from spark.monitor import Monitor
 from spark.run import RunLog, read_rows
 from spark.sources import open_source, remote
 from spark.sparse import PACKED
+from spark.steps import MaskedBatches
+from spark.watching import build_monitor
 
 NOT_REPEATED = ("images_per_second", "data_wait")
 EXACT = ("--model.drop_path=0.3", "--accumulation=2", "--data.workers=1")
@@ -161,7 +164,7 @@ def test_a_run_and_its_results(command, tmp_path, capsys):
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["optim"]["betas"] == [0.9, 0.95], "resolved by family and saved"
     assert config["data"]["mean"] == [0.485, 0.456, 0.406]
-    assert parse_config(pretrain.PretrainConfig, ["--config", str(folder / "config.yaml")], "").max_steps == 8
+    assert parse_config(PretrainConfig, ["--config", str(folder / "config.yaml")], "").max_steps == 8
 
     rows = read_rows(folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 9))
@@ -398,9 +401,9 @@ def test_labelled_images_have_the_channels_of_image_files(command, photos):
     options = command(
         "--monitor.every=1", f"--monitor.data={photos}", "--data.mean=[0,0]", "--data.std=[1,1]"
     )
-    config = parse_config(pretrain.PretrainConfig, options, "")
+    config = parse_config(PretrainConfig, options, "")
     with pytest.raises(ValueError, match=r"in_chans is 2: leave monitor\.data null"):
-        pretrain.build_monitor(config, [], SparK("test_resnet", in_chans=2, decoder_width=32), 1, True)
+        build_monitor(config, [], SparK("test_resnet", in_chans=2, decoder_width=32), 1, True)
 
 
 # --- resume
@@ -504,9 +507,9 @@ def test_resume_from_nothing_is_refused(command, tmp_path, capsys):
 def test_encoder_is_exported_on_demand(command, tmp_path, monkeypatch, capsys):
     exported = []
     at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGUSR1))
-    original = pretrain.save_encoder
+    original = outputs.save_encoder
     monkeypatch.setattr(
-        pretrain,
+        outputs,
         "save_encoder",
         lambda *args: exported.append(len(curve(tmp_path / "run"))) or original(*args),
     )
@@ -701,7 +704,7 @@ def test_a_skipped_step_changes_nothing_and_is_told(
 def test_a_rollback_goes_on_behind_the_batch_that_failed(command, tmp_path, monkeypatch, photos):
     """Steps 4 and 5 of the stream's batches 3 and 4 are given up; steps 4 to 8 train on batches 5 to 9."""
     folder, seen = tmp_path / "run", []
-    original = pretrain.MaskedBatches.__call__
+    original = MaskedBatches.__call__
 
     def call(self, samples):
         seen.append(samples[0]["position"] // 8)
@@ -714,7 +717,7 @@ def test_a_rollback_goes_on_behind_the_batch_that_failed(command, tmp_path, monk
         "--optim.ema_decay=0.5",
     )
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain.MaskedBatches, "__call__", call)
+        patch.setattr(MaskedBatches, "__call__", call)
         spoiled(patch, {5}, lambda loss: loss * float("nan"))
         run(command(*options))
     assert seen[-10:] == list(range(10))
@@ -828,15 +831,15 @@ def test_pictures_and_exports_on_demand_do_not_stop_training(command, tmp_path, 
         saved_before.append((folder / "checkpoints" / "step_0000002").exists())
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "panels.png")
 
-    original = pretrain.save_encoder
+    original = outputs.save_encoder
     exports = []
 
     def first_fails(*args):
         exports.append(args)
         return full() if len(exports) == 1 else original(*args)
 
-    monkeypatch.setattr(pretrain, "save_panels", full)
-    monkeypatch.setattr(pretrain, "save_encoder", first_fails)
+    monkeypatch.setattr(outputs, "save_panels", full)
+    monkeypatch.setattr(outputs, "save_encoder", first_fails)
     at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGUSR1))
     run(command("--max_steps=4", "--panels_every=2", "--checkpoint_every=2"))
     assert saved_before == [True, True, True]
@@ -890,7 +893,7 @@ def test_the_trial_forward_leaves_no_trace():
     model = SparK("test_resnet", input_size=64, decoder_width=32)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    pretrain.try_forward(model, torch.device("cpu"), [(64, 64), (32, 96)])
+    try_forward(model, torch.device("cpu"), [(64, 64), (32, 96)])
     assert torch.equal(state, torch.get_rng_state())
     assert_equal(before, model.state_dict())
     assert model.training
@@ -985,13 +988,13 @@ def test_grad_checkpointing_is_refused_by_models_that_cannot():
     spark = SparK("test_resnet", input_size=64, decoder_width=32)
     spark.encoder = Refuses()
     with pytest.raises(ValueError, match=r"dla34 refuses .*not supported.*model.grad_checkpointing false"):
-        pretrain.checkpoint_activations(spark, "dla34")
+        checkpoint_activations(spark, "dla34")
     spark.encoder = torch.nn.Identity()
     with pytest.raises(ValueError, match="x cannot checkpoint"):
-        pretrain.checkpoint_activations(spark, "x")
+        checkpoint_activations(spark, "x")
     spark.masked_pixels = "zero"
     with pytest.raises(ValueError, match=r"needs model.masked_pixels absent, not zero"):
-        pretrain.checkpoint_activations(spark, "x")
+        checkpoint_activations(spark, "x")
 
 
 def test_bugs_are_not_dressed_up(command, monkeypatch):

@@ -1,0 +1,156 @@
+"""The state of a run: what a checkpoint holds, how a run goes back to it, and what has changed since."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spark.checkpoint import load_run, save_run
+from spark.config import config_changes
+from spark.guard import Guard
+from spark.images import UnreadableImages
+from spark.model import SparK
+
+
+@dataclass
+class RunState:
+    """Everything that training changes.
+
+    Attributes:
+        spark: the model.
+        optimizer: its optimizer, as `spark.run.prepare` returns it.
+        scaler: gradient scaler of fp16, or None.
+        ema: averaged weights, or None.
+        guard: what judges the steps.
+        unreadable: images that could not be read.
+        facts: what a checkpoint says about the run that wrote it, see `changes`.
+        step: optimizer steps done.
+        offset: batches of the stream that rollbacks have passed over: step n trains on batch n + offset.
+    """
+
+    spark: SparK
+    optimizer: Any
+    scaler: Any
+    ema: SparK | None
+    guard: Guard
+    unreadable: UnreadableImages
+    facts: dict[str, Any]
+    step: int = 0
+    offset: int = 0
+    _buffers: list[Tensor] = field(init=False)
+    _before: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Batch norm's running statistics change in the forward pass already. To be able to go back to the state before
+        # a step whose loss is not finite, they are copied first.
+        self._buffers = list(self.spark.buffers())
+        self._before = [buffer.clone() for buffer in self._buffers]
+
+    def begin_step(self) -> None:
+        """Remember what the forward pass is going to change."""
+        torch._foreach_copy_(self._before, self._buffers)  # pyright: ignore[reportPrivateImportUsage]
+
+    def undo_forward(self) -> None:
+        """Take back what forward passes since `begin_step` have changed."""
+        torch._foreach_copy_(self._buffers, self._before)  # pyright: ignore[reportPrivateImportUsage]
+
+    def save(self, output_dir: str | Path, keep: int) -> Path:
+        """Write a checkpoint; main process only.
+
+        Raises:
+            OSError: disk full, or not writable.
+        """
+        extra = {
+            **self.facts,
+            "unreadable": self.unreadable.state_dict(),
+            "offset": self.offset,
+            "guard": self.guard.state_dict(),
+        }
+        return save_run(
+            output_dir,
+            self.step,
+            model=self.spark,
+            optimizer=self.optimizer,
+            scaler=self.scaler,
+            ema=self.ema,
+            extra=extra,
+            keep=keep,
+        )
+
+    def rescue(self, output_dir: str | Path, keep: int) -> Path | None:
+        """Write the state before the step under way, unless it is spoilt already; main process only."""
+        self.undo_forward()
+        sound = all(torch.isfinite(parameter).all() for parameter in self.spark.parameters())
+        return self.save(output_dir, keep + 1) if sound else None
+
+    def resume(self, checkpoint: Path) -> None:
+        """Take over all of a checkpoint.
+
+        Raises:
+            ValueError: it does not belong to this model or optimizer.
+        """
+        state = self._load(checkpoint)
+        self.step, self.offset = state["step"], state.get("offset", 0)
+        if "guard" in state:
+            self.guard.load_state_dict(state["guard"])
+        self.unreadable.load_state_dict(state["unreadable"])
+
+    def roll_back(self, checkpoint: Path) -> None:
+        """Take over weights and moments of a checkpoint of this run; the stream goes on behind the batch that failed.
+
+        With the same images the same would happen again.
+        """
+        rollbacks = self.guard.rollbacks + 1
+        state = self._load(checkpoint)
+        self.guard.load_state_dict(
+            {**state.get("guard", Guard(self.guard.config).state_dict()), "rollbacks": rollbacks}
+        )
+        position = self.step + self.offset + 1
+        self.step = state["step"]
+        self.offset = position - self.step
+
+    def _load(self, checkpoint: Path) -> dict[str, Any]:
+        return load_run(
+            checkpoint, model=self.spark, optimizer=self.optimizer, scaler=self.scaler, ema=self.ema
+        )
+
+
+def read_extra(checkpoint: Path) -> dict[str, Any]:
+    """What this loop keeps in a checkpoint beside weights and optimizer, read without the rest."""
+    return torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True, mmap=True)["extra"]
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between the run that wrote a checkpoint and the one that goes on from it, in sentences.
+
+    Args:
+        before: from `read_extra`; older checkpoints lack all but "config".
+        now: the facts of the run: "config", "data", "layout", "device_type", "processes".
+    """
+    lines = config_changes(before["config"], now["config"])
+    lines += data_changes(before.get("data", now["data"]), now["data"])
+    if (old := before.get("layout", before["config"]["model"]["layout"])) != now["layout"]:
+        lines.append(
+            f"the layout was {old} on {before.get('device_type', now['device_type'])}, is {now['layout']} on "
+            f"{now['device_type']}: from here on the run agrees with the earlier one to rounding"
+        )
+    if (old := before.get("processes", now["processes"])) != now["processes"]:
+        lines.append(
+            f"processes were {old}, are {now['processes']}: the same batches of images, divided anew; the run agrees "
+            "with the earlier one to rounding, except for what stochastic depth draws"
+        )
+    return lines
+
+
+def data_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Say how the list of images differs from that of the checkpoint, for the positions of the stream are its."""
+    if before == now:
+        return []
+    change = (
+        f"data was {before['images']} images, is {now['images']}"
+        if before["images"] != now["images"]
+        else f"data is {now['images']} images as before, but of other names or in another order"
+    )
+    return [f"{change}: the stream of images differs from here on"]

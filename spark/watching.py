@@ -1,0 +1,120 @@
+"""What a run watches itself by: some fixed images for panels, and measurements of the features of unmasked ones."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from spark.config import MonitorConfig, PretrainConfig
+from spark.images import Normalise, UnlabeledImages, collate_images
+from spark.masking import mean_ratio
+from spark.model import SparK
+from spark.monitor import Monitor, MonitoredImages, collapse_warning, read_labelled
+from spark.probing import list_labelled
+from spark.steps import MaskedBatches, StepPlan
+
+PANEL_IMAGES = 6
+
+
+def fixed_samples(images: UnlabeledImages, most: int) -> list[dict[str, Any]]:
+    """At most so many training images, evenly spread, always the same."""
+    count = min(most, len(images))
+    return [images[position, position * len(images) // count] for position in range(count)]
+
+
+def fixed_batch(images: UnlabeledImages, spark: SparK, seed: int) -> tuple[Tensor, Tensor]:
+    """Images and masks for the panels, always the same and in the model's own size.
+
+    Returns:
+        [B, C, H, W] uint8 and [B, 1, fh, fw].
+    """
+    samples = fixed_samples(images, PANEL_IMAGES)
+    plan = StepPlan((spark.input_size,), mean_ratio(spark.mask_ratio), len(samples), seed)
+    batch = MaskedBatches(plan, spark.patch_size, spark.mask_block_size)(samples)
+    return batch["image"], batch["visible"]
+
+
+def build_monitor(
+    config: PretrainConfig, images: UnlabeledImages, spark: SparK, batch_size: int, main_process: bool
+) -> Monitor | None:
+    """What watches a run, in its main process; None in the others, which only check the options, and if it is off.
+
+    Raises:
+        FileNotFoundError: a split of the labelled folder is missing.
+        ValueError: the labelled folder does not fit.
+    """
+    most, mean, std = config.monitor.max_images, config.data.mean, config.data.std
+    if not config.monitor.every:
+        return None
+    assert mean is not None
+    assert std is not None
+    if config.monitor.data is None:
+        count = min(most, len(images))
+
+        def read() -> MonitoredImages:
+            pixels = collate_images(fixed_samples(images, count))["image"]
+            return MonitoredImages(Normalise(mean, std)(pixels))
+    else:
+        if len(mean) not in (1, 3):
+            raise ValueError(
+                f"monitor.data is a folder of image files, which have 3 channels (colour) or 1 (grey), and "
+                f"model.in_chans is {len(mean)}: leave monitor.data null"
+            )
+        found = list_labelled(Path(config.monitor.data))
+        count = sum(min(most, int(part.sum())) for part in (found.train, ~found.train))
+
+        def read() -> MonitoredImages:
+            return read_labelled(found, most, spark.input_size, mean, std)
+
+    return Monitor(read, count, config.monitor.max_share, batch_size) if main_process else None
+
+
+class Watch:
+    """Measures as `monitor` does while it can be afforded, and tells what it finds.
+
+    Args:
+        config: when a warning is due.
+        monitor: from `build_monitor`; None measures nothing.
+        spark: the model.
+    """
+
+    def __init__(self, config: MonitorConfig, monitor: Monitor | None, spark: SparK):
+        self.config = config
+        self.monitor = monitor
+        self.spark = spark
+
+    def due(self, step: int, last: bool) -> bool:
+        """Whether to measure after this step."""
+        return self.monitor is not None and (step % self.config.every == 0 or last)
+
+    def measure(self, step: int, rate: float, say: Callable[[str], None]) -> dict[str, float | str]:
+        """Measure the features of unmasked images, if that keeps within its share of the time.
+
+        Args:
+            step: steps done.
+            rate: of training [images/s].
+            say: prints a line.
+
+        Returns:
+            What belongs into the row of the step.
+        """
+        assert self.monitor is not None
+        if not self.monitor.affordable(rate):
+            expected = self.monitor.expected(rate)
+            return {
+                "monitor": f"skipped: its {expected:.1f} s would exceed monitor.max_share {self.monitor.max_share}"
+            }
+        try:
+            values = self.monitor.measure(self.spark.encoder)
+        except ValueError as error:  # labelled images that cannot be read: the run can do without
+            say(f"the monitor is off from here on: {error}")
+            self.monitor = None
+            return {"monitor": f"off: {error}"}
+        text = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+        say(f"unmasked features after step {step}: {text}")
+        warning = collapse_warning(values, self.config.collapse_rank, self.config.collapse_std)
+        if warning is None:
+            return {**values}
+        say(f"warning: after step {step} the {warning}")
+        return {**values, "event": "collapse", "reason": warning}
