@@ -145,15 +145,15 @@ class TrainTransform:
         # All numbers are drawn whatever is switched on: switching one thing off leaves the others as they were.
         draw = torch.rand(12, dtype=torch.float64).tolist()
         # The border goes first, so that neither a rotation nor an average over pixels can bring it back.
-        top, bottom, left, right = self._usable(sample.depth.shape)
+        top, bottom, left, right = self._usable(sample.image.shape[:2])
         first_row, first_column = math.floor(top), math.floor(left)
         cut = (slice(first_row, math.ceil(bottom)), slice(first_column, math.ceil(right)))
-        image, depth = sample.image[cut], sample.depth[cut]
+        image, depth = sample.image[cut], sample.metres[cut]
         if self.rotation:
             image, depth = rotate_pair(image, depth, _between((-self.rotation, self.rotation), draw[0]))
 
         zoom = _between(self.zoom, draw[1])
-        height, width = self._window_size(sample.depth.shape, zoom)
+        height, width = self._window_size(sample.image.shape[:2], zoom)
         row = top - first_row + draw[2] * max(0.0, bottom - top - height)
         column = left - first_column + draw[3] * max(0.0, right - left - width)
         window = (row, row + height, column, column + width)
