@@ -510,7 +510,7 @@ def open_data(config: DepthConfig, protocol: Protocol) -> tuple[DepthData, Depth
         data.root, data.val_list, "test", depth=protocol.depth, white_border=data.white_border
     )
     held_out.check_headers()  # these refuse now, not after the first epoch
-    protocol.crop_at(held_out[0].depth.shape)
+    protocol.crop_at(held_out[0].metres.shape)
     return pairs, held_out
 
 
@@ -556,7 +556,7 @@ def refuse_empty(config: DepthConfig, empty: int, planned: int) -> None:
 
 def border_text(border: tuple[int, int, int, int] | None, pairs: DepthData) -> str:
     """What the border cut means for frames that are not NYU's, judged by the first pair; "" where it needs no word."""
-    frame = pairs[0].depth.shape
+    frame = pairs[0].image.shape[:2]
     if border is None or frame == NYU_FRAME:
         return ""
     rows, columns = frame[0] / NYU_FRAME[0], frame[1] / NYU_FRAME[1]

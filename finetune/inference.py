@@ -113,10 +113,10 @@ def score(
                 raise pair
         predictions = predict_depth(model, torch.stack([image for _, image in pairs]), protocol)
         for (sample, _), prediction in zip(pairs, predictions, strict=True):
-            row = evaluator.add(sample.name, prediction, sample.depth)
+            row = evaluator.add(sample.name, prediction, sample.metres)
             if done in drawn:
                 caption = summary(row) if row else "no pixel of the ground truth counts"
-                rows.append(Triptych(sample.image, sample.depth, prediction, sample.name, caption))
+                rows.append(Triptych(sample.image, sample.metres, prediction, sample.name, caption))
             done += 1
         if progress is not None:
             progress(len(pairs))

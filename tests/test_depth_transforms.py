@@ -222,6 +222,156 @@ def test_validity_is_strict_and_after_the_zoom():
     assert run(near, wall)["valid"].all()  # 12 m, brought to 8 m
 
 
+# --- disparity, points and classes go the same way
+# ---------------------------------------------------------------------------
+
+
+def annotated_sample(seed: int, size: tuple[int, int] = (240, 320)) -> DepthSample:
+    """Four points, two pairs; each point is the middle of a square of 9 pixels of its own class and disparity."""
+    generator = np.random.default_rng(seed)
+    labels = np.full(size, 9, np.uint8)
+    points = []
+    while len(points) < 4:
+        row, column = (int(generator.integers(10, side - 10)) for side in size)
+        if all(abs(row - r) + abs(column - c) > 30 for r, c in points):
+            labels[row - 4 : row + 5, column - 4 : column + 5] = len(points)
+            points.append((row, column))
+    disparity = labels.astype(np.float32) / 10
+    disparity[labels == 9] = np.nan
+    pairs, relation = np.array(points, float).reshape(2, 4), np.array([1, -1])
+    return DepthSample(
+        np.zeros((*size, 3), np.uint8), None, "points", disparity, pairs, relation, labels=labels
+    )
+
+
+@pytest.mark.parametrize("size", [(240, 320), (123, 200)])
+def test_points_classes_and_disparity_stay_on_the_picture(size):
+    """After any crop, zoom, flip and rotation, a point's pixel still shows the class painted there."""
+    transform = TrainTransform(
+        image_size=(144, 192), crop_size=(128, 160), border=None, rotation=20.0, zoom=(1.0, 1.5), flip=0.5
+    )
+    valid = 0
+    for seed in range(30):
+        out = run(transform, annotated_sample(seed, size), seed)
+        assert "depth" not in out
+        assert out["pairs"].dtype == out["relation"].dtype == out["labels"].dtype == torch.int64
+        assert out["relation"].tolist() == [1, -1]
+        for number, (pair, is_valid) in enumerate(zip(out["pairs"], out["pairs_valid"], strict=True)):
+            if not is_valid:
+                assert pair.tolist() == [0, 0, 0, 0]
+                continue
+            valid += 1
+            for point, (row, column) in enumerate(pair.reshape(2, 2).tolist()):
+                assert out["labels"][row, column] == 2 * number + point
+                known = out["affine_valid"][0, row, column]
+                assert known
+                assert out["affine"][0, row, column] == pytest.approx((2 * number + point) / 10)
+        assert torch.equal(out["affine_valid"][0], out["labels"] < 9)  # the rest is class 9 or void: unknown
+        assert (out["affine"][~out["affine_valid"]] == 0).all()
+    assert 20 < valid < 60
+
+
+def test_points_by_hand():
+    """A frame of 4x6 with A in row 1, column 2 and B in row 3, column 5."""
+    sample = DepthSample(
+        np.zeros((4, 6, 3), np.uint8), None, "x", pairs=np.array([[1.0, 2, 3, 5]]), relation=np.array([0])
+    )
+
+    def pairs(size: tuple[int, int], crop: tuple[int, int], **options: Any):
+        transform = TrainTransform(image_size=size, crop_size=crop, border=None, **{**STILL, **options})
+        out = run(transform, sample)
+        return out["pairs"].tolist(), out["pairs_valid"].tolist()
+
+    assert pairs((4, 6), (4, 6)) == ([[1, 2, 3, 5]], [True])
+    assert pairs((4, 6), (4, 6), flip=1.0) == ([[1, 3, 3, 0]], [True])
+    # twice as large: the middle of pixel 1 is at 1.5, which comes to 3.0, the upper edge of pixel 3
+    assert pairs((8, 12), (8, 12)) == ([[3, 5, 7, 11]], [True])
+    # half: 1.5 -> 0.75, 2.5 -> 1.25, 3.5 -> 1.75, 5.5 -> 2.75
+    assert pairs((2, 3), (2, 3)) == ([[0, 1, 1, 2]], [True])
+    # a crop of 3x4 holds both only where it begins in row 1 and column 2
+    assert pairs((4, 6), (3, 4)) == ([[0, 0, 2, 3]], [True])
+    # magnified by 2, 2x3 pixels are left: not both fit
+    assert pairs((4, 6), (4, 6), zoom=(2.0, 2.0)) == ([[0, 0, 0, 0]], [False])
+
+
+def test_a_crop_keeps_its_points_where_they_fit():
+    transform = TrainTransform(image_size=(240, 320), crop_size=(60, 80), border=None, **STILL)
+    starts = set()
+    for seed in range(20):
+        sample = DepthSample(
+            np.zeros((240, 320, 3), np.uint8),
+            None,
+            "x",
+            pairs=np.array([[100.0, 200, 130, 170]]),
+            relation=np.array([1]),
+        )
+        out = run(transform, sample, seed)
+        assert out["pairs_valid"].all()
+        row, column = out["pairs"][0, :2].tolist()
+        assert out["pairs"][0].tolist() == [row, column, row + 30, column - 30]
+        starts.add((row, column))
+    assert len(starts) > 10  # still drawn
+
+
+def test_void_and_unknown_come_from_outside_a_turned_frame():
+    sample = DepthSample(
+        np.full((40, 60, 3), 255, np.uint8),
+        np.full((40, 60), 2.0, np.float32),
+        "wall",
+        labels=np.zeros((40, 60), np.uint8),
+    )
+    transform = TrainTransform(image_size=(40, 60), crop_size=(40, 60), border=None, rotation=45.0, **STILL)
+    out = run(transform, sample, 1)
+    outside = out["labels"] == 255
+    assert 0.05 < outside.float().mean() < 0.5
+    assert torch.equal(out["labels"] == 0, ~outside)
+    assert torch.equal(outside, ~out["valid"][0])
+
+
+def test_cut_depth_pastes_a_rectangle_of_depth():
+    sample = coded_sample(96, 128)
+    sizes: dict[str, Any] = {
+        "image_size": (96, 128),
+        "crop_size": (96, 128),
+        "border": None,
+        "max_depth": 8.0,
+    }
+    plain, cut = (TrainTransform(**sizes, **STILL, cut_depth=share) for share in (0.0, 1.0))
+    areas = []
+    for seed in range(40):
+        before, after = run(plain, sample, seed), run(cut, sample, seed)
+        assert torch.equal(before["depth"], after["depth"])
+        shown = after["depth"].expand(3, -1, -1) / 8.0
+        pasted = (after["image"] == shown).all(0)
+        assert torch.equal(after["image"][:, ~pasted], before["image"][:, ~pasted])
+        rows, columns = pasted.any(1).nonzero(), pasted.any(0).nonzero()
+        box = pasted[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        assert box.all()  # one rectangle
+        areas.append(pasted.float().mean().item())
+    # the mean of (1 - a) b p over two sides, each half of a half of 3/4
+    assert np.mean(areas) == pytest.approx((0.25 * 0.75) ** 2, abs=0.025)
+    half = TrainTransform(**sizes, **STILL, cut_depth=0.5)
+    changed = [
+        not torch.equal(run(half, sample, s)["image"], run(plain, sample, s)["image"]) for s in range(100)
+    ]
+    assert 30 < sum(changed) < 70
+
+
+def test_batches_of_points_are_filled_up():
+    """Samples with one and with three pairs: the missing two are there, and not valid."""
+    transform = TrainTransform(image_size=(8, 8), crop_size=(8, 8), border=None, **STILL)
+    samples = []
+    for count in (1, 3):
+        pairs, relation = np.tile([1.0, 2.0, 3.0, 4.0], (count, 1)), np.full(count, -1)
+        sample = DepthSample(np.zeros((8, 8, 3), np.uint8), None, "x", pairs=pairs, relation=relation)
+        samples.append({**run(transform, sample), "name": "x", "position": 0, "index": 0, "failed": []})
+    batch = collate_depth(samples)
+    assert batch["pairs"].shape == (2, 3, 4)
+    assert batch["pairs_valid"].tolist() == [[True, False, False], [True, True, True]]
+    assert batch["relation"].tolist() == [[-1, 0, 0], [-1, -1, -1]]
+    assert "depth" not in batch
+
+
 # --- colours
 # ---------------------------------------------------------------------------------------------------
 
@@ -295,6 +445,7 @@ def test_normalisation():
         ({"min_depth": 10.0}, "min_depth < max_depth"),
         ({"crop_size": (0, 160)}, "crop_size is"),
         ({"image_size": (144.5, 192)}, "image_size is"),
+        ({"cut_depth": 1.1}, "cut_depth is a probability"),
         ({"mean": (0.5,)}, "three numbers"),
         ({"std": (0.0, 1.0, 1.0)}, "std above 0"),
     ],

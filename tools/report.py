@@ -669,12 +669,12 @@ def readme_figure(pretrain: Run | None, arms: dict[str, list[Run]], count: int) 
         raise ValueError("--figure needs a depth run: its validation list says which images to draw")
     runs = {label: same[0] for label, same in arms.items()}
     samples = validation_samples(next(iter(runs.values())), count)
-    truths = [sample.depth for sample in samples]
+    truths = [sample.metres for sample in samples]
     nearest = min(
         (float(np.quantile(truth[truth > 0], 0.01)) for truth in truths if (truth > 0).any()), default=0.0
     )
     near, far = shared_range(truths, floor=math.floor(2 * nearest) / 2)
-    rows = [[sample.image, colourise(sample.depth, near, far)] for sample in samples]
+    rows = [[sample.image, colourise(sample.metres, near, far)] for sample in samples]
     for run in runs.values():
         model = load_depth_model(run.folder / "model")
         transform, protocol = transform_of(model), get_protocol(run.option("protocol", "nyu-bts"))

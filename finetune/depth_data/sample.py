@@ -1,16 +1,48 @@
-"""One RGB-D pair, and how its two files are read."""
+"""One image with what is known of its depth, how its files are read, and the keys of a batch.
+
+A data set has one kind of supervision, and a micro-batch comes from one data set. So a batch always has
+
+    image       float32 [B, 3, H, W]   normalised as the encoder expects
+    set         str                    name of the data set
+    supervision str                    "metric", "affine" or "ordinal"
+
+beside `name`, `position`, `index`, `failed`, and, by its supervision, with the same H and W (the crop):
+
+    metric   depth        float32 [B, 1, H, W]   metres, 0 where there is no reading
+             valid        bool    [B, 1, H, W]   min_depth < depth < max_depth
+    affine   affine       float32 [B, 1, H, W]   disparity up to scale and shift of each image: larger is nearer; 0
+                                                 where it is unknown
+             affine_valid bool    [B, 1, H, W]   where it is known
+    ordinal  pairs        int64   [B, N, 4]      (yA, xA, yB, xB), pixels of the crop, 0-based, inside it (0 where not
+                                                 valid)
+             relation     int64   [B, N]         +1: A is farther than B, -1: A is closer, 0: as far
+             pairs_valid  bool    [B, N]         both points lie inside the crop; false fills up to the longest list
+
+and, where the set has class labels and was asked for them,
+
+             labels       int64   [B, H, W]      class of each pixel from 0 on, 255 = void: not to be learnt
+
+Classes: the 13 of NYU are bed, books, ceiling, chair, floor, furniture, objects, picture, sofa, table, tv, wall and
+window, in this order from 0; files count them from 1 with 0 = void. Void is 255, or with the policy "class" a class of
+its own behind the others (number 13 of 14, number 40 of 41).
+"""
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import cv2
 import numpy as np
 from PIL import Image
 
 from spark.decoding import MAX_PIXELS, describe_failure
+
+Supervision: TypeAlias = Literal["metric", "affine", "ordinal"]
+VOID = 255
+"""The label that no loss and no metric looks at."""
 
 
 class DepthFileError(ValueError):
@@ -31,29 +63,63 @@ def unreadable(path: str | Path, what: str, error: Exception) -> DepthFileError:
 
 @dataclass(frozen=True)
 class DepthSample:
-    """One image with its measured depth.
+    """One image with what is known of its depth: `depth`, `affine` or `pairs`, and perhaps the class of each pixel.
 
     Args:
         image: uint8 `[H, W, 3]`, RGB.
-        depth: float32 `[H, W]` in metres; 0 where there is no reading.
+        depth: float32 `[H, W]` in metres; 0 where there is no reading. None where no distance is known.
         name: what reports call it, unique in its data set.
+        affine: float32 `[H, W]`, disparity up to scale and shift: larger is nearer. NaN where it is unknown.
+        pairs: float64 `[N, 4]`, points (yA, xA, yB, xB) [px], the middle of the first pixel at (0, 0).
+        relation: int64 `[N]`, +1: A is farther than B, -1: A is closer, 0: as far.
+        labels: uint8 `[H, W]`, class of each pixel from 0 on; 255 = void.
+
+    Raises:
+        DepthFileError: sizes that differ, an image that is none, a point outside the image.
     """
 
     image: np.ndarray
-    depth: np.ndarray
+    depth: np.ndarray | None
     name: str
+    affine: np.ndarray | None = None
+    pairs: np.ndarray | None = None
+    relation: np.ndarray | None = None
+    labels: np.ndarray | None = None
 
     def __post_init__(self):
         if self.image.ndim != 3 or self.image.shape[2] != 3 or self.image.dtype != np.uint8:
             raise file_error(
                 self.name, f"the image is {self.image.dtype} {list(self.image.shape)}, not uint8 [H, W, 3]"
             )
-        if self.depth.shape != self.image.shape[:2]:
-            raise file_error(
-                self.name,
-                f"the image is {size_text(self.image.shape)}, its depth map {size_text(self.depth.shape)};"
-                " a pair has one size (was one of them resized or cropped?)",
+        for what, values in (
+            ("depth map", self.depth),
+            ("map of relative depth", self.affine),
+            ("map of classes", self.labels),
+        ):
+            if values is not None and values.shape != self.image.shape[:2]:
+                raise file_error(
+                    self.name,
+                    f"the image is {size_text(self.image.shape)}, its {what} {size_text(values.shape)};"
+                    " a pair has one size (was one of them resized or cropped?)",
+                )
+        if self.pairs is not None:
+            limits = np.tile(np.asarray(self.image.shape[:2]) - 0.5, 2)
+            outside = ((self.pairs < -0.5) | (self.pairs >= limits)).any(1)
+            if outside.any():
+                raise file_error(
+                    self.name,
+                    f"a pair of points (yA, xA, yB, xB) {self.pairs[outside][0].tolist()}, counted from 0, lies outside"
+                    f" the image of {size_text(self.image.shape)}",
+                )
+
+    @property
+    def metres(self) -> np.ndarray:
+        """`depth`; ValueError where no distance is known."""
+        if self.depth is None:
+            raise ValueError(
+                f"{self.name} has no depth in metres, which this needs: use a set of RGB-D pairs"
             )
+        return self.depth
 
 
 def size_text(shape: tuple[int, ...]) -> str:

@@ -2,8 +2,8 @@
 
 Crop and zoom are a single window of the original frame, resampled once: nothing is resized twice, image and
 depth agree to the sub-pixel, and without augmentation training sees exactly the pixels that evaluation sees.
-Colours are resampled bilinearly over the area of a pixel, depth by nearest neighbour, so a hole or an edge is
-never averaged with what lies beside it.
+Colours are resampled bilinearly over the area of a pixel, depth, disparity and classes by nearest neighbour, so a hole
+or an edge is never averaged with what lies beside it; annotated points move with the picture.
 """
 
 import math
@@ -16,13 +16,18 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from finetune.depth_data.sample import DepthFileError, DepthSample
+from finetune.depth_data.sample import VOID, DepthFileError, DepthSample
 from spark.seeding import derive_seed
 
 NYU_FRAME = (480, 640)
 NYU_BORDER = (45, 472, 43, 608)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+CUT_DEPTH_SIZE = 0.75
+"""Largest part of what lies right of (below) its left (upper) edge that CutDepth pastes over; p of its paper."""
+
+PAIR_KEYS = ("pairs", "relation", "pairs_valid")
+TENSOR_KEYS = ("image", "depth", "valid", "affine", "affine_valid", *PAIR_KEYS, "labels")
 
 Window = tuple[float, float, float, float]  # top, bottom, left, right [px]; fractions are fine
 
@@ -79,6 +84,8 @@ class TrainTransform:
         brightness: range of the factor common to the three channels.
         channel: range of the factor of each channel.
         contrast: range of the factor on the difference from the mean colour; (1, 1) is off, as in BTS.
+        cut_depth: probability that a rectangle of the image shows its depth instead of its colours, as a share of
+            max_depth, black where there is no reading (CutDepth, arXiv 2107.07684).
         min_depth: a reading must be more than this to count [m].
         max_depth: a reading must be less than this to count, after the zoom [m].
         mean: what the encoder subtracts from RGB in [0, 1].
@@ -96,6 +103,7 @@ class TrainTransform:
     brightness: tuple[float, float] = (0.75, 1.25)
     channel: tuple[float, float] = (0.9, 1.1)
     contrast: tuple[float, float] = (1.0, 1.0)
+    cut_depth: float = 0.0
     min_depth: float = 1e-3
     max_depth: float = 10.0
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -108,7 +116,7 @@ class TrainTransform:
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise ValueError(f"{name} must be a range 0 < low <= high, not ({low}, {high})")
-        for name in ("flip", "colour"):
+        for name in ("flip", "colour", "cut_depth"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a probability between 0 and 1, not {getattr(self, name)}")
         if not 0 <= self.rotation < 90:
@@ -138,35 +146,80 @@ class TrainTransform:
     def __call__(self, sample: DepthSample) -> dict[str, Tensor]:
         """Draw an augmentation from torch's global generator and apply it.
 
+        A crop is drawn among those that hold all annotated points, where they fit into one.
+
         Returns:
-            `{"image": float32 [3, h, w], "depth": float32 [1, h, w] in metres, "valid": bool [1, h, w]}` with
-            (h, w) = crop_size; depth is 0 where there is no reading, valid is min_depth < depth < max_depth.
+            the keys "image", "depth" and so on of one sample, as `finetune.depth_data.sample` lists them for a batch,
+            with (h, w) = crop_size.
         """
         # All numbers are drawn whatever is switched on: switching one thing off leaves the others as they were.
         draw = torch.rand(12, dtype=torch.float64).tolist()
         # The border goes first, so that neither a rotation nor an average over pixels can bring it back.
-        top, bottom, left, right = self._usable(sample.depth.shape)
+        top, bottom, left, right = self._usable(sample.image.shape[:2])
         first_row, first_column = math.floor(top), math.floor(left)
         cut = (slice(first_row, math.ceil(bottom)), slice(first_column, math.ceil(right)))
-        image, depth = sample.image[cut], sample.depth[cut]
+        image = sample.image[cut]
+        depth, affine, labels = (
+            None if values is None else values[cut] for values in (sample.depth, sample.affine, sample.labels)
+        )
+        points = np.empty((0, 2)) if sample.pairs is None else sample.pairs.reshape(-1, 2)
+        points = points + 0.5 - (first_row, first_column)  # (row, column) from the corner of the first pixel
         if self.rotation:
-            image, depth = rotate_pair(image, depth, _between((-self.rotation, self.rotation), draw[0]))
+            degrees = _between((-self.rotation, self.rotation), draw[0])
+            image, depth, affine, labels = (
+                None if values is None else rotate_map(values, degrees, fill)
+                for values, fill in ((image, 0), (depth, 0.0), (affine, math.nan), (labels, VOID))
+            )
+            assert image is not None
+            points = rotate_points(points, image.shape[:2], degrees)
 
         zoom = _between(self.zoom, draw[1])
-        height, width = self._window_size(sample.depth.shape, zoom)
-        row = top - first_row + draw[2] * max(0.0, bottom - top - height)
-        column = left - first_column + draw[3] * max(0.0, right - left - width)
+        height, width = self._window_size(sample.image.shape[:2], zoom)
+        rows, columns = points.T
+        row = _place((top - first_row, bottom - first_row), height, rows, draw[2])
+        column = _place((left - first_column, right - first_column), width, columns, draw[3])
         window = (row, row + height, column, column + width)
         colours = to_unit(resample_image(image, window, self.crop_size))
-        metres = resample_depth(depth, window, self.crop_size) / np.float32(zoom)
-
-        if draw[4] < self.flip:
-            colours, metres = colours[:, ::-1], metres[:, ::-1]
+        flipped = draw[4] < self.flip
+        side = slice(None, None, -1 if flipped else 1)
+        colours = colours[:, side]
         if draw[5] < self.colour:
             colours = self._recolour(colours, draw[6:])
-        target = torch.from_numpy(np.ascontiguousarray(metres))[None]
-        valid = (target > self.min_depth) & (target < self.max_depth)
-        return {"image": normalise(colours, self.mean, self.std), "depth": target, "valid": valid}
+
+        out = {}
+        if depth is not None:
+            metres = resample_map(depth, window, self.crop_size)[:, side] / np.float32(zoom)
+            colours = self._cut_depth(colours, metres)
+            target = torch.from_numpy(np.ascontiguousarray(metres))[None]
+            out |= {"depth": target, "valid": (target > self.min_depth) & (target < self.max_depth)}
+        if affine is not None:
+            disparity = np.ascontiguousarray(resample_map(affine, window, self.crop_size)[:, side])
+            known = torch.from_numpy(np.isfinite(disparity))[None]
+            out |= {"affine": torch.from_numpy(disparity)[None].nan_to_num(0.0), "affine_valid": known}
+        if sample.pairs is not None and sample.relation is not None:
+            pairs, inside = points_in_crop(points, window, self.crop_size, flipped)
+            out |= {"pairs": pairs, "relation": torch.from_numpy(sample.relation), "pairs_valid": inside}
+        if labels is not None:
+            classes = resample_map(labels, window, self.crop_size)[:, side]
+            out["labels"] = torch.from_numpy(classes.astype(np.int64))
+        return {"image": normalise(colours, self.mean, self.std), **out}
+
+    def _cut_depth(self, colours: np.ndarray, metres: np.ndarray) -> np.ndarray:
+        """CutDepth of an image in [0, 1] `[h, w, 3]` with its depth `[h, w]` [m]; draws five numbers."""
+        chance, *place, high, wide = torch.rand(5, dtype=torch.float64).tolist()
+        if chance >= self.cut_depth:
+            return colours
+        (top, bottom), (left, right) = (
+            (
+                int(start * full),
+                int(start * full) + int(max((full - start * full) * part * CUT_DEPTH_SIZE, 1)),
+            )
+            for start, part, full in zip(place, (high, wide), metres.shape, strict=True)
+        )
+        pasted = colours.copy()
+        shown = metres[top:bottom, left:right, None] / np.float32(self.max_depth)
+        pasted[top:bottom, left:right] = shown.clip(0.0, 1.0)
+        return pasted
 
     def _recolour(self, colours: np.ndarray, draw: Sequence[float]) -> np.ndarray:
         """BTS's colour change of an image in [0, 1] `[h, w, 3]`; six draws in [0, 1)."""
@@ -246,14 +299,17 @@ class DepthTrainingSet(Dataset[dict]):
 
 
 def collate_depth(samples: Sequence[dict]) -> dict:
-    """Samples of `DepthTrainingSet` -> a batch.
+    """Samples of `DepthTrainingSet` of one data set -> a batch.
 
     Returns:
-        image `[B, 3, h, w]`, depth and valid `[B, 1, h, w]`, position and index int64 `[B]`, name (list),
-        failed (list).
+        what `finetune.depth_data.sample` lists, stacked, with position and index int64 `[B]`, name (list), failed
+        (list).
     """
+    if "pairs" in samples[0]:
+        longest = max(len(sample["pairs"]) for sample in samples)
+        samples = [sample | {key: _padded(sample[key], longest) for key in PAIR_KEYS} for sample in samples]
     batch: dict = {
-        key: torch.stack([sample[key] for sample in samples]) for key in ("image", "depth", "valid")
+        key: torch.stack([sample[key] for sample in samples]) for key in TENSOR_KEYS if key in samples[0]
     }
     batch |= {key: torch.tensor([sample[key] for sample in samples]) for key in ("position", "index")}
     batch["name"] = [sample["name"] for sample in samples]
@@ -269,21 +325,52 @@ def resample_image(image: np.ndarray, window: Window, size: tuple[int, int]) -> 
     return np.asarray(resized)
 
 
-def resample_depth(depth: np.ndarray, window: Window, size: tuple[int, int]) -> np.ndarray:
-    """A window of a depth map `[H, W]` at `size` (h, w): the reading nearest to each new pixel's centre."""
+def resample_map(values: np.ndarray, window: Window, size: tuple[int, int]) -> np.ndarray:
+    """A window of a map `[H, W]` at `size` (h, w): the value nearest to each new pixel's centre."""
     top, bottom, left, right = window
     rows = top + (np.arange(size[0]) + 0.5) * (bottom - top) / size[0]
     columns = left + (np.arange(size[1]) + 0.5) * (right - left) / size[1]
-    inside_rows = np.clip(np.floor(rows).astype(np.int64), 0, depth.shape[0] - 1)
-    inside_columns = np.clip(np.floor(columns).astype(np.int64), 0, depth.shape[1] - 1)
-    return depth[inside_rows[:, None], inside_columns]
+    inside_rows = np.clip(np.floor(rows).astype(np.int64), 0, values.shape[0] - 1)
+    inside_columns = np.clip(np.floor(columns).astype(np.int64), 0, values.shape[1] - 1)
+    return values[inside_rows[:, None], inside_columns]
 
 
-def rotate_pair(image: np.ndarray, depth: np.ndarray, degrees: float) -> tuple[np.ndarray, np.ndarray]:
-    """Rotate an image (bilinear) and its depth (nearest) about the middle; black and 0 outside."""
-    turned = Image.fromarray(image).rotate(degrees, Image.Resampling.BILINEAR)
-    turned_depth = Image.fromarray(depth).rotate(degrees, Image.Resampling.NEAREST)
-    return np.asarray(turned), np.asarray(turned_depth)
+def rotate_map(values: np.ndarray, degrees: float, fill: float) -> np.ndarray:
+    """Rotate an image `[H, W, 3]` (bilinear) or a map `[H, W]` (nearest) counterclockwise about its middle."""
+    method = Image.Resampling.BILINEAR if values.ndim == 3 else Image.Resampling.NEAREST
+    colour = (fill,) * 3 if values.ndim == 3 else fill
+    return np.asarray(Image.fromarray(values).rotate(degrees, method, fillcolor=colour))  # type: ignore[arg-type]
+
+
+def rotate_points(points: np.ndarray, size: Sequence[int], degrees: float) -> np.ndarray:
+    """Where `rotate_map` of a map of (H, W) `size` takes points (row, column) `[N, 2]`, measured from its corner."""
+    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    middle = np.asarray(size[:2]) / 2
+    return (points - middle) @ np.array([[cosine, sine], [-sine, cosine]]) + middle
+
+
+def points_in_crop(
+    points: np.ndarray, window: Window, size: tuple[int, int], flipped: bool
+) -> tuple[Tensor, Tensor]:
+    """Pixels of a crop in which pairs of points lie.
+
+    Args:
+        points: (row, column) `[2 N, 2]` in the frame of the window, A and B in turn.
+        window: of the crop.
+        size: (h, w) of the crop [px].
+        flipped: whether the crop is mirrored.
+
+    Returns:
+        int64 `[N, 4]` (yA, xA, yB, xB), 0 where not both points are inside, and bool `[N]` where they are.
+    """
+    top, bottom, left, right = window
+    scale = np.array([size[0] / (bottom - top), size[1] / (right - left)])
+    pixels = np.floor((points - (top, left)) * scale).astype(np.int64)
+    if flipped:
+        pixels[:, 1] = size[1] - 1 - pixels[:, 1]
+    pairs = pixels.reshape(-1, 4)
+    inside = np.all((pairs >= 0) & (pairs < np.tile(size, 2)), axis=1)
+    return torch.from_numpy(pairs * inside[:, None]), torch.from_numpy(inside)
 
 
 def to_unit(image: np.ndarray) -> np.ndarray:
@@ -299,6 +386,21 @@ def normalise(colours: np.ndarray, mean: Sequence[float], std: Sequence[float]) 
 
 def _between(limits: tuple[float, float], number: float) -> float:
     return limits[0] + (limits[1] - limits[0]) * number
+
+
+def _place(limits: tuple[float, float], length: float, points: np.ndarray, draw: float) -> float:
+    """Where a window of `length` begins: drawn inside `limits`, around all `points` if they fit into it."""
+    first, last = limits[0], max(limits[0], limits[1] - length)
+    if len(points):
+        nearest, farthest = max(first, float(points.max()) - length + 1e-6), min(last, float(points.min()))
+        if nearest <= farthest:
+            first, last = nearest, farthest
+    return first + draw * (last - first)
+
+
+def _padded(values: Tensor, length: int) -> Tensor:
+    """Zeros (false) below the rows of a tensor `[n, ...]`, up to `length` rows."""
+    return torch.cat([values, values.new_zeros(length - len(values), *values.shape[1:])])
 
 
 def _check_sizes(**sizes: tuple[int, int]) -> None:
