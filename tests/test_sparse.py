@@ -263,6 +263,9 @@ OPERATIONS = {
     "hardsigmoid": F.hardsigmoid,
     "add a number": lambda x: x + 1.5,
     "number minus x": lambda x: torch.sub(1.5, x) if not isinstance(x, torch.Tensor) else 1.5 - x,
+    "number minus x, as an operator": lambda x: 1.5 - x,
+    "number over x": lambda x: 2 / (x.square() + 0.5),
+    "absolute value": lambda x: abs(x - 0.5),
     "times per channel": lambda x: x * torch.arange(6.0).double().view(1, 6, 1, 1),
     "plus per channel": lambda x: x + torch.arange(6.0).double().view(6, 1, 1),
     "per channel on the left": lambda x: torch.arange(6.0).double().view(6, 1, 1) + x,
@@ -313,6 +316,9 @@ OPERATIONS = {
     "nearest to a size": lambda x: F.interpolate(F.avg_pool2d(x, 2), size=x.shape[-2:], mode="nearest"),
     "bilinear": lambda x: F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False),
     "power": lambda x: (x + 0.1) ** 2,
+    "negative power": lambda x: (x.square() + 0.5) ** -0.5,
+    "power 0": lambda x: x + x**0,
+    "limits that leave 0 out": lambda x: x + F.hardtanh(x, 0.5, 2.0),
     "addcmul": lambda x: torch.addcmul(
         torch.arange(6.0).double().view(6, 1, 1), torch.arange(6.0).double().view(6, 1, 1), x, value=0.5
     ),
@@ -460,9 +466,31 @@ class TestRefusals:
             with pytest.raises(MissingRuleError, match=r"'softmax' in module 'block.1' \(Softmax2d\)"):
                 self.Odd()(x)
 
+    def test_arguments_that_a_rule_does_not_take_are_refused_by_name(self):
+        for x in sparse_pair()[:2]:
+            with pytest.raises(
+                MissingRuleError, match="'chunk' with the named arguments chunks, dim outside"
+            ):
+                x.chunk(chunks=2, dim=1)
+
+    def test_dropout_to_another_value_does_not_reach_masked_sites(self):
+        masked, _, mask = sparse_pair()
+        out = F.alpha_dropout(masked, 0.5, training=True).to_dense()
+        assert (out[~mask.expand_as(out)] == 0).all()
+        assert (out[mask.expand_as(out)] != 0).all()
+
     @pytest.mark.parametrize(
         "call",
         [
+            lambda x: x == x,
+            lambda x: x != 0,
+            lambda x: x > 0,
+            lambda x: x <= 0,
+            lambda x: 2**x,
+            lambda x: x @ torch.ones(12, 12).double(),
+            len,
+            lambda x: x.chunk(chunks=2, dim=1),
+            lambda x: F.conv2d(input=x, weight=torch.ones(1, 6, 1, 1).double()),
             lambda x: x.mean(1),
             lambda x: x.var(dim=2, keepdim=True),
             lambda x: x.permute(0, 3, 2, 1),

@@ -329,11 +329,13 @@ def _as_it_is(data: Tensor, sites: Sites, size: tuple[int, int, int, int], fill:
 # f(0) = 0
 ZERO_PRESERVING = (
     *("relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "hardswish"),
-    *("tanh", "hardtanh", "softsign", "dropout", "alpha_dropout"),
-    *("neg", "abs", "sign", "square", "sqrt", "pow"),  # pow: exponents above 0
+    *("tanh", "softsign", "dropout", "neg", "abs", "sign", "square", "sqrt"),
 )
-# f(0) != 0
-NOT_ZERO_PRESERVING = ("sigmoid", "hardsigmoid", "logsigmoid", "softplus", "exp", "cos", "rsqrt")
+# f(0) != 0, at least for some arguments: exponents up to 0, limits that leave 0 out
+NOT_ZERO_PRESERVING = (
+    *("sigmoid", "hardsigmoid", "logsigmoid", "softplus", "exp", "cos", "rsqrt", "reciprocal"),
+    *("pow", "hardtanh", "alpha_dropout"),
+)
 ARITHMETIC = ("add", "sub", "mul", "div")
 CONVERSIONS = ["to", "float", "half", "bfloat16", "double", "type", "contiguous", "clone", "detach"]
 NEW = ["new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"]

@@ -75,6 +75,12 @@ class Recipe(NamedTuple):
     terms: int = 1
 
 
+def _operator(name: str) -> Callable[..., Any]:
+    """The method of an operator that PyTorch's own tensors have under this name."""
+    method = getattr(torch.Tensor, name)
+    return lambda self, *others: SparseTensor.__torch_function__(method, (), (self, *others))
+
+
 class SparseTensor:
     """A feature map that is zero outside the visible sites.
 
@@ -203,6 +209,17 @@ class SparseTensor:
             located = type(error)(f"{error}; operator {func.__name__!r} {_where()}")
             located.located = True
             raise located from None
+        except TypeError as error:
+            try:
+                inspect.signature(rule).bind(func, *args, **kwargs)
+            except TypeError:
+                missing = MissingRuleError(
+                    f"no sparse rule for operator {func.__name__!r} with the named arguments "
+                    f"{', '.join(kwargs) or '(none)'} {_where()}, called on {first!r}"
+                )
+                missing.located = True
+                raise missing from error
+            raise
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(torch.Tensor, name, None)
@@ -222,6 +239,9 @@ class SparseTensor:
     def __sub__(self, other: Any) -> Any:
         return torch.sub(self, other)  # type: ignore[call-overload]
 
+    def __rsub__(self, other: Any) -> Any:
+        return torch.sub(other, self)  # type: ignore[call-overload]
+
     def __mul__(self, other: Any) -> Any:
         return torch.mul(self, other)  # type: ignore[call-overload]
 
@@ -234,6 +254,9 @@ class SparseTensor:
     def __truediv__(self, other: Any) -> Any:
         return torch.div(self, other)  # type: ignore[call-overload]
 
+    def __rtruediv__(self, other: Any) -> Any:
+        return torch.reciprocal(self) * other  # type: ignore[arg-type]
+
     def __pow__(self, exponent: Any) -> Any:
         return torch.pow(self, exponent)  # type: ignore[call-overload]
 
@@ -242,6 +265,15 @@ class SparseTensor:
 
     def __neg__(self) -> Any:
         return torch.neg(self)  # type: ignore[arg-type]
+
+    def __abs__(self) -> Any:
+        return torch.abs(self)  # type: ignore[arg-type]
+
+    # Without rules: refused by name, where Python would compare the identity of objects or complain of types.
+    __hash__ = object.__hash__
+    __eq__, __ne__ = _operator("__eq__"), _operator("__ne__")
+    __lt__, __le__, __gt__, __ge__ = map(_operator, ("__lt__", "__le__", "__gt__", "__ge__"))
+    __matmul__, __rpow__, __len__ = map(_operator, ("__matmul__", "__rpow__", "__len__"))
 
 
 # `tensor + sparse` arrives under the operator's name.
