@@ -72,7 +72,7 @@ def save_run(
         scaler: Gradient scaler, if there is one.
         ema: A model of the same architecture that holds averaged weights, if the run keeps them.
         extra: What else the loop needs to go on: tensors and plain values only.
-        keep: Checkpoints to keep, at least 1.
+        keep: Whole checkpoints to keep, at least 1; damaged ones between them stay as long.
 
     Returns:
         The folder `output_dir/checkpoints/step_NNNNNNN`.
@@ -112,13 +112,14 @@ def save_run(
 
     for leftover in folder.parent.glob(".step_*"):  # of a process that was killed while it wrote
         shutil.rmtree(leftover, ignore_errors=True)
-    older = []
+    whole = 0
     for other_step, other in _step_folders(folder.parent):
         if other_step > step:
             _set_aside(other)
-        else:
-            older.append(other)
-    for other in older[keep:]:
+            continue
+        if whole < keep:  # a torn one does not count: what it would push out can be resumed from
+            whole += _damage(other) is None
+            continue
         doomed = other.with_name(f".{other.name}.old")
         other.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
@@ -268,8 +269,8 @@ def load_run(
     difference = _optimizer_difference(state, optimizer)
     if difference:
         raise ValueError(
-            f"{path} was made with another optimizer: {difference}. Resume with the options of its run (config.yaml),"
-            " or start a new run in another output_dir"
+            f"{path} was made with another optimizer or model: {difference}. Resume with the options of its "
+            "run (config.yaml), or start a new run in another output_dir"
         )
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     fit(

@@ -6,6 +6,7 @@ same `parse_config` and `save_config` with their own dataclasses.
 
 import dataclasses
 import difflib
+import json
 import math
 import os
 import re
@@ -241,7 +242,7 @@ class MonitorConfig:
         every: optimizer steps between measurements; 0 never measures.
         max_images: images that are measured, of a labelled folder in each of train/ and val/.
         max_share: share of the run's time that measurements may take; one that would take more is skipped, and its row
-            of metrics.jsonl says so.
+            of metrics.jsonl says so. 1 always measures.
         collapse_rank: a smaller effective rank of the features warns that they collapse.
         collapse_std: a smaller channel_std, between 0 and 1, of the features warns that they collapse.
     """
@@ -457,8 +458,13 @@ def config_changes(before: dict[str, Any], now: dict[str, Any], prefix: str = ""
         if isinstance(old, dict) and isinstance(new, dict):
             lines += config_changes(old, new, f"{prefix}{name}.")
         elif old != new and prefix + name != "resume":
-            lines.append(f"{prefix}{name} was {old}, is {new}")
+            lines.append(f"{prefix}{name} was {_as_written(old)}, is {_as_written(new)}")
     return lines
+
+
+def _as_written(value: Any) -> str:
+    """A plain value as it is given on the command line: null, true, [0.9, 0.95]."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _options(cls: type, prefix: str = "") -> tuple[dict[str, Any], dict[str, list[str]]]:

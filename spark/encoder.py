@@ -14,6 +14,7 @@ import difflib
 import importlib
 import itertools
 import re
+import traceback
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -205,13 +206,23 @@ def unreached_parameters(encoder: nn.Module, levels: Sequence[PyramidLevel], in_
             total = torch.stack([feature.sum() for feature in features]).sum()
             grads = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
     except (AssertionError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"{type(encoder).__name__} does not run on an image of {side}x{side} px, {in_chans} channels ({error}): "
-            "use a convnet that takes any multiple of its stride (ResNet, ConvNeXt, ...), made for these channels"
+            f"{type(encoder).__name__} does not run on an image of {side}x{side} px, {in_chans} channels ({reason}"
+            f"{_where(encoder, error)}): use a convnet that takes any multiple of its stride (ResNet, ConvNeXt, ...), "
+            "made for these channels"
         ) from error
     finally:
         encoder.train(was_training)
     return [name for (name, _), grad in zip(named, grads, strict=True) if grad is None]
+
+
+def _where(encoder: nn.Module, error: Exception) -> str:
+    """The module of the encoder in which an error was raised, in words; empty if it was none of them."""
+    names = {module: name for name, module in encoder.named_modules() if name}
+    callers = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    inner = [caller for caller in callers if isinstance(caller, nn.Module) and caller in names]
+    return f" in module {names[inner[-1]]} ({type(inner[-1]).__name__})" if inner else ""
 
 
 def _require_announced(

@@ -78,6 +78,12 @@ class Guard:
         self.skipped_in_a_row += 1
         return Verdict("skip", reason)
 
+    @property
+    def doubtful(self) -> bool:
+        """Whether a rollback to the present state could come to the same again: its newest steps were skipped."""
+        can_roll_back = "rollback" in (self.config.on_nonfinite, self.config.on_spike)
+        return can_roll_back and self.skipped_in_a_row > 0
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to judge as the uninterrupted one."""
         return {

@@ -136,8 +136,14 @@ class SparK(nn.Module):
         self.stride = levels[-1].stride
         self.patch_size = self.stride if patch_size is None else patch_size
         if self.patch_size % self.stride or self.patch_size <= 0:
+            fitting = [
+                level.stride for level in levels if self.patch_size > 0 == self.patch_size % level.stride
+            ]
+            advice = (
+                f"; or use the encoder at stride {fitting[-1]} (stride or output_stride)" if fitting else ""
+            )
             raise ValueError(
-                f"patch_size {patch_size} must be a multiple of the encoder's stride {self.stride}"
+                f"patch_size {patch_size} must be a multiple of the encoder's stride {self.stride}{advice}"
             )
         if 2 ** int(math.log2(self.stride)) != self.stride:
             raise ValueError(

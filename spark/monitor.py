@@ -117,7 +117,7 @@ class Monitor:
     Args:
         read: reads the images, at the first measurement.
         count: how many these are, about.
-        max_share: share of the time since the construction that measuring may take, between 0 and 1.
+        max_share: share of the time since the construction that measuring may take, between 0 and 1; 1 always measures.
         batch_size: images of one forward.
 
     Attributes:
@@ -142,7 +142,9 @@ class Monitor:
     def affordable(self, images_per_second: float) -> bool:
         """Whether the next measurement keeps within the share."""
         elapsed = time.perf_counter() - self._began
-        return self.seconds + self.expected(images_per_second) <= self.max_share * elapsed
+        return (
+            self.max_share == 1 or self.seconds + self.expected(images_per_second) <= self.max_share * elapsed
+        )
 
     def measure(self, encoder: nn.Module) -> dict[str, float]:
         """Measure; the values are described above, and `monitor_seconds` and `monitor_share` are what it cost."""
@@ -355,5 +357,5 @@ def _displayable(images: Tensor, mean: Sequence[float], std: Sequence[float]) ->
     """[B, C, H, W] normalised -> [B, 3, H, W] on the CPU, between 0 and 1."""
     images = images.float().cpu()
     scale, shift = (torch.tensor(list(values)).view(1, -1, 1, 1) for values in (std, mean))
-    images = (images * scale + shift).clamp(0, 1)
+    images = (images * scale + shift).nan_to_num(0.0).clamp(0, 1)
     return images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)

@@ -77,8 +77,8 @@ class Outputs:
             return write()
         except OSError as error:
             self.say(
-                f"{what} after step {self.state.step} could not be written: {error}. The run goes on without; free "
-                f"space or correct the permissions of {self.config.output_dir} before the next checkpoint"
+                f"{what} after step {self.state.step} could not be written: {told(error)}. The run goes on without; "
+                f"free space or correct the permissions of {self.config.output_dir} before the next checkpoint"
             )
             return None
 
@@ -95,7 +95,12 @@ class Outputs:
                 raise
             self.say(
                 f"{what} after step {self.state.step} could not be written, training goes on "
-                f"(guard.on_save_error): {error}"
+                f"(guard.on_save_error): {told(error)}"
             )
             return False
         return True
+
+
+def told(error: OSError) -> str:
+    """An error of the disk in words, without its number."""
+    return (error.strerror or str(error)) + (f" ({error.filename})" if error.filename else "")

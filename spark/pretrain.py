@@ -227,6 +227,7 @@ def pretrain(config: PretrainConfig) -> None:
     # --- the loop
     model.train()
     saved_step = drawn_step = -1
+    save_due = False
     since, steps_since, waited = time.perf_counter(), 0, 0.0
     with (
         StopRequest(deadline) as stop,
@@ -360,8 +361,15 @@ def pretrain(config: PretrainConfig) -> None:
                 outputs.keep_on(
                     "a row", partial(log.row, step, **row, **memory_use(device), **watched, **event)
                 )
-            if main_process and config.checkpoint_every and step % config.checkpoint_every == 0:
-                saved_step = step if outputs.keep_on("the checkpoint", outputs.save) else saved_step
+            save_due |= bool(config.checkpoint_every) and step % config.checkpoint_every == 0
+            if main_process and save_due and not guard.doubtful:
+                save_due = False
+                if outputs.keep_on("the checkpoint", outputs.save):
+                    saved_step = step
+                else:
+                    event = {"event": "not_saved", "reason": f"no checkpoint of step {step} could be written"}
+                    row = {"loss": mean_loss, "lr": lr, "images_per_second": rate}
+                    outputs.keep_on("a row", partial(log.row, step, **row, **event))
             if main_process and config.panels_every and step % config.panels_every == 0:
                 begin = time.perf_counter()
                 outputs.attempt("panels", outputs.draw)

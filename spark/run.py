@@ -306,6 +306,7 @@ class RunLog:
     def __init__(self, output_dir: str | Path, accelerator: Accelerator, resume_step: int | None):
         self.path = Path(output_dir) / "metrics.jsonl"
         self.accelerator = accelerator
+        self.mirrored = True
         self.rewind(-1 if resume_step is None else resume_step)
         options = {} if resume_step is None else {"purge_step": resume_step + 1}
         accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": options})
@@ -351,11 +352,31 @@ class RunLog:
             raise OSError(
                 f"the disk is full, {self.path} could not be written; free some space and continue with --resume true"
             ) from error
-        self.accelerator.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=step)
+        self._mirror(
+            lambda: self.accelerator.log(
+                {k: v for k, v in values.items() if isinstance(v, int | float)}, step=step
+            )
+        )
+
+    def _mirror(self, write: Callable[[], None]) -> None:
+        """Write to TensorBoard, which repeats ``metrics.jsonl``: a run can do without what its disk refuses.
+
+        TensorBoard's thread ends with its first failure, so there is nothing to try again.
+        """
+        if self.mirrored:
+            try:
+                write()
+            except OSError as error:
+                self.mirrored = False
+                reason = error.strerror or error
+                print(
+                    f"TensorBoard's log could not be written and ends here, metrics.jsonl goes on: {reason}",
+                    flush=True,
+                )
 
     def close(self) -> None:
         """Flush and close TensorBoard."""
-        self.accelerator.end_training()
+        self._mirror(self.accelerator.end_training)
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:

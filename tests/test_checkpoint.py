@@ -728,6 +728,21 @@ def test_old_checkpoints_go_and_a_left_course_is_set_aside(tmp_path):
         save_run(tmp_path, 6, model=model, optimizer=optimizer, keep=0)
 
 
+def test_a_torn_checkpoint_pushes_out_no_whole_one(tmp_path):
+    model, optimizer = training()
+    checkpoints = tmp_path / "checkpoints"
+    for step in (1, 2, 3):
+        save_run(tmp_path, step, model=model, optimizer=optimizer, keep=2)
+    os.truncate(checkpoints / "step_0000003" / "model.safetensors", 300)
+    save_run(tmp_path, 4, model=model, optimizer=optimizer, keep=2)
+    assert sorted(os.listdir(checkpoints)) == ["step_0000002", "step_0000003", "step_0000004"]
+    os.truncate(checkpoints / "step_0000004" / "state.pt", 300)
+    assert find_run(tmp_path, True) == checkpoints / "step_0000002"
+    for step in (5, 6):
+        save_run(tmp_path, step, model=model, optimizer=optimizer, keep=2)
+    assert sorted(os.listdir(checkpoints)) == ["step_0000005", "step_0000006"]
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "state.pt"])
 def test_a_full_disk_costs_nothing(tmp_path, monkeypatch, file):
     def full(*args, **kwargs):

@@ -372,12 +372,14 @@ def test_accelerate_configs_are_known_to_accelerate(file):
 
 
 def test_changes_between_two_configs_are_named():
-    before = {"a": 1, "b": {"c": [1, 2], "gone": 3}, "resume": False}
-    now = {"a": 1, "b": {"c": [1, 3], "new": 4}, "resume": True}
+    before = {"a": 1, "b": {"c": [1, 2], "gone": 3, "text": "x", "on": True}, "resume": False}
+    now = {"a": 1, "b": {"c": [1, 3], "text": "y z", "on": False, "new": 4}, "resume": True}
     assert config_changes(before, now) == [
         "b.c was [1, 2], is [1, 3]",
-        "b.gone was 3, is None",
-        "b.new was None, is 4",
+        "b.gone was 3, is null",
+        "b.text was x, is y z",
+        "b.on was true, is false",
+        "b.new was null, is 4",
     ]
     assert config_changes(before, before) == []
 

@@ -200,6 +200,7 @@ def test_measurements_keep_within_their_share(monkeypatch):
     assert not monitor.affordable(100.0), "6 s spent and 6 s expected are 3 % of 400 s"
     clock[0] = 401.0
     assert monitor.affordable(100.0)
+    assert Monitor(read, 10**9, 1.0, batch_size=4).affordable(1.0), "a share of 1 is no limit"
 
 
 def test_collapsed_features_are_warned_of():

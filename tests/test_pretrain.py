@@ -25,6 +25,7 @@ import spark.checkpoint
 from spark import outputs, pretrain
 from spark.assembly import checkpoint_activations, try_forward
 from spark.config import PretrainConfig, parse_config
+from spark.guard import Guard
 from spark.model import SparK
 from spark.monitor import Monitor
 from spark.run import RunLog, read_rows
@@ -744,6 +745,32 @@ def test_rollbacks_are_bounded_and_the_first_steps_are_skipped(command, tmp_path
     assert "no checkpoint to roll back to" in events[0]["reason"]
 
 
+def test_a_rollback_never_finds_a_state_whose_next_steps_failed(command, tmp_path, monkeypatch):
+    """Steps 3 and 4 are skipped, so the checkpoint of step 4 waits for step 5; the rollback of step 6 goes there."""
+    original = Guard.judge
+    calls = [0]
+
+    def judge(self, numbers):
+        calls[0] += 1
+        if calls[0] == 6:
+            return original(self, {"the loss": float("nan")})
+        return self.skip("a spike") if calls[0] in (3, 4) else original(self, numbers)
+
+    monkeypatch.setattr(Guard, "judge", judge)
+    run(
+        command(
+            "--guard.on_nonfinite=rollback", "--checkpoint_every=4", "--keep_checkpoints=9", "--max_steps=7"
+        )
+    )
+    rows = curve(tmp_path / "run")
+    assert [(row["step"], row.get("event"), row.get("at_step")) for row in rows] == [
+        *((1, None, None), (2, None, None), (3, "skip", None), (4, "skip", None), (5, None, None)),
+        *((5, "rollback", 6), (6, None, None), (7, None, None)),
+    ]
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step_0000005", "step_0000007"]
+
+
 def test_a_spike_can_stop_the_run(command, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         spoiled(patch, {6}, lambda loss: loss + 1)
@@ -794,7 +821,12 @@ def test_training_goes_on_without_the_checkpoint_if_wanted(command, tmp_path, mo
     assert seen == ["step_0000002"], "the last whole one stays"
     text = capsys.readouterr().out
     assert "the checkpoint after step 4 could not be written, training goes on (guard.on_save_error)" in text
-    assert curve(folder) == curve(whole)
+    assert "[Errno" not in text
+    events = [row for row in curve(folder) if "event" in row]
+    assert [(row["event"], row["step"], row["reason"]) for row in events] == [
+        ("not_saved", step, f"no checkpoint of step {step} could be written") for step in (4, 6)
+    ]
+    assert [row for row in curve(folder) if "event" not in row] == curve(whole)
     assert_equal(weights(folder, 8), weights(whole, 8))
 
 
@@ -844,7 +876,7 @@ def test_pictures_and_exports_on_demand_do_not_stop_training(command, tmp_path, 
     run(command("--max_steps=4", "--panels_every=2", "--checkpoint_every=2"))
     assert saved_before == [True, True, True]
     text = capsys.readouterr().out
-    assert "panels after step 2 could not be written: [Errno 28]" in text
+    assert "panels after step 2 could not be written: No space left on device (panels.png). The run" in text
     assert "the encoder after step 2 could not be written" in text
     assert "free space" in text
     assert "done after step 4" in text

@@ -178,6 +178,25 @@ def test_full_disk_while_logging(tmp_path):
     log.close()
 
 
+def test_rows_go_on_where_tensorboard_cannot(tmp_path, monkeypatch, capsys):
+    """Its thread ends with the first failure, and every later call would fail, with space or without."""
+    accelerator = start_accelerator(tmp_path, "fp32")
+    log = RunLog(tmp_path, accelerator, None)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(accelerator, "log", full)
+        log.row(1, loss=1.0)
+    log.row(2, loss=0.5)
+    log.close()
+    assert [row["step"] for row in read_rows(log.path)] == [1, 2]
+    text = capsys.readouterr().out
+    assert text.count("TensorBoard's log could not be written and ends here") == 1
+    assert "No space left on device" in text
+
+
 def test_a_row_that_was_half_written_is_taken_back(tmp_path):
     """A file may grow by 10 bytes more: the row does not fit, and what of it did is gone."""
     resource = pytest.importorskip("resource")
