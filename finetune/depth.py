@@ -35,9 +35,9 @@ from finetune.depth_data import (
 from finetune.depth_data.transforms import NYU_FRAME
 from finetune.figures import save_figure, triptychs
 from finetune.inference import score, summary, transform_of
-from finetune.losses import NoGroundTruth, WeightedLoss
+from finetune.losses import NoGroundTruth, WeightedLoss, nothing
 from finetune.metrics import write_results
-from finetune.model import DepthModel, load_depth_model
+from finetune.model import DepthModel, encoder_options, load_depth_model
 from finetune.protocols import Protocol, get_protocol
 from spark.checkpoint import KeyReport, find_run, load_run, read_encoder, save_run
 from spark.config import config_changes, config_dict, parse_config, save_config
@@ -113,7 +113,8 @@ def train(config: DepthConfig) -> None:
     pairs, held_out = open_data(config, protocol)
     training_set = DepthTrainingSet(pairs, train_transform(config), config.seed, skip_unreadable=True)
     unreadable = UnreadableImages(len(pairs), config.data.max_unreadable)
-    criterion = WeightedLoss(config.losses, config.loss_options)
+    criterion = WeightedLoss(config.losses, config.loss_options, depth_model.mean, depth_model.std)
+    criterion.check(depth_model.head.outputs, training_set[0, 0])
 
     optim = config.optim
     length = run_phases(config, len(pairs))
@@ -257,7 +258,8 @@ def train(config: DepthConfig) -> None:
 
             try:
                 # forward and backward, in parts; the processes average their gradients in the last one
-                losses = torch.zeros(1 + len(config.losses), device=device)  # the sum, and each by itself
+                # sum over the parts in which it is defined, and their number: of the whole loss, and of each term
+                losses = {name: torch.zeros(2, device=device) for name in ("loss", *config.losses)}
                 filled = 0
                 names: list[str] = []
                 failed: list[str] = []
@@ -268,22 +270,25 @@ def train(config: DepthConfig) -> None:
                     names += batch["name"]
                     failed += batch["failed"]
                     images = batch["image"].to(device, non_blocking=True, memory_format=memory_format)
-                    truth, valid = (batch[key].to(device, non_blocking=True) for key in ("depth", "valid"))
+                    targets = {
+                        key: images if key == "image" else batch[key].to(device, non_blocking=True)
+                        for key in criterion.entries & batch.keys()
+                    }
                     torch.manual_seed(derive_seed(config.seed, step * config.accumulation + part, rank, STEP))
                     is_last = part == config.accumulation - 1
                     with nullcontext() if is_last else accelerator.no_sync(model):
-                        depth = model(images).depth
+                        output_maps = model(images)
                         try:
-                            loss, each = criterion(depth, truth, valid)
-                            losses += torch.stack([loss.detach(), *each.values()])
+                            loss, each = criterion(output_maps, targets)
+                            for name, value in {"loss": loss.detach(), **each}.items():
+                                losses[name] += torch.stack((value, torch.ones_like(value)))
                             filled += 1
                         except NoGroundTruth:
                             # Nothing to learn from; the backward pass still runs, for the other processes wait in it.
-                            loss = 0.0 * depth.sum()
+                            loss = nothing(output_maps)
                         accelerator.backward(loss / config.accumulation)
-                *sums, total_filled, total_failed = reduce_sum(
-                    accelerator, [*losses.tolist(), filled, len(failed)]
-                )
+                sums = torch.stack(list(losses.values())).flatten().tolist()
+                *sums, total_filled, total_failed = reduce_sum(accelerator, [*sums, filled, len(failed)])
                 if total_failed:
                     for line in unreadable.add(gather_object(failed)):
                         bar.say(f"skipped {line}")
@@ -304,7 +309,10 @@ def train(config: DepthConfig) -> None:
                         f"{config.accumulation} divides the batch further, or use precision bf16"
                     ) from error
                 raise
-            mean_loss, *parts = (value / total_filled if total_filled else math.nan for value in sums)
+            mean_loss, *parts = (
+                value / count if count else math.nan
+                for value, count in zip(sums[::2], sums[1::2], strict=True)
+            )
 
             # update, unless there is nothing to learn from or it would spoil the weights; fp16 skips steps by itself
             # while it seeks its loss scale
@@ -335,7 +343,10 @@ def train(config: DepthConfig) -> None:
             bar.update(step, loss=mean_loss, lr=lr, images_per_second=rate)
             row: dict[str, float] = {"loss": mean_loss, "lr": lr}
             if len(parts) > 1:
-                row |= {f"loss_{n}": v for n, v in zip(config.losses, parts, strict=True)}
+                each_loss = zip(config.losses, parts, strict=True)
+                row |= {
+                    f"loss_{n}": v for n, v in each_loss if not math.isnan(v)
+                }  # undefined: no such ground truth
             row |= {
                 "grad_norm": grad_norm,
                 "epoch": step * optim.batch_size / len(pairs),
@@ -457,7 +468,7 @@ def build_model(config: DepthConfig) -> tuple[DepthModel, KeyReport]:
         FileNotFoundError: A path that does not exist.
     """
     torch.manual_seed(derive_seed(config.seed, ENCODER_WEIGHTS))
-    options: dict[str, Any] = {"drop_path_rate": config.model.drop_path} if config.model.drop_path else {}
+    options = encoder_options(config.encoder, config.model.drop_path)
     try:
         encoder, report = read_encoder(
             config.encoder,

@@ -4,6 +4,7 @@ Shapes: images [B, 3, H, W] of any size, depth [B, 1, H, W] in metres.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,9 @@ class DepthModel(nn.Module):
         image_size: (H, W) at which whole frames are presented to the model [px], recorded for evaluation and
             prediction.
             None: frames are presented as they are.
-        mean: What is subtracted from RGB in [0, 1]; default what the encoder was trained with. That of an encoder of
-            one channel counts for red, green and blue alike, as timm spreads its first weights over the three.
+        mean: What is subtracted from RGB in [0, 1]; default what the head's system uses (0.5 for fusion and
+            metric_bins), for other heads what the encoder was trained with. That of an encoder of one channel counts
+            for red, green and blue alike, as timm spreads its first weights over the three.
         std: What RGB is then divided by; default likewise.
         head_options: Arguments of the head, such as `decoder_channels` of unetpp.
 
@@ -71,9 +73,9 @@ class DepthModel(nn.Module):
                     "pretrained and drop_path shape an encoder given by name: one that is already made keeps its own"
                 )
         else:
-            options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+            options = encoder_options(encoder, drop_path)
             encoder = load_encoder(encoder, in_chans=3, pretrained=pretrained, **options)
-        self.encoder = encoder
+        self.encoder: nn.Module = encoder
         self.encoder_frozen = False
         levels = pyramid_info(encoder)
         self.stride = levels[-1].stride
@@ -83,9 +85,12 @@ class DepthModel(nn.Module):
         self.head: Any = construct("head", HEADS, head, head_options, levels, self.depth_range)
         self.levels: list[PyramidLevel] = self.head.levels
         self.image_size = None if image_size is None else (int(image_size[0]), int(image_size[1]))
-        self.mean = _three("mean", mean, encoder)
-        self.std = _three("std", std, encoder)
+        self.mean = _three("mean", mean or getattr(self.head, "mean", None), encoder)
+        self.std = _three("std", std or getattr(self.head, "std", None), encoder)
         freeze_unreached(encoder, self.levels, in_chans=3)
+        if getattr(self.head, "frozen_encoder", False):
+            self.encoder.requires_grad_(False)
+            self.freeze_encoder()
 
     def forward(self, images: Tensor) -> DepthOutput:
         """Predict depth for images [B, 3, H, W] normalised with `mean` and `std`, at their size, whatever it is.
@@ -100,16 +105,15 @@ class DepthModel(nn.Module):
         padded = F.pad(images, missing, mode="replicate") if any(missing) else images
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_frozen):
             features = pyramid(self.encoder, padded, self.levels)
-        output = self.head(padded, features)
-        return output._replace(depth=output.depth[..., :height, :width])
+        return self.head(padded, features).cut(height, width)
 
     def freeze_encoder(self, frozen: bool = True) -> None:
         """Hold the encoder still, or let it learn again: no gradients, and batch norm uses its stored statistics.
 
         The parameters keep `requires_grad`, so an optimizer can be built before; it passes over those without
-        gradient.
+        gradient. Under a head that probes a frozen encoder it stays still.
         """
-        self.encoder_frozen = frozen
+        self.encoder_frozen = frozen or getattr(self.head, "frozen_encoder", False)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "DepthModel":
@@ -141,6 +145,14 @@ class DepthModel(nn.Module):
             write_tensors(self, temporary / WEIGHTS, {})
             (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         return Path(folder)
+
+
+def encoder_options(encoder: str | Path, drop_path: float = 0.0) -> dict[str, Any]:
+    """What timm is told beyond a name: the stochastic depth rate, and to Swin that images may have any size."""
+    options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+    if re.match(r"swin(v2)?_", str(encoder)):
+        options["strict_img_size"] = False
+    return options
 
 
 def load_depth_model(folder: str | Path) -> DepthModel:
