@@ -39,6 +39,7 @@ from finetune.losses import NoGroundTruth, WeightedLoss, nothing
 from finetune.metrics import write_results
 from finetune.model import DepthModel, encoder_options, load_depth_model
 from finetune.protocols import Protocol, get_protocol
+from finetune.segmentation import attach_segmentation
 from spark.checkpoint import KeyReport, find_run, load_run, read_encoder, save_run
 from spark.config import config_changes, config_dict, parse_config, save_config
 from spark.images import UnreadableImages
@@ -70,7 +71,7 @@ to the main process writes the model to output_dir/model at once; the end of the
 DepthData: TypeAlias = NYUSync | NYULabeled
 
 # What a seed is for, so that no two uses share random numbers.
-ENCODER_WEIGHTS, HEAD_WEIGHTS, STEP = 10, 11, 12
+ENCODER_WEIGHTS, HEAD_WEIGHTS, STEP, DECODER_WEIGHTS = 10, 11, 12, 13
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -103,6 +104,10 @@ def train(config: DepthConfig) -> None:
 
     depth_model, report = build_model(config)
     config = replace(config, data=replace(config.data, mean=depth_model.mean, std=depth_model.std))
+    criterion = WeightedLoss(config.losses, config.loss_options, depth_model.mean, depth_model.std)
+    if (auxiliary := criterion.segmentation) is not None:
+        torch.manual_seed(derive_seed(config.seed, DECODER_WEIGHTS))
+        attach_segmentation(depth_model, auxiliary.classes, auxiliary.decoder_channels)
     if config.sync_bn and world > 1 and device.type == "cuda":
         # timm's conversion, because torch's drops the activation inside timm's norms
         convert_sync_batchnorm(depth_model)
@@ -113,7 +118,6 @@ def train(config: DepthConfig) -> None:
     pairs, held_out = open_data(config, protocol)
     training_set = DepthTrainingSet(pairs, train_transform(config), config.seed, skip_unreadable=True)
     unreadable = UnreadableImages(len(pairs), config.data.max_unreadable)
-    criterion = WeightedLoss(config.losses, config.loss_options, depth_model.mean, depth_model.std)
     criterion.check(depth_model.head.outputs, training_set[0, 0])
 
     optim = config.optim
@@ -592,8 +596,8 @@ def describe(
 ) -> str:
     """What is going to run, in a few lines."""
 
-    def millions(module: nn.Module) -> str:
-        return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.2f}M"
+    def millions(*modules: nn.Module) -> str:
+        return f"{sum(p.numel() for module in modules for p in module.parameters()) / 1e6:.2f}M"
 
     optim, data = config.optim, config.data
     if report.source:
@@ -606,8 +610,13 @@ def describe(
     return "\n".join(
         (
             f"encoder    {weights}",
-            f"model      {millions(model.encoder)} parameters, with {model.head_name} head {millions(model)}; depth"
-            f" {config.model.min_depth:g} to {config.model.max_depth:g} m",
+            f"model      {millions(model.encoder)} parameters, with {model.head_name} head"
+            f" {millions(model.encoder, model.head)}; depth {config.model.min_depth:g} to {config.model.max_depth:g} m",
+            *(
+                [f"decoder    {millions(model.segmentation)} for segmentation, in training only"]
+                if model.segmentation
+                else []
+            ),
             f"data       {pairs}; frames at {data.image_size[0]}x{data.image_size[1]}, crops of"
             f" {data.crop_size[0]}x{data.crop_size[1]}",
             *([f"border     {border}"] if (border := border_text(data.border, pairs)) else []),

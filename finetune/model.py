@@ -87,6 +87,7 @@ class DepthModel(nn.Module):
         self.image_size = None if image_size is None else (int(image_size[0]), int(image_size[1]))
         self.mean = _three("mean", mean or getattr(self.head, "mean", None), encoder)
         self.std = _three("std", std or getattr(self.head, "std", None), encoder)
+        self.segmentation: nn.Module | None = None  # of training only, see finetune.segmentation
         freeze_unreached(encoder, self.levels, in_chans=3)
         if getattr(self.head, "frozen_encoder", False):
             self.encoder.requires_grad_(False)
@@ -105,7 +106,10 @@ class DepthModel(nn.Module):
         padded = F.pad(images, missing, mode="replicate") if any(missing) else images
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_frozen):
             features = pyramid(self.encoder, padded, self.levels)
-        return self.head(padded, features).cut(height, width)
+        output: DepthOutput = self.head(padded, features)
+        if self.segmentation is not None and self.training:
+            output = output._replace(segmentation=self.segmentation(padded, output.scales))
+        return output.cut(height, width)
 
     def freeze_encoder(self, frozen: bool = True) -> None:
         """Hold the encoder still, or let it learn again: no gradients, and batch norm uses its stored statistics.
@@ -126,6 +130,8 @@ class DepthModel(nn.Module):
     def save(self, folder: str | Path) -> Path:
         """Write `config.json` and `model.safetensors`, whole or not at all; `load_depth_model` reads them.
 
+        A decoder that only training has is left out.
+
         Raises:
             ValueError: The folder holds something else, or the encoder is no timm model and could not be built again.
             OSError: The disk is full or not writable.
@@ -142,7 +148,11 @@ class DepthModel(nn.Module):
             "std": self.std,
         }
         with whole_folder(folder, (CONFIG, WEIGHTS)) as temporary:
-            write_tensors(self, temporary / WEIGHTS, {})
+            decoder, self.segmentation = self.segmentation, None
+            try:
+                write_tensors(self, temporary / WEIGHTS, {})
+            finally:
+                self.segmentation = decoder
             (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         return Path(folder)
 

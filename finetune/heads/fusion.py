@@ -113,6 +113,7 @@ class Fusion(nn.Module):
         self.levels = levels_at("fusion", levels, STRIDES)
         check_width(width)
         self.core = FusionCore(self.levels, width)
+        self.scale_channels = (width,) * (len(STRIDES) + 1)
 
     def forward(self, images: Tensor, features: Sequence[Tensor]) -> DepthOutput:
         """Return relative depth at the resolution of `images`.

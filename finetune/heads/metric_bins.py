@@ -66,6 +66,7 @@ class MetricBins(nn.Module):
                 f" {max_temperature}."
             )
         self.core = FusionCore(self.levels, width)
+        self.scale_channels = (width,) * (len(STRIDES) + 1)
         features = self.core.feature.out_channels
         self.bottleneck = nn.Conv2d(width, width, kernel_size=1)
         self.seed_bins = pixel_mlp(width, 256, bins)
