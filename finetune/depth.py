@@ -34,16 +34,16 @@ from finetune.depth_data import (
 )
 from finetune.depth_data.transforms import NYU_FRAME
 from finetune.figures import save_figure, triptychs
-from finetune.inference import score, summary, transform_of
+from finetune.inference import check_protocol, score, summary, transform_of
 from finetune.losses import NoGroundTruth, WeightedLoss, nothing
 from finetune.metrics import write_results
-from finetune.model import DepthModel, encoder_options, load_depth_model
+from finetune.model import DepthModel, encoder_options, load_core, load_depth_model
 from finetune.protocols import Protocol, get_protocol
 from finetune.segmentation import attach_segmentation
 from spark.checkpoint import KeyReport, find_run, load_run, read_encoder, save_run
 from spark.config import config_changes, config_dict, parse_config, save_config
 from spark.images import UnreadableImages
-from spark.optim import build_optimizer, lr_at, parameter_groups, set_hyperparameters
+from spark.optim import build_optimizer, lr_at, one_cycle_at, parameter_groups, set_hyperparameters
 from spark.run import (
     RunLog,
     StopRequest,
@@ -103,6 +103,9 @@ def train(config: DepthConfig) -> None:
     output = Path(config.output_dir)
 
     depth_model, report = build_model(config)
+    core = None
+    if config.model.core is not None and find_run(config.output_dir, config.resume) is None:
+        core = load_core(depth_model, config.model.core)
     config = replace(config, data=replace(config.data, mean=depth_model.mean, std=depth_model.std))
     criterion = WeightedLoss(config.losses, config.loss_options, depth_model.mean, depth_model.std)
     if (auxiliary := criterion.segmentation) is not None:
@@ -115,6 +118,7 @@ def train(config: DepthConfig) -> None:
     depth_model.to(device).to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
 
     protocol = get_protocol(config.protocol, flip_average=config.flip_average)
+    check_protocol(depth_model, protocol)
     pairs, held_out = open_data(config, protocol)
     training_set = DepthTrainingSet(pairs, train_transform(config), config.seed, skip_unreadable=True)
     unreadable = UnreadableImages(len(pairs), config.data.max_unreadable)
@@ -186,7 +190,7 @@ def train(config: DepthConfig) -> None:
     log = RunLog(config.output_dir, accelerator, None if checkpoint is None else step)
     if main_process:
         save_config(config, output / "config.yaml")
-        print(describe(config, depth_model, report, pairs, held_out, length, world, device), flush=True)
+        print(describe(config, depth_model, report, core, pairs, held_out, length, world, device), flush=True)
 
     def save(keep: int = config.keep_checkpoints) -> Path:
         """Write the state after `step` steps; main process only."""
@@ -254,7 +258,7 @@ def train(config: DepthConfig) -> None:
         batches = iter(loader)
         while step < length.steps and not stop.agreed(accelerator):
             lr = learning_rate(config, length, step)
-            set_hyperparameters(optimizer, lr, optim.weight_decay)
+            set_hyperparameters(optimizer, lr, optim.weight_decay, momentum(config, length, step))
             if depth_model.encoder_frozen != (step < length.frozen):
                 depth_model.freeze_encoder(step < length.frozen)
             log_due = (step + 1) % config.log_every == 0 or step + 1 in (1, length.steps)
@@ -441,9 +445,11 @@ def run_phases(config: DepthConfig, num_pairs: int) -> RunLength:
     """
     per_epoch = num_pairs / config.optim.batch_size
     optim = config.optim
-    steps, warmup = run_length(
-        per_epoch, config.epochs, config.max_steps, optim.warmup_epochs, optim.warmup_steps
-    )
+    one_cycle = optim.schedule == "onecycle"
+    warmup_epochs, warmup_steps = (0, 0) if one_cycle else (optim.warmup_epochs, optim.warmup_steps)
+    steps, warmup = run_length(per_epoch, config.epochs, config.max_steps, warmup_epochs, warmup_steps)
+    if one_cycle:
+        warmup = round(optim.rise * steps)
     return RunLength(
         steps, warmup, round(config.optim.frozen_epochs * per_epoch), per_epoch, config.validate_every
     )
@@ -451,6 +457,16 @@ def run_phases(config: DepthConfig, num_pairs: int) -> RunLength:
 
 def learning_rate(config: DepthConfig, length: RunLength, step: int) -> float:
     """Learning rate of the head at a step, counted from 0."""
+    optim = config.optim
+    if optim.schedule == "onecycle":
+        return one_cycle_at(
+            step,
+            peak=optim.lr,
+            total_steps=length.steps,
+            rise=optim.rise,
+            start_factor=optim.start_factor,
+            end_factor=optim.end_factor,
+        )
     return lr_at(
         step,
         peak=config.optim.lr,
@@ -458,6 +474,21 @@ def learning_rate(config: DepthConfig, length: RunLength, step: int) -> float:
         warmup_steps=length.warmup,
         start_factor=config.optim.start_factor,
         end_factor=config.optim.end_factor,
+    )
+
+
+def momentum(config: DepthConfig, length: RunLength, step: int) -> float | None:
+    """Momentum at a step, counted from 0; None keeps what the optimizer has."""
+    if config.optim.momentum is None:
+        return None
+    low, high = config.optim.momentum
+    return one_cycle_at(
+        step,
+        peak=low,
+        total_steps=length.steps,
+        rise=config.optim.rise,
+        start_factor=high / low,
+        end_factor=high / low,
     )
 
 
@@ -588,6 +619,7 @@ def describe(
     config: DepthConfig,
     model: DepthModel,
     report: KeyReport,
+    core: KeyReport | None,
     pairs: DepthData,
     held_out: DepthData | None,
     length: RunLength,
@@ -610,6 +642,7 @@ def describe(
     return "\n".join(
         (
             f"encoder    {weights}",
+            *([f"core       {core}"] if core else []),
             f"model      {millions(model.encoder)} parameters, with {model.head_name} head"
             f" {millions(model.encoder, model.head)}; depth {config.model.min_depth:g} to {config.model.max_depth:g} m",
             *(

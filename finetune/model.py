@@ -21,6 +21,7 @@ from spark.checkpoint import load_encoder
 from spark.encoder import PyramidLevel, build_encoder, freeze_unreached, pyramid, pyramid_info
 from spark.export import architecture
 from spark.folders import whole_folder, write_tensors
+from spark.keys import KeyReport
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -165,6 +166,59 @@ def encoder_options(encoder: str | Path, drop_path: float = 0.0) -> dict[str, An
     return options
 
 
+CORE = ("encoder.", "head.core.")
+
+
+def load_core(model: DepthModel, folder: str | Path) -> KeyReport:
+    """Start encoder and core of a model from those of another, such as one that was trained on relative depth.
+
+    Tensors of the same name and shape are taken, everything else is left as it is and reported.
+
+    Args:
+        model: With head fusion or metric_bins; filled in place.
+        folder: What `DepthModel.save` wrote of a model with one of these heads.
+
+    Raises:
+        ValueError: No such model; it or `model` has no core; less than half of the encoder or of the core fits; or it
+            was trained on images normalised in another way.
+    """
+    tensors, config = _read(Path(folder))
+    own = model.state_dict()
+    source = str(folder)
+    for what, keys in ((f"head {model.head_name}", own), (source, tensors)):
+        if not any(key.startswith(CORE[1]) for key in keys):
+            raise ValueError(f"{what} has no core: model.core is for heads fusion and metric_bins")
+    if (tuple(config["mean"]), tuple(config["std"])) != (model.mean, model.std):
+        raise ValueError(
+            f"{source} learnt from images with mean {config['mean']} and std {config['std']}, here they are"
+            f" {list(model.mean)} and {list(model.std)}: set data.mean and data.std to what it knows"
+        )
+    report = KeyReport(source)
+    for key in own:
+        if not key.startswith(CORE):
+            continue
+        if key not in tensors:
+            report.missing.append(key)
+        elif tensors[key].shape != own[key].shape:
+            report.mismatched.append((key, tuple(tensors[key].shape), tuple(own[key].shape)))
+        else:
+            report.loaded.append(key)
+    for key in tensors:
+        if not key.startswith(CORE):
+            report.ignored.append((key, "not of encoder or core"))
+        elif key not in own:
+            report.unexpected.append(key)
+    for part, name in zip(CORE, ("encoder", "core"), strict=True):
+        fitting = sum(own[key].numel() for key in report.loaded if key.startswith(part))
+        if 2 * fitting < sum(own[key].numel() for key in own if key.startswith(part)):
+            raise ValueError(
+                f"the {name} in {source} does not fit this model, less than half of it has the same shapes: use the same"
+                " encoder and width"
+            )
+    model.load_state_dict({key: tensors[key] for key in report.loaded}, strict=False)
+    return report
+
+
 def load_depth_model(folder: str | Path) -> DepthModel:
     """Read a model that `DepthModel.save` wrote, in evaluation mode, on the CPU.
 
@@ -173,6 +227,32 @@ def load_depth_model(folder: str | Path) -> DepthModel:
             configuration.
     """
     folder = Path(folder)
+    tensors, config = _read(folder)
+    try:
+        built = config["encoder"]
+        encoder = build_encoder(built["architecture"], **built["model_args"])
+        model = DepthModel(
+            encoder,
+            head=config["head"],
+            max_depth=config["max_depth"],
+            min_depth=config["min_depth"],
+            initial_depth=config["initial_depth"],
+            image_size=config["image_size"],
+            mean=config["mean"],
+            std=config["std"],
+            **config["head_options"],
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(_undescribed(folder, error)) from error
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(_unfitting(folder, error)) from error
+    return model.eval()
+
+
+def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights and the configuration in a folder of a depth model."""
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
         inside = (folder / "model" / CONFIG).is_file()
@@ -189,30 +269,22 @@ def load_depth_model(folder: str | Path) -> DepthModel:
                 f"{folder} is an exported encoder, not a depth model: train one on it with"
                 f" finetune/depth.py --encoder {folder}"
             )
-        built = config["encoder"]
-        encoder = build_encoder(built["architecture"], **built["model_args"])
-        model = DepthModel(
-            encoder,
-            head=config["head"],
-            max_depth=config["max_depth"],
-            min_depth=config["min_depth"],
-            initial_depth=config["initial_depth"],
-            image_size=config["image_size"],
-            mean=config["mean"],
-            std=config["std"],
-            **config["head_options"],
-        )
+        if lacking := {"encoder", "mean", "std"} - config.keys():
+            raise KeyError(*sorted(lacking))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder / CONFIG} does not describe a depth model ({error!r}): copy the folder again."
-        ) from error
+        raise ValueError(_undescribed(folder, error)) from error
     try:
-        model.load_state_dict(load_file(folder / WEIGHTS))
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(
-            f"{folder / WEIGHTS} does not hold the weights that {CONFIG} describes: copy the folder again. {error}"
-        ) from error
-    return model.eval()
+        return load_file(folder / WEIGHTS), config
+    except SafetensorError as error:
+        raise ValueError(_unfitting(folder, error)) from error
+
+
+def _undescribed(folder: Path, error: Exception) -> str:
+    return f"{folder / CONFIG} does not describe a depth model ({error!r}): copy the folder again."
+
+
+def _unfitting(folder: Path, error: Exception) -> str:
+    return f"{folder / WEIGHTS} does not hold the weights that {CONFIG} describes: copy the folder again. {error}"
 
 
 def _three(name: str, values: Sequence[float] | None, encoder: nn.Module) -> tuple[float, ...]:
