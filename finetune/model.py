@@ -212,7 +212,7 @@ def load_core(model: DepthModel, folder: str | Path) -> KeyReport:
         fitting = sum(own[key].numel() for key in report.loaded if key.startswith(part))
         if 2 * fitting < sum(own[key].numel() for key in own if key.startswith(part)):
             raise ValueError(
-                f"the {name} in {source} does not fit this model, less than half of it has the same shapes: use the same"
+                f"the {name} in {source} does not fit this model, under half of it has the same shapes: use the same"
                 " encoder and width"
             )
     model.load_state_dict({key: tensors[key] for key in report.loaded}, strict=False)
