@@ -26,8 +26,8 @@ class DepthModelConfig:
         head: what turns the encoder's features into depth; unetpp, metric_bins (ZoeDepth), lraspp, linear (a probe of
             the frozen encoder), or fusion (relative depth, without metres).
         head_options: arguments of that head, such as decoder_channels of unetpp.
-        core: folder of a depth model with head fusion or metric_bins, such as OUTPUT_DIR/model of a run, whose encoder
-            and core this one starts from; null starts the core from random weights.
+        init: folder of a depth model, such as OUTPUT_DIR/model of a run, whose weights this one starts from: all with
+            the same head, encoder and core from head fusion to metric_bins; null starts the head from random weights.
         min_depth: nearest depth in metres that the model can say.
         max_depth: farthest depth in metres that the model can say; readings beyond it do not train it.
         initial_depth: depth in metres near which an untrained head starts; the median of NYU is 2.7.
@@ -36,14 +36,14 @@ class DepthModelConfig:
 
     head: str = "unetpp"
     head_options: dict[str, Any] = field(default_factory=dict)
-    core: str | None = None
+    init: str | None = None
     min_depth: float = 1e-3
     max_depth: float = 10.0
     initial_depth: float = 2.7
     drop_path: float = 0.0
 
     def __post_init__(self) -> None:
-        expand_home(self, "core")
+        expand_home(self, "init")
         require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "at least 0 and below 1")
 
 

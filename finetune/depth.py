@@ -37,7 +37,7 @@ from finetune.figures import save_figure, triptychs
 from finetune.inference import check_protocol, score, summary, transform_of
 from finetune.losses import NoGroundTruth, WeightedLoss, nothing
 from finetune.metrics import write_results
-from finetune.model import DepthModel, encoder_options, load_core, load_depth_model
+from finetune.model import DepthModel, encoder_options, load_depth_model, start_from
 from finetune.protocols import Protocol, get_protocol
 from finetune.segmentation import attach_segmentation
 from spark.checkpoint import KeyReport, find_run, load_run, read_encoder, save_run
@@ -103,9 +103,9 @@ def train(config: DepthConfig) -> None:
     output = Path(config.output_dir)
 
     depth_model, report = build_model(config)
-    core = None
-    if config.model.core is not None and find_run(config.output_dir, config.resume) is None:
-        core = load_core(depth_model, config.model.core)
+    start = None
+    if config.model.init is not None and find_run(config.output_dir, config.resume) is None:
+        start = start_from(depth_model, config.model.init)
     config = replace(config, data=replace(config.data, mean=depth_model.mean, std=depth_model.std))
     criterion = WeightedLoss(config.losses, config.loss_options, depth_model.mean, depth_model.std)
     if (auxiliary := criterion.segmentation) is not None:
@@ -190,7 +190,9 @@ def train(config: DepthConfig) -> None:
     log = RunLog(config.output_dir, accelerator, None if checkpoint is None else step)
     if main_process:
         save_config(config, output / "config.yaml")
-        print(describe(config, depth_model, report, core, pairs, held_out, length, world, device), flush=True)
+        print(
+            describe(config, depth_model, report, start, pairs, held_out, length, world, device), flush=True
+        )
 
     def save(keep: int = config.keep_checkpoints) -> Path:
         """Write the state after `step` steps; main process only."""
@@ -619,7 +621,7 @@ def describe(
     config: DepthConfig,
     model: DepthModel,
     report: KeyReport,
-    core: KeyReport | None,
+    start: KeyReport | None,
     pairs: DepthData,
     held_out: DepthData | None,
     length: RunLength,
@@ -642,7 +644,7 @@ def describe(
     return "\n".join(
         (
             f"encoder    {weights}",
-            *([f"core       {core}"] if core else []),
+            *([f"start      {start}"] if start else []),
             f"model      {millions(model.encoder)} parameters, with {model.head_name} head"
             f" {millions(model.encoder, model.head)}; depth {config.model.min_depth:g} to {config.model.max_depth:g} m",
             *(

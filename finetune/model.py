@@ -166,28 +166,28 @@ def encoder_options(encoder: str | Path, drop_path: float = 0.0) -> dict[str, An
     return options
 
 
-CORE = ("encoder.", "head.core.")
+def start_from(model: DepthModel, folder: str | Path) -> KeyReport:
+    """Start a model from the weights of another.
 
-
-def load_core(model: DepthModel, folder: str | Path) -> KeyReport:
-    """Start encoder and core of a model from those of another, such as one that was trained on relative depth.
-
-    Tensors of the same name and shape are taken, everything else is left as it is and reported.
+    With the same head all of it is wanted, from another head with a core (fusion, metric_bins) the encoder and the
+    core. Tensors of the same name and shape are taken, everything else is left as it is and reported.
 
     Args:
-        model: With head fusion or metric_bins; filled in place.
-        folder: What `DepthModel.save` wrote of a model with one of these heads.
+        model: Filled in place.
+        folder: What `DepthModel.save` wrote.
 
     Raises:
-        ValueError: No such model; it or `model` has no core; less than half of the encoder or of the core fits; or it
-            was trained on images normalised in another way.
+        ValueError: No such model; the heads have nothing in common; less than half of the encoder or of the head fits;
+            or it was trained on images normalised in another way.
     """
     tensors, config = _read(Path(folder))
-    own = model.state_dict()
-    source = str(folder)
-    for what, keys in ((f"head {model.head_name}", own), (source, tensors)):
-        if not any(key.startswith(CORE[1]) for key in keys):
-            raise ValueError(f"{what} has no core: model.core is for heads fusion and metric_bins")
+    own, source = model.state_dict(), str(folder)
+    head = "head." if config.get("head") == model.head_name else "head.core."
+    if not all(any(key.startswith(head) for key in keys) for keys in (own, tensors)):
+        raise ValueError(
+            f"{source} has head {config.get('head')}, here it is {model.head_name}: model.init takes the same head, or"
+            " one of fusion and metric_bins for the other"
+        )
     if (tuple(config["mean"]), tuple(config["std"])) != (model.mean, model.std):
         raise ValueError(
             f"{source} learnt from images with mean {config['mean']} and std {config['std']}, here they are"
@@ -195,7 +195,7 @@ def load_core(model: DepthModel, folder: str | Path) -> KeyReport:
         )
     report = KeyReport(source)
     for key in own:
-        if not key.startswith(CORE):
+        if not key.startswith(("encoder.", head)):
             continue
         if key not in tensors:
             report.missing.append(key)
@@ -204,16 +204,16 @@ def load_core(model: DepthModel, folder: str | Path) -> KeyReport:
         else:
             report.loaded.append(key)
     for key in tensors:
-        if not key.startswith(CORE):
+        if not key.startswith(("encoder.", head)):
             report.ignored.append((key, "not of encoder or core"))
         elif key not in own:
             report.unexpected.append(key)
-    for part, name in zip(CORE, ("encoder", "core"), strict=True):
+    for part, name in (("encoder.", "encoder"), (head, "head")):
         fitting = sum(own[key].numel() for key in report.loaded if key.startswith(part))
         if 2 * fitting < sum(own[key].numel() for key in own if key.startswith(part)):
             raise ValueError(
                 f"the {name} in {source} does not fit this model, under half of it has the same shapes: use the same"
-                " encoder and width"
+                " encoder and head_options"
             )
     model.load_state_dict({key: tensors[key] for key in report.loaded}, strict=False)
     return report

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from finetune import DepthModel, load_depth_model
 from finetune.evaluate import main as evaluate
 from finetune.heads import HEADS
-from finetune.model import load_core
+from finetune.model import start_from
 from finetune.predict import main as predict
 from finetune.protocols import get_protocol, metric_prediction, score_pair
 from spark.encoder import build_encoder
@@ -101,18 +101,18 @@ def test_metric_bins_starts_from_a_core_that_learnt_relative_depth(
         "max_steps": 1,
         "optim.lr": 1e-12,
         "optim.weight_decay": 0.0,
-        "model.core": tmp_path / "relative" / "model",
+        "model.init": tmp_path / "relative" / "model",
     }
     run(world, tmp_path / "metric", **options_of("metric_bins", **still))
     said = capsys.readouterr().out
     fitting = [key for key in core if key.startswith(("encoder.", "head.core."))]
-    assert f"core       {tmp_path / 'relative' / 'model'}: {len(fitting)} tensors loaded" in said
+    assert f"start      {tmp_path / 'relative' / 'model'}: {len(fitting)} tensors loaded" in said
     metric = weights_of(tmp_path / "metric")
     for key in fitting:
         if not key.endswith(("running_mean", "running_var", "num_batches_tracked")):
             torch.testing.assert_close(metric[key], core[key], rtol=0, atol=1e-9)
 
-    one_stage = options_of("metric_bins", **{**still, "model.core": "null"})
+    one_stage = options_of("metric_bins", **{**still, "model.init": "null"})
     run(world, tmp_path / "one_stage", **one_stage)
     other = weights_of(tmp_path / "one_stage")
     assert not torch.equal(other["head.core.reduce.weight"], core["head.core.reduce.weight"])
@@ -123,28 +123,34 @@ def test_a_core_that_does_not_fit_says_why(tmp_path: Path) -> None:
     torch.manual_seed(0)
     folder = DepthModel("test_resnet", head="fusion", width=16).save(tmp_path / "core")
     same = DepthModel("test_resnet", head="metric_bins", **SMALL["metric_bins"])
-    assert load_core(same, folder).missing == []
+    assert start_from(same, folder).missing == []
     wider = DepthModel("test_resnet", head="fusion", width=16)
     wider.head.core.relative = torch.nn.Conv2d(32, 2, 1)
-    report = load_core(wider, folder)
+    report = start_from(wider, folder)
     assert [name for name, *_ in report.mismatched] == [
         "head.core.relative.weight",
         "head.core.relative.bias",
     ]
     assert "of another shape (2)" in str(report)
-    with pytest.raises(ValueError, match=r"the core in .* does not fit"):
-        load_core(DepthModel("test_resnet", head="fusion", width=32), folder)
+    with pytest.raises(ValueError, match=r"the head in .* does not fit"):
+        start_from(DepthModel("test_resnet", head="fusion", width=32), folder)
     with pytest.raises(ValueError, match=r"the encoder in .* does not fit"):
-        load_core(DepthModel("test_convnext", head="fusion", width=16), folder)
-    with pytest.raises(ValueError, match="head unetpp has no core"):
-        load_core(DepthModel("test_resnet", **SMALL["unetpp"]), folder)
+        start_from(DepthModel("test_convnext", head="fusion", width=16), folder)
+    with pytest.raises(
+        ValueError, match=r"core has head fusion, here it is unetpp: model\.init takes the same"
+    ):
+        start_from(DepthModel("test_resnet", **SMALL["unetpp"]), folder)
     with pytest.raises(ValueError, match=r"set data\.mean and data\.std"):
-        load_core(DepthModel("test_resnet", head="fusion", width=16, mean=(0.4,) * 3), folder)
+        start_from(DepthModel("test_resnet", head="fusion", width=16, mean=(0.4,) * 3), folder)
     plain = DepthModel("test_resnet", **SMALL["unetpp"]).save(tmp_path / "plain")
-    with pytest.raises(ValueError, match="plain has no core"):
-        load_core(same, plain)
+    with pytest.raises(ValueError, match="plain has head unetpp, here it is metric_bins"):
+        start_from(same, plain)
+    again = DepthModel("test_resnet", **SMALL["unetpp"])
+    assert start_from(again, plain).missing == []
+    for name, value in load_file(plain / "model.safetensors").items():
+        assert torch.equal(again.state_dict()[name], value)
     with pytest.raises(ValueError, match=r"is not a depth model"):
-        load_core(same, tmp_path / "nothing")
+        start_from(same, tmp_path / "nothing")
 
 
 def test_relative_depth_is_not_scored_in_metres(world: Path, tmp_path: Path, capsys: Any) -> None:
