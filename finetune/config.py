@@ -23,8 +23,11 @@ class DepthModelConfig:
     """Model: head and depth range.
 
     Attributes:
-        head: what turns the encoder's features into depth; unetpp.
+        head: what turns the encoder's features into depth; unetpp, metric_bins (ZoeDepth), lraspp, linear (a probe of
+            the frozen encoder), or fusion (relative depth, without metres).
         head_options: arguments of that head, such as decoder_channels of unetpp.
+        init: folder of a depth model, such as OUTPUT_DIR/model of a run, whose weights this one starts from: all with
+            the same head, encoder and core from head fusion to metric_bins; null starts the head from random weights.
         min_depth: nearest depth in metres that the model can say.
         max_depth: farthest depth in metres that the model can say; readings beyond it do not train it.
         initial_depth: depth in metres near which an untrained head starts; the median of NYU is 2.7.
@@ -33,12 +36,14 @@ class DepthModelConfig:
 
     head: str = "unetpp"
     head_options: dict[str, Any] = field(default_factory=dict)
+    init: str | None = None
     min_depth: float = 1e-3
     max_depth: float = 10.0
     initial_depth: float = 2.7
     drop_path: float = 0.0
 
     def __post_init__(self) -> None:
+        expand_home(self, "init")
         require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "at least 0 and below 1")
 
 
@@ -113,8 +118,12 @@ class DepthOptimConfig:
         betas: decay rates of the optimizer's running moments.
         eps: term added to the optimizer's denominator.
         weight_decay: weight decay, constant over the run.
-        warmup_steps: optimizer steps of the linear warm-up; when set it takes the place of warmup_epochs.
-        warmup_epochs: epochs of the warm-up, after which the learning rate falls as half a cosine.
+        schedule: cosine is a linear warm-up and half a cosine down; onecycle is half a cosine up and another one down.
+        warmup_steps: optimizer steps of the linear warm-up (cosine); when set it takes the place of warmup_epochs.
+        warmup_epochs: epochs of the warm-up (cosine).
+        rise: share of the run in which the learning rate rises (onecycle).
+        momentum: first of betas, or SGD's momentum, where the learning rate is at its peak and where it is lowest
+            (onecycle), such as [0.85, 0.95]; null keeps betas.
         start_factor: learning rate at the first step as a share of the peak.
         end_factor: learning rate at the last step as a share of the peak.
         clip_grad: largest norm of the gradient of all parameters together; null does not clip.
@@ -129,8 +138,11 @@ class DepthOptimConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.01
+    schedule: Literal["cosine", "onecycle"] = "cosine"
     warmup_steps: int | None = None
     warmup_epochs: float = 1.0
+    rise: float = 0.3
+    momentum: tuple[float, float] | None = None
     start_factor: float = 0.01
     end_factor: float = 0.01
     clip_grad: float | None = 1.0
@@ -153,6 +165,13 @@ class DepthOptimConfig:
             "0 or more",
         )
         require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "at least 0")
+        require(0 <= self.rise <= 1, "optim.rise", self.rise, "between 0 and 1")
+        require(
+            self.momentum is None or (self.schedule == "onecycle" and all(0 < m < 1 for m in self.momentum)),
+            "optim.momentum",
+            self.momentum,
+            "null, or with schedule onecycle two numbers between 0 and 1",
+        )
         require(0 <= self.start_factor <= 1, "optim.start_factor", self.start_factor, "between 0 and 1")
         require(0 <= self.end_factor <= 1, "optim.end_factor", self.end_factor, "between 0 and 1")
         require(
@@ -182,7 +201,9 @@ class DepthConfig:
         encoder_name: timm name of the encoder in a .pth file that does not say it; null asks the file.
         pretrained: for a timm name, load timm's published weights (true) or start from random ones (false); a folder
             or file brings its own weights.
-        losses: name and weight of each loss in the sum; silog, l1, mse, berhu.
+        losses: name and weight of each loss in the sum; silog, l1, mse, berhu, ssim (metres); ssi, gradient
+            (relative depth); ranking (pairs of points); smoothness; segmentation (classes, through a decoder that only
+            training has). docs/depth.md says what each needs.
         loss_options: arguments of each of these losses, by its name, such as variance_focus of silog.
         epochs: length of the run in passes over the training pairs.
         max_steps: length of the run in optimizer steps; when set it takes the place of epochs.

@@ -34,15 +34,16 @@ from finetune.depth_data import (
 )
 from finetune.depth_data.transforms import NYU_FRAME
 from finetune.figures import save_figure, triptychs
-from finetune.inference import score, summary, transform_of
-from finetune.losses import NoGroundTruth, WeightedLoss
+from finetune.inference import check_protocol, score, summary, transform_of
+from finetune.losses import NoGroundTruth, WeightedLoss, nothing
 from finetune.metrics import write_results
-from finetune.model import DepthModel, load_depth_model
+from finetune.model import DepthModel, encoder_options, load_depth_model, start_from
 from finetune.protocols import Protocol, get_protocol
+from finetune.segmentation import attach_segmentation
 from spark.checkpoint import KeyReport, find_run, load_run, read_encoder, save_run
 from spark.config import config_changes, config_dict, parse_config, save_config
 from spark.images import UnreadableImages
-from spark.optim import build_optimizer, lr_at, parameter_groups, set_hyperparameters
+from spark.optim import build_optimizer, lr_at, one_cycle_at, parameter_groups, set_hyperparameters
 from spark.run import (
     RunLog,
     StopRequest,
@@ -70,7 +71,7 @@ to the main process writes the model to output_dir/model at once; the end of the
 DepthData: TypeAlias = NYUSync | NYULabeled
 
 # What a seed is for, so that no two uses share random numbers.
-ENCODER_WEIGHTS, HEAD_WEIGHTS, STEP = 10, 11, 12
+ENCODER_WEIGHTS, HEAD_WEIGHTS, STEP, DECODER_WEIGHTS = 10, 11, 12, 13
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -102,7 +103,14 @@ def train(config: DepthConfig) -> None:
     output = Path(config.output_dir)
 
     depth_model, report = build_model(config)
+    start = None
+    if config.model.init is not None and find_run(config.output_dir, config.resume) is None:
+        start = start_from(depth_model, config.model.init)
     config = replace(config, data=replace(config.data, mean=depth_model.mean, std=depth_model.std))
+    criterion = WeightedLoss(config.losses, config.loss_options, depth_model.mean, depth_model.std)
+    if (auxiliary := criterion.segmentation) is not None:
+        torch.manual_seed(derive_seed(config.seed, DECODER_WEIGHTS))
+        attach_segmentation(depth_model, auxiliary.classes, auxiliary.decoder_channels)
     if config.sync_bn and world > 1 and device.type == "cuda":
         # timm's conversion, because torch's drops the activation inside timm's norms
         convert_sync_batchnorm(depth_model)
@@ -110,10 +118,11 @@ def train(config: DepthConfig) -> None:
     depth_model.to(device).to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
 
     protocol = get_protocol(config.protocol, flip_average=config.flip_average)
+    check_protocol(depth_model, protocol)
     pairs, held_out = open_data(config, protocol)
     training_set = DepthTrainingSet(pairs, train_transform(config), config.seed, skip_unreadable=True)
     unreadable = UnreadableImages(len(pairs), config.data.max_unreadable)
-    criterion = WeightedLoss(config.losses, config.loss_options)
+    criterion.check(depth_model.head.outputs, training_set[0, 0])
 
     optim = config.optim
     length = run_phases(config, len(pairs))
@@ -181,7 +190,9 @@ def train(config: DepthConfig) -> None:
     log = RunLog(config.output_dir, accelerator, None if checkpoint is None else step)
     if main_process:
         save_config(config, output / "config.yaml")
-        print(describe(config, depth_model, report, pairs, held_out, length, world, device), flush=True)
+        print(
+            describe(config, depth_model, report, start, pairs, held_out, length, world, device), flush=True
+        )
 
     def save(keep: int = config.keep_checkpoints) -> Path:
         """Write the state after `step` steps; main process only."""
@@ -249,7 +260,7 @@ def train(config: DepthConfig) -> None:
         batches = iter(loader)
         while step < length.steps and not stop.agreed(accelerator):
             lr = learning_rate(config, length, step)
-            set_hyperparameters(optimizer, lr, optim.weight_decay)
+            set_hyperparameters(optimizer, lr, optim.weight_decay, momentum(config, length, step))
             if depth_model.encoder_frozen != (step < length.frozen):
                 depth_model.freeze_encoder(step < length.frozen)
             log_due = (step + 1) % config.log_every == 0 or step + 1 in (1, length.steps)
@@ -257,7 +268,8 @@ def train(config: DepthConfig) -> None:
 
             try:
                 # forward and backward, in parts; the processes average their gradients in the last one
-                losses = torch.zeros(1 + len(config.losses), device=device)  # the sum, and each by itself
+                # sum over the parts in which it is defined, and their number: of the whole loss, and of each term
+                losses = {name: torch.zeros(2, device=device) for name in ("loss", *config.losses)}
                 filled = 0
                 names: list[str] = []
                 failed: list[str] = []
@@ -268,22 +280,25 @@ def train(config: DepthConfig) -> None:
                     names += batch["name"]
                     failed += batch["failed"]
                     images = batch["image"].to(device, non_blocking=True, memory_format=memory_format)
-                    truth, valid = (batch[key].to(device, non_blocking=True) for key in ("depth", "valid"))
+                    targets = {
+                        key: images if key == "image" else batch[key].to(device, non_blocking=True)
+                        for key in criterion.entries & batch.keys()
+                    }
                     torch.manual_seed(derive_seed(config.seed, step * config.accumulation + part, rank, STEP))
                     is_last = part == config.accumulation - 1
                     with nullcontext() if is_last else accelerator.no_sync(model):
-                        depth = model(images).depth
+                        output_maps = model(images)
                         try:
-                            loss, each = criterion(depth, truth, valid)
-                            losses += torch.stack([loss.detach(), *each.values()])
+                            loss, each = criterion(output_maps, targets)
+                            for name, value in {"loss": loss.detach(), **each}.items():
+                                losses[name] += torch.stack((value, torch.ones_like(value)))
                             filled += 1
                         except NoGroundTruth:
                             # Nothing to learn from; the backward pass still runs, for the other processes wait in it.
-                            loss = 0.0 * depth.sum()
+                            loss = nothing(output_maps)
                         accelerator.backward(loss / config.accumulation)
-                *sums, total_filled, total_failed = reduce_sum(
-                    accelerator, [*losses.tolist(), filled, len(failed)]
-                )
+                sums = torch.stack(list(losses.values())).flatten().tolist()
+                *sums, total_filled, total_failed = reduce_sum(accelerator, [*sums, filled, len(failed)])
                 if total_failed:
                     for line in unreadable.add(gather_object(failed)):
                         bar.say(f"skipped {line}")
@@ -304,7 +319,10 @@ def train(config: DepthConfig) -> None:
                         f"{config.accumulation} divides the batch further, or use precision bf16"
                     ) from error
                 raise
-            mean_loss, *parts = (value / total_filled if total_filled else math.nan for value in sums)
+            mean_loss, *parts = (
+                value / count if count else math.nan
+                for value, count in zip(sums[::2], sums[1::2], strict=True)
+            )
 
             # update, unless there is nothing to learn from or it would spoil the weights; fp16 skips steps by itself
             # while it seeks its loss scale
@@ -335,7 +353,10 @@ def train(config: DepthConfig) -> None:
             bar.update(step, loss=mean_loss, lr=lr, images_per_second=rate)
             row: dict[str, float] = {"loss": mean_loss, "lr": lr}
             if len(parts) > 1:
-                row |= {f"loss_{n}": v for n, v in zip(config.losses, parts, strict=True)}
+                each_loss = zip(config.losses, parts, strict=True)
+                row |= {
+                    f"loss_{n}": v for n, v in each_loss if not math.isnan(v)
+                }  # undefined: no such ground truth
             row |= {
                 "grad_norm": grad_norm,
                 "epoch": step * optim.batch_size / len(pairs),
@@ -426,9 +447,11 @@ def run_phases(config: DepthConfig, num_pairs: int) -> RunLength:
     """
     per_epoch = num_pairs / config.optim.batch_size
     optim = config.optim
-    steps, warmup = run_length(
-        per_epoch, config.epochs, config.max_steps, optim.warmup_epochs, optim.warmup_steps
-    )
+    one_cycle = optim.schedule == "onecycle"
+    warmup_epochs, warmup_steps = (0, 0) if one_cycle else (optim.warmup_epochs, optim.warmup_steps)
+    steps, warmup = run_length(per_epoch, config.epochs, config.max_steps, warmup_epochs, warmup_steps)
+    if one_cycle:
+        warmup = round(optim.rise * steps)
     return RunLength(
         steps, warmup, round(config.optim.frozen_epochs * per_epoch), per_epoch, config.validate_every
     )
@@ -436,6 +459,16 @@ def run_phases(config: DepthConfig, num_pairs: int) -> RunLength:
 
 def learning_rate(config: DepthConfig, length: RunLength, step: int) -> float:
     """Learning rate of the head at a step, counted from 0."""
+    optim = config.optim
+    if optim.schedule == "onecycle":
+        return one_cycle_at(
+            step,
+            peak=optim.lr,
+            total_steps=length.steps,
+            rise=optim.rise,
+            start_factor=optim.start_factor,
+            end_factor=optim.end_factor,
+        )
     return lr_at(
         step,
         peak=config.optim.lr,
@@ -443,6 +476,21 @@ def learning_rate(config: DepthConfig, length: RunLength, step: int) -> float:
         warmup_steps=length.warmup,
         start_factor=config.optim.start_factor,
         end_factor=config.optim.end_factor,
+    )
+
+
+def momentum(config: DepthConfig, length: RunLength, step: int) -> float | None:
+    """Momentum at a step, counted from 0; None keeps what the optimizer has."""
+    if config.optim.momentum is None:
+        return None
+    low, high = config.optim.momentum
+    return one_cycle_at(
+        step,
+        peak=low,
+        total_steps=length.steps,
+        rise=config.optim.rise,
+        start_factor=high / low,
+        end_factor=high / low,
     )
 
 
@@ -457,7 +505,7 @@ def build_model(config: DepthConfig) -> tuple[DepthModel, KeyReport]:
         FileNotFoundError: A path that does not exist.
     """
     torch.manual_seed(derive_seed(config.seed, ENCODER_WEIGHTS))
-    options: dict[str, Any] = {"drop_path_rate": config.model.drop_path} if config.model.drop_path else {}
+    options = encoder_options(config.encoder, config.model.drop_path)
     try:
         encoder, report = read_encoder(
             config.encoder,
@@ -573,6 +621,7 @@ def describe(
     config: DepthConfig,
     model: DepthModel,
     report: KeyReport,
+    start: KeyReport | None,
     pairs: DepthData,
     held_out: DepthData | None,
     length: RunLength,
@@ -581,8 +630,8 @@ def describe(
 ) -> str:
     """What is going to run, in a few lines."""
 
-    def millions(module: nn.Module) -> str:
-        return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.2f}M"
+    def millions(*modules: nn.Module) -> str:
+        return f"{sum(p.numel() for module in modules for p in module.parameters()) / 1e6:.2f}M"
 
     optim, data = config.optim, config.data
     if report.source:
@@ -595,8 +644,14 @@ def describe(
     return "\n".join(
         (
             f"encoder    {weights}",
-            f"model      {millions(model.encoder)} parameters, with {model.head_name} head {millions(model)}; depth"
-            f" {config.model.min_depth:g} to {config.model.max_depth:g} m",
+            *([f"start      {start}"] if start else []),
+            f"model      {millions(model.encoder)} parameters, with {model.head_name} head"
+            f" {millions(model.encoder, model.head)}; depth {config.model.min_depth:g} to {config.model.max_depth:g} m",
+            *(
+                [f"decoder    {millions(model.segmentation)} for segmentation, in training only"]
+                if model.segmentation
+                else []
+            ),
             f"data       {pairs}; frames at {data.image_size[0]}x{data.image_size[1]}, crops of"
             f" {data.crop_size[0]}x{data.crop_size[1]}",
             *([f"border     {border}"] if (border := border_text(data.border, pairs)) else []),

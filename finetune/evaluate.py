@@ -18,7 +18,7 @@ from rich.table import Table
 from finetune.config import expand_home
 from finetune.depth_data import open_depth_data
 from finetune.figures import save_figure, triptychs
-from finetune.inference import chosen_device, score, summary, transform_of
+from finetune.inference import check_protocol, chosen_device, score, summary, transform_of
 from finetune.metrics import write_results
 from finetune.model import load_depth_model
 from finetune.protocols import get_protocol
@@ -113,6 +113,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     console = Console()
     protocol = get_protocol(config.protocol, flip_average=config.flip_average)
     model = load_depth_model(config.model).to(chosen_device(config.device))
+    check_protocol(model, protocol)
     data = open_depth_data(
         config.data.root,
         config.data.list,

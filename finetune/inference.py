@@ -10,8 +10,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from finetune.depth_data import DepthFileError, DepthSample, EvalTransform
 from finetune.figures import Triptych
+from finetune.heads import DepthOutput
 from finetune.model import DepthModel
-from finetune.protocols import Protocol, ProtocolEvaluator, merge_flipped
+from finetune.protocols import Protocol, ProtocolEvaluator, merge_flipped, metric_prediction
 from spark.run import ignore_stop_signals
 
 
@@ -32,9 +33,20 @@ def chosen_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def check_protocol(model: DepthModel, protocol: Protocol) -> None:
+    """Refuse to score a model without metres under a protocol that stands on them; ValueError says what to use."""
+    if protocol.alignment == "none" and "depth" not in model.head.outputs:
+        raise ValueError(
+            f"head {model.head_name} gives no metres, and protocol {protocol.name} compares metres: use --protocol"
+            " nyu-affine, which fits scale and shift of each image"
+        )
+
+
 @torch.inference_mode()
 def predict_depth(model: DepthModel, images: Tensor, protocol: Protocol | None = None) -> np.ndarray:
     """Predict depth for images [B, 3, H, W] in evaluation mode; the model returns to the mode it was in.
+
+    Under a protocol that aligns, and for a model that gives no metres, it is inverse depth, larger is nearer.
 
     Args:
         model: On any device; the images are moved to it.
@@ -42,23 +54,27 @@ def predict_depth(model: DepthModel, images: Tensor, protocol: Protocol | None =
         protocol: Averages with the prediction of the mirror image where this protocol says so.
 
     Returns:
-        Depth [B, H, W] [m], float32, or float64 where two predictions were averaged.
+        Depth [B, H, W] [m] (or inverse depth, see above), float32, or float64 where two predictions were averaged.
     """
     was_training = model.training
     model.eval()
     try:
         images = images.to(next(model.parameters()).device)
-        depth = _depth(model, images)
+        inverse = "depth" not in model.head.outputs or (protocol is not None and protocol.alignment != "none")
+        depth = _map(model, images, inverse)
         if protocol is not None and protocol.flip_average:
-            mirrored = _depth(model, images.flip(-1))
+            mirrored = _map(model, images.flip(-1), inverse)
             depth = np.stack([merge_flipped(protocol, *pair) for pair in zip(depth, mirrored, strict=True)])
     finally:
         model.train(was_training)
     return depth
 
 
-def _depth(model: DepthModel, images: Tensor) -> np.ndarray:
-    return model(images).depth[:, 0].float().cpu().numpy()
+def _map(model: DepthModel, images: Tensor, inverse: bool) -> np.ndarray:
+    output: DepthOutput = model(images)
+    values = output.disparity() if inverse else output.depth
+    assert values is not None
+    return values[:, 0].float().cpu().numpy()
 
 
 def score(
@@ -116,6 +132,8 @@ def score(
             row = evaluator.add(sample.name, prediction, sample.metres)
             if done in drawn:
                 caption = summary(row) if row else "no pixel of the ground truth counts"
+                if row and protocol.alignment != "none":
+                    prediction = metric_prediction(protocol, prediction, sample.metres)[0]
                 rows.append(Triptych(sample.image, sample.metres, prediction, sample.name, caption))
             done += 1
         if progress is not None:

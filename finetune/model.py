@@ -4,6 +4,7 @@ Shapes: images [B, 3, H, W] of any size, depth [B, 1, H, W] in metres.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from spark.checkpoint import load_encoder
 from spark.encoder import PyramidLevel, build_encoder, freeze_unreached, pyramid, pyramid_info
 from spark.export import architecture
 from spark.folders import whole_folder, write_tensors
+from spark.keys import KeyReport
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -41,8 +43,9 @@ class DepthModel(nn.Module):
         image_size: (H, W) at which whole frames are presented to the model [px], recorded for evaluation and
             prediction.
             None: frames are presented as they are.
-        mean: What is subtracted from RGB in [0, 1]; default what the encoder was trained with. That of an encoder of
-            one channel counts for red, green and blue alike, as timm spreads its first weights over the three.
+        mean: What is subtracted from RGB in [0, 1]; default what the head's system uses (0.5 for fusion and
+            metric_bins), for other heads what the encoder was trained with. That of an encoder of one channel counts
+            for red, green and blue alike, as timm spreads its first weights over the three.
         std: What RGB is then divided by; default likewise.
         head_options: Arguments of the head, such as `decoder_channels` of unetpp.
 
@@ -71,9 +74,9 @@ class DepthModel(nn.Module):
                     "pretrained and drop_path shape an encoder given by name: one that is already made keeps its own"
                 )
         else:
-            options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+            options = encoder_options(encoder, drop_path)
             encoder = load_encoder(encoder, in_chans=3, pretrained=pretrained, **options)
-        self.encoder = encoder
+        self.encoder: nn.Module = encoder
         self.encoder_frozen = False
         levels = pyramid_info(encoder)
         self.stride = levels[-1].stride
@@ -83,9 +86,13 @@ class DepthModel(nn.Module):
         self.head: Any = construct("head", HEADS, head, head_options, levels, self.depth_range)
         self.levels: list[PyramidLevel] = self.head.levels
         self.image_size = None if image_size is None else (int(image_size[0]), int(image_size[1]))
-        self.mean = _three("mean", mean, encoder)
-        self.std = _three("std", std, encoder)
+        self.mean = _three("mean", mean or getattr(self.head, "mean", None), encoder)
+        self.std = _three("std", std or getattr(self.head, "std", None), encoder)
+        self.segmentation: nn.Module | None = None  # of training only, see finetune.segmentation
         freeze_unreached(encoder, self.levels, in_chans=3)
+        if getattr(self.head, "frozen_encoder", False):
+            self.encoder.requires_grad_(False)
+            self.freeze_encoder()
 
     def forward(self, images: Tensor) -> DepthOutput:
         """Predict depth for images [B, 3, H, W] normalised with `mean` and `std`, at their size, whatever it is.
@@ -100,16 +107,18 @@ class DepthModel(nn.Module):
         padded = F.pad(images, missing, mode="replicate") if any(missing) else images
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_frozen):
             features = pyramid(self.encoder, padded, self.levels)
-        output = self.head(padded, features)
-        return output._replace(depth=output.depth[..., :height, :width])
+        output: DepthOutput = self.head(padded, features)
+        if self.segmentation is not None and self.training:
+            output = output._replace(segmentation=self.segmentation(padded, output.scales))
+        return output.cut(height, width)
 
     def freeze_encoder(self, frozen: bool = True) -> None:
         """Hold the encoder still, or let it learn again: no gradients, and batch norm uses its stored statistics.
 
         The parameters keep `requires_grad`, so an optimizer can be built before; it passes over those without
-        gradient.
+        gradient. Under a head that probes a frozen encoder it stays still.
         """
-        self.encoder_frozen = frozen
+        self.encoder_frozen = frozen or getattr(self.head, "frozen_encoder", False)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "DepthModel":
@@ -121,6 +130,8 @@ class DepthModel(nn.Module):
 
     def save(self, folder: str | Path) -> Path:
         """Write `config.json` and `model.safetensors`, whole or not at all; `load_depth_model` reads them.
+
+        A decoder that only training has is left out.
 
         Raises:
             ValueError: The folder holds something else, or the encoder is no timm model and could not be built again.
@@ -138,9 +149,74 @@ class DepthModel(nn.Module):
             "std": self.std,
         }
         with whole_folder(folder, (CONFIG, WEIGHTS)) as temporary:
-            write_tensors(self, temporary / WEIGHTS, {})
+            decoder, self.segmentation = self.segmentation, None
+            try:
+                write_tensors(self, temporary / WEIGHTS, {})
+            finally:
+                self.segmentation = decoder
             (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         return Path(folder)
+
+
+def encoder_options(encoder: str | Path, drop_path: float = 0.0) -> dict[str, Any]:
+    """What timm is told beyond a name: the stochastic depth rate, and to Swin that images may have any size."""
+    options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+    if re.match(r"swin(v2)?_", str(encoder)):
+        options["strict_img_size"] = False
+    return options
+
+
+def start_from(model: DepthModel, folder: str | Path) -> KeyReport:
+    """Start a model from the weights of another.
+
+    With the same head all of it is wanted, from another head with a core (fusion, metric_bins) the encoder and the
+    core. Tensors of the same name and shape are taken, everything else is left as it is and reported.
+
+    Args:
+        model: Filled in place.
+        folder: What `DepthModel.save` wrote.
+
+    Raises:
+        ValueError: No such model; the heads have nothing in common; less than half of the encoder or of the head fits;
+            or it was trained on images normalised in another way.
+    """
+    tensors, config = _read(Path(folder))
+    own, source = model.state_dict(), str(folder)
+    head = "head." if config.get("head") == model.head_name else "head.core."
+    if not all(any(key.startswith(head) for key in keys) for keys in (own, tensors)):
+        raise ValueError(
+            f"{source} has head {config.get('head')}, here it is {model.head_name}: model.init takes the same head, or"
+            " one of fusion and metric_bins for the other"
+        )
+    if (tuple(config["mean"]), tuple(config["std"])) != (model.mean, model.std):
+        raise ValueError(
+            f"{source} learnt from images with mean {config['mean']} and std {config['std']}, here they are"
+            f" {list(model.mean)} and {list(model.std)}: set data.mean and data.std to what it knows"
+        )
+    report = KeyReport(source)
+    for key in own:
+        if not key.startswith(("encoder.", head)):
+            continue
+        if key not in tensors:
+            report.missing.append(key)
+        elif tensors[key].shape != own[key].shape:
+            report.mismatched.append((key, tuple(tensors[key].shape), tuple(own[key].shape)))
+        else:
+            report.loaded.append(key)
+    for key in tensors:
+        if not key.startswith(("encoder.", head)):
+            report.ignored.append((key, "not of encoder or core"))
+        elif key not in own:
+            report.unexpected.append(key)
+    for part, name in (("encoder.", "encoder"), (head, "head")):
+        fitting = sum(own[key].numel() for key in report.loaded if key.startswith(part))
+        if 2 * fitting < sum(own[key].numel() for key in own if key.startswith(part)):
+            raise ValueError(
+                f"the {name} in {source} does not fit this model, under half of it has the same shapes: use the same"
+                " encoder and head_options"
+            )
+    model.load_state_dict({key: tensors[key] for key in report.loaded}, strict=False)
+    return report
 
 
 def load_depth_model(folder: str | Path) -> DepthModel:
@@ -151,6 +227,32 @@ def load_depth_model(folder: str | Path) -> DepthModel:
             configuration.
     """
     folder = Path(folder)
+    tensors, config = _read(folder)
+    try:
+        built = config["encoder"]
+        encoder = build_encoder(built["architecture"], **built["model_args"])
+        model = DepthModel(
+            encoder,
+            head=config["head"],
+            max_depth=config["max_depth"],
+            min_depth=config["min_depth"],
+            initial_depth=config["initial_depth"],
+            image_size=config["image_size"],
+            mean=config["mean"],
+            std=config["std"],
+            **config["head_options"],
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(_undescribed(folder, error)) from error
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(_unfitting(folder, error)) from error
+    return model.eval()
+
+
+def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights and the configuration in a folder of a depth model."""
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
         inside = (folder / "model" / CONFIG).is_file()
@@ -167,30 +269,22 @@ def load_depth_model(folder: str | Path) -> DepthModel:
                 f"{folder} is an exported encoder, not a depth model: train one on it with"
                 f" finetune/depth.py --encoder {folder}"
             )
-        built = config["encoder"]
-        encoder = build_encoder(built["architecture"], **built["model_args"])
-        model = DepthModel(
-            encoder,
-            head=config["head"],
-            max_depth=config["max_depth"],
-            min_depth=config["min_depth"],
-            initial_depth=config["initial_depth"],
-            image_size=config["image_size"],
-            mean=config["mean"],
-            std=config["std"],
-            **config["head_options"],
-        )
+        if lacking := {"encoder", "mean", "std"} - config.keys():
+            raise KeyError(*sorted(lacking))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder / CONFIG} does not describe a depth model ({error!r}): copy the folder again."
-        ) from error
+        raise ValueError(_undescribed(folder, error)) from error
     try:
-        model.load_state_dict(load_file(folder / WEIGHTS))
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(
-            f"{folder / WEIGHTS} does not hold the weights that {CONFIG} describes: copy the folder again. {error}"
-        ) from error
-    return model.eval()
+        return load_file(folder / WEIGHTS), config
+    except SafetensorError as error:
+        raise ValueError(_unfitting(folder, error)) from error
+
+
+def _undescribed(folder: Path, error: Exception) -> str:
+    return f"{folder / CONFIG} does not describe a depth model ({error!r}): copy the folder again."
+
+
+def _unfitting(folder: Path, error: Exception) -> str:
+    return f"{folder / WEIGHTS} does not hold the weights that {CONFIG} describes: copy the folder again. {error}"
 
 
 def _three(name: str, values: Sequence[float] | None, encoder: nn.Module) -> tuple[float, ...]:

@@ -4,7 +4,8 @@
 
 For every image, under its own name and subfolder: NAME.npy (float32, metres, the image's own size), NAME_mm.png
 (uint16, millimetres; 0 = no prediction, 65535 = 65.535 m or more) and NAME_colour.png (a picture with a colour bar in
-metres). predictions.json says what was written and what could not be read.
+metres). predictions.json says what was written and what could not be read. A model without metres (head fusion) writes
+NAME_disparity.npy, float32 inverse depth up to scale and shift, and NAME_colour.png from its nearest to its farthest.
 """
 
 import io
@@ -24,7 +25,7 @@ from rich.progress import track
 from torch.nn import functional as F
 
 from finetune.config import expand_home
-from finetune.figures import depth_map, save_figure
+from finetune.figures import colourise, depth_map, save_figure
 from finetune.inference import chosen_device, predict_depth, transform_of
 from finetune.model import DepthModel, load_depth_model
 from finetune.protocols import Protocol
@@ -109,6 +110,9 @@ def predict(config: PredictConfig) -> int:
             failed.append({"image": str(path), "reason": reason})
             continue
         depth = predict_image(model, image, config.image_size, config.flip_average)
+        if "depth" not in model.head.outputs:
+            written.append({"image": str(path), "output": stem, **write_relative(output / stem, depth)})
+            continue
         millimetres, saturated = to_millimetres(depth)
         array = io.BytesIO()
         np.save(array, depth)
@@ -142,18 +146,33 @@ def predict(config: PredictConfig) -> int:
             markup=False,
             soft_wrap=True,
         )
+    if "depth" in model.head.outputs:
+        what = f".npy in metres, _mm.png in millimetres, _colour.png from {config.colour_near:g} to {far:g} m"
+    else:
+        what = "_disparity.npy up to scale and shift, no metres"
     console.print(
-        f"{len(written)} of {len(images)} images predicted into {output}: .npy in metres, _mm.png in millimetres,"
-        f" _colour.png from {config.colour_near:g} to {far:g} m",
+        f"{len(written)} of {len(images)} images predicted into {output}: {what}",
         highlight=False,
         markup=False,
         soft_wrap=True,
     )
-    if saturated := sum(entry["saturated_pixels"] for entry in written):
+    if saturated := sum(entry.get("saturated_pixels", 0) for entry in written):
         console.print(
             f"{saturated} pixels are at 65.535 m or beyond: in _mm.png they are 65535, .npy has their depth"
         )
     return 0 if written else 1
+
+
+def write_relative(stem: Path, disparity: np.ndarray) -> dict[str, object]:
+    """Write inverse depth [H, W] without scale and shift as STEM_disparity.npy and a picture; what to report of it."""
+    array = io.BytesIO()
+    np.save(array, disparity)
+    write_whole(stem.with_name(f"{stem.name}_disparity.npy"), array.getvalue())
+    low, high = float(disparity.min()), float(disparity.max())
+    colours = colourise(1 + (high - disparity) / max(high - low, 1e-12), 1.0, 2.0)
+    picture = cv2.imencode(".png", np.ascontiguousarray(colours[..., ::-1]))[1]
+    write_whole(stem.with_name(f"{stem.name}_colour.png"), picture.tobytes())
+    return {"size": list(disparity.shape), "unit": "inverse depth up to scale and shift"}
 
 
 def predict_image(
@@ -162,7 +181,7 @@ def predict_image(
     image_size: tuple[int, int] | None = None,
     flip_average: bool = False,
 ) -> np.ndarray:
-    """Predict depth [H, W] [m] float32 for an image, uint8 [H, W, 3], of any size.
+    """Predict depth [H, W] [m] float32 for an image, uint8 [H, W, 3], of any size; inverse depth without metres.
 
     The image is presented at the size the model was trained at. If it has other proportions they are kept and the
     long sides are matched, so a photo held upright is seen as large as one held across. The depth is resized back

@@ -33,7 +33,7 @@ class Protocol:
        values are those that the BTS code ends up with; the replacement comes before the resize so that one
        bad pixel does not spread. NaN thereby scores about as badly as a depth can (1 mm), never dropped.
     3. Bilinear resize to the size of the ground truth, if it differs.
-    4. Clip to [min_depth, max_depth] at that size.
+    4. Clip to [min_depth, max_depth] at that size; with `alignment`, bring it to metres first.
     5. Pixels with min_depth < ground truth < max_depth, both strict, inside the crop, count.
     6. Metrics per image and their mean over images, or over all pixels pooled.
 
@@ -53,6 +53,10 @@ class Protocol:
         clip_before_average: clip both predictions to [min_depth, max_depth] before they are averaged.
         align_corners: of the bilinear resize: whether the centres of the corner pixels (True) or the outer
             edges of the image (False) coincide.
+        alignment: "none": predictions are metres. "disparity": they are inverse depth up to scale and shift, which
+            are fitted to each image's inverse ground truth by least squares over the pixels that count, before 1 / it
+            is clipped (as MiDaS is evaluated). The ground truth helps the prediction: such numbers say what a model
+            knows of shape, and do not stand beside metric ones.
         depth: the kind of ground truth that published numbers of this protocol stand on; whoever opens the
             data chooses it.
         expected_images: how many images the official list has; results state it beside the number that was
@@ -70,6 +74,7 @@ class Protocol:
     flip_average: bool = False
     clip_before_average: bool = False
     align_corners: bool = False
+    alignment: Literal["none", "disparity"] = "none"
     depth: Literal["raw", "filled"] = "raw"
     expected_images: int | None = None
 
@@ -78,6 +83,8 @@ class Protocol:
             raise ValueError(f"{self.name}: depths must satisfy 0 < min_depth < max_depth")
         if self.crop is not None and self.frame is None:
             raise ValueError(f"{self.name}: a crop needs the frame that its pixels are counted in")
+        if self.alignment not in ("none", "disparity"):
+            raise ValueError(f"{self.name}: alignment is 'none' or 'disparity', not {self.alignment!r}")
         if self.aggregation not in ("per_image", "pooled"):
             raise ValueError(f"{self.name}: aggregation is 'per_image' or 'pooled', not {self.aggregation!r}")
 
@@ -128,6 +135,14 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 scale_crop=True,
                 expected_images=None,
             ),
+            replace(
+                _NYU_BTS,
+                name="nyu-affine",
+                description="nyu-bts for relative depth: scale and shift of each image fitted in inverse depth,"
+                " crop scaled to any size.",
+                scale_crop=True,
+                alignment="disparity",
+            ),
         )
     }
 )
@@ -155,7 +170,7 @@ def merge_flipped(protocol: Protocol, prediction: np.ndarray, of_mirrored: np.nd
     stay so, for `evaluate_pair` to count.
     """
     both = [np.asarray(prediction, np.float64), np.asarray(of_mirrored, np.float64)[:, ::-1]]
-    if protocol.clip_before_average:
+    if protocol.clip_before_average and protocol.alignment == "none":
         limits = protocol.min_depth, protocol.max_depth
         both = [np.where(np.isfinite(depth), depth.clip(*limits), depth) for depth in both]
     with np.errstate(invalid="ignore"):  # inf - inf is NaN, which is what it should be
@@ -210,10 +225,7 @@ def prepare_prediction(
     depth = np.asarray(prediction, np.float64)
     nonfinite = int(depth.size - np.isfinite(depth).sum())
     depth = np.nan_to_num(depth, nan=protocol.min_depth, posinf=protocol.max_depth, neginf=protocol.min_depth)
-    if depth.shape != tuple(size):
-        tensor = torch.from_numpy(depth)[None, None]
-        resized = F.interpolate(tensor, size=size, mode="bilinear", align_corners=protocol.align_corners)
-        depth = resized[0, 0].numpy()
+    depth = resize(depth, size, protocol.align_corners)
     return depth.clip(protocol.min_depth, protocol.max_depth), nonfinite
 
 
@@ -235,9 +247,39 @@ def score_pair(protocol: Protocol, prediction: np.ndarray, ground_truth: np.ndar
         raise NoValidPixels(
             f"no pixel with {protocol.min_depth} < depth < {protocol.max_depth} m in the {protocol.name} crop"
         )
-    depth, nonfinite = prepare_prediction(protocol, prediction, ground_truth.shape)
+    depth, nonfinite = metric_prediction(protocol, prediction, ground_truth)
     crop = protocol.crop_at(ground_truth.shape)
     return PairScore(error_sums(depth[counts], ground_truth[counts]), nonfinite, crop)
+
+
+def metric_prediction(
+    protocol: Protocol, prediction: np.ndarray, ground_truth: np.ndarray
+) -> tuple[np.ndarray, int]:
+    """What is compared with ground truth `[H, W]` [m], of which some pixel counts: `prepare_prediction`, aligned.
+
+    Returns:
+        metres float64 `[H, W]`, and how many values of the prediction were not finite.
+    """
+    if protocol.alignment == "none":
+        return prepare_prediction(protocol, prediction, ground_truth.shape)
+    finite = np.isfinite(prediction)
+    farthest = float(prediction[finite].min()) if finite.any() else 0.0
+    # Inverse depth has no limits of its own: bad values become the farthest of the others, and nothing is clipped.
+    unlimited = np.where(finite, prediction, farthest).astype(np.float64)
+    inverse = resize(unlimited, ground_truth.shape, protocol.align_corners)
+    counts = valid_pixels(protocol, ground_truth)
+    matrix = np.stack((inverse[counts], np.ones(int(counts.sum()))), 1)
+    scale, shift = np.linalg.lstsq(matrix, 1 / ground_truth[counts].astype(np.float64), rcond=None)[0]
+    aligned = (scale * inverse + shift).clip(1 / protocol.max_depth, 1 / protocol.min_depth)
+    return 1 / aligned, int(finite.size - finite.sum())
+
+
+def resize(values: np.ndarray, size: tuple[int, ...], align_corners: bool) -> np.ndarray:
+    """Bilinearly to (H, W) `size`, if it differs; float64."""
+    if values.shape == tuple(size):
+        return values
+    tensor = torch.from_numpy(values)[None, None]
+    return F.interpolate(tensor, size=size, mode="bilinear", align_corners=align_corners)[0, 0].numpy()
 
 
 def evaluate_pair(protocol: Protocol, prediction: np.ndarray, ground_truth: np.ndarray) -> dict[str, float]:

@@ -310,6 +310,8 @@ def _optimizer_difference(state: dict[str, Any], optimizer: Optimizer) -> str:
             return f"group {label} has {len(there['params'])} parameters, here {len(here['params'])}"
         for option in ("lr_scale", "weight_decay_scale", "betas", "eps", "momentum"):
             before, now = there.get(option), here.get(option)
+            if there.get("momentum_scheduled") and option in ("betas", "momentum"):
+                continue  # that of its step, which the loop sets anew
             if before != now and not (isinstance(before, list | tuple) and list(before) == list(now or ())):
                 return f"group {label} has {option} {before}, here {now}"
     return ""

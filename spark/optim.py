@@ -232,6 +232,35 @@ def lr_at(
     )
 
 
+def one_cycle_at(
+    step: int,
+    *,
+    peak: float,
+    total_steps: int,
+    rise: float,
+    start_factor: float,
+    end_factor: float,
+) -> float:
+    """Value of optimizer step `step` (from 0) of one cycle: half a cosine up to `peak`, another down.
+
+    From `start_factor * peak` at step 0 to `peak` at step `rise * total_steps - 1`; then to `end_factor * peak` at the
+    last step, `total_steps - 1`, and constant beyond it. As torch's `OneCycleLR`, whose `div_factor` is
+    1 / `start_factor` and `final_div_factor` is `start_factor / end_factor`; with factors above 1 it is its momentum.
+
+    Raises:
+        ValueError: Negative step, no steps, or `rise` outside [0, 1].
+    """
+    _check_schedule(step, total_steps)
+    if not 0 <= rise <= 1:
+        raise ValueError(f"the rise is a share of the run between 0 and 1, not {rise}")
+    top = max(rise * total_steps - 1, 0.0)
+    if step <= top and top > 0:
+        before, after, progress = start_factor, 1.0, step / top
+    else:
+        before, after, progress = 1.0, end_factor, min((step - top) / max(total_steps - 1 - top, 1e-9), 1.0)
+    return peak * (after + (before - after) * (0.5 + 0.5 * math.cos(math.pi * progress)))
+
+
 def weight_decay_at(step: int, *, start: float, end: float, total_steps: int) -> float:
     """Weight decay of optimizer step `step`: half a cosine from `start` at 0 to `end` at the last step, then constant.
 
@@ -256,9 +285,18 @@ def _check_schedule(step: int, total_steps: int) -> None:
         raise ValueError(f"steps are counted from 0, not {step}")
 
 
-def set_hyperparameters(optimizer: Optimizer, lr: float, weight_decay: float) -> None:
-    """Set the rates of the coming step: each group takes `lr * lr_scale` and `weight_decay * weight_decay_scale`."""
+def set_hyperparameters(
+    optimizer: Optimizer, lr: float, weight_decay: float, momentum: float | None = None
+) -> None:
+    """Set the rates of the coming step: each group takes `lr * lr_scale` and `weight_decay * weight_decay_scale`.
+
+    `momentum`, where it is given, is the first of `betas`, or SGD's momentum.
+    """
     for group in optimizer.param_groups:
+        if momentum is not None:
+            key = "betas" if "betas" in group else "momentum"
+            group[key] = (momentum, group["betas"][1]) if key == "betas" else momentum
+            group["momentum_scheduled"] = True
         group["lr"] = lr * group.get("lr_scale", 1.0)
         group["weight_decay"] = weight_decay * group.get("weight_decay_scale", 1.0)
 

@@ -5,7 +5,10 @@ import math
 import pytest
 import torch
 
-from finetune.losses import L1, LOSSES, MSE, BerHu, NoGroundTruth, SILog, WeightedLoss
+from finetune.heads import DepthOutput
+from finetune.losses import L1, LOSSES, MSE, BerHu, MaskedLoss, NoGroundTruth, SILog, WeightedLoss
+
+POINTWISE = [name for name, kind in LOSSES.items() if issubclass(kind, MaskedLoss)]
 
 
 def maps(*values: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -31,6 +34,23 @@ def test_l1_and_mse_by_hand() -> None:
     assert MSE()(prediction, target, valid).item() == pytest.approx(10 / 3)
     valid[..., 2] = False
     assert L1()(prediction, target, valid).item() == pytest.approx(1 / 2)
+
+
+def test_mse_of_normalised_depth_by_hand() -> None:
+    prediction, target = maps(1.0, 2.0, 5.0), maps(2.0, 2.0, 2.0)
+    # On depths divided by 10 m: (0.01 + 0 + 0.09) / 3.
+    assert MSE(unit_depth=10)(prediction, target, everywhere(target)).item() == pytest.approx(0.1 / 3)
+
+
+@pytest.mark.parametrize("options", [{}, {"unbiased": False, "eps": 0}])
+def test_silog_is_finite_for_every_finite_prediction(options: dict) -> None:
+    prediction = maps(-5.0, 0.0, 1e-30, 1e-4, 3.0, 1e30, dtype=torch.float32).requires_grad_()
+    loss = SILog(**options)(prediction, torch.full_like(prediction, 2.0), everywhere(prediction))
+    loss.backward()
+    assert loss.isfinite()
+    assert prediction.grad is not None
+    assert prediction.grad.isfinite().all()
+    assert (prediction.grad[..., 3:] != 0).all()
 
 
 def test_berhu_by_hand() -> None:
@@ -105,7 +125,7 @@ def test_gradients_in_fp64(loss: torch.nn.Module) -> None:
     assert torch.autograd.gradcheck(lambda x: loss(x, target, valid), prediction.requires_grad_())
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", POINTWISE)
 def test_invalid_pixels_change_nothing_and_get_zero_gradient(name: str) -> None:
     prediction, target, valid = random_pair()
     loss = LOSSES[name]()
@@ -120,7 +140,7 @@ def test_invalid_pixels_change_nothing_and_get_zero_gradient(name: str) -> None:
     assert (spoilt.grad[valid] != 0).any()
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", POINTWISE)
 def test_nan_stays_nan(name: str) -> None:
     prediction, target, valid = random_pair()
     prediction[valid.nonzero(as_tuple=True)] = torch.where(
@@ -129,7 +149,7 @@ def test_nan_stays_nan(name: str) -> None:
     assert LOSSES[name]()(prediction, target, valid).isnan()
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", POINTWISE)
 def test_no_valid_pixel_is_an_error_not_a_perfect_score(name: str) -> None:
     prediction, target, valid = random_pair()
     with pytest.raises(NoGroundTruth, match="ground truth"):
@@ -142,7 +162,7 @@ def test_silog_of_one_pixel_is_an_error() -> None:
         SILog()(prediction, target, torch.tensor([True, False]).reshape(1, 1, 1, 2))
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", POINTWISE)
 def test_losses_are_fp32_inside_autocast(name: str) -> None:
     prediction, target, valid = random_pair(torch.float32)
     loss = LOSSES[name]()
@@ -166,7 +186,7 @@ def test_shapes_and_mask_type_are_checked() -> None:
 def test_weighted_sum_and_its_parts() -> None:
     prediction, target, valid = random_pair()
     total, parts = WeightedLoss({"silog": 1.0, "l1": 0.5}, {"silog": {"variance_focus": 0.5}})(
-        prediction, target, valid
+        DepthOutput(prediction), {"depth": target, "valid": valid}
     )
     silog = SILog(variance_focus=0.5)(prediction, target, valid)
     l1 = L1()(prediction, target, valid)

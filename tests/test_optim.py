@@ -11,6 +11,7 @@ from spark.optim import (
     build_optimizer,
     layer_scales,
     lr_at,
+    one_cycle_at,
     parameter_groups,
     set_hyperparameters,
     weight_decay_at,
@@ -43,6 +44,52 @@ def names_of(model: nn.Module, group: dict) -> set[str]:
 
 
 # --- groups ---
+
+
+@pytest.mark.parametrize(
+    ("total", "rise", "div", "final"),
+    [(50, 0.3, 25.0, 1e4), (50, 0.7, 1.0, 1e4), (7, 0.5, 10.0, 10.0)],
+)
+def test_one_cycle_is_that_of_torch(total: int, rise: float, div: float, final: float) -> None:
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=0.1, betas=(0.9, 0.99))
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 0.02, total, pct_start=rise, div_factor=div, final_div_factor=final
+    )
+    for step in range(total):
+        group = optimizer.param_groups[0]
+        lr = one_cycle_at(
+            step, peak=0.02, total_steps=total, rise=rise, start_factor=1 / div, end_factor=1 / div / final
+        )
+        momentum = one_cycle_at(
+            step, peak=0.85, total_steps=total, rise=rise, start_factor=0.95 / 0.85, end_factor=0.95 / 0.85
+        )
+        assert lr == pytest.approx(group["lr"], rel=1e-9), step
+        assert momentum == pytest.approx(group["betas"][0], rel=1e-9), step
+        optimizer.step()
+        if step < total - 1:
+            scheduler.step()
+
+
+def test_one_cycle_of_any_length() -> None:
+    options = {"peak": 1.0, "rise": 0.3, "start_factor": 0.1, "end_factor": 0.01}
+    assert one_cycle_at(0, total_steps=1, **options) == pytest.approx(1.0)
+    assert one_cycle_at(0, total_steps=10, **{**options, "rise": 0.0}) == pytest.approx(1.0)
+    assert one_cycle_at(99, total_steps=10, **options) == pytest.approx(0.01)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        one_cycle_at(0, total_steps=10, **{**options, "rise": 1.5})
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_momentum_is_set_with_the_rates(name: str) -> None:
+    optimizer = build_optimizer(name, [{"params": [nn.Parameter(torch.zeros(1))]}], 0.1, (0.9, 0.99), 1e-8)
+    set_hyperparameters(optimizer, 0.1, 0.0)
+    before = dict(optimizer.param_groups[0])
+    set_hyperparameters(optimizer, 0.1, 0.0, 0.87)
+    group = optimizer.param_groups[0]
+    assert (group.get("betas"), group.get("momentum")) == (
+        ((0.87, 0.99), None) if name == "adamw" else (None, 0.87)
+    )
+    assert "momentum_scheduled" not in before
 
 
 def test_decay_rule():

@@ -8,10 +8,36 @@ from torch import Tensor, nn
 
 
 class DepthOutput(NamedTuple):
-    """What a depth model returns."""
+    """What a depth model returns; None is what its head does not give."""
 
-    depth: Tensor
+    depth: Tensor | None = None
     """Depth along the optical axis [B, 1, H, W] [m], fp32 or wider."""
+
+    disparity_affine: Tensor | None = None
+    """Inverse depth up to an unknown scale and shift [B, 1, H, W], larger is nearer."""
+
+    scales: tuple[Tensor, ...] | None = None
+    """In training mode: maps of the head's core [B, C_i, h_i, w_i], deepest first, for decoders that only training
+    has; of the padded image."""
+
+    segmentation: Tensor | None = None
+    """From such a decoder (`finetune.segmentation`): logits of the classes [B, K, H, W]."""
+
+    def disparity(self) -> Tensor | None:
+        """Inverse depth [B, 1, H, W]: the affine-invariant one of a head that gives it, else 1 / depth [1/m]."""
+        if self.disparity_affine is not None or self.depth is None:
+            return self.disparity_affine
+        return self.depth.reciprocal()
+
+    def cut(self, height: int, width: int) -> "DepthOutput":
+        """The maps of full size without the padding on the right and below; `scales` stay."""
+        return self._replace(
+            **{
+                name: value[..., :height, :width]
+                for name in ("depth", "disparity_affine", "segmentation")
+                if (value := getattr(self, name)) is not None
+            }
+        )
 
 
 class DepthRange(nn.Module):

@@ -28,6 +28,8 @@ class UnetPlusPlus(nn.Module):
             stride) numbers (5 for stride 32).
     """
 
+    outputs = ("depth",)
+
     def __init__(
         self,
         levels: Sequence[PyramidLevel],

@@ -15,11 +15,22 @@ class L1(MaskedLoss):
 
 
 class MSE(MaskedLoss):
-    """Mean squared error over the valid pixels of the batch [m^2]."""
+    """Mean squared error over the valid pixels of the batch, in units of `unit_depth` squared.
+
+    Args:
+        unit_depth: Depth that counts as 1 [m]: 1 gives m^2; 10 is the error of depths that were divided by 10 m, as in
+            training on NYU depth brought to [0, 1].
+    """
+
+    def __init__(self, unit_depth: float = 1.0) -> None:
+        super().__init__()
+        if unit_depth <= 0:
+            raise ValueError(f"unit_depth must be positive, got {unit_depth}.")
+        self.unit_depth = unit_depth
 
     def formula(self, predicted: Tensor, truth: Tensor) -> Tensor:
         """Return the loss of the valid pixels, both [N] in metres, as a scalar."""
-        return (predicted - truth).square().mean()
+        return ((predicted - truth) / self.unit_depth).square().mean()
 
 
 class BerHu(MaskedLoss):

@@ -5,6 +5,9 @@ from torch import Tensor
 
 from finetune.losses.masked import MaskedLoss
 
+NEAREST = 1e-7
+"""Depth that the logarithm is held at [m]."""
+
 
 class SILog(MaskedLoss):
     """`scale * sqrt(var(g) + (1 - variance_focus) * mean(g)^2)` with `g = log(prediction + eps) - log(target + eps)`.
@@ -16,7 +19,8 @@ class SILog(MaskedLoss):
     steps or processes changes the value slightly.
 
     At a perfect prediction the square root has no derivative; the radicand is held at 1e-12, so that the loss there
-    is `scale * 1e-6` with a gradient of zero rather than NaN.
+    is `scale * 1e-6` with a gradient of zero rather than NaN. Predictions below 1e-7 m, zero and negative ones
+    included, count as that depth and have no gradient: the loss is finite for every finite prediction.
 
     Source: BTS (arXiv 1907.10326, eq. 4-5), ZoeDepth (arXiv 2302.12288).
     """
@@ -38,7 +42,8 @@ class SILog(MaskedLoss):
 
     def formula(self, predicted: Tensor, truth: Tensor) -> Tensor:
         """Return the loss of the valid pixels, both [N] in metres, as a scalar."""
-        log_ratio = torch.log(predicted + self.eps) - torch.log(truth + self.eps)
+        floor = max(0.0, NEAREST - self.eps)
+        log_ratio = torch.log(predicted.clamp(min=floor) + self.eps) - torch.log(truth + self.eps)
         variance = log_ratio.var(correction=int(self.unbiased))
         radicand = variance + (1 - self.variance_focus) * log_ratio.mean().square()
         return self.scale * radicand.clamp(min=1e-12).sqrt()  # clamp passes NaN on

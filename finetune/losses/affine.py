@@ -1,0 +1,113 @@
+"""Losses on inverse depth that ignore its scale and shift: what data without metric depth can teach (MiDaS)."""
+
+import torch
+from torch import Tensor
+
+from finetune.losses.base import DepthLoss, NoGroundTruth, check_maps
+
+
+def align(prediction: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and shift of each image that bring its prediction closest to the target, by least squares.
+
+    Solved in fp64 where the device has it, about the means of both, so that a map with a large offset loses no digits.
+    A prediction that is constant has scale 0 and the mean of the target as shift. Gradients pass.
+
+    Args:
+        prediction: [B, 1, H, W].
+        target: Likewise.
+        valid: Where there is a target, bool.
+
+    Returns:
+        Scale and shift, both [B, 1, 1, 1] in the precision of the solution: `scale * prediction + shift`.
+    """
+    wide = prediction.dtype if prediction.device.type == "mps" else torch.float64
+    dims = (1, 2, 3)
+    zero = torch.zeros((), dtype=wide, device=prediction.device)
+    count = valid.sum(dims, keepdim=True).clamp(min=1)
+    mean_p = torch.where(valid, prediction.to(wide), zero).sum(dims, keepdim=True) / count
+    mean_t = torch.where(valid, target.to(wide), zero).sum(dims, keepdim=True) / count
+    off_p = torch.where(valid, prediction.to(wide) - mean_p, zero)
+    off_t = torch.where(valid, target.to(wide) - mean_t, zero)
+    variance = off_p.square().sum(dims, keepdim=True)
+    # Below rounding of the mean, what is left of a constant is noise. NaN counts as varying and stays NaN.
+    constant = variance <= 1e-20 * count * mean_p.square()
+    scale = (off_p * off_t).sum(dims, keepdim=True) / torch.where(
+        constant, torch.ones_like(variance), variance
+    )
+    scale = torch.where(constant, torch.zeros_like(scale), scale)
+    return scale, mean_t - scale * mean_p
+
+
+class _Aligned(DepthLoss):
+    """What both losses do first: align each image, leave out those with too few readings."""
+
+    predicts = "disparity"
+    needs = "disparity"
+
+    def score(self, prediction: Tensor, *targets: Tensor) -> Tensor:
+        """Align and score.
+
+        Args:
+            prediction: Inverse depth [B, 1, H, W].
+            targets: Inverse depth, each image in a scale and shift of its own, and where there is any.
+        """
+        target, valid = targets
+        check_maps(prediction, target, valid)
+        # Two unknowns pass through any two points: an image teaches from its third reading on.
+        valid = valid & (valid.sum((1, 2, 3), keepdim=True) > 2)
+        if not valid.any():
+            raise NoGroundTruth(
+                f"{type(self).__name__} needs an image with at least 3 pixels of ground truth, and none of this batch"
+                f" of {valid.shape[0]} has: check the depth files and the depth limits"
+            )
+        # NaN outside goes before the product with the scale, whose gradient it would spoil.
+        prediction, target = (torch.where(valid, m, torch.zeros_like(m)) for m in (prediction, target))
+        scale, shift = align(prediction, target, valid)
+        residual = (scale * prediction + shift - target) * valid
+        return self.penalty(residual, valid).to(prediction.dtype)
+
+    def penalty(self, residual: Tensor, valid: Tensor) -> Tensor:
+        """The loss of the residuals [B, 1, H, W], which are 0 outside `valid`."""
+        raise NotImplementedError
+
+
+class ScaleShiftInvariant(_Aligned):
+    """`sum of squared residuals / (2 M)` after alignment, M the valid pixels of the batch.
+
+    Source: MiDaS (Ranftl et al., arXiv 1907.01341, equations 3 and 4), batch-based reduction. The unit is that of the
+    squared target: bring affine-invariant targets of a data set to one range, such as [0, 1].
+    """
+
+    def penalty(self, residual: Tensor, valid: Tensor) -> Tensor:
+        """The loss of the residuals [B, 1, H, W], which are 0 outside `valid`."""
+        return residual.square().sum() / (2 * valid.sum())
+
+
+class GradientMatching(_Aligned):
+    """Absolute gradients of the residual after alignment, summed over scales of every 1st, 2nd, 4th, 8th pixel.
+
+    A difference counts where both its pixels are valid; each scale is divided by its number of valid pixels. Source:
+    MiDaS (arXiv 1907.01341, equation 11), which adds it to the loss above with a weight of 0.5.
+
+    Args:
+        scales: How many scales.
+    """
+
+    def __init__(self, scales: int = 4) -> None:
+        super().__init__()
+        if scales < 1:
+            raise ValueError(f"scales must be at least 1, got {scales}.")
+        self.scales = scales
+
+    def penalty(self, residual: Tensor, valid: Tensor) -> Tensor:
+        """The loss of the residuals [B, 1, H, W], which are 0 outside `valid`."""
+        total = residual.new_zeros(())
+        for exponent in range(self.scales):
+            step = 2**exponent
+            coarse, known = residual[..., ::step, ::step], valid[..., ::step, ::step]
+            for axis in (-1, -2):
+                size = coarse.shape[axis] - 1
+                both = known.narrow(axis, 1, size) & known.narrow(axis, 0, size)
+                difference = (coarse.narrow(axis, 1, size) - coarse.narrow(axis, 0, size)).abs()
+                total = total + (difference * both).sum() / known.sum().clamp(min=1)
+        return total
