@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from finetune.depth_data import DepthFileError, DepthSample, EvalTransform
+from finetune.depth_data import DepthFileError, DepthSample, DepthSet, EvalTransform
 from finetune.figures import Triptych
 from finetune.model import DepthModel
 from finetune.protocols import Protocol, ProtocolEvaluator, merge_flipped
@@ -63,7 +63,7 @@ def _depth(model: DepthModel, images: Tensor) -> np.ndarray:
 
 def score(
     model: DepthModel,
-    data: Dataset[DepthSample],
+    data: DepthSet,
     protocol: Protocol,
     transform: EvalTransform,
     *,
@@ -96,7 +96,7 @@ def score(
             pixel.
     """
     evaluator = ProtocolEvaluator(protocol, skip_empty=True)
-    count = len(data)  # type: ignore[arg-type]
+    count = len(data)
     drawn = set(np.linspace(0, count - 1, min(draw, count)).round().astype(int).tolist())
     rows: list[Triptych] = []
     loader = DataLoader(
@@ -132,7 +132,7 @@ class _Prepared(Dataset):
     """Pairs with their network input; an unreadable pair comes as its error (raised in a worker it is a
     traceback)."""
 
-    def __init__(self, data: Dataset[DepthSample], transform: EvalTransform) -> None:
+    def __init__(self, data: DepthSet, transform: EvalTransform) -> None:
         self.data, self.transform = data, transform
 
     def __len__(self) -> int:
