@@ -473,7 +473,7 @@ def test_a_map_without_any_reading_is_reported_and_not_trained_on(tmp_path: Path
     out = DepthTrainingSet(data, still(), 0, skip_unreadable=True)[0, 1]
     assert out["name"].endswith("rgb_0002.png")
     (line,) = out["failed"]
-    assert re.search(r"rgb_0001\.png: .*no reading at all", line)
+    assert re.search(r"rgb_0001\.png: .*no reading at all.*nyu_train\.txt, line 2", line)
     assert line.count(": ") == 1
     with pytest.raises(DepthFileError, match="no reading at all"):
         DepthTrainingSet(data, still(), 0)[0, 1]

@@ -4,7 +4,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from finetune.depth_data.base import DepthSet, OpenOptions, at_line
+from finetune.depth_data.base import DepthSet, OpenOptions, at_line, line_text
 from finetune.depth_data.files import Files
 from finetune.depth_data.sample import DepthSample, file_error, read_depth_png, read_grey, read_rgb
 
@@ -106,6 +106,10 @@ class DenseDepth(DepthSet):
                     " list 16-bit millimetres as layout nyu_sync or folder",
                 )
             return DepthSample(image, values.astype(np.float32) * np.float32(FULL_SCALE / 255), name)
+
+    def origin(self, index: int) -> str:
+        """The line of the CSV."""
+        return line_text(self.csv, self.entries[index][2])
 
     def has_test_split(self) -> bool:
         """Whether the test CSV is there."""

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from finetune.depth_data.base import BadDepth, DepthSet, OpenOptions, at_line
+from finetune.depth_data.base import BadDepth, DepthSet, OpenOptions, at_line, line_text
 from finetune.depth_data.nyu import SyncEntry, existing_root, find_list, parse_list, refuse_missing
 from finetune.depth_data.sample import (
     DepthSample,
@@ -124,6 +124,10 @@ class PlainFolder(DepthSet):
     def names(self) -> list[str]:
         """Names of the pairs, in order."""
         return [entry.image for entry in self.entries]
+
+    def origin(self, index: int) -> str:
+        """The line of the list, if there is one."""
+        return "" if self.list_file is None else line_text(self.list_file, self.entries[index].line)
 
     def has_test_split(self) -> bool:
         """Whether there is a folder for it."""

@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 from scipy.io import loadmat
 
-from finetune.depth_data.base import BadDepth, DepthSet, OpenOptions, WhiteBorder, at_line
+from finetune.depth_data.base import BadDepth, DepthSet, OpenOptions, WhiteBorder, at_line, line_text
 from finetune.depth_data.labels import MAPPING_40, LabelOptions, read_mapping_40
 from finetune.depth_data.sample import (
     DepthSample,
@@ -116,6 +116,10 @@ class NYUSync(DepthSet):
     def names(self) -> list[str]:
         """Names of the pairs, in order."""
         return [entry.image for entry in self.entries]
+
+    def origin(self, index: int) -> str:
+        """The line of the list."""
+        return line_text(self.list_file, self.entries[index].line)
 
     def check_headers(self) -> None:
         """Read the header of every file, not its pixels: all can be opened, depth has 16 bits, a pair has one size.

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from finetune.depth_data.base import DepthSet
 from finetune.depth_data.sample import VOID, DepthFileError, DepthSample, file_error
 from spark.seeding import derive_seed
 
@@ -292,9 +293,10 @@ class DepthTrainingSet(Dataset[dict]):
             try:
                 sample = self.dataset[candidate % len(self)]
                 if sample.depth is not None and not (sample.depth > 0).any():
-                    raise file_error(
-                        sample.name, "the depth map has no reading at all, take the pair out of the list"
-                    )
+                    of_set = isinstance(self.dataset, DepthSet)
+                    origin = self.dataset.origin(candidate % len(self)) if of_set else ""
+                    reason = f"the depth map has no reading at all, take the pair out of the data{origin}"
+                    raise file_error(sample.name, reason)
                 return sample, candidate % len(self), failed
             except DepthFileError as error:
                 if not self.skip_unreadable:
