@@ -4,6 +4,8 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from finetune.depth_data.labels import LabelOptions
+from finetune.depth_data.opening import Kind
 from spark.config import require
 
 
@@ -48,21 +50,83 @@ class DepthModelConfig:
 
 
 @dataclass
-class DepthDataConfig:
-    """Data: RGB-D pairs, their sizes and their augmentation.
+class DepthSetConfig:
+    """One data set: where it lies, its layout, and how it is read; docs/depth_data.md shows every layout.
 
     Attributes:
-        root: folder that the lists' entries are relative to, or the folder or path of nyu_depth_v2_labeled.mat.
-        list: list of the training pairs, a name inside root or a path; null for the labelled file.
-        val_list: list of the pairs to validate on; null validates on the test split of the labelled file, and on
-            nothing where a list names the training pairs.
-        depth: which depth of the labelled file trains, raw (with holes) or filled; a list's depth is what its files
+        root: folder that the lists' entries are relative to, or the file or folder that a layout without lists has.
+        kind: layout; null recognises it, and the log says which it was.
+        list: list of the training pairs, a name inside root or a path; null for a layout with splits of its own.
+        depth: which depth of the labelled file trains, raw (with holes) or filled; other layouts have what their files
             hold.
         white_border: of the labelled NYU images, which training crops leave out: fill continues the pixels next to it,
             black paints it black as in the published test images, keep leaves it.
+        labels: classes of each pixel that are read along, 13 or 40; null reads none.
+        void: pixels without a class are ignored, or are a class of their own behind the others.
+        polarity: what the relation > of DIW says of its point A, farther (as its authors' code) or closer.
+        depth_scale: metres of one unit of the depth files of a plain folder; null is 0.001 for PNG, 1 for NPY and PFM.
+        bad_depth: NaN, infinite and negative depths are refused, or taken for holes.
+        weight: share of the micro-batches, relative to that of the other sets.
+    """
+
+    root: str
+    kind: Kind | None = None
+    list: str | None = None
+    depth: Literal["raw", "filled"] = "raw"
+    white_border: Literal["keep", "black", "fill"] = "keep"
+    labels: Literal[13, 40] | None = None
+    void: Literal["ignore", "class"] = "ignore"
+    polarity: Literal["farther", "closer"] = "farther"
+    depth_scale: float | None = None
+    bad_depth: Literal["refuse", "hole"] = "refuse"
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        expand_home(self, "root", "list")
+        require(self.depth_scale is None or self.depth_scale > 0, "depth_scale", self.depth_scale, "above 0")
+        require(self.weight > 0, "weight", self.weight, "above 0")
+
+    def reading(self) -> dict[str, Any]:
+        """How files are read, as options of `open_depth_data`."""
+        return {
+            "depth": self.depth,
+            "white_border": self.white_border,
+            "labels": None if self.labels is None else LabelOptions(self.labels, self.void),
+            "polarity": self.polarity,
+            "depth_scale": self.depth_scale,
+            "bad_depth": self.bad_depth,
+        }
+
+
+@dataclass
+class DepthDataConfig(DepthSetConfig):
+    """Data: the pairs to train and to validate on, their sizes and their augmentation.
+
+    Attributes:
+        root: folder that the lists' entries are relative to, or the file or folder that a layout without lists has.
+        kind: layout (docs/depth_data.md shows each); null recognises it, and the log says which it was.
+        list: list of the training pairs, a name inside root or a path; null for a layout with splits of its own.
+        val_root: where the pairs to validate on lie; null is root.
+        val_kind: layout of val_root; null is kind, or with val_root recognises it.
+        val_list: list of the pairs to validate on; null validates on the test split of a layout that has one, and on
+            nothing where a list names the training pairs.
+        depth: which depth of the labelled file trains, raw (with holes) or filled; other layouts have what their files
+            hold.
+        white_border: of the labelled NYU images, which training crops leave out: fill continues the pixels next to it,
+            black paints it black as in the published test images, keep leaves it.
+        labels: classes of each pixel that are read along, 13 or 40; null reads none.
+        void: pixels without a class are ignored, or are a class of their own behind the others.
+        polarity: what the relation > of DIW says of its point A, farther (as its authors' code) or closer.
+        depth_scale: metres of one unit of the depth files of a plain folder; null is 0.001 for PNG, 1 for NPY and PFM.
+        bad_depth: NaN, infinite and negative depths are refused, or taken for holes.
+        weight: share of the micro-batches, relative to that of the further sets.
+        sets: further sets to train on in the same run, a list of {root, kind, list, weight, ...}.
+        cache: decode every pair once into a memory-mapped cache; true puts it into output_dir/cache, a path names
+            another folder, which runs can share.
         image_size: size [height, width] in pixels at which a whole frame is presented to the model.
         crop_size: size [height, width] of the random crop of it that one training sample is.
-        border: part [top, bottom, left, right] of a 480x640 frame that crops are taken from; null is all of it.
+        border: part [top, bottom, left, right] of a 480x640 frame that crops are taken from; null is all of it. Further
+            sets are used whole.
         zoom: range of the random magnification s, which divides depth by s.
         flip: probability of a horizontal flip.
         rotation: largest random rotation in degrees.
@@ -71,6 +135,7 @@ class DepthDataConfig:
         brightness: range of the factor on all channels.
         channel: range of the factor on each channel.
         contrast: range of the factor on the difference from the mean colour.
+        cut_depth: probability that a rectangle of the image shows its depth (CutDepth).
         mean: mean of every channel on the scale 0 to 1; null takes what the encoder was trained with.
         std: standard deviation of every channel on the scale 0 to 1; null takes what the encoder was trained with.
         workers: processes that read pairs; null is one for each core that a process may use, at most 8.
@@ -78,11 +143,11 @@ class DepthDataConfig:
         max_empty: share of the run's micro-batches that may be without a single reading before the run stops.
     """
 
-    root: str
-    list: str | None = None
+    val_root: str | None = None
+    val_kind: Kind | None = None
     val_list: str | None = None
-    depth: Literal["raw", "filled"] = "raw"
-    white_border: Literal["keep", "black", "fill"] = "keep"
+    sets: list[DepthSetConfig] = field(default_factory=list)
+    cache: bool | str = False
     image_size: tuple[int, int] = (480, 640)
     crop_size: tuple[int, int] = (416, 544)
     border: tuple[int, int, int, int] | None = (45, 472, 43, 608)
@@ -94,6 +159,7 @@ class DepthDataConfig:
     brightness: tuple[float, float] = (0.75, 1.25)
     channel: tuple[float, float] = (0.9, 1.1)
     contrast: tuple[float, float] = (1.0, 1.0)
+    cut_depth: float = 0.0
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     workers: int | None = None
@@ -101,7 +167,8 @@ class DepthDataConfig:
     max_empty: float = 0.01
 
     def __post_init__(self) -> None:
-        expand_home(self, "root", "list", "val_list")
+        super().__post_init__()
+        expand_home(self, "val_root", "val_list", "cache")
         require(self.workers is None or self.workers >= 0, "data.workers", self.workers, "null, 0 or more")
         require(0 <= self.max_unreadable <= 1, "data.max_unreadable", self.max_unreadable, "between 0 and 1")
         require(0 <= self.max_empty <= 1, "data.max_empty", self.max_empty, "between 0 and 1")

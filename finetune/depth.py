@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -25,9 +25,8 @@ from torch.utils.data import DataLoader
 
 from finetune.config import DepthConfig
 from finetune.depth_data import (
+    DepthSet,
     DepthTrainingSet,
-    NYULabeled,
-    NYUSync,
     TrainTransform,
     collate_depth,
     open_depth_data,
@@ -67,8 +66,6 @@ from spark.run import (
 DESCRIPTION = """Train a depth model (encoder and head) on RGB-D pairs. SIGTERM and Ctrl-C save a checkpoint and end
 a run of one process with exit code 0 (a launcher of several may report its own); continue with --resume true. SIGUSR1
 to the main process writes the model to output_dir/model at once; the end of the run does so anyway."""
-
-DepthData: TypeAlias = NYUSync | NYULabeled
 
 # What a seed is for, so that no two uses share random numbers.
 ENCODER_WEIGHTS, HEAD_WEIGHTS, STEP, DECODER_WEIGHTS = 10, 11, 12, 13
@@ -544,19 +541,31 @@ def build_model(config: DepthConfig) -> tuple[DepthModel, KeyReport]:
     return model, report
 
 
-def open_data(config: DepthConfig, protocol: Protocol) -> tuple[DepthData, DepthData | None]:
+def open_data(config: DepthConfig, protocol: Protocol) -> tuple[DepthSet, DepthSet | None]:
     """The pairs to train on, and those to validate on if there are any.
 
     Raises:
         ValueError: Either is not there, or the ground truth to validate on does not fit the protocol.
     """
     data = config.data
-    pairs = open_depth_data(data.root, data.list, "train", depth=data.depth, white_border=data.white_border)
-    if data.val_list is None and data.list is not None:
+    pairs = open_depth_data(data.root, data.list, "train", kind=data.kind, **data.reading())
+    if (
+        data.val_list is None
+        and data.val_root is None
+        and (data.list is not None or not pairs.has_test_split())
+    ):
         return pairs, None
     held_out = open_depth_data(
-        data.root, data.val_list, "test", depth=protocol.depth, white_border=data.white_border
+        data.val_root or data.root,
+        data.val_list,
+        "test",
+        kind=data.val_kind or (data.kind if data.val_root is None else None),
+        **{**data.reading(), "depth": protocol.depth, "labels": None},
     )
+    if held_out.supervision != "metric":
+        raise ValueError(
+            f"{held_out} has no depth in metres to validate on: name pairs that have (data.val_root, data.val_list)"
+        )
     held_out.check_headers()  # these refuse now, not after the first epoch
     protocol.crop_at(held_out[0].metres.shape)
     return pairs, held_out
@@ -586,7 +595,7 @@ def train_transform(config: DepthConfig) -> TrainTransform:
     )
 
 
-def fingerprint(pairs: DepthData) -> dict[str, Any]:
+def fingerprint(pairs: DepthSet) -> dict[str, Any]:
     """How many pairs, and a digest of their names in order: what a stream of pairs depends on beside the seed."""
     digest = hashlib.sha256("\n".join(pairs.names()).encode("utf-8", "surrogateescape")).hexdigest()
     return {"count": len(pairs), "sha256": digest}
@@ -602,7 +611,7 @@ def refuse_empty(config: DepthConfig, empty: int, planned: int) -> None:
         )
 
 
-def border_text(border: tuple[int, int, int, int] | None, pairs: DepthData) -> str:
+def border_text(border: tuple[int, int, int, int] | None, pairs: DepthSet) -> str:
     """What the border cut means for frames that are not NYU's, judged by the first pair; "" where it needs no word."""
     frame = pairs[0].image.shape[:2]
     if border is None or frame == NYU_FRAME:
@@ -622,8 +631,8 @@ def describe(
     model: DepthModel,
     report: KeyReport,
     start: KeyReport | None,
-    pairs: DepthData,
-    held_out: DepthData | None,
+    pairs: DepthSet,
+    held_out: DepthSet | None,
     length: RunLength,
     world: int,
     device: torch.device,

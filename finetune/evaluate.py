@@ -16,7 +16,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from finetune.config import expand_home
-from finetune.depth_data import open_depth_data
+from finetune.depth_data import Kind, open_depth_data
 from finetune.figures import save_figure, triptychs
 from finetune.inference import check_protocol, chosen_device, score, summary, transform_of
 from finetune.metrics import write_results
@@ -46,20 +46,26 @@ class EvaluationDataConfig:
     """Data: the pairs to score on.
 
     Attributes:
-        root: folder that the list's entries are relative to, or the folder or path of nyu_depth_v2_labeled.mat.
-        list: list of the pairs, a name inside root or a path; null scores on the labelled file.
-        split: official split of the labelled file.
+        root: folder that the list's entries are relative to, or the file or folder that a layout without lists has.
+        kind: layout (docs/depth_data.md shows each); null recognises it, and the log says which it was.
+        list: list of the pairs, a name inside root or a path; null scores on a split of the layout.
+        split: official split, of a layout that has some.
         depth: depth of the labelled file to score against; null is what the protocol stands on.
         white_border: of the labelled NYU images, which training crops leave out: fill continues the pixels next to it,
             black paints it black as in the published test images, keep leaves it.
+        depth_scale: metres of one unit of the depth files of a plain folder; null is 0.001 for PNG, 1 for NPY and PFM.
+        bad_depth: NaN, infinite and negative depths are refused, or taken for holes.
         workers: processes that read pairs.
     """
 
     root: str
+    kind: Kind | None = None
     list: str | None = None
     split: Literal["train", "test"] = "test"
     depth: Literal["raw", "filled"] | None = None
     white_border: Literal["keep", "black", "fill"] = "keep"
+    depth_scale: float | None = None
+    bad_depth: Literal["refuse", "hole"] = "refuse"
     workers: int = 0
 
     def __post_init__(self) -> None:
@@ -118,9 +124,14 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         config.data.root,
         config.data.list,
         config.data.split,
+        kind=config.data.kind,
         depth=config.data.depth or protocol.depth,
         white_border=config.data.white_border,
+        depth_scale=config.data.depth_scale,
+        bad_depth=config.data.bad_depth,
     )
+    if data.supervision != "metric":
+        raise ValueError(f"{data} has no depth in metres to score against: name RGB-D pairs")
     console.print(f"{data}", highlight=False, markup=False, soft_wrap=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("scored", total=len(data))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from finetune.depth_data import DepthFileError, DepthSample, EvalTransform
+from finetune.depth_data import DepthFileError, DepthSample, DepthSet, EvalTransform
 from finetune.figures import Triptych
 from finetune.heads import DepthOutput
 from finetune.model import DepthModel
@@ -79,7 +79,7 @@ def _map(model: DepthModel, images: Tensor, inverse: bool) -> np.ndarray:
 
 def score(
     model: DepthModel,
-    data: Dataset[DepthSample],
+    data: DepthSet,
     protocol: Protocol,
     transform: EvalTransform,
     *,
@@ -112,7 +112,7 @@ def score(
             pixel.
     """
     evaluator = ProtocolEvaluator(protocol, skip_empty=True)
-    count = len(data)  # type: ignore[arg-type]
+    count = len(data)
     drawn = set(np.linspace(0, count - 1, min(draw, count)).round().astype(int).tolist())
     rows: list[Triptych] = []
     loader = DataLoader(
@@ -150,7 +150,7 @@ class _Prepared(Dataset):
     """Pairs with their network input; an unreadable pair comes as its error (raised in a worker it is a
     traceback)."""
 
-    def __init__(self, data: Dataset[DepthSample], transform: EvalTransform) -> None:
+    def __init__(self, data: DepthSet, transform: EvalTransform) -> None:
         self.data, self.transform = data, transform
 
     def __len__(self) -> int:

@@ -447,7 +447,7 @@ def config_dict(config: Any) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return config_dict(value)
-    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
+    return [_plain(entry) for entry in value] if isinstance(value, tuple | list) else value
 
 
 def config_changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
@@ -576,6 +576,8 @@ def _type_name(kind: Any) -> str:
         if parts[-1] is Ellipsis:
             return f"a list [...] of {_plural(parts[0])}"
         return f"a list [...] of {len(parts)} {_plural(parts[0])}"
+    if origin is list:
+        return f"a list [...] of {_plural(parts[0])}"
     if origin is dict:
         return f"{{name: {_type_name(parts[1])}, ...}}"
     if origin is not None:
@@ -592,5 +594,7 @@ def _type_name(kind: Any) -> str:
 
 
 def _plural(kind: type) -> str:
+    if dataclasses.is_dataclass(kind):
+        return f"{{{': ..., '.join(typing.get_type_hints(kind))}: ...}}"
     names = {int: "whole numbers", float: "numbers", str: "texts"}
     return names.get(kind) or f"entries, each {_type_name(kind)}"

@@ -469,7 +469,7 @@ def test_pairs_without_ground_truth_are_counted_and_limited(
 ) -> None:
     world = make_depth_world(tmp_path / "world", train=4)
     depth = world / "train_scene" / "sync_depth_0001.png"
-    cv2.imwrite(str(depth), np.zeros((48, 64), np.uint16))
+    cv2.imwrite(str(depth), np.full((48, 64), 60000, np.uint16))  # readings, all beyond max_depth
     options = {"optim.batch_size": 1, "max_steps": 4, "data.crop_size": "[32,64]"}
     rows = run(world, tmp_path / "run", **options, **{"data.max_empty": 0.5})
     assert rows[-1]["empty_batches"] == 1

@@ -289,13 +289,17 @@ def test_labeled_raw_has_holes_and_filled_has_none(tmp_path):
     assert "raw depth" in repr(NYULabeled(path, depth="raw"))
 
 
-def test_labeled_nan_is_no_reading(tmp_path):
+def test_labeled_nan_is_refused_or_no_reading(tmp_path):
     path = write_mat(tmp_path)
     with h5py.File(path, "r+") as file:
         depths = file["rawDepths"]
         assert isinstance(depths, h5py.Dataset)
         depths[0, 3, 4] = np.nan
-    assert NYULabeled(path)[0].depth[4, 3] == 0
+    with pytest.raises(
+        DepthFileError, match=r"image 0001: 1 of 768 depths are NaN.* row 4, column 3.*bad_depth hole"
+    ):
+        NYULabeled(path)[0]
+    assert NYULabeled(path, bad_depth="hole")[0].metres[4, 3] == 0
 
 
 def test_labeled_in_worker_processes(tmp_path):
@@ -317,8 +321,9 @@ def test_labeled_errors(tmp_path):
         NYULabeled(path, split="val")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no file"):
         NYULabeled(tmp_path / "other.mat", splits_path=tmp_path / "splits.mat")
+    (tmp_path / "text.mat").write_text("no HDF5")
     with pytest.raises(ValueError, match=r"cannot open .* as HDF5"):
-        NYULabeled(tmp_path / "splits.mat", splits_path=tmp_path / "splits.mat")
+        NYULabeled(tmp_path / "text.mat", splits_path=tmp_path / "splits.mat")
     with pytest.raises(ValueError, match=r"cannot read .* as a MATLAB file"):
         NYULabeled(path, splits_path=path)
 

@@ -137,11 +137,25 @@ def batches(pairs: Pairs, epochs: int) -> Iterator[tuple[Tensor, Tensor]]:
 def read_pairs(root: Path, name: str) -> Pairs:
     """The pairs of a BTS list: "/scene/rgb.jpg /scene/depth.png focal"."""
     rows = [line.split() for line in (root / name).read_text().splitlines() if line.strip()]
-    images = [cv2.cvtColor(cv2.imread(str(root / r[0].lstrip("/"))), cv2.COLOR_BGR2RGB) for r in rows]
-    depths = [cv2.imread(str(root / r[1].lstrip("/")), cv2.IMREAD_UNCHANGED) for r in rows]
+    images = [
+        cv2.cvtColor(read(root / row[0].lstrip("/"), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB) for row in rows
+    ]
+    depths = [read(root / row[1].lstrip("/"), cv2.IMREAD_UNCHANGED) for row in rows]
     small = [cv2.resize(d, SIZE[::-1], interpolation=cv2.INTER_NEAREST) for d in depths]
     metres = torch.from_numpy(np.stack(small).astype(np.float32) / 1000)
     return Pairs(torch.stack([resized(image) for image in images]), metres[:, None])
+
+
+def read(path: Path, flags: int) -> np.ndarray:
+    """A picture as OpenCV reads it.
+
+    Raises:
+        SystemExit: it cannot.
+    """
+    picture = cv2.imread(str(path), flags)
+    if picture is None:
+        sys.exit(f"error: {path} is missing or no picture")
+    return picture
 
 
 def resized(image: np.ndarray) -> Tensor:

@@ -731,9 +731,13 @@ def validation_samples(run: Run, count: int) -> list[DepthSample]:
     if not run.option("data.root"):
         raise ValueError(f"config.yaml of {run.folder} does not say where its data is (data.root)")
     data = open_depth_data(
-        run.option("data.root"),
+        run.option("data.val_root") or run.option("data.root"),
         run.option("data.val_list"),
         "test",
+        kind=run.option("data.val_kind")
+        or (None if run.option("data.val_root") else run.option("data.kind")),
+        depth_scale=run.option("data.depth_scale"),
+        bad_depth=run.option("data.bad_depth", "refuse"),
         depth=run.option("data.depth", "raw"),
         white_border=run.option("data.white_border", "keep"),
     )

@@ -1,21 +1,29 @@
 """RGB-D data on disk -> samples in metres -> augmented batches."""
 
+from finetune.depth_data.base import DepthSet, OpenOptions
+from finetune.depth_data.labels import LabelOptions
 from finetune.depth_data.nyu import NYULabeled, NYUSync, paint_border
-from finetune.depth_data.opening import open_depth_data
+from finetune.depth_data.opening import KINDS, Kind, open_depth_data, recognise
 from finetune.depth_data.sample import DepthFileError, DepthSample, read_depth_mm, read_rgb
 from finetune.depth_data.transforms import DepthTrainingSet, EvalTransform, TrainTransform, collate_depth
 
 __all__ = [
+    "KINDS",
     "DepthFileError",
     "DepthSample",
+    "DepthSet",
     "DepthTrainingSet",
     "EvalTransform",
+    "Kind",
+    "LabelOptions",
     "NYULabeled",
     "NYUSync",
+    "OpenOptions",
     "TrainTransform",
     "collate_depth",
     "open_depth_data",
     "paint_border",
     "read_depth_mm",
     "read_rgb",
+    "recognise",
 ]

@@ -8,11 +8,13 @@ from typing import Literal
 import h5py
 import numpy as np
 from scipy.io import loadmat
-from torch.utils.data import Dataset
 
+from finetune.depth_data.base import BadDepth, DepthSet, OpenOptions, WhiteBorder, at_line, line_text
+from finetune.depth_data.labels import MAPPING_40, LabelOptions, read_mapping_40
 from finetune.depth_data.sample import (
     DepthSample,
     check_pair_headers,
+    checked_metres,
     file_error,
     read_depth_mm,
     read_rgb,
@@ -23,9 +25,6 @@ LABELED_MAT = "nyu_depth_v2_labeled.mat"
 SPLITS_MAT = "splits.mat"
 WITHOUT_LISTS = "to use that file give --data.list null (in training: --data.list null --data.val_list null)"
 """What to do where lists are named and a labelled file is there."""
-
-
-WhiteBorder = Literal["keep", "black", "fill"]
 
 
 def paint_border(image: np.ndarray, white_border: WhiteBorder) -> np.ndarray:
@@ -51,14 +50,15 @@ def paint_border(image: np.ndarray, white_border: WhiteBorder) -> np.ndarray:
 
 @dataclass(frozen=True)
 class SyncEntry:
-    """A line of a list file: image and depth relative to the root, and the focal length [px] or None."""
+    """A line of a list file: image and depth relative to the root, the focal length [px] or None, its number."""
 
     image: str
     depth: str
     focal: float | None
+    line: int
 
 
-class NYUSync(Dataset[DepthSample]):
+class NYUSync(DepthSet):
     """RGB-D pairs named by a list file, as BTS lays NYU out.
 
     A line of the list is `/scene/rgb_00045.jpg /scene/sync_depth_00045.png 518.8579`. Depth files are 16-bit
@@ -70,6 +70,7 @@ class NYUSync(Dataset[DepthSample]):
         root: the folder that the entries are relative to.
         list_file: name of the list inside `root`, or its path, see `find_list`.
         white_border: what becomes of the white border of the labelled NYU images, see `paint_border`.
+        labels: classes to read along, from `labels13_00045.png` (or 40) beside `rgb_00045.jpg`.
 
     Raises:
         ValueError: no such root or list, an empty list, a line that cannot be parsed, files that are missing
@@ -77,23 +78,33 @@ class NYUSync(Dataset[DepthSample]):
             later pairs raises too): a validation list of the wrong kind shows before training, not after it.
     """
 
-    def __init__(self, root: str | Path, list_file: str | Path, *, white_border: WhiteBorder = "keep"):
+    def __init__(
+        self,
+        root: str | Path,
+        list_file: str | Path,
+        *,
+        white_border: WhiteBorder = "keep",
+        labels: LabelOptions | None = None,
+    ):
         self.root = existing_root(root)
         self.list_file = find_list(self.root, list_file)
         self.white_border: WhiteBorder = white_border
+        self.labels, self.labelled = labels, labels is not None
         self.entries = parse_list(self.list_file)
-        missing = [
-            path
-            for entry in self.entries
-            for path in (entry.image, entry.depth)
-            if not (self.root / path).is_file()
-        ]
-        if missing:
-            raise ValueError(
-                f"{len(missing)} of {2 * len(self.entries)} files named in {self.list_file} are missing,"
-                f" the first is {self.root / missing[0]}: is {self.root} what the list is relative to?"
-            )
+        refuse_missing(self.root, self.list_file, self.entries)
         self[0]
+
+    @classmethod
+    def recognises(cls, root: Path, list_file: str | Path | None) -> bool:
+        """Whether a list is given."""
+        return list_file is not None and root.is_dir()
+
+    @classmethod
+    def opened(cls, root: Path, options: OpenOptions) -> "NYUSync":
+        """Open the pairs of `options.list`."""
+        if options.list is None:
+            raise ValueError(f"nyu_sync needs a list of pairs: name it (data.list). {lists_text(root)}")
+        return cls(root, options.list, white_border=options.white_border, labels=options.labels)
 
     def __repr__(self) -> str:
         """What a run prints about its data."""
@@ -106,6 +117,10 @@ class NYUSync(Dataset[DepthSample]):
         """Names of the pairs, in order."""
         return [entry.image for entry in self.entries]
 
+    def origin(self, index: int) -> str:
+        """The line of the list."""
+        return line_text(self.list_file, self.entries[index].line)
+
     def check_headers(self) -> None:
         """Read the header of every file, not its pixels: all can be opened, depth has 16 bits, a pair has one size.
 
@@ -113,17 +128,22 @@ class NYUSync(Dataset[DepthSample]):
             DepthFileError: the first pair that is otherwise.
         """
         for entry in self.entries:
-            check_pair_headers(self.root / entry.image, self.root / entry.depth)
+            with at_line(self.list_file, entry.line):
+                check_pair_headers(self.root / entry.image, self.root / entry.depth)
 
     def __getitem__(self, index: int) -> DepthSample:
         entry = self.entries[index]
-        image = read_rgb(self.root / entry.image)
-        depth = read_depth_mm(self.root / entry.depth)
-        image = paint_border(image, self.white_border)
-        return DepthSample(image, depth, entry.image)
+        with at_line(self.list_file, entry.line):
+            path = self.root / entry.image
+            image = paint_border(read_rgb(path), self.white_border)
+            depth = read_depth_mm(self.root / entry.depth)
+            labels = (
+                None if self.labels is None else self.labels.read(path.parent, path.stem.removeprefix("rgb_"))
+            )
+            return DepthSample(image, depth, entry.image, labels=labels)
 
 
-class NYULabeled(Dataset[DepthSample]):
+class NYULabeled(DepthSet):
     """The 795 training or 654 test pairs of the official labelled file.
 
     The file is MATLAB 7.3, that is HDF5 with the axes reversed: `images` (N, 3, W, H), depths (N, W, H). Each
@@ -138,6 +158,8 @@ class NYULabeled(Dataset[DepthSample]):
             scores against. "filled" is the inpainted map (`depths`): dense training targets; DenseDepth and
             Laina score against it.
         white_border: what becomes of the white border, see `paint_border`.
+        labels: classes to read along, from `labels` of the file and classMapping40.mat beside it.
+        bad_depth: what becomes of NaN, infinite and negative depths, see `checked_metres`.
 
     Raises:
         ValueError: a missing or damaged file, one without the expected arrays, an unknown split or kind of
@@ -152,6 +174,8 @@ class NYULabeled(Dataset[DepthSample]):
         depth: Literal["raw", "filled"] = "raw",
         *,
         white_border: WhiteBorder = "keep",
+        labels: LabelOptions | None = None,
+        bad_depth: BadDepth = "refuse",
     ):
         keys = {"raw": "rawDepths", "filled": "depths"}
         if depth not in keys:
@@ -162,12 +186,17 @@ class NYULabeled(Dataset[DepthSample]):
         )
         self.split, self.depth = split, depth
         self.white_border: WhiteBorder = white_border
+        self.labels, self.labelled = labels, labels is not None
+        self._mapping = read_mapping_40(self.mat_path.with_name(MAPPING_40)) if labels else None
+        self.bad_depth: BadDepth = bad_depth
         self._depth_key = keys[depth]
         self._file: h5py.File | None = None
         self._file_pid = 0
         self.ids = read_split(self.splits_path, split)
         with self._open() as file:  # closed again: an open handle must not cross a fork
             images, depths = self._array(file, "images").shape, self._array(file, self._depth_key).shape
+            if labels is not None and self._array(file, "labels").shape != depths:
+                raise ValueError(f"labels of {self.mat_path} are not of the shape {depths} of its depths")
         count = images[0] if images else 0
         if len(images) != 4 or images[1] != 3 or depths != (count, *images[2:]):
             raise ValueError(
@@ -180,6 +209,26 @@ class NYULabeled(Dataset[DepthSample]):
                 " the two files do not belong together, or one download was cut short"
             )
 
+    @classmethod
+    def recognises(cls, root: Path, list_file: str | Path | None) -> bool:
+        """Whether `root` is a .mat file, or a folder with the labelled one, and no list is given."""
+        return list_file is None and (root.suffix == ".mat" or (root / LABELED_MAT).is_file())
+
+    @classmethod
+    def opened(cls, root: Path, options: OpenOptions) -> "NYULabeled":
+        """Open the pairs of `options.split`."""
+        if options.list is not None:
+            raise ValueError(f"{root} is the labelled file, which takes no list: {WITHOUT_LISTS}")
+        path = root / LABELED_MAT if root.is_dir() else root
+        return cls(
+            path,
+            split=options.split,
+            depth=options.depth,
+            white_border=options.white_border,
+            labels=options.labels,
+            bad_depth=options.bad_depth,
+        )
+
     def __repr__(self) -> str:
         """What a run prints about its data."""
         return f"NYU labelled layout, {len(self)} {self.split} pairs of {self.mat_path}, {self.depth} depth"
@@ -190,6 +239,10 @@ class NYULabeled(Dataset[DepthSample]):
     def names(self) -> list[str]:
         """Names of the pairs, in order."""
         return [f"{number:04d}" for number in self.ids]
+
+    def has_test_split(self) -> bool:
+        """The file has the official one."""
+        return True
 
     def check_headers(self) -> None:
         """Nothing: all pairs share the arrays that opening the file checked."""
@@ -202,15 +255,22 @@ class NYULabeled(Dataset[DepthSample]):
         try:
             image = self._array(self._file, "images")[number - 1]
             depth = self._array(self._file, self._depth_key)[number - 1]
+            classes = None if self.labels is None else self._array(self._file, "labels")[number - 1]
         except OSError as error:
             raise file_error(
                 f"{self.mat_path}, image {name}", f"cannot be read ({error}), download or copy the file again"
             ) from error
         # (3, W, H) -> [H, W, 3] and (W, H) -> [H, W]: a transpose, because a rotation would mirror the scene.
         image = np.ascontiguousarray(image.transpose(2, 1, 0))
-        depth = np.ascontiguousarray(depth.T, dtype=np.float32)
+        where = f"{self.mat_path}, image {name}"
+        depth = checked_metres(depth.T, where, self.bad_depth)
         image = paint_border(image, self.white_border)
-        return DepthSample(image, np.where(np.isfinite(depth), depth, np.float32(0.0)), name)
+        labels = None
+        if self.labels is not None and self._mapping is not None and classes is not None:
+            if classes.max() >= len(self._mapping):
+                raise file_error(where, f"class {classes.max()} is not one of 0 (void) to 894")
+            labels = self.labels.convert(self._mapping[np.ascontiguousarray(classes.T)], 40, where)
+        return DepthSample(image, depth, name, labels=labels)
 
     def __getstate__(self) -> dict:
         """Leave the open file behind: HDF5 handles cannot be pickled, the copy opens its own."""
@@ -227,6 +287,13 @@ class NYULabeled(Dataset[DepthSample]):
     def _open(self) -> h5py.File:
         if not self.mat_path.is_file():
             raise ValueError(f"no file {self.mat_path}: give the path of {LABELED_MAT}")
+        with self.mat_path.open("rb") as file:
+            version = file.read(19)
+        if version.startswith(b"MATLAB 5.0"):
+            raise ValueError(
+                f"{self.mat_path} is of version 5 of MATLAB's files, the official {LABELED_MAT} is of 7.3 (HDF5):"
+                " download it again, or save it with MATLAB's -v7.3"
+            )
         try:
             return h5py.File(self.mat_path, "r")
         except OSError as error:
@@ -285,6 +352,22 @@ def find_list(root: Path, list_file: str | Path) -> Path:
     raise ValueError(f"no list file {list_file}: looked for {looked}. {lists_text(root)}{labelled}")
 
 
+def refuse_missing(root: Path, list_file: Path, entries: list[SyncEntry]) -> None:
+    """Raise ValueError if files of a list are missing: how many, the first, and its line."""
+    missing = [
+        (path, entry.line)
+        for entry in entries
+        for path in (entry.image, entry.depth)
+        if not (root / path).is_file()
+    ]
+    if missing:
+        first, line = missing[0]
+        raise ValueError(
+            f"{len(missing)} of {2 * len(entries)} files named in {list_file} are missing, the first is"
+            f" {root / first} (line {line}): is {root} what the list is relative to?"
+        )
+
+
 def lists_text(root: Path) -> str:
     """A sentence on the text files directly inside `root`, for error messages."""
     names = sorted(path.name for path in root.glob("*.txt"))
@@ -305,7 +388,8 @@ def parse_list(list_file: Path) -> list[SyncEntry]:
         try:
             image, depth = columns[:2]
             (focal,) = columns[2:] or (None,)
-            entry = SyncEntry(image.lstrip("/"), depth.lstrip("/"), None if focal is None else float(focal))
+            length = None if focal is None else float(focal)
+            entry = SyncEntry(image.lstrip("/"), depth.lstrip("/"), length, number)
         except ValueError as error:
             raise ValueError(
                 f"{list_file}, line {number}: expected `image depth focal`, without spaces inside the names,"

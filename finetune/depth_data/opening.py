@@ -1,17 +1,68 @@
 """Find out what lies at a data root, and open it."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from types import MappingProxyType
+from typing import Any, Literal, TypeAlias, get_args
 
+from finetune.depth_data.base import DepthSet, OpenOptions
+from finetune.depth_data.densedepth import DenseDepth
+from finetune.depth_data.diw import DIW
+from finetune.depth_data.fastdepth import FastDepth, HubTars
+from finetune.depth_data.folder import PlainFolder, ReDWeb
 from finetune.depth_data.nyu import (
     LABELED_MAT,
     WITHOUT_LISTS,
     NYULabeled,
     NYUSync,
-    WhiteBorder,
     existing_root,
     lists_text,
 )
+
+Kind: TypeAlias = Literal[
+    "nyu_labeled", "densedepth", "hub_tars", "fastdepth", "diw", "redweb", "folder", "nyu_sync"
+]
+
+KINDS: Mapping[Kind, type[DepthSet]] = MappingProxyType(
+    {
+        "nyu_labeled": NYULabeled,
+        "densedepth": DenseDepth,
+        "hub_tars": HubTars,
+        "fastdepth": FastDepth,
+        "diw": DIW,
+        "redweb": ReDWeb,
+        "folder": PlainFolder,
+        "nyu_sync": NYUSync,
+    }
+)
+"""Name in a configuration -> data set, in the order in which a root is asked for them."""
+assert set(KINDS) == set(get_args(Kind))
+
+LABELLED: frozenset[Kind] = frozenset({"nyu_labeled", "nyu_sync"})
+"""Layouts with class labels."""
+
+
+def recognise(root: str | Path, list: str | Path | None = None) -> Kind:
+    """The layout that lies at `root`.
+
+    Raises:
+        ValueError: none that is known, with what was looked for.
+    """
+    root = Path(root)
+    if root.is_file() and list is not None and root.suffix != ".zip":
+        remedy = f"; {WITHOUT_LISTS}" if root.suffix == ".mat" else ""
+        raise ValueError(
+            f"{root} is a file, and a list of pairs needs a folder: give one or the other{remedy}"
+        )
+    if not root.is_file():
+        root = existing_root(root)
+    for kind, data in KINDS.items():
+        if data.recognises(root, list):
+            return kind
+    raise ValueError(
+        f"no list of pairs was given and {root} holds no {LABELED_MAT}, nor another layout that is known"
+        f" ({', '.join(KINDS)}; docs/depth_data.md): name the list file (data.list). {lists_text(root)}"
+    )
 
 
 def open_depth_data(
@@ -19,41 +70,31 @@ def open_depth_data(
     list: str | Path | None = None,
     split: Literal["train", "test"] = "train",
     *,
-    depth: Literal["raw", "filled"] = "raw",
-    white_border: WhiteBorder = "keep",
-) -> NYUSync | NYULabeled:
-    """Open RGB-D pairs; `repr` of the result says which layout was taken.
-
-    - a list is given: the BTS "sync" layout. The list is the split; `split` and `depth` say nothing there,
-      because a list file and its depth maps are what they are.
-    - no list, and `root` is a .mat file or a folder that holds nyu_depth_v2_labeled.mat: the official
-      labelled file with splits.mat beside it.
+    kind: Kind | None = None,
+    **options: Any,
+) -> DepthSet:
+    """Open a data set; `repr` of the result says which layout was taken.
 
     Args:
-        root: folder of the scenes, or of the labelled file, or the labelled file itself.
-        list: list file of RGB-D pairs: a name inside `root`, or a path, see `nyu.find_list`.
-        split: which official split of the labelled file.
-        depth: "raw" (with holes) or "filled" depth of the labelled file.
-        white_border: what becomes of the white border of the labelled images, see `paint_border`.
+        root: folder or file that the layout has.
+        list: list of the pairs; a list is the split, where one is given.
+        split: which official split, where the layout has them.
+        kind: the layout; None recognises it, see `recognise`.
+        options: the other fields of `OpenOptions`.
 
     Raises:
-        ValueError: nothing of the above is there, with what was looked for; or what `NYUSync` and
-            `NYULabeled` raise.
+        ValueError: nothing that is known is there, with what was looked for; classes of a layout that has none; or what
+            the data set of that kind raises.
     """
-    root = Path(root)
-    if root.is_file() and list is not None:
-        remedy = f"; {WITHOUT_LISTS}" if root.suffix == ".mat" else ""
+    chosen = OpenOptions(list, split, **options)
+    if kind is None:
+        kind = recognise(root, list)
+    elif kind not in KINDS:
+        raise ValueError(f"data.kind must be one of {', '.join(KINDS)}, not {kind}")
+    elif not Path(root).exists():
+        raise ValueError(f"no folder {root}: data.root must be where the layout {kind} lies")
+    if chosen.labels is not None and kind not in LABELLED:
         raise ValueError(
-            f"{root} is a file, and a list of pairs needs a folder: give one or the other{remedy}"
+            f"the layout {kind} has no class labels, only {', '.join(sorted(LABELLED))} have: give data.labels null"
         )
-    if root.is_file():
-        return NYULabeled(root, split=split, depth=depth, white_border=white_border)
-    root = existing_root(root)
-    if list is not None:
-        return NYUSync(root, list, white_border=white_border)
-    if (root / LABELED_MAT).is_file():
-        return NYULabeled(root / LABELED_MAT, split=split, depth=depth, white_border=white_border)
-    raise ValueError(
-        f"no list of pairs was given and {root} holds no {LABELED_MAT}: name the list file (data.list)."
-        f" {lists_text(root)}"
-    )
+    return KINDS[kind].opened(Path(root), chosen)

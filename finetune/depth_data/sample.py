@@ -27,6 +27,7 @@ window, in this order from 0; files count them from 1 with 0 = void. Void is 255
 its own behind the others (number 13 of 14, number 40 of 41).
 """
 
+import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -127,8 +128,8 @@ def size_text(shape: tuple[int, ...]) -> str:
     return "x".join(str(n) for n in shape[:2])
 
 
-def read_rgb(path: str | Path) -> np.ndarray:
-    """Read a colour image as uint8 `[H, W, 3]`.
+def read_rgb(path: str | Path, content: bytes | None = None) -> np.ndarray:
+    """Read a colour image as uint8 `[H, W, 3]`, from its file or from the `content` that an archive has for it.
 
     Pillow reads it rather than opencv, because versions of opencv fill the missing half of a truncated JPEG
     with grey, and because pretraining reads with Pillow too, so that both see the same pixels. An EXIF
@@ -138,7 +139,7 @@ def read_rgb(path: str | Path) -> np.ndarray:
         DepthFileError: the file is missing, truncated, too large, or no image.
     """
     try:
-        with opened_image(path) as image:
+        with opened_image(path, content) as image:
             return np.array(image.convert("RGB"))
     except DepthFileError:
         raise
@@ -147,7 +148,7 @@ def read_rgb(path: str | Path) -> np.ndarray:
 
 
 @contextmanager
-def opened_image(path: str | Path) -> Iterator[Image.Image]:
+def opened_image(path: str | Path, content: bytes | None = None) -> Iterator[Image.Image]:
     """An image of which only the header is read yet.
 
     Raises:
@@ -157,7 +158,7 @@ def opened_image(path: str | Path) -> Iterator[Image.Image]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
-            image = Image.open(path)
+            image = Image.open(path if content is None else io.BytesIO(content))
         except Image.DecompressionBombError as error:
             raise file_error(path, f"has more than the {MAX_PIXELS} pixels that are accepted") from error
     with image:
@@ -198,8 +199,39 @@ def read_depth_mm(path: str | Path) -> np.ndarray:
     Raises:
         DepthFileError: the file is missing, damaged, not 16-bit, or has more than one channel.
     """
+    return read_depth_png(path, 0.001)
+
+
+def read_depth_png(path: str | Path, scale: float, content: bytes | None = None) -> np.ndarray:
+    """Read a depth map of 16 bits, `scale` metres a unit, into float32 metres `[H, W]`; 0 = no reading.
+
+    Args:
+        path: the file, or what errors call it where the `content` is given.
+        scale: metres of one unit.
+        content: what an archive has for the file.
+
+    Raises:
+        DepthFileError: the file is missing, damaged, not 16-bit, or has more than one channel.
+    """
+    values = read_grey(path, content)
+    if values.dtype != np.uint16:
+        raise file_error(
+            path,
+            f"the depth map is {values.dtype}, expected 16-bit millimetres (uint16)."
+            " 8-bit files hold scaled or normalised depth, which is not metres; convert them first",
+        )
+    # A division, because a product with the nearest float to 0.001 is another number in the last digit.
+    return values.astype(np.float32) / np.float32(1.0 / scale)
+
+
+def read_grey(path: str | Path, content: bytes | None = None) -> np.ndarray:
+    """Read a depth map of one channel as it is stored, `[H, W]`, from its file or from `content`.
+
+    Raises:
+        DepthFileError: the file is missing, damaged, or has more than one channel.
+    """
     try:
-        data = np.fromfile(path, np.uint8)
+        data = np.fromfile(path, np.uint8) if content is None else np.frombuffer(content, np.uint8)
     except OSError as error:
         raise unreadable(path, "a depth map", error) from error
     # IMREAD_UNCHANGED, because every other mode of opencv turns 16 bits into 8.
@@ -215,10 +247,31 @@ def read_depth_mm(path: str | Path) -> np.ndarray:
             f"the depth map has {depth.shape[2]} channels, expected one channel of 16-bit millimetres"
             " (is it a colour picture of the depth?)",
         )
-    if depth.dtype != np.uint16:
+    return depth
+
+
+def checked_metres(depth: np.ndarray, path: str | Path, bad_depth: str) -> np.ndarray:
+    """Depth of a format that can hold any number: float32 metres `[H, W]`, 0 where there is no reading.
+
+    Args:
+        depth: values [m].
+        path: the file, for errors.
+        bad_depth: "refuse", or "hole": NaN, infinite and negative values are no readings.
+
+    Raises:
+        DepthFileError: such values, with the policy "refuse"; or not one map.
+    """
+    if depth.ndim != 2 or depth.dtype.kind not in "fui":
+        raise file_error(path, f"depth is numbers [H, W], not {depth.dtype} {list(depth.shape)}")
+    metres = np.ascontiguousarray(depth, np.float32)
+    bad = ~np.isfinite(metres) | (metres < 0)
+    if not bad.any():
+        return metres
+    if bad_depth == "refuse":
+        row, column = np.argwhere(bad)[0]
         raise file_error(
             path,
-            f"the depth map is {depth.dtype}, expected 16-bit millimetres (uint16)."
-            " 8-bit files hold scaled or normalised depth, which is not metres; convert them first",
+            f"{int(bad.sum())} of {bad.size} depths are NaN, infinite or negative, the first {metres[row, column]:g} at"
+            f" row {row}, column {column}; where they mean no reading, give --data.bad_depth hole",
         )
-    return depth.astype(np.float32) / np.float32(1000.0)
+    return np.where(bad, np.float32(0.0), metres)

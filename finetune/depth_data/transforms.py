@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from finetune.depth_data.sample import VOID, DepthFileError, DepthSample
+from finetune.depth_data.base import DepthSet
+from finetune.depth_data.sample import VOID, DepthFileError, DepthSample, file_error
 from spark.seeding import derive_seed
 
 NYU_FRAME = (480, 640)
@@ -254,9 +255,9 @@ class DepthTrainingSet(Dataset[dict]):
         dataset: pairs, such as `NYUSync`: `len` and items of `DepthSample`.
         transform: what augments a pair with torch's global generator.
         seed: of the run.
-        skip_unreadable: let the next readable pair take the place of one that raises `DepthFileError`, and
-            report it under "failed" as "path: reason", for `spark.images.UnreadableImages` to count.
-            Otherwise the error is raised.
+        skip_unreadable: let the next readable pair take the place of one that raises `DepthFileError` or has no
+            reading at all, and report it under "failed" as "path: reason", for `spark.images.UnreadableImages` to
+            count. Otherwise the error is raised.
     """
 
     def __init__(
@@ -290,7 +291,13 @@ class DepthTrainingSet(Dataset[dict]):
         failed = []
         for candidate in range(index, index + len(self)):
             try:
-                return self.dataset[candidate % len(self)], candidate % len(self), failed
+                sample = self.dataset[candidate % len(self)]
+                if sample.depth is not None and not (sample.depth > 0).any():
+                    of_set = isinstance(self.dataset, DepthSet)
+                    origin = self.dataset.origin(candidate % len(self)) if of_set else ""
+                    reason = f"the depth map has no reading at all, take the pair out of the data{origin}"
+                    raise file_error(sample.name, reason)
+                return sample, candidate % len(self), failed
             except DepthFileError as error:
                 if not self.skip_unreadable:
                     raise

@@ -5,7 +5,7 @@ Nothing is unpacked, so no entry can be written anywhere; what is not a plain fi
 
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +24,15 @@ class TarSource:
 
     Args:
         shards: the tar files, not compressed.
+        extensions: in lower case, of the files that are taken.
 
     Raises:
         ValueError: a shard that is empty, cut off, compressed, or no tar file, or without an image.
         OSError: a shard cannot be read.
     """
 
-    def __init__(self, shards: Sequence[str | Path]):
+    def __init__(self, shards: Sequence[str | Path], extensions: Collection[str] = EXTENSIONS):
+        self._extensions = extensions
         self._shards = [os.fspath(shard) for shard in shards]
         self._entries = Names(self._index())
         assert len(self._offsets) == len(self._entries)
@@ -40,7 +42,7 @@ class TarSource:
         counts, offsets, sizes = [], [], []
         for shard in self._shards:
             before = len(offsets)
-            for name, offset, size in image_entries(shard):
+            for name, offset, size in image_entries(shard, self._extensions):
                 offsets.append(offset)
                 sizes.append(size)
                 yield name
@@ -76,8 +78,10 @@ class TarSource:
         ).digest()
 
 
-def image_entries(shard: str | Path) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size [bytes] of every image in a tar file.
+def image_entries(
+    shard: str | Path, extensions: Collection[str] = EXTENSIONS
+) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and size [bytes] of every image (or file of other `extensions`) in a tar file.
 
     Raises:
         ValueError: it is empty, cut off, compressed, or no tar file, or without an image.
@@ -101,7 +105,7 @@ def image_entries(shard: str | Path) -> Iterator[tuple[str, int, int]]:
                     end = entry.offset_data + (-(-entry.size // _BLOCK) * _BLOCK if entry.isreg() else 0)
                     if end > size:
                         raise ValueError(_cut_off(shard, f"in {entry.name}"))
-                    if entry.isreg() and not entry.issparse() and _is_image(entry.name):
+                    if entry.isreg() and not entry.issparse() and _is_image(entry.name, extensions):
                         images += 1
                         yield entry.name, entry.offset_data, entry.size
                     archive.members = []  # pyright: ignore[reportAttributeAccessIssue]  # or it would keep them all
@@ -116,7 +120,7 @@ def image_entries(shard: str | Path) -> Iterator[tuple[str, int, int]]:
             raise ValueError(_cut_off(shard, "before the mark that ends a tar file"))
     if not images:
         raise ValueError(
-            f"the shard {shard} holds no image: looked for entries that end in {' '.join(EXTENSIONS)}"
+            f"the shard {shard} holds no image: looked for entries that end in {' '.join(extensions)}"
         )
 
 
@@ -124,6 +128,6 @@ def _cut_off(shard: str | Path, where: str) -> str:
     return f"the shard {shard} is cut off {where}: copy or write it again, or leave it out"
 
 
-def _is_image(name: str) -> bool:
+def _is_image(name: str, extensions: Collection[str]) -> bool:
     stem, extension = os.path.splitext(os.path.basename(name))
-    return extension.lower() in EXTENSIONS and not stem.startswith(".")
+    return extension.lower() in extensions and not stem.startswith(".")

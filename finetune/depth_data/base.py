@@ -1,0 +1,109 @@
+"""What every data set of depth offers, and the options that it is opened with.
+
+To add one: a `DepthSet` in a file of this folder, its name in `finetune.depth_data.opening.KINDS`, a test on files
+written in its layout, and a section in docs/depth_data.md.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal, TypeAlias
+
+from torch.utils.data import Dataset
+
+from finetune.depth_data.labels import LabelOptions
+from finetune.depth_data.sample import DepthFileError, DepthSample, Supervision
+
+WhiteBorder: TypeAlias = Literal["keep", "black", "fill"]
+BadDepth: TypeAlias = Literal["refuse", "hole"]
+
+
+@dataclass(frozen=True)
+class OpenOptions:
+    """How to open a data set; each kind reads those that it knows.
+
+    Args:
+        list: list file of the pairs, a name inside the root or a path; None: the whole of `split`.
+        split: which official split, where the layout has them.
+        depth: "raw" (with holes) or "filled" depth of the labelled file.
+        white_border: what becomes of the white border of labelled NYU images, see `nyu.paint_border`.
+        labels: classes of each pixel to read along; None reads none.
+        polarity: what the relation `>` of DIW says of its point A.
+        depth_scale: metres of one unit of the depth files of a plain folder; None: 0.001 for PNG, 1 for NPY and PFM.
+        bad_depth: "refuse" a depth map with NaN, infinite or negative values, or take them for holes.
+    """
+
+    list: str | Path | None = None
+    split: Literal["train", "test"] = "train"
+    depth: Literal["raw", "filled"] = "raw"
+    white_border: WhiteBorder = "keep"
+    labels: LabelOptions | None = None
+    polarity: Literal["farther", "closer"] = "farther"
+    depth_scale: float | None = None
+    bad_depth: BadDepth = "refuse"
+
+
+class DepthSet(Dataset[DepthSample]):
+    """Images with what is known of their depth, in the order of `names`.
+
+    Opening one raises ValueError for what cannot be used as a whole: no such folder, an empty list, missing files.
+    Reading a sample raises `DepthFileError` ("path: reason") for what is wrong with that one, which training counts
+    and skips up to `data.max_unreadable`. Data loader processes get a copy each.
+    """
+
+    supervision: ClassVar[Supervision] = "metric"
+    labelled: bool = False
+    """Whether samples carry `labels`."""
+
+    @classmethod
+    @abstractmethod
+    def recognises(cls, root: Path, list_file: str | Path | None) -> bool:
+        """Whether this layout lies at `root`, which exists; cheap, and never an error."""
+
+    @classmethod
+    @abstractmethod
+    def opened(cls, root: Path, options: OpenOptions) -> "DepthSet":
+        """Open what lies at `root`."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> DepthSample:
+        """Read a sample."""
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Names of the samples, in order, each once."""
+
+    def origin(self, index: int) -> str:
+        """Where a list names the sample, " (LIST, line N)"; "" without a list."""
+        return ""
+
+    def has_test_split(self) -> bool:
+        """Whether pairs to validate on lie at the same root, as a split of the layout."""
+        return False
+
+    def check_headers(self) -> None:
+        """Check every sample as far as headers tell, without decoding pixels.
+
+        Raises:
+            DepthFileError: the first that cannot be used.
+        """
+
+
+@contextmanager
+def at_line(list_file: str | Path, line: int) -> Iterator[None]:
+    """Add the line of a list to errors about the files that it names."""
+    try:
+        yield
+    except DepthFileError as error:
+        raise DepthFileError(f"{error}{line_text(list_file, line)}") from error
+
+
+def line_text(list_file: str | Path, line: int) -> str:
+    """The line of a list, for the end of a sentence."""
+    return f" ({Path(list_file).name}, line {line})"

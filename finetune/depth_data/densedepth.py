@@ -1,0 +1,135 @@
+"""NYU Depth V2 as DenseDepth publishes it: `nyu_data.zip`, or what it unpacks to, with CSV files of pairs."""
+
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from finetune.depth_data.base import DepthSet, OpenOptions, at_line, line_text
+from finetune.depth_data.files import Files
+from finetune.depth_data.sample import DepthSample, file_error, read_depth_png, read_grey, read_rgb
+
+TRAIN_CSV, TEST_CSV = "nyu2_train.csv", "nyu2_test.csv"
+FULL_SCALE = 10.0
+"""Depth that 255 stands for in a training file [m]."""
+
+
+class DenseDepth(DepthSet):
+    """The 50,688 training or 654 test pairs of `nyu_data.zip`.
+
+    A line of `data/nyu2_train.csv` is `data/nyu2_train/SCENE/1.jpg,data/nyu2_train/SCENE/1.png`, without a header.
+    Depth under `nyu2_test` is uint16 in millimetres; all other depth has 8 bits, value * 10 / 255 m (steps of 39 mm,
+    filled, 255 = at least 10 m). A file of the other kind is an error.
+
+    Args:
+        root: the zip, or a folder that holds `data/nyu2_train.csv` or `nyu2_train.csv`.
+        csv: file of pairs, a name inside `root` or a path; None: that of the split.
+        split: "train" or "test".
+
+    Raises:
+        ValueError: no such file, a line that is no pair, files that are missing, or a first pair that cannot be used.
+    """
+
+    def __init__(self, root: str | Path, csv: str | Path | None = None, split: str = "train"):
+        self.files = Files(root)
+        text, self.csv = self._csv(csv, TRAIN_CSV if split == "train" else TEST_CSV)
+        self.entries: list[tuple[str, str, int]] = []
+        for number, line in enumerate(text.splitlines(), start=1):
+            if not line.strip():
+                continue
+            columns = [column.strip().lstrip("/") for column in line.split(",")]
+            if len(columns) != 2 or not all(columns):
+                raise ValueError(f"{self.csv}, line {number}: expected `image,depth`, got {line!r}")
+            self.entries.append((columns[0], columns[1], number))
+        if not self.entries:
+            raise ValueError(f"{self.csv} is empty: it needs a line `image,depth` for each pair")
+        # Entries begin with data/; where the folder data itself is the root, they lie without it.
+        first = self.entries[0][0]
+        self._drop = 0 if first in self.files else 1
+        missing = [
+            (name, line)
+            for *pair, line in self.entries
+            for name in pair
+            if self._inside(str(name)) not in self.files
+        ]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {2 * len(self.entries)} files named in {self.csv} are missing in {root}, the first"
+                f" is {missing[0][0]} (line {missing[0][1]})"
+            )
+        self[0]
+
+    @classmethod
+    def recognises(cls, root: Path, list_file: str | Path | None) -> bool:
+        """Whether the training or test CSV lies at `root`, and no list that is not one."""
+        if list_file is not None and Path(list_file).suffix != ".csv":
+            return False
+        try:
+            files = Files(root)
+        except ValueError:
+            return False
+        return any(files.find(name) is not None for name in (TRAIN_CSV, TEST_CSV))
+
+    @classmethod
+    def opened(cls, root: Path, options: OpenOptions) -> "DenseDepth":
+        """Open `options.list`, or the CSV of `options.split`."""
+        return cls(root, options.list, options.split)
+
+    def __repr__(self) -> str:
+        """What a run prints about its data."""
+        kinds = {self._eight_bits(depth) for _, depth, _ in self.entries}
+        bits = " and ".join(
+            "8 bits (value * 10 / 255 m)" if eight else "16 bits (mm)" for eight in sorted(kinds)
+        )
+        return f"DenseDepth layout, {len(self)} pairs of {self.csv}, depth of {bits}"
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def names(self) -> list[str]:
+        """Names of the pairs, in order."""
+        return [image for image, _, _ in self.entries]
+
+    def __getitem__(self, index: int) -> DepthSample:
+        name, depth_name, line = self.entries[index]
+        with at_line(self.csv, line):
+            inside, where = self._inside(name), self.files.where(self._inside(name))
+            image = read_rgb(where, self.files.read(inside, "an image"))
+            inside, where = self._inside(depth_name), self.files.where(self._inside(depth_name))
+            content = self.files.read(inside, "a depth map")
+            if not self._eight_bits(depth_name):
+                return DepthSample(image, read_depth_png(where, 0.001, content), name)
+            values = read_grey(where, content)
+            if values.dtype != np.uint8:
+                raise file_error(
+                    where,
+                    f"the depth map is {values.dtype}, and training depth of this layout has 8 bits, value * 10 / 255;"
+                    " list 16-bit millimetres as layout nyu_sync or folder",
+                )
+            return DepthSample(image, values.astype(np.float32) * np.float32(FULL_SCALE / 255), name)
+
+    def origin(self, index: int) -> str:
+        """The line of the CSV."""
+        return line_text(self.csv, self.entries[index][2])
+
+    def has_test_split(self) -> bool:
+        """Whether the test CSV is there."""
+        return self.files.find(TEST_CSV) is not None
+
+    def _csv(self, csv: str | Path | None, official: str) -> tuple[str, str]:
+        """Text and name of the file of pairs."""
+        name = str(official if csv is None else csv)
+        found = name if name in self.files else self.files.find(PurePosixPath(name).name)
+        if found is not None:
+            return self.files.read(found, "a list of pairs").decode("utf-8-sig"), self.files.where(found)
+        if csv is not None and Path(csv).is_file():
+            return Path(csv).read_text(encoding="utf-8-sig"), str(csv)
+        raise ValueError(
+            f"no {name} in {self.files.root}: the layout of DenseDepth has {TRAIN_CSV} and {TEST_CSV}"
+        )
+
+    @staticmethod
+    def _eight_bits(depth: str) -> bool:
+        return "nyu2_test" not in PurePosixPath(depth).parts
+
+    def _inside(self, name: str) -> str:
+        return "/".join(PurePosixPath(name).parts[self._drop :])

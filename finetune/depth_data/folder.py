@@ -1,0 +1,320 @@
+"""A plain folder of images and depth maps, as of one's own camera; and ReDWeb, whose depth is relative."""
+
+import re
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from finetune.depth_data.base import BadDepth, DepthSet, OpenOptions, at_line, line_text
+from finetune.depth_data.nyu import SyncEntry, existing_root, find_list, parse_list, refuse_missing
+from finetune.depth_data.sample import (
+    DepthSample,
+    Supervision,
+    check_pair_headers,
+    checked_metres,
+    file_error,
+    read_depth_png,
+    read_grey,
+    read_rgb,
+    unreadable,
+)
+from spark.decoding import EXTENSIONS
+
+DEPTH_EXTENSIONS = (".png", ".npy", ".pfm")
+DEPTH_WORDS = {"depth", "depths", "sync", "gt", "groundtruth"}
+IMAGE_WORDS = {"rgb", "rgbs", "color", "colors", "colour", "colours", "image", "images", "img", "imgs"}
+SPLITS = {"train": ("train", "training"), "test": ("val", "validation", "test")}
+OTHER_WORDS = {"label", "labels", "labels13", "labels40", "mask", "masks", "seg"}
+
+
+class PlainFolder(DepthSet):
+    """Pairs of an image and a depth map of the same name, apart from the words that say which is which.
+
+    `rgb/0001.jpg` goes with `depth/0001.png`, `frame-01.color.jpg` with `frame-01.depth.png`, `a/rgb_7.png` with
+    `a/depth_7.npy`. Folders `train` and `val` (or `test`) are the splits, where there are any. With a list,
+    its lines `image depth` say what belongs together.
+
+    Args:
+        root: the folder.
+        split: "train" or "test".
+        list_file: list of the pairs instead.
+        depth_scale: metres of one unit of the depth files; None: 0.001 for PNG (16 bits), 1 for NPY and PFM.
+        bad_depth: see `checked_metres`.
+
+    Raises:
+        ValueError: no pairs, files without their partner, or a first pair that cannot be used.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str = "train",
+        list_file: str | Path | None = None,
+        *,
+        depth_scale: float | None = None,
+        bad_depth: BadDepth = "refuse",
+    ):
+        self.root, self.depth_scale, self.bad_depth = existing_root(root), depth_scale, bad_depth
+        if depth_scale is not None and depth_scale <= 0:
+            raise ValueError(f"data.depth_scale is metres of one unit, above 0, not {depth_scale}")
+        self.list_file: Path | None = None
+        if list_file is None:
+            folders = split_folders(self.root)
+            if any(folders.values()) and not folders[split]:
+                raise ValueError(
+                    f"{self.root} has no folder {' or '.join(SPLITS[split])} beside that of the other split"
+                )
+            self.entries = find_pairs(self.root, folders[split][0] if folders[split] else self.root)
+        else:
+            self.list_file = find_list(self.root, list_file)
+            self.entries = parse_list(self.list_file)
+            refuse_missing(self.root, self.list_file, self.entries)
+        self.check_extensions()
+        self[0]
+
+    def check_extensions(self) -> None:
+        """Raise ValueError for the first depth file of a kind that is not read."""
+        for entry in self.entries:
+            if Path(entry.depth).suffix.lower() not in DEPTH_EXTENSIONS:
+                raise ValueError(
+                    f"{self.root / entry.depth} is no depth map: they are {', '.join(DEPTH_EXTENSIONS)} here"
+                )
+
+    @classmethod
+    def recognises(cls, root: Path, list_file: str | Path | None) -> bool:
+        """Whether there are depth maps beside images and no list of pairs, or the list given has other depth than PNG.
+
+        With a list of pairs the choice of those to train on is made: a folder must not be taken as a whole.
+        """
+        if not root.is_dir():
+            return False
+        try:
+            if list_file is None:
+                return not pair_lists(root) and bool(find_pairs(root, root))
+            return Path(parse_list(find_list(root, list_file))[0].depth).suffix.lower() in (".npy", ".pfm")
+        except (ValueError, OSError):
+            return False
+
+    @classmethod
+    def opened(cls, root: Path, options: OpenOptions) -> "PlainFolder":
+        """Open `options.list`, or the folder of `options.split`."""
+        return cls(
+            root,
+            options.split,
+            options.list,
+            depth_scale=options.depth_scale,
+            bad_depth=options.bad_depth,
+        )
+
+    def __repr__(self) -> str:
+        """What a run prints about its data."""
+        kinds = sorted({Path(entry.depth).suffix.lower() for entry in self.entries})
+        units = ", ".join(f"{kind[1:].upper()} of {self.scale(kind):g} m a unit" for kind in kinds)
+        listed = f" of {self.list_file}" if self.list_file else ""
+        return f"plain folder, {len(self)} pairs{listed} under {self.root}, depth as {units}"
+
+    def scale(self, extension: str) -> float:
+        """Metres of one unit of a depth file with this extension."""
+        return self.depth_scale or (0.001 if extension.lower() == ".png" else 1.0)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def names(self) -> list[str]:
+        """Names of the pairs, in order."""
+        return [entry.image for entry in self.entries]
+
+    def origin(self, index: int) -> str:
+        """The line of the list, if there is one."""
+        return "" if self.list_file is None else line_text(self.list_file, self.entries[index].line)
+
+    def has_test_split(self) -> bool:
+        """Whether there is a folder for it."""
+        return self.list_file is None and bool(split_folders(self.root)["test"])
+
+    def check_headers(self) -> None:
+        """Check the PNG files by their headers; the others have none worth the name."""
+        for entry in self.entries:
+            if entry.depth.lower().endswith(".png"):
+                check_pair_headers(self.root / entry.image, self.root / entry.depth)
+
+    def __getitem__(self, index: int) -> DepthSample:
+        entry = self.entries[index]
+        if self.list_file is None:
+            return self._read(entry)
+        with at_line(self.list_file, entry.line):
+            return self._read(entry)
+
+    def _read(self, entry: SyncEntry) -> DepthSample:
+        image, path = read_rgb(self.root / entry.image), self.root / entry.depth
+        extension = path.suffix.lower()
+        scale = self.scale(extension)
+        if extension == ".png":
+            depth = read_depth_png(path, scale)
+        else:
+            values = read_npy(path) if extension == ".npy" else read_pfm(path)
+            depth = checked_metres(values, path, self.bad_depth) * np.float32(scale)
+        return DepthSample(image, depth, entry.image)
+
+
+def pair_lists(root: Path) -> list[Path]:
+    """The lists of pairs directly inside `root`: text files whose first line names an image and a depth map."""
+    found = []
+    for path in sorted(root.glob("*.txt")):
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
+            columns = file.readline(10_000).split()
+        suffixes = [Path(column).suffix.lower() for column in columns[:2]]
+        if len(suffixes) == 2 and suffixes[0] in EXTENSIONS and suffixes[1] in DEPTH_EXTENSIONS:
+            found.append(path)
+    return found
+
+
+def split_folders(root: Path) -> dict[str, list[Path]]:
+    """The folders of each split directly inside `root`."""
+    return {
+        split: [root / name for name in names if (root / name).is_dir()] for split, names in SPLITS.items()
+    }
+
+
+def find_pairs(root: Path, below: Path) -> list[SyncEntry]:
+    """The pairs of images and depth maps under `below`, with names relative to `root`, in order of the images.
+
+    Raises:
+        ValueError: there are none, a file has no partner, or two files claim the same one.
+    """
+    found: dict[bool, dict[tuple[str, ...], str]] = {True: {}, False: {}}
+    for path in sorted(path for path in below.rglob("*") if path.is_file()):
+        name = path.relative_to(root).as_posix()
+        words = re.split(r"[/._\- ]+", name.lower().rpartition(".")[0])
+        extension = path.suffix.lower()
+        if path.name.startswith(".") or OTHER_WORDS & set(words):
+            continue
+        is_depth = extension in DEPTH_EXTENSIONS and (extension != ".png" or bool(DEPTH_WORDS & set(words)))
+        if not is_depth and extension not in EXTENSIONS:
+            continue
+        key = tuple(word for word in words if word not in DEPTH_WORDS | IMAGE_WORDS)
+        if key in found[is_depth]:
+            what = "depth maps" if is_depth else "images"
+            raise ValueError(
+                f"{root}: {found[is_depth][key]} and {name} are {what} of one pair: name the pairs in a list"
+            )
+        found[is_depth][key] = name
+    images, depths = found[False], found[True]
+    if not images.keys() & depths.keys():
+        raise ValueError(
+            f"no pairs of an image and a depth map in {below}: expected such as rgb/0001.jpg with depth/0001.png"
+            " (or .npy, .pfm), of one name apart from words like rgb and depth"
+        )
+    lonely = sorted(
+        [images[key] for key in images.keys() - depths.keys()]
+        + [depths[key] for key in depths.keys() - images.keys()]
+    )
+    if lonely:
+        raise ValueError(
+            f"{len(lonely)} of {len(images) + len(depths)} files in {below} have no partner, the first is {lonely[0]}:"
+            " remove them, or name the pairs in a list (data.list)"
+        )
+    pairs = sorted((images[key], depths[key]) for key in images)
+    return [SyncEntry(image, depth, None, 0) for image, depth in pairs]
+
+
+def read_npy(path: Path) -> np.ndarray:
+    """A NumPy array from its file, never unpickled.
+
+    Raises:
+        DepthFileError: missing, damaged, or no array of numbers.
+    """
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise unreadable(path, "a depth map", error) from error
+
+
+def read_pfm(path: Path) -> np.ndarray:
+    """A grey portable float map, float32 `[H, W]`, first row on top.
+
+    Not by opencv, which divides by the header's scale: only its sign counts here, which is the byte order, as for the
+    readers of Middlebury and others.
+
+    Raises:
+        DepthFileError: missing, cut short, coloured, or no PFM.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, "a depth map", error) from error
+    header = re.match(rb"(P[fF])\s+(\d+)\s+(\d+)\s+([-+.\deE]+)\s", content)
+    if header is None or header[1] != b"Pf":
+        raise file_error(path, "is no portable float map of one channel (its header begins with Pf)")
+    width, height = int(header[2]), int(header[3])
+    if len(content) - header.end() < 4 * width * height:
+        raise file_error(path, f"is cut short, {height}x{width} numbers were announced, copy the file again")
+    order = "<f4" if float(header[4]) < 0 else ">f4"
+    values = np.frombuffer(content, order, width * height, header.end()).reshape(height, width)
+    return values[::-1].astype(np.float32)
+
+
+class ReDWeb(DepthSet):
+    """ReDWeb_V1: 3,600 photos `Imgs/*.jpg` with relative depth `RDs/*.png` from stereo.
+
+    Depth is 8-bit: near = 0, far up to 254, 255 = unknown. Samples hold it as a disparity, (254 - value) / 254, of
+    unknown scale and shift.
+
+    Args:
+        root: the folder that holds `Imgs` and `RDs`.
+
+    Raises:
+        ValueError: no photos, or photos without a map; a first pair that cannot be used.
+    """
+
+    supervision: ClassVar[Supervision] = "affine"
+
+    def __init__(self, root: str | Path):
+        self.root = existing_root(root)
+        self._names = sorted(path.name for path in (self.root / "Imgs").glob("*.jpg"))
+        missing = [name for name in self._names if not self._map(name).is_file()]
+        if missing or not self._names:
+            what = (
+                f"{len(missing)} photos have none, the first is {missing[0]}"
+                if missing
+                else "no photos are there"
+            )
+            raise ValueError(f"{root}: expected Imgs/NAME.jpg with RDs/NAME.png, but {what}")
+        self[0]
+
+    @classmethod
+    def recognises(cls, root: Path, list_file: str | Path | None) -> bool:
+        """Whether the two folders are there, and no list is given."""
+        return list_file is None and (root / "Imgs").is_dir() and (root / "RDs").is_dir()
+
+    @classmethod
+    def opened(cls, root: Path, options: OpenOptions) -> "ReDWeb":
+        """Open the folder; it has no splits."""
+        if options.list is not None or options.split != "train":
+            raise ValueError(f"redweb ({root}) is training data without lists: give --data.list null")
+        return cls(root)
+
+    def __repr__(self) -> str:
+        """What a run prints about its data."""
+        return f"ReDWeb layout, {len(self)} photos with relative depth under {self.root}"
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def names(self) -> list[str]:
+        """Names of the photos, in order."""
+        return self._names
+
+    def __getitem__(self, index: int) -> DepthSample:
+        name = self._names[index]
+        path = self._map(name)
+        values = read_grey(path)
+        if values.dtype != np.uint8:
+            raise file_error(path, f"relative depth of this layout has 8 bits, not {values.dtype}")
+        disparity = (254 - values.astype(np.float32)) / 254
+        disparity[values == 255] = np.nan
+        return DepthSample(read_rgb(self.root / "Imgs" / name), None, name, affine=disparity)
+
+    def _map(self, name: str) -> Path:
+        return (self.root / "RDs" / name).with_suffix(".png")
