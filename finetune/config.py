@@ -197,6 +197,8 @@ class DepthOptimConfig:
         encoder_lr_factor: factor on the learning rate of the encoder.
         layer_decay: factor from one layer of the encoder to the next shallower one; null is none.
         frozen_epochs: epochs at the start in which the encoder does not learn and its batch statistics stay.
+        ema_decay: keep an exponential moving average of the weights, which each step leaves at this share, such as
+            0.999; validations, model/ and best/ are then of the average. null keeps none.
     """
 
     name: Literal["lamb", "adamw", "sgd"] = "adamw"
@@ -216,6 +218,7 @@ class DepthOptimConfig:
     encoder_lr_factor: float = 1.0
     layer_decay: float | None = None
     frozen_epochs: float = 0.0
+    ema_decay: float | None = None
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "optim.lr", self.lr, "above 0")
@@ -255,6 +258,12 @@ class DepthOptimConfig:
             "above 0 and at most 1, or null for none",
         )
         require(self.frozen_epochs >= 0, "optim.frozen_epochs", self.frozen_epochs, "0 or more")
+        require(
+            self.ema_decay is None or 0 < self.ema_decay < 1,
+            "optim.ema_decay",
+            self.ema_decay,
+            "between 0 and 1, or null for none",
+        )
 
 
 @dataclass
@@ -263,8 +272,8 @@ class DepthConfig:
 
     Attributes:
         encoder: exported encoder folder, an official SparK .pth file, or a timm model name.
-        output_dir: folder of the run: config.yaml, metrics.jsonl, tensorboard/, figures/, checkpoints/, model/ and
-            evaluation.json.
+        output_dir: folder of the run: config.yaml, metrics.jsonl, tensorboard/, figures/, checkpoints/, model/,
+            evaluation.json (of model/) and best/.
         encoder_name: timm name of the encoder in a .pth file that does not say it; null asks the file.
         pretrained: for a timm name, load timm's published weights (true) or start from random ones (false); a folder
             or file brings its own weights.
@@ -285,6 +294,9 @@ class DepthConfig:
         protocol: evaluation protocol of the validation and of evaluation.json.
         flip_average: the evaluation averages with the mirror image's prediction; null is the protocol's own choice.
         validate_every: epochs between validations; 0 validates at the end only. The last one is always made.
+        select: metric by which a validation is better than another; the model of the best one is in output_dir/best,
+            that of the last step in output_dir/model.
+        patience: validations in a row without a better one after which the run ends; null never ends it early.
         triptychs: number of validation images that every validation draws into figures/.
         resume: true continues from the newest checkpoint of output_dir, and starts from the beginning where there is
             none; a path continues from that checkpoint.
@@ -312,6 +324,10 @@ class DepthConfig:
     protocol: str = "nyu-bts"
     flip_average: bool | None = None
     validate_every: float = 1
+    select: Literal[
+        "delta1", "delta2", "delta3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog"
+    ] = "abs_rel"
+    patience: int | None = None
     triptychs: int = 4
     resume: bool | str = False
 
@@ -326,4 +342,5 @@ class DepthConfig:
         require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")
         require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "at least 1")
         require(self.validate_every >= 0, "validate_every", self.validate_every, "0 or more")
+        require(self.patience is None or self.patience >= 1, "patience", self.patience, "null or at least 1")
         require(self.triptychs >= 0, "triptychs", self.triptychs, "0 or more")

@@ -7,6 +7,7 @@ number is a function of the seed and of the position in the stream of pairs (see
 exactly where it was.
 """
 
+import copy
 import hashlib
 import math
 import os
@@ -39,10 +40,18 @@ from finetune.metrics import write_results
 from finetune.model import DepthModel, encoder_options, load_depth_model, start_from
 from finetune.protocols import Protocol, get_protocol
 from finetune.segmentation import attach_segmentation
+from finetune.selection import Selection
 from spark.checkpoint import KeyReport, find_run, load_run, read_encoder, save_run
 from spark.config import config_changes, config_dict, parse_config, save_config
 from spark.images import UnreadableImages
-from spark.optim import build_optimizer, lr_at, one_cycle_at, parameter_groups, set_hyperparameters
+from spark.optim import (
+    build_optimizer,
+    lr_at,
+    one_cycle_at,
+    parameter_groups,
+    set_hyperparameters,
+    update_average,
+)
 from spark.run import (
     RunLog,
     StopRequest,
@@ -56,6 +65,7 @@ from spark.run import (
     one_line_errors,
     prepare,
     progress_bar,
+    read_rows,
     reduce_sum,
     resume_command,
     run_length,
@@ -136,6 +146,8 @@ def train(config: DepthConfig) -> None:
     )
     if length.frozen and accelerator.ddp_handler is not None:
         accelerator.ddp_handler.find_unused_parameters = True  # a frozen encoder has no gradients to exchange
+    average = None if optim.ema_decay is None else copy.deepcopy(depth_model).requires_grad_(False)
+    shown = depth_model if average is None else average  # what is validated and exported
     model, optimizer = prepare(
         accelerator, depth_model, build_optimizer(optim.name, groups, optim.lr, optim.betas, optim.eps)
     )
@@ -144,7 +156,9 @@ def train(config: DepthConfig) -> None:
     checkpoint = find_run(config.output_dir, config.resume)
     step = empty = 0  # optimizer steps, and micro-batches without ground truth, so far
     if checkpoint is not None:
-        state = load_run(checkpoint, model=depth_model, optimizer=optimizer, scaler=accelerator.scaler)
+        state = load_run(
+            checkpoint, model=depth_model, optimizer=optimizer, scaler=accelerator.scaler, ema=average
+        )
         step, empty = state["step"], state["empty"]
         unreadable.load_state_dict(state["unreadable"])
         accelerator.print(f"continuing from {checkpoint}")
@@ -185,6 +199,8 @@ def train(config: DepthConfig) -> None:
     # --- logs
     make_output_dir(config.output_dir)
     log = RunLog(config.output_dir, accelerator, None if checkpoint is None else step)
+    selection = Selection(config.select, config.patience)
+    selection.read(read_rows(log.path) if main_process else [])
     if main_process:
         save_config(config, output / "config.yaml")
         print(
@@ -199,6 +215,7 @@ def train(config: DepthConfig) -> None:
             model=depth_model,
             optimizer=optimizer,
             scaler=accelerator.scaler,
+            ema=average,
             extra={
                 "config": config_dict(config),
                 "unreadable": unreadable.state_dict(),
@@ -208,15 +225,14 @@ def train(config: DepthConfig) -> None:
             keep=keep,
         )
 
-    def validate() -> dict[str, Any]:
+    def validate(finished: bool) -> dict[str, Any]:
         """Score and draw the model as it is; main process only.
 
         At the end of the run it is the exported model that is scored, so that evaluate.py reports the same numbers: in
         fp32, where the validations before it run in the precision of the training.
         """
         assert held_out is not None
-        finished = step >= length.steps
-        scored = load_depth_model(output / "model").to(device) if finished else depth_model
+        scored = load_depth_model(output / "model").to(device) if finished else shown
         results, rows = score(
             scored, held_out, protocol, transform_of(depth_model), workers=workers, draw=config.triptychs
         )
@@ -232,6 +248,20 @@ def train(config: DepthConfig) -> None:
             about = {"model": str(output / "model"), "data": repr(held_out), "step": step}
             write_results(output / "evaluation.json", {**results, **about})
         return results["metrics"]
+
+    def note(metrics: dict[str, float]) -> dict[str, float]:
+        """Keep the model if this validation is the best so far; its part of a row. Main process only."""
+        better = selection.add(step, metrics)
+        if better:
+            shown.save(output / "best")
+        bar.say(f"step {step}  {protocol.name}  {summary(metrics)}" + "  (best so far)" * better)
+        return {f"val_{name}": value for name, value in metrics.items()}
+
+    def out_of_patience() -> bool:
+        """Whether validations have stopped to improve; the same answer in all processes, which all ask together."""
+        if config.patience is None:
+            return False
+        return reduce_sum(accelerator, [float(main_process and selection.exhausted)])[0] > 0
 
     # Batch norm's running statistics change in the forward pass already. To be able to go back to the state before a
     # step whose loss is not finite, they are copied first.
@@ -255,7 +285,12 @@ def train(config: DepthConfig) -> None:
         progress_bar(length.steps, step, every=config.log_every, enabled=main_process) as bar,
     ):
         batches = iter(loader)
-        while step < length.steps and not stop.agreed(accelerator):
+        lost = held_out is not None and 0 < step < length.steps and length.validates_after(step)
+        if main_process and lost and step not in dict(selection.scores):
+            # a crash between checkpoint and validation lost the latter, on which best/ and patience depend
+            log.row(step, **note(validate(finished=False)))
+        ended = out_of_patience()
+        while step < length.steps and not ended and not stop.agreed(accelerator):
             lr = learning_rate(config, length, step)
             set_hyperparameters(optimizer, lr, optim.weight_decay, momentum(config, length, step))
             if depth_model.encoder_frozen != (step < length.frozen):
@@ -334,6 +369,8 @@ def train(config: DepthConfig) -> None:
                     accelerator, step + 1, numbers, files=names, output_dir=config.output_dir, save=rescue
                 )
                 optimizer.step()
+                if average is not None and optim.ema_decay is not None:
+                    update_average(average, depth_model, optim.ema_decay if step else 0.0)
             optimizer.zero_grad()
             step += 1
             steps_since += 1
@@ -364,18 +401,17 @@ def train(config: DepthConfig) -> None:
             if main_process and stop.export and step < length.steps:
                 stop.export = False
                 try:
-                    depth_model.save(output / "model")
+                    shown.save(output / "model")
                     bar.say(f"model after step {step} written to {output / 'model'}")
                 except (ValueError, OSError) as error:  # the run itself does not need it yet
                     bar.say(f"the model was not written, the run goes on: {error}")
             try:
                 if main_process and step == length.steps:
-                    depth_model.save(output / "model")
+                    shown.save(output / "model")
                     exported_step = step
                 if main_process and validation_due:
-                    metrics = validate()
-                    row |= {f"val_{n}": v for n, v in metrics.items()}
-                    bar.say(f"step {step}  {protocol.name}  {summary(metrics)}")
+                    metrics = validate(finished=step == length.steps)
+                    row |= note(metrics)
             except (ValueError, OSError, RuntimeError):
                 bar.say(
                     f"the state after step {step} is saved in {output / 'checkpoints'}, --resume true goes on"
@@ -385,17 +421,29 @@ def train(config: DepthConfig) -> None:
                 if log_due or validation_due:
                     log.row(step, **row)
                     since, steps_since, waited = time.perf_counter(), 0, 0.0
+            ended = validation_due and out_of_patience()
 
         # --- the end, or an early stop
         if main_process:
             if step != saved_step:
                 save()
-            if step >= length.steps:
-                if step != exported_step:  # a run resumed at its end or beyond it
-                    depth_model.save(output / "model")
-                if held_out is not None and metrics is None:
-                    metrics = validate()
+            if step >= length.steps or ended:
+                if step != exported_step:  # a run that ended early, or was resumed at its end or beyond it
+                    shown.save(output / "model")
+                if held_out is not None and (metrics is None or ended):
+                    validate(finished=True)
+                if ended:
+                    bar.say(
+                        f"ended early: the last {config.patience} validations were no better; to go on, resume with "
+                        "a larger --patience"
+                    )
                 bar.say(f"done after step {step}: the model is in {output / 'model'}")
+                if selection.best is not None:
+                    bar.say(
+                        "the best validation ({} {:.3f}, step {}) is that of {}".format(
+                            config.select, selection.best[1], selection.best[0], output / "best"
+                        )
+                    )
             else:
                 bar.say(f"stopped and saved after step {step} of {length.steps}; to continue:")
                 bar.say(f"  {resume_command(config.output_dir, world)}")

@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,7 @@ def test_a_run_writes_everything_and_learns(world: Path, tmp_path: Path) -> None
         "checkpoints",
         "model",
         "evaluation.json",
+        "best",
     }
     figures = sorted(path.name for path in (output / "figures").iterdir())
     assert figures == ["triptychs_step_0000009.png", "triptychs_step_0000018.png"]
@@ -196,6 +198,7 @@ def test_resume_is_exact(world: Path, tmp_path: Path) -> None:
         "optim.layer_decay": 0.8,
         "optim.encoder_lr_factor": 0.5,
         "losses": '{"silog": 1.0, "berhu": 0.5}',
+        "optim.ema_decay": 0.7,
         "checkpoint_every": 2,
         "keep_checkpoints": 3,
     }
@@ -205,6 +208,70 @@ def test_resume_is_exact(world: Path, tmp_path: Path) -> None:
         rest = run(world, tmp_path / f"from{step}", **options, resume=checkpoint)
         assert losses_of(rest) == losses_of(whole)[step:]
         assert_same_weights(weights_of(tmp_path / f"from{step}"), weights_of(tmp_path / "whole"))
+
+
+def test_averaged_weights_are_validated_and_exported(world: Path, tmp_path: Path) -> None:
+    """The average is the recursion over the weights of each step, which the checkpoints hold."""
+    rows = run(world, tmp_path / "run", **{"optim.ema_decay": 0.7}, checkpoint_every=1, keep_checkpoints=6)
+    average: dict[str, torch.Tensor] = {}
+    for step in range(1, 7):
+        folder = tmp_path / "run" / "checkpoints" / f"step_{step:07d}"
+        for name, value in load_file(folder / "model.safetensors").items():
+            keep = 0.7 if step > 1 and value.is_floating_point() and "running_" not in name else 0.0
+            average[name] = keep * average.get(name, torch.zeros(())) + (1 - keep) * value
+    exported = weights_of(tmp_path / "run")
+    for name, value in exported.items():
+        torch.testing.assert_close(value, average[name].to(value.dtype), rtol=1e-5, atol=1e-6, msg=name)
+    last = load_file(folder / "model.safetensors")
+    assert any(not torch.equal(value, last[name]) for name, value in exported.items())
+    results = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert results["metrics"]["rmse"] == pytest.approx(rows[-1]["val_rmse"])
+
+
+def test_the_best_model_is_kept_and_patience_ends_a_run(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scores from a list; the best of them is the second, after which two follow that are not better."""
+    scores = dict(zip(range(1, 7), (0.5, 0.3, 0.4, 0.3, 0.1, 0.1), strict=True))
+    seen: list[int] = []
+    plain_score = finetune.depth.score
+
+    def scored(model: Any, *arguments: Any, **options: Any) -> Any:
+        results, drawn = plain_score(model, *arguments, **options)
+        seen.append(
+            len(rows_of(tmp_path / "run")) + 1 if (tmp_path / "run" / "metrics.jsonl").exists() else 1
+        )
+        results["metrics"]["abs_rel"] = scores[min(seen[-1], 6)]
+        return results, drawn
+
+    monkeypatch.setattr(finetune.depth, "score", scored)
+    monkeypatch.setattr(RunLength, "validates_after", lambda self, step: True)
+    options = {"checkpoint_every": 1, "keep_checkpoints": 9, "patience": 2}
+    rows = run(world, tmp_path / "run", **options)
+    assert [row["val_abs_rel"] for row in rows] == [0.5, 0.3, 0.4, 0.3]
+    text = capsys.readouterr().out
+    assert "ended early: the last 2 validations were no better" in text
+    assert "the best validation (abs_rel 0.300, step 2) is that of" in text
+
+    def at(step: int) -> dict[str, torch.Tensor]:
+        return load_file(tmp_path / "run" / "checkpoints" / f"step_{step:07d}" / "model.safetensors")
+
+    assert_same_weights(load_file(tmp_path / "run" / "best" / "model.safetensors"), at(2))
+    assert_same_weights(weights_of(tmp_path / "run"), at(4))
+
+    # A resumed run knows the scores before; with more patience it goes on and finds a better one.
+    run(world, tmp_path / "run", **options, resume="true")
+    assert "ended early" in capsys.readouterr().out
+    rows = run(world, tmp_path / "run", **{**options, "patience": 3}, resume="true")
+    assert [row["val_abs_rel"] for row in rows] == [0.5, 0.3, 0.4, 0.3, 0.1, 0.1]
+    assert_same_weights(load_file(tmp_path / "run" / "best" / "model.safetensors"), at(5))
+
+    # A crash between the checkpoint and the validation of a step: the validation is made up for.
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(lines[:4]) + "\n")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_0000006")
+    rows = run(world, tmp_path / "run", **{**options, "patience": 3}, resume="true")
+    assert [(row["step"], row["val_abs_rel"]) for row in rows][4:] == [(5, 0.1), (6, 0.1)]
 
 
 def test_accumulation_changes_nothing(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
