@@ -149,6 +149,28 @@ def test_a_terminated_run_goes_on(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in done} == done
 
 
+def test_nothing_of_a_killed_run_goes_on_or_stays(tmp_path):
+    folder, output = tmp_path / "photos", tmp_path / "out"
+    folder.mkdir()
+    for number in range(40):
+        photo(folder / f"{number:02}.png", 700, 700)
+    command = [sys.executable, str(ROOT / "tools" / "prepare_images.py"), "--input", str(folder)]
+    command += ["--output", str(output), "--shard_size", "2", "--workers", "2"]
+    with subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        until = time.monotonic() + 240
+        while not list(output.glob("*.tar")) and time.monotonic() < until:
+            time.sleep(0.01)
+        process.kill()
+        process.communicate(timeout=120)  # ends when the last worker has closed the pipe
+    assert 1 <= len(list(output.glob("*.tar"))) < 20
+    (output / ".000019.tar.77.part").write_bytes(b"half")
+    prepare_images.main(command[2:])
+    assert len(open_source(str(output), "unused")[0]) == 40
+    assert not list(output.glob(".*.part"))
+
+
 def test_refusals(photos, tmp_path, capsys):
     def refused(output, *more) -> str:
         with pytest.raises(SystemExit) as error:

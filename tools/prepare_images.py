@@ -15,6 +15,8 @@ import os
 import signal
 import sys
 import tarfile
+import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -119,15 +121,15 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
         options.max_pixels,
     )
     keep_settings(output, settings)
+    for leftover in output.glob(".*.part"):  # of a process that was killed while it wrote
+        leftover.unlink(missing_ok=True)
 
     shards = -(-len(source) // settings.shard_size)
     missing = [shard for shard in range(shards) if not note_of(output, shard).exists()]
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with (
-            ProcessPoolExecutor(
-                min(options.workers, max(len(missing), 1)), initializer=ignore_stop_signals, initargs=(0,)
-            ) as pool,
+            ProcessPoolExecutor(min(options.workers, max(len(missing), 1)), initializer=begin_worker) as pool,
             progress_bar(shards, shards - len(missing)) as bar,
         ):
             tasks = [pool.submit(write_shard, source, settings, output, shard) for shard in missing]
@@ -151,6 +153,22 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
     if not report["written"]:
         raise ValueError(f"no image of {options.input} was left: {output / 'report.json'} says why")
     return report
+
+
+def begin_worker() -> None:
+    """Leave signals to the main process, and end soon after it, whatever ended it.
+
+    Without that, workers of a process that was killed wait for tasks for ever, or write beside those of the next run.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    ignore_stop_signals(0)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def check_output(output: Path) -> None:
@@ -215,7 +233,7 @@ def write_shard(source: Source, settings: Settings, output: Path, shard: int) ->
         OSError: it cannot be written; nothing half-written is left.
     """
     path = output / f"{shard:06}.tar"
-    part = output / f".{path.name}.part"
+    part = output / f".{path.name}.{os.getpid()}.part"
     dropped: list[list[str]] = []
     written = 0
     try:
