@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 from accelerate.utils import gather_object
 from timm.layers.norm_act import convert_sync_batchnorm
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from finetune.config import DepthConfig
@@ -119,7 +119,10 @@ def train(config: DepthConfig) -> None:
     pairs, held_out = open_data(config, protocol)
     training_set = DepthTrainingSet(pairs, train_transform(config), config.seed, skip_unreadable=True)
     unreadable = UnreadableImages(len(pairs), config.data.max_unreadable)
-    criterion.check(depth_model.head.outputs, training_set[0, 0])
+    first = training_set[0, 0]
+    criterion.check(
+        depth_model.head.outputs, [key for key, value in first.items() if isinstance(value, Tensor)]
+    )
 
     optim = config.optim
     length = run_phases(config, len(pairs))
