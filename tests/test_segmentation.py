@@ -156,7 +156,12 @@ def test_labels_that_the_data_lacks_are_asked_for_before_anything_is_written(
         world,
         tmp_path / "run",
         capsys,
-        **{"model.head": "fusion", "model.head_options": '{"width": 16}', "losses": '{"segmentation": 1.0}'},
+        **{
+            "model.head": "fusion",
+            "model.head_options": '{"width": 16}',
+            "losses": '{"segmentation": 1.0}',
+            "protocol": "nyu-affine",
+        },
     )
     assert "needs labels of the data, which has only" in sentence
     assert not (tmp_path / "run").exists()
