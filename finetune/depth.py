@@ -106,6 +106,7 @@ def train(config: DepthConfig) -> None:
     config = replace(config, data=replace(config.data, mean=depth_model.mean, std=depth_model.std))
     criterion = WeightedLoss(config.losses, config.loss_options, depth_model.mean, depth_model.std)
     if (auxiliary := criterion.segmentation) is not None:
+        check_classes(config, auxiliary.classes)
         torch.manual_seed(derive_seed(config.seed, DECODER_WEIGHTS))
         attach_segmentation(depth_model, auxiliary.classes, auxiliary.decoder_channels)
     if config.sync_bn and world > 1 and device.type == "cuda":
@@ -572,6 +573,16 @@ def open_data(config: DepthConfig, protocol: Protocol) -> tuple[DepthSet, DepthS
     held_out.check_headers()  # these refuse now, not after the first epoch
     protocol.crop_at(held_out[0].metres.shape)
     return pairs, held_out
+
+
+def check_classes(config: DepthConfig, classes: int) -> None:
+    """Refuse a segmentation of more or fewer classes than the data has; data without labels is refused elsewhere."""
+    data = config.data
+    if data.labels is not None and classes != (has := data.labels + (data.void == "class")):
+        raise ValueError(
+            f"the segmentation has {classes} classes and the data {has} (data.labels {data.labels}, data.void"
+            f" {data.void}): set loss_options.segmentation.classes to {has}"
+        )
 
 
 def train_transform(config: DepthConfig) -> TrainTransform:
