@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from accelerate.utils import gather_object
 from timm.layers.norm_act import convert_sync_batchnorm
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from finetune.config import DepthConfig
@@ -116,6 +116,7 @@ def train(config: DepthConfig) -> None:
     config = replace(config, data=replace(config.data, mean=depth_model.mean, std=depth_model.std))
     criterion = WeightedLoss(config.losses, config.loss_options, depth_model.mean, depth_model.std)
     if (auxiliary := criterion.segmentation) is not None:
+        check_classes(config, auxiliary.classes)
         torch.manual_seed(derive_seed(config.seed, DECODER_WEIGHTS))
         attach_segmentation(depth_model, auxiliary.classes, auxiliary.decoder_channels)
     if config.sync_bn and world > 1 and device.type == "cuda":
@@ -129,7 +130,10 @@ def train(config: DepthConfig) -> None:
     pairs, held_out = open_data(config, protocol)
     training_set = DepthTrainingSet(pairs, train_transform(config), config.seed, skip_unreadable=True)
     unreadable = UnreadableImages(len(pairs), config.data.max_unreadable)
-    criterion.check(depth_model.head.outputs, training_set[0, 0])
+    first = training_set[0, 0]
+    criterion.check(
+        depth_model.head.outputs, [key for key, value in first.items() if isinstance(value, Tensor)]
+    )
 
     optim = config.optim
     length = run_phases(config, len(pairs))
@@ -617,6 +621,16 @@ def open_data(config: DepthConfig, protocol: Protocol) -> tuple[DepthSet, DepthS
     held_out.check_headers()  # these refuse now, not after the first epoch
     protocol.crop_at(held_out[0].metres.shape)
     return pairs, held_out
+
+
+def check_classes(config: DepthConfig, classes: int) -> None:
+    """Refuse a segmentation of more or fewer classes than the data has; data without labels is refused elsewhere."""
+    data = config.data
+    if data.labels is not None and classes != (has := data.labels + (data.void == "class")):
+        raise ValueError(
+            f"the segmentation has {classes} classes and the data {has} (data.labels {data.labels}, data.void"
+            f" {data.void}): set loss_options.segmentation.classes to {has}"
+        )
 
 
 def train_transform(config: DepthConfig) -> TrainTransform:

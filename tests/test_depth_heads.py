@@ -1,6 +1,7 @@
 """Every head through depth.py, evaluate.py and predict.py; two-stage training; relative depth without metres."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,16 @@ import torch
 from safetensors.torch import load_file
 
 from finetune import DepthModel, load_depth_model
+from finetune.config import DepthConfig
+from finetune.depth import run_phases
 from finetune.evaluate import main as evaluate
 from finetune.heads import HEADS
+from finetune.losses import WeightedLoss
 from finetune.model import start_from
 from finetune.predict import main as predict
 from finetune.protocols import get_protocol, metric_prediction, score_pair
+from finetune.segmentation import attach_segmentation
+from spark.config import parse_config
 from spark.encoder import build_encoder
 from tests.depth_world import make_depth_world
 from tests.test_depth_training import (
@@ -277,3 +283,33 @@ def test_colours_of_relative_depth_have_the_nearest_red(world: Path, tmp_path: P
     assert picture[0, -1, 0] > picture[0, -1, 2]  # red over blue where it is nearest
     assert picture[0, 0, 2] > picture[0, 0, 0]
     np.testing.assert_array_equal(np.load(tmp_path / "stem_disparity.npy"), disparity)
+
+
+CARDS = sorted((Path(__file__).resolve().parents[1] / "configs" / "depth").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda path: path.stem)
+def test_run_cards_are_whole(card: Path) -> None:
+    """Each config parses, its losses exist, and its model can be built on the encoder that it names."""
+    text = card.read_text()
+    named = re.search(r"^encoder: (\S+)", text, re.M) or re.search(r"--encoder ([a-z]\w+)", text)
+    encoder = named[1] if named else "resnet18"
+    given = ["--config", str(card), "--encoder", encoder, "--data.root", "NYU", "--output_dir", "DIR"]
+    config = parse_config(DepthConfig, given, "")
+    with torch.device("meta"):
+        model = DepthModel(
+            encoder, head=config.model.head, mean=config.data.mean, **config.model.head_options
+        )
+    losses = WeightedLoss(config.losses, config.loss_options)
+    entries = {"image", "depth", "valid", "labels"}
+    losses.check(model.head.outputs, entries)
+    if losses.segmentation is not None:
+        attach_segmentation(model, losses.segmentation.classes, losses.segmentation.decoder_channels)
+    get_protocol(config.protocol)
+    run_phases(config, 692)
+    for line in ("command", "hardware", "time", "result"):
+        assert re.search(rf"^# {line} ", text, re.M), line
+    if card.stem == "zoedepth_swinv2":
+        assert (
+            round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 100.7
+        )  # and the unit that never runs

@@ -13,7 +13,7 @@ from transformers.models.zoedepth import modeling_zoedepth as zoedepth
 
 from finetune import DepthModel, load_depth_model
 from finetune.heads import HEADS
-from finetune.heads.fusion import FusionCore
+from finetune.heads.fusion import Fusion, FusionCore
 from finetune.heads.metric_bins import Attractor, LogBinomial, MetricBins
 from spark.checkpoint import save_encoder
 from spark.encoder import PyramidLevel, build_encoder
@@ -330,6 +330,11 @@ def test_zoedepth_with_swinv2_has_the_published_parameters() -> None:
         oracle = ZoeDepthForDepthEstimation(config)
     theirs = sum(p.numel() for name, p in oracle.named_parameters() if not name.startswith("backbone."))
     assert sum(p.numel() for p in head.parameters()) == theirs - unused
+    core = sum(
+        p.numel() for name, p in oracle.named_parameters() if name.startswith(("neck.", "relative_head."))
+    )
+    fusion = Fusion(levels, None)  # type: ignore[arg-type]
+    assert sum(p.numel() for p in fusion.parameters()) == core - unused
 
 
 def test_the_core_starts_alive() -> None:

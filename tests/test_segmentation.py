@@ -1,15 +1,16 @@
 """Segmentation distillation: the decoder trains the core, and the saved model and what it says know nothing of it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import finetune.depth
 from finetune import DepthModel, load_depth_model
-from finetune.depth_data import collate_depth
 from finetune.losses import WeightedLoss
 from finetune.segmentation import SegmentationDecoder, attach_segmentation
 from tests.depth_world import make_depth_world
@@ -88,19 +89,14 @@ def test_heads_without_a_core_say_so() -> None:
         attach_segmentation(metric_model(), 13, (16, 8))
 
 
-class Labelled:
-    """The training transform, with classes that can be read off the depth."""
-
-    def __init__(self, transform: Any) -> None:
-        self.transform = transform
-
-    def __call__(self, sample: Any) -> dict[str, torch.Tensor]:
-        out = self.transform(sample)
-        return {**out, "labels": torch.where(out["valid"], out["depth"].long().clamp(0, 12), 255)[0]}
-
-
-def collate(samples: list[dict]) -> dict:
-    return {**collate_depth(samples), "labels": torch.stack([sample["labels"] for sample in samples])}
+def make_labelled_world(root: Path) -> Path:
+    """The tiny data set, with classes that can be read off the depth; 0 = void where there is no reading."""
+    make_depth_world(root)
+    for path in root.glob("*_scene/sync_depth_*.png"):
+        metres = cv2.imread(str(path), cv2.IMREAD_UNCHANGED) // 1000
+        name = path.name.replace("sync_depth", "labels13")
+        cv2.imwrite(str(path.with_name(name)), metres.clip(0, 13).astype(np.uint8))
+    return root
 
 
 def distillation(world: Path, output: Path, **options: Any) -> list[dict]:
@@ -112,19 +108,15 @@ def distillation(world: Path, output: Path, **options: Any) -> list[dict]:
             "model.head_options": '{"width": 16, "bins": 8, "embedding": 8, "attractors": [4, 2, 2, 1]}',
             "losses": '{"silog": 1.0, "segmentation": 0.1}',
             "loss_options": '{"segmentation": {"decoder_channels": [16, 8, 8, 8, 8]}}',
+            "data.labels": 13,
             "max_steps": 4,
             **options,
         },
     )
 
 
-def test_a_run_with_distillation_resumes_and_exports_without_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    world = make_depth_world(tmp_path / "world")
-    plain = finetune.depth.train_transform
-    monkeypatch.setattr(finetune.depth, "train_transform", lambda config: Labelled(plain(config)))
-    monkeypatch.setattr(finetune.depth, "collate_depth", collate)
+def test_a_run_with_distillation_resumes_and_exports_without_it(tmp_path: Path) -> None:
+    world = make_labelled_world(tmp_path / "world")
     rows = distillation(world, tmp_path / "whole", checkpoint_every=2)
     steps = [row for row in rows if "loss_silog" in row]
     assert len(steps) == 4
@@ -148,6 +140,23 @@ def test_a_run_with_distillation_resumes_and_exports_without_it(
     ).read_bytes()
 
 
+@pytest.mark.parametrize(("void", "classes"), [("ignore", 13), ("class", 14)])
+def test_void_is_ignored_or_a_class(
+    void: str, classes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = make_labelled_world(tmp_path / "world")
+    options = {"segmentation": {"decoder_channels": [16, 8, 8, 8, 8], "classes": classes}}
+    given = {"data.void": void, "loss_options": json.dumps(options), "max_steps": 1, "triptychs": 0}
+    assert len(distillation(world, tmp_path / "run", **given)) == 1
+    checkpoint = load_file(tmp_path / "run" / "checkpoints" / "step_0000001" / "model.safetensors")
+    assert checkpoint["segmentation.classify.bias"].shape == (classes,)
+    options["segmentation"]["classes"] = 27 - classes
+    with pytest.raises(SystemExit):
+        distillation(world, tmp_path / "wrong", **{**given, "loss_options": json.dumps(options)})
+    assert f"set loss_options.segmentation.classes to {classes}" in capsys.readouterr().err
+    assert not (tmp_path / "wrong").exists()
+
+
 def test_labels_that_the_data_lacks_are_asked_for_before_anything_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,7 +165,12 @@ def test_labels_that_the_data_lacks_are_asked_for_before_anything_is_written(
         world,
         tmp_path / "run",
         capsys,
-        **{"model.head": "fusion", "model.head_options": '{"width": 16}', "losses": '{"segmentation": 1.0}'},
+        **{
+            "model.head": "fusion",
+            "model.head_options": '{"width": 16}',
+            "losses": '{"segmentation": 1.0}',
+            "protocol": "nyu-affine",
+        },
     )
     assert "needs labels of the data, which has only" in sentence
     assert not (tmp_path / "run").exists()

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from finetune.heads.fusion import STRIDES, CoreOutput, FusionCore, check_width
 from finetune.heads.levels import levels_at
-from finetune.heads.output import DepthOutput, DepthRange
+from finetune.heads.output import DepthOutput, DepthRange, full_precision
 from spark.encoder import PyramidLevel
 
 ALPHA, GAMMA = 300.0, 2
@@ -84,7 +84,7 @@ class MetricBins(nn.Module):
         """
         core: CoreOutput = self.core(features)
         bottleneck = self.bottleneck(core.scales[0])
-        with torch.autocast(images.device.type, enabled=False):
+        with full_precision(images):
             centres = F.softplus(wide(self.seed_bins(wide(bottleneck))))
             embedding = self.seed_embedding(wide(bottleneck))
             for project, attractor, scale in zip(

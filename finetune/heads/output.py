@@ -1,6 +1,7 @@
 """What every depth head returns, and the bounded map from a network's output to metres."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,13 @@ class DepthOutput(NamedTuple):
         )
 
 
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """Out of autocast, on devices that have it (shapes without values, device meta, have none)."""
+    if not torch.amp.is_autocast_available(x.device.type):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
 class DepthRange(nn.Module):
     """`depth = min_depth + (max_depth - min_depth) * sigmoid(x)`, in fp32 also inside autocast (bf16 has 3 digits).
 
@@ -66,6 +74,6 @@ class DepthRange(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, 1, H, W] of any real values to metres of the same shape."""
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             x = x if x.dtype == torch.float64 else x.float()
             return self.min_depth + (self.max_depth - self.min_depth) * x.sigmoid()
