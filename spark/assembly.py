@@ -164,12 +164,13 @@ def summary(
     sizes: Sequence[tuple[int, int]],
     layout: Choice,
     accelerator: Accelerator,
-    num_images: int,
+    images: str,
+    epochs: float | None,
     total_steps: int,
     warmup_steps: int,
     workers: int,
 ) -> str:
-    """What is going to run, in a few lines."""
+    """What is going to run, in a few lines; `images` says what the data are, `epochs` is None where nobody knows."""
 
     def millions(module: nn.Module) -> str:
         return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.2f}M"
@@ -186,13 +187,13 @@ def summary(
             f"{', '.join(f'{h}x{w}' for h, w in sizes)} px, patches of {spark.patch_size}, "
             f"mask {config.model.mask_ratio}",
             f"layout     {layout.layout} ({layout.reason})",
-            f"data       {num_images} images in {config.data.train}; loader processes {world} x {workers}",
+            f"data       {images}; loader processes {world} x {workers}",
             f"batch      {optim.batch_size} images: processes {world} x accumulation {config.accumulation} x "
             f"{optim.batch_size // world // config.accumulation} at once; "
             f"{accelerator.device.type}, {config.precision}",
             f"optimizer  {optim.name}, betas {list(optim.betas or ())}, "
             f"lr {optim.base_lr * optim.batch_size / 256:.3g} at its peak",
-            f"length     {total_steps} steps ({warmup}), {total_steps * optim.batch_size / num_images:.1f} epochs",
+            f"length     {total_steps} steps ({warmup}), {'unknown' if epochs is None else f'{epochs:.1f}'} epochs",
             f"output     {config.output_dir}; kill -USR1 {os.getpid()} writes the encoder at once",
         )
     )

@@ -36,7 +36,7 @@ class ModelConfig:
         input_size: size of the training images in pixels, one number or [height, width]; multiples of the stride.
         train_sizes: sizes between which training switches from step to step, each a number or [height, width], such as
             [160,192,224]; null is input_size in every step. Panels are drawn in input_size.
-        in_chans: channels of the images.
+        in_chans: channels of the images; 3 for colour, 1 for grey, others for arrays and multi-band TIFF files.
         mask_ratio: share of the patches that is hidden, between 0 and 1; of a range [low, high] every step draws one.
         mask_block_size: side, in patches, of the blocks that are hidden or shown together; 1 hides single patches.
         patch_size: side of a mask patch in pixels, a multiple of the stride; null is the stride.
@@ -123,11 +123,17 @@ class DataConfig:
     Attributes:
         train: the images: a folder (searched recursively), a text file with one image path a line, a pattern such as
             photos/**/*.jpg, tar shards such as shards/{000..127}.tar or https://host/{000..127}.tar, a .npy file of
-            uint8 [N, H, W, C], or hf:NAME:SPLIT:COLUMN for a Hugging Face data set; see docs/images.md.
+            [N, H, W, C], or hf:NAME:SPLIT:COLUMN for a Hugging Face data set; see docs/images.md.
+        streaming: read tar shards or a Hugging Face data set from front to back while training, without a copy on the
+            disk, for sets that are larger than it; a shuffle buffer takes the place of the true shuffle.
+        shuffle_buffer: images, in their files' form, that each loader process keeps and shuffles when streaming.
+        size: images of an epoch when streaming; null takes the number that a Hugging Face data set states, and else
+            needs max_steps.
         cache: folder that shards of http addresses are fetched to and kept in; null is shards/ in output_dir.
         workers: processes that read images; null is one for each core that a process may use, at most 8.
-        mean: mean of each channel on the scale 0 to 1, subtracted from the images; null is ImageNet's.
-        std: standard deviation of each channel on the scale 0 to 1, dividing the images; null is ImageNet's.
+        mean: mean of each channel on the scale 0 to 1 (of floats in their own unit), subtracted from the images; null
+            is ImageNet's, which only 1 and 3 channels have.
+        std: standard deviation of each channel, likewise, dividing the images.
         crop_scale: smallest and largest share of an image's area that a random crop keeps.
         hflip: probability of a horizontal flip.
         max_pixels: images of more pixels are skipped as unreadable.
@@ -136,6 +142,9 @@ class DataConfig:
     """
 
     train: str
+    streaming: bool = False
+    shuffle_buffer: int = 1000
+    size: int | None = None
     cache: str | None = None
     workers: int | None = None
     mean: tuple[float, ...] | None = None
@@ -157,6 +166,13 @@ class DataConfig:
         )
         require(0 <= self.hflip <= 1, "data.hflip", self.hflip, "between 0 and 1")
         require(self.workers is None or self.workers >= 0, "data.workers", self.workers, "null, 0 or more")
+        require(self.shuffle_buffer >= 1, "data.shuffle_buffer", self.shuffle_buffer, "at least 1")
+        require(
+            self.size is None or (self.streaming and self.size >= 1),
+            "data.size",
+            self.size,
+            "null, or at least 1 with data.streaming true (other sources are counted)",
+        )
         require(self.max_pixels >= 1, "data.max_pixels", self.max_pixels, "at least 1")
         require(0 <= self.max_unreadable <= 1, "data.max_unreadable", self.max_unreadable, "between 0 and 1")
 

@@ -308,8 +308,8 @@ def reconstruction_panels(
 
     Args:
         model: the model, not wrapped for several processes.
-        images: [B, C, H, W] on the model's device, normalised by `mean` and `std`. One channel is shown in grey, of
-            more than three the first three.
+        images: [B, C, H, W] on the model's device, normalised by `mean` and `std`. One channel is shown in grey, of two
+            the first, of more than three the first three, as a line above the panels says.
         visible: [B, 1, fh, fw] bool, True = seen.
         mean: per channel, on the scale 0 to 1.
         std: per channel, on the scale 0 to 1.
@@ -337,11 +337,15 @@ def reconstruction_panels(
     rows = rows.repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)
     grid = functional.to_pil_image(make_grid(rows, nrow=len(columns), padding=_GAP, pad_value=1.0))
 
-    picture = Image.new("RGB", (grid.width, grid.height + _HEADER), "white")
-    picture.paste(grid, (0, _HEADER))
+    caption = "" if _is_colour(mean) else _caption(len(mean))
+    header = 2 * _HEADER if caption else _HEADER
+    picture = Image.new("RGB", (grid.width, grid.height + header), "white")
+    picture.paste(grid, (0, header))
     width = rows.shape[3]
+    draw = ImageDraw.Draw(picture)
+    draw.text((_GAP, 2), caption, fill="black")
     for column, title in enumerate(columns):
-        ImageDraw.Draw(picture).text((_GAP + column * (width + _GAP), 2), title, fill="black")
+        draw.text((_GAP + column * (width + _GAP), header - _HEADER + 2), title, fill="black")
     return picture
 
 
@@ -353,9 +357,27 @@ def save_panels(picture: Image.Image, output_dir: str | Path, step: int) -> Path
     return write_whole(path, content.getvalue())
 
 
+def _is_colour(mean: Sequence[float]) -> bool:
+    """Whether channels of this mean are shown as they are: colour or grey, between 0 and 1."""
+    return len(mean) in (1, 3) and min(mean) >= 0 and max(mean) <= 1
+
+
+def _caption(channels: int) -> str:
+    """What the panels of other images show, see `_displayable`."""
+    shown = "1-3" if channels >= 3 else "1"
+    return f"channel{'s' * (channels >= 3)} {shown} of {channels}, black to white: mean -3 to +3 std"
+
+
 def _displayable(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """[B, C, H, W] normalised -> [B, 3, H, W] on the CPU, between 0 and 1."""
+    """[B, C, H, W] normalised -> [B, 3, H, W] on the CPU, between 0 and 1.
+
+    Colour and grey of values between 0 and 1 come back as they were; of other images black is the mean less 3 standard
+    deviations, white the mean plus as many.
+    """
     images = images.float().cpu()
-    scale, shift = (torch.tensor(list(values)).view(1, -1, 1, 1) for values in (std, mean))
+    scale, shift = (
+        torch.tensor(list(values)).view(1, -1, 1, 1)
+        for values in ((std, mean) if _is_colour(mean) else ([1 / 6] * len(mean), [0.5] * len(mean)))
+    )
     images = (images * scale + shift).nan_to_num(0.0).clamp(0, 1)
     return images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)

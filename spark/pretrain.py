@@ -12,21 +12,20 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
-from torch.utils.data import DataLoader
 
 from spark.assembly import build_model, choose_layout, resolve, summary, training_sizes, try_forward
 from spark.checkpoint import find_run
 from spark.config import PretrainConfig, config_dict, parse_config, save_config
 from spark.continuation import start_from
+from spark.feed import FeedOptions, open_feed
 from spark.guard import Guard
-from spark.images import Normalise, PretrainTransform, UnlabeledImages, UnreadableImages
+from spark.images import Normalise, PretrainTransform, UnreadableImages
 from spark.optim import (
     build_optimizer,
     lr_at,
@@ -39,9 +38,7 @@ from spark.outputs import Outputs
 from spark.run import (
     RunLog,
     StopRequest,
-    StreamSampler,
     check_output_dir,
-    ignore_stop_signals,
     make_output_dir,
     micro_batch_size,
     one_line_errors,
@@ -52,12 +49,10 @@ from spark.run import (
     run_length,
     start_accelerator,
     stop_run,
-    worker_count,
 )
 from spark.seeding import derive_seed
-from spark.sources import open_source
 from spark.state import RunState, changes, read_extra
-from spark.steps import MaskedBatches, StepImages, StepPlan
+from spark.steps import MaskedBatches, StepPlan
 from spark.watching import Watch, build_monitor, fixed_batch
 
 DESCRIPTION = """Pretrain a timm convnet on unlabeled images with SparK (sparse and hierarchical masked modelling).
@@ -114,8 +109,6 @@ def pretrain(config: PretrainConfig) -> None:
     plan = StepPlan(training_sizes(config, spark), spark.mask_ratio, config.optim.batch_size, config.seed)
     try_forward(spark, device, plan.sizes)
 
-    cache = config.data.cache or Path(config.output_dir) / "shards"
-    source, lost_shards = open_source(config.data.train, cache, config.data.max_unreadable)
     transform = PretrainTransform(
         spark.input_size,
         config.model.in_chans,
@@ -124,11 +117,12 @@ def pretrain(config: PretrainConfig) -> None:
         config.data.std,
         config.data.hflip,
     )
-    images = UnlabeledImages(source, transform, config.seed, config.data.max_pixels)
-    resized = {size: copy.copy(images) for size in plan.sizes}  # the source is shared
-    for size, those in resized.items():
-        those.transform = replace(transform, input_size=size)
-    unreadable = UnreadableImages(len(source), config.data.max_unreadable)
+    collate = MaskedBatches(plan, spark.patch_size, spark.mask_block_size)
+    feed = open_feed(FeedOptions(config, transform, plan, collate, accelerator, micro_batch), before)
+    num_images = (
+        feed.size or (config.max_steps or 0) * config.optim.batch_size
+    )  # of an epoch, or at least of the run
+    unreadable = UnreadableImages(num_images, config.data.max_unreadable, feed.shards)
     config = resolve(config, spark, transform)
     betas, mean, std = config.optim.betas, config.data.mean, config.data.std
     assert betas is not None
@@ -140,7 +134,7 @@ def pretrain(config: PretrainConfig) -> None:
     start_decay = config.optim.weight_decay
     end_decay = start_decay if config.optim.weight_decay_end is None else config.optim.weight_decay_end
     total_steps, warmup_steps = run_length(
-        len(source) / config.optim.batch_size,
+        num_images / config.optim.batch_size,
         config.epochs,
         config.max_steps,
         config.optim.warmup_epochs,
@@ -154,7 +148,8 @@ def pretrain(config: PretrainConfig) -> None:
     guard = Guard(config.guard)
     facts = {
         "config": config_dict(config),
-        "data": {"images": len(source), "names": source.digest()},
+        "data": feed.facts,
+        "stream": feed.state,  # which moves on with the run
         "processes": world,
         "layout": layout.layout,
         "device_type": device.type,
@@ -164,7 +159,7 @@ def pretrain(config: PretrainConfig) -> None:
     # --- resume
     if checkpoint is not None and before is not None:
         accelerator.print(f"continuing from {checkpoint}")
-        for line in changes(before, facts):
+        for line in changes(before, facts) + feed.notes:
             accelerator.print(f"changed since that checkpoint: {line}")
         state.resume(checkpoint)
         if state.step >= total_steps:
@@ -174,35 +169,18 @@ def pretrain(config: PretrainConfig) -> None:
     elif config.resume:
         accelerator.print(f"no checkpoint in {config.output_dir} yet: starting from the beginning")
 
-    for line in unreadable.add(lost_shards):
+    for line in unreadable.add(feed.lost):
         accelerator.print(f"left out the shard {line}")
 
-    # --- the stream of batches, from the step on
-    workers = worker_count(config.data.workers, accelerator)
-
-    def batches_from(position: int) -> Iterator[dict[str, Any]]:
-        """Batches of this process from one of the stream's on; `accumulation` of them are a step's."""
-        stream = StreamSampler(
-            len(source),
-            micro_batch,
-            rank=rank,
-            world_size=world,
-            seed=config.seed,
-            start=position * config.accumulation,
-            stop=(total_steps + state.offset) * config.accumulation,
+    def batches_on() -> Iterator[dict[str, Any]]:
+        """Batches of this process from where the run is to its end; `accumulation` of them are a step's."""
+        return feed.batches(
+            (state.step + state.offset) * config.accumulation,
+            (total_steps + state.offset) * config.accumulation,
         )
-        loader = DataLoader(
-            StepImages(resized, plan),
-            batch_sampler=stream,
-            num_workers=workers,
-            collate_fn=MaskedBatches(plan, spark.patch_size, spark.mask_block_size),
-            pin_memory=device.type == "cuda",
-            worker_init_fn=ignore_stop_signals,
-        )
-        return iter(loader)
 
-    panel_batch = fixed_batch(images, spark, config.seed) if main_process else None
-    watch = Watch(config.monitor, build_monitor(config, images, spark, micro_batch, main_process), spark)
+    panel_batch = fixed_batch(feed, spark, config.seed) if main_process else None
+    watch = Watch(config.monitor, build_monitor(config, feed, spark, micro_batch, main_process), spark)
 
     # --- logs
     make_output_dir(config.output_dir)
@@ -216,10 +194,11 @@ def pretrain(config: PretrainConfig) -> None:
                 plan.sizes,
                 layout,
                 accelerator,
-                len(source),
+                feed.title,
+                total_steps * config.optim.batch_size / feed.size if feed.size else None,
                 total_steps,
                 warmup_steps,
-                workers,
+                feed.workers,
             ),
             flush=True,
         )
@@ -234,7 +213,7 @@ def pretrain(config: PretrainConfig) -> None:
         progress_bar(total_steps, state.step, every=config.log_every, enabled=main_process) as bar,
     ):
         outputs = Outputs(config, state, normalise, panel_batch, bar.say)
-        batches = batches_from(state.step + state.offset)
+        batches = batches_on()
         while state.step < total_steps and not stop.agreed(accelerator):
             step = state.step  # steps done; this one counts when its update is made, or skipped
             lr = lr_at(step, peak=peak_lr, total_steps=total_steps, warmup_steps=warmup_steps)
@@ -247,12 +226,14 @@ def pretrain(config: PretrainConfig) -> None:
                 loss_sum = torch.zeros((), device=device)
                 names: list[str] = []
                 failed: list[str] = []
+                lost: list[str] = []
                 for part in range(config.accumulation):
                     asked = time.perf_counter()
                     batch = next(batches)
                     waited += time.perf_counter() - asked
                     names += batch["name"]
                     failed += batch["failed"]
+                    lost += feed.received(batch)
                     pixels = batch["image"].to(device, non_blocking=True, memory_format=memory_format)
                     pixels = normalise(pixels)
                     visible_count = int(batch["visible"].sum())  # here: on a GPU, reading it would wait
@@ -265,11 +246,14 @@ def pretrain(config: PretrainConfig) -> None:
                         loss = forward(pixels, visible, visible_count).loss / config.accumulation
                         accelerator.backward(loss)
                     loss_sum += loss.detach()
-                all_loss, all_failed = reduce_sum(accelerator, [loss_sum.item(), len(failed)])
+                all_loss, all_failed = reduce_sum(accelerator, [loss_sum.item(), len(failed) + len(lost)])
                 mean_loss = all_loss / world
                 if all_failed:
                     for line in unreadable.add(gather_object(failed)):
                         bar.say(f"skipped {line}")
+                    for line in unreadable.add_shards(gather_object(lost)):
+                        bar.say(f"skipped the rest of the shard {line}")
+                feed.gather()
                 norm = accelerator.clip_grad_norm_(spark.parameters(), config.optim.clip_grad or math.inf)
             except Exception as error:
                 # Whatever it is, a bug or a killed loader too, the steps so far are kept.
@@ -325,13 +309,15 @@ def pretrain(config: PretrainConfig) -> None:
                 state.roll_back(target)
                 accelerator.wait_for_everyone()  # nobody writes checkpoints while others read them
                 event["at_step"] = step + 1
-                batches = batches_from(state.step + state.offset)
+                feed.advance()
+                batches = batches_on()
                 outputs.keep_on("the rows", partial(log.rewind, state.step, keep_events=True))
                 row = {"loss": mean_loss, "lr": lr, "images_per_second": 0.0}
                 outputs.keep_on("a row", partial(log.row, state.step, **row, **event))
                 since, steps_since, waited = time.perf_counter(), 0, 0.0
                 continue
             state.step = step = step + 1
+            feed.advance()
             steps_since += 1
 
             # report, save, draw, export
@@ -350,7 +336,7 @@ def pretrain(config: PretrainConfig) -> None:
                     "lr": lr,
                     "weight_decay": weight_decay,
                     "grad_norm": grad_norm,
-                    "epoch": (step + state.offset) * config.optim.batch_size / len(source),
+                    "epoch": feed.epoch((step + state.offset) * config.optim.batch_size),
                     "images_per_second": rate,
                     "data_wait": waited / elapsed,
                     "layout": layout.layout,
@@ -395,9 +381,11 @@ def pretrain(config: PretrainConfig) -> None:
                 bar.say(f"stopped and saved after step {state.step} of {total_steps}; to continue:")
                 bar.say(f"  {resume_command(config.output_dir, world)}")
             unreadable.report(Path(config.output_dir) / "skipped_images.txt")
-            if unreadable:
+            if unreadable or unreadable.shards:
+                shards = f" and the rest of {len(unreadable.shards)} shards" if unreadable.shards else ""
                 bar.say(
-                    f"{len(unreadable)} unreadable images were skipped, see skipped_images.txt in the same folder"
+                    f"{len(unreadable)} unreadable images{shards} were skipped, see skipped_images.txt in the same "
+                    "folder"
                 )
     accelerator.wait_for_everyone()
     log.close()

@@ -127,7 +127,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
     Args:
         before: from `read_extra`; older checkpoints lack all but "config".
-        now: the facts of the run: "config", "data", "layout", "device_type", "processes".
+        now: the facts of the run: "config", "data", "layout", "device_type", "processes", "stream".
     """
     lines = config_changes(before["config"], now["config"])
     lines += data_changes(before.get("data", now["data"]), now["data"])
@@ -137,20 +137,27 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
             f"{now['device_type']}: from here on the run agrees with the earlier one to rounding"
         )
     if (old := before.get("processes", now["processes"])) != now["processes"]:
+        same = (
+            "the same batches of images, divided anew; the run agrees with the earlier one to rounding, except for "
+            "what stochastic depth draws"
+        )
         lines.append(
-            f"processes were {old}, are {now['processes']}: the same batches of images, divided anew; the run agrees "
-            "with the earlier one to rounding, except for what stochastic depth draws"
+            f"processes were {old}, are {now['processes']}: "
+            + ("other batches of images" if now.get("stream") else same)
         )
     return lines
 
 
 def data_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Say how the list of images differs from that of the checkpoint, for the positions of the stream are its."""
-    if before == now:
+    if before["names"] == now["names"] or ("shards" in before) != (
+        "shards" in now
+    ):  # the latter: the feed tells it
         return []
+    unit = "shards" if "shards" in now else "images"
     change = (
-        f"data was {before['images']} images, is {now['images']}"
-        if before["images"] != now["images"]
-        else f"data is {now['images']} images as before, but of other names or in another order"
+        f"data was {before[unit]} {unit}, is {now[unit]}"
+        if before[unit] != now[unit]
+        else f"data is {now[unit]} {unit} as before, but of other names or in another order"
     )
     return [f"{change}: the stream of images differs from here on"]

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from spark.config import MonitorConfig, PretrainConfig
-from spark.images import Normalise, UnlabeledImages, collate_images
+from spark.feed import Feed
+from spark.images import Normalise, collate_images
 from spark.masking import mean_ratio
 from spark.model import SparK
 from spark.monitor import Monitor, MonitoredImages, collapse_warning, read_labelled
@@ -17,26 +17,20 @@ from spark.steps import MaskedBatches, StepPlan
 PANEL_IMAGES = 6
 
 
-def fixed_samples(images: UnlabeledImages, most: int) -> list[dict[str, Any]]:
-    """At most so many training images, evenly spread, always the same."""
-    count = min(most, len(images))
-    return [images[position, position * len(images) // count] for position in range(count)]
-
-
-def fixed_batch(images: UnlabeledImages, spark: SparK, seed: int) -> tuple[Tensor, Tensor]:
+def fixed_batch(feed: Feed, spark: SparK, seed: int) -> tuple[Tensor, Tensor]:
     """Images and masks for the panels, always the same and in the model's own size.
 
     Returns:
-        [B, C, H, W] uint8 and [B, 1, fh, fw].
+        [B, C, H, W], not normalised, and [B, 1, fh, fw].
     """
-    samples = fixed_samples(images, PANEL_IMAGES)
+    samples = feed.fixed(PANEL_IMAGES)
     plan = StepPlan((spark.input_size,), mean_ratio(spark.mask_ratio), len(samples), seed)
     batch = MaskedBatches(plan, spark.patch_size, spark.mask_block_size)(samples)
     return batch["image"], batch["visible"]
 
 
 def build_monitor(
-    config: PretrainConfig, images: UnlabeledImages, spark: SparK, batch_size: int, main_process: bool
+    config: PretrainConfig, feed: Feed, spark: SparK, batch_size: int, main_process: bool
 ) -> Monitor | None:
     """What watches a run, in its main process; None in the others, which only check the options, and if it is off.
 
@@ -50,10 +44,10 @@ def build_monitor(
     assert mean is not None
     assert std is not None
     if config.monitor.data is None:
-        count = min(most, len(images))
+        count = min(most, feed.size or most)
 
         def read() -> MonitoredImages:
-            pixels = collate_images(fixed_samples(images, count))["image"]
+            pixels = collate_images(feed.fixed(count))["image"]
             return MonitoredImages(Normalise(mean, std)(pixels))
     else:
         if len(mean) not in (1, 3):

@@ -594,8 +594,15 @@ def test_degenerate_images(size):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"in_chans": 4}, r"in_chans 4: image files are read with 3 channels \(colour\) or 1 \(grey\)"),
-        ({"in_chans": 0}, r"in_chans 0"),
+        (
+            {"in_chans": 4},
+            r"in_chans is 4: give data\.mean and data\.std, 4 numbers each, .*ImageNet's are for colour",
+        ),
+        (
+            {"in_chans": 4, "mean": (0.5,) * 4},
+            r"give data\.mean and data\.std, .*--data\.std \[0\.5,0\.5,0\.5,0\.5\]",
+        ),
+        ({"in_chans": 0}, r"in_chans must be at least 1, not 0"),
         ({"input_size": 0}, r"input_size is \(H, W\)"),
         ({"input_size": (32, 32, 3)}, r"input_size is \(H, W\)"),
         ({"crop_scale": (0.0, 1.0)}, r"crop_scale"),

@@ -43,12 +43,15 @@ def test_panels(tmp_path, channels, size):
         assert torch.equal(value, before[name]), f"{name} changed while drawing"
     zoom = 128 // size[1]
     height, width = size[0] * zoom, size[1] * zoom
-    assert picture.size == (3 * width + 4 * 2, 2 * height + 3 * 2 + 16)
+    header = 16 if channels in (1, 3) else 32  # with a line that says which channels are shown, and how
+    assert picture.size == (3 * width + 4 * 2, 2 * height + 3 * 2 + header)
 
-    pixels = np.asarray(picture)[16:]
+    pixels = np.asarray(picture)[header:]
     seen = visible[0, 0].repeat_interleave(32, 0).repeat_interleave(32, 1)
     seen = seen.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1).numpy()
     shown = colours[0, :3] if channels >= 3 else colours[0, :1].expand(3, -1, -1)
+    if channels == 4:
+        shown = ((shown - 0.5) / 0.25 / 6 + 0.5).clamp(0, 1)
     truth = (shown * 255).permute(1, 2, 0).repeat_interleave(zoom, 0).repeat_interleave(zoom, 1).numpy()
     given, masked, restored = (pixels[2 : 2 + height, 2 + i * (width + 2) :][:, :width] for i in range(3))
     assert np.abs(given - truth).max() <= 1

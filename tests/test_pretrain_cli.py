@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -151,3 +152,44 @@ def test_two_processes_roll_back_alike_and_stop(photos, tmp_path):  # noqa: F811
     assert done.stderr.count("after 1 rollbacks (guard.max_rollbacks)") == 1, done.stderr[-2000:]
     events = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "event" in row]
     assert [row["event"] for row in events] == ["rollback"]
+
+
+def test_two_processes_stream_without_repeating_and_resume(photos, tmp_path):  # noqa: F811
+    """Each process reads shards of its own; resumed as two it is the same run, as one it says what has changed."""
+    files = sorted(photos.rglob("*.png"))
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for shard in range(4):
+        with tarfile.open(shards / f"{shard}.tar", "w") as archive:
+            for file in files[3 * shard : 3 * shard + 3]:
+                archive.add(file, file.name)
+    options = ("--data.streaming=true", "--data.shuffle_buffer=2", "--data.size=12", "--optim.batch_size=4")
+    options += (
+        "--data.workers=1",
+        "--max_steps=5",
+        "--checkpoint_every=3",
+        "--optim.name=sgd",
+        "--optim.base_lr=3",
+    )
+    done = two_processes(small_run(shards, tmp_path / "two", *options))
+    assert done.returncode == 0, done.stderr
+    assert "streamed: 2 to a reader in each pass, none left out" in " ".join(done.stdout.split())
+    half = tmp_path / "two" / "checkpoints" / "step_0000003"
+    stream = torch.load(half / "state.pt", weights_only=True)["extra"]["stream"]
+    assert [state[:2] for state in stream["states"]] == [[0, 1], [0, 1]], "6 images of each, in blocks of 2"
+    again = two_processes(small_run(shards, tmp_path / "again", *options, f"--resume={half}"))
+    assert again.returncode == 0, again.stderr
+    expected = losses(tmp_path / "two")
+    assert losses(tmp_path / "again") == {step: pytest.approx(expected[step], rel=2e-6) for step in (4, 5)}
+
+    one = subprocess.run(
+        [sys.executable, SCRIPT, *small_run(shards, tmp_path / "one", *options, f"--resume={half}")],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert one.returncode == 0, one.stderr
+    assert "processes were 2, are 1: other batches of images" in " ".join(one.stdout.split())
+    assert "readers (processes x loader processes) were 2, now 1" in " ".join(one.stdout.split())
+    assert sorted(losses(tmp_path / "one")) == [4, 5]

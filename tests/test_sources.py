@@ -207,8 +207,11 @@ def test_array(tmp_path, channels):
 def test_arrays_that_are_no_images(tmp_path):
     path = tmp_path / "a.npy"
     for values, message in [
-        (np.zeros((2, 8, 8, 4), np.uint8), r"holds uint8 \[2, 8, 8, 4\], not images"),
-        (np.zeros((2, 8, 8), np.float32), r"holds float32 \[2, 8, 8\], not images"),
+        (np.zeros((2, 8, 8, 4, 1), np.uint8), r"holds uint8 \[2, 8, 8, 4, 1\], not images"),
+        (
+            np.zeros((2, 8, 8), np.int64),
+            r"holds int64 \[2, 8, 8\], not images: they are uint8, uint16, float32",
+        ),
         (np.zeros((0, 8, 8), np.uint8), r"cut off|holds no image"),
         (np.array([{}], dtype=object), "no NumPy array that can be read piece by piece"),
     ]:
@@ -335,7 +338,7 @@ def test_a_connection_that_breaks_off_is_taken_up_again(server, tmp_path, ranges
     handler.ranges = ranges
     assert numbers(opened(f"{address}/{{00..02}}.tar", tmp_path / "cache")) == list(range(15))
     asked = [bytes_ for name, bytes_ in handler.log if name == "01.tar"]
-    assert asked == [None, "bytes=3000-", "bytes=3700-" if ranges else "bytes=700-"]
+    assert asked == [None, "bytes=3000-", "bytes=3700-" if ranges else "bytes=3000-"]
 
 
 def test_a_shard_that_cannot_be_fetched_is_left_out_or_ends_the_run(server, tmp_path):
@@ -344,7 +347,7 @@ def test_a_shard_that_cannot_be_fetched_is_left_out_or_ends_the_run(server, tmp_
     text, cache = f"{address}/{{00..02}}.tar", tmp_path / "cache"
     with pytest.raises(ValueError, match=r"1 of 3 shards could not be fetched, .* data\.max_unreadable") as e:
         open_source(text, cache)
-    assert "01.tar: the connection broke off (after 100 of" in str(e.value)
+    assert "01.tar: the connection broke off (after 500 of 20480 bytes), 5 times in a row" in str(e.value)
     assert {path.name.split("-")[-1] for path in cache.glob("*.tar")} == {"00.tar", "02.tar"}
     assert not list(cache.glob(".*.part"))
 

@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 
+from spark.bands import KINDS
 from spark.sources.names import Names
 
 
 class ArraySource:
-    """A `.npy` file of pixels: uint8, [N, H, W] or [N, H, W, C] with 1 or 3 channels.
+    """A `.npy` file of pixels: uint8, uint16 or float32, [N, H, W] or [N, H, W, C].
 
     Args:
         path: of the file.
@@ -27,9 +28,9 @@ class ArraySource:
                 f"{path} is cut off, or no NumPy array that can be read piece by piece ({error}): write it again"
             ) from error
         shape, kind = values.shape, values.dtype
-        if kind != np.uint8 or len(shape) not in (3, 4) or shape[3:] not in ((), (1,), (3,)):
+        if kind.newbyteorder("=") not in KINDS or len(shape) not in (3, 4):
             raise ValueError(
-                f"{path} holds {kind} {list(shape)}, not images: they are uint8, [N, H, W] or [N, H, W, 1 or 3]"
+                f"{path} holds {kind} {list(shape)}, not images: they are {', '.join(KINDS)}, [N, H, W] or [N, H, W, C]"
             )
         if not values.size:
             raise ValueError(f"{path} holds no image: its shape is {list(shape)}")
@@ -51,7 +52,7 @@ class ArraySource:
         return f"{self._path}[{index}]"
 
     def read(self, index: int) -> np.ndarray:
-        """One image, uint8 [H, W] or [H, W, C]."""
+        """One image, [H, W] or [H, W, C]."""
         values = self._values = self._map() if self._values is None else self._values
         return np.asarray(values[index])
 

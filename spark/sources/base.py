@@ -1,5 +1,7 @@
-"""What a source of images is."""
+"""What a source of images is: one that gives any image at once, and one that is read from front to back."""
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +17,7 @@ class Source(Protocol):
         ...
 
     def read(self, index: int) -> bytes | np.ndarray:
-        """The encoded image, or its pixels as `spark.decoding.RawPicture` takes them.
+        """The encoded image, or its pixels, for `spark.bands.open_image`.
 
         Raises:
             OSError: it cannot be read.
@@ -25,4 +27,57 @@ class Source(Protocol):
 
     def digest(self) -> str:
         """Hexadecimal digest of what the images are called and of their order, to notice that a data set changed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An image that was met while a shard was read.
+
+    Attributes:
+        name: what a user finds it by.
+        read: gives the encoded image; raises OSError or ValueError as `Source.read` does.
+        after: place in the shard behind it, for `StreamedSource.entries`.
+    """
+
+    name: str
+    read: Callable[[], bytes]
+    after: int
+
+
+class ShardError(ValueError):
+    """A shard, or what is left of it, cannot be read; the message is the reason, in one line."""
+
+
+class StreamedSource(Protocol):
+    """Images in shards that are read from front to back, on a disk or behind a network.
+
+    Attributes:
+        size: number of images, None where nobody says it.
+    """
+
+    size: int | None
+
+    def __len__(self) -> int:
+        """Number of shards."""
+        ...
+
+    def shard_name(self, shard: int) -> str:
+        """What a user finds a shard by."""
+        ...
+
+    def entries(self, shard: int, start: int = 0) -> Iterator[Entry]:
+        """The images of a shard in order.
+
+        Args:
+            shard: its number.
+            start: 0 for its beginning, or `Entry.after` of the last image that is not wanted again.
+
+        Raises:
+            ShardError: it cannot be opened, breaks off, or holds no image.
+        """
+        ...
+
+    def digest(self) -> str:
+        """Hexadecimal digest of what the shards are called and of their order."""
         ...

@@ -49,7 +49,7 @@ class FileSource:
         return self._names.digest()
 
 
-def list_images(source: str | Path, confined: bool = False) -> list[Path]:
+def list_images(source: str | Path, confined: bool = False, arrays: bool = False) -> list[Path]:
     """The image files of a folder, or of a text list.
 
     A folder is searched through all its subfolders (flat, class folders, `train/` ...: all the same here)
@@ -63,6 +63,7 @@ def list_images(source: str | Path, confined: bool = False) -> list[Path]:
     Args:
         source: the folder or the list.
         confined: refuse relative entries of a list that lead out of its folder (`../`).
+        arrays: take `.npy` files where a folder holds no image.
 
     Raises:
         FileNotFoundError: the source, or a file named in the list, does not exist.
@@ -72,17 +73,18 @@ def list_images(source: str | Path, confined: bool = False) -> list[Path]:
     """
     source = Path(source).expanduser()
     if source.is_dir():
-        return _images_in_folder(source)
+        return _images_in_folder(source, arrays)
     if source.is_file():
-        return _images_in_list(source, confined)
+        return _images_in_list(source, confined, arrays)
     raise FileNotFoundError(
         f"there is no image folder, list of images, tar shard or array at {source.absolute()}: check the path "
         f"(a relative one starts at the current folder)"
     )
 
 
-def _images_in_folder(root: Path) -> list[Path]:
+def _images_in_folder(root: Path, arrays: bool) -> list[Path]:
     images: list[Path] = []
+    numpy: list[Path] = []
     others: Counter[str] = Counter()
     for folder, names in walk(root):
         for name in names:
@@ -91,6 +93,10 @@ def _images_in_folder(root: Path) -> list[Path]:
                 images.append(Path(folder, name))
             else:
                 others[extension or "without extension"] += 1
+                if extension == ".npy":
+                    numpy.append(Path(folder, name))
+    if arrays and not images:
+        images = numpy
     if not images:
         found = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
         raise ValueError(
@@ -121,7 +127,7 @@ def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
         yield folder, [name for name in names if not name.startswith(".")]
 
 
-def _images_in_list(path: Path, confined: bool) -> list[Path]:
+def _images_in_list(path: Path, confined: bool, arrays: bool) -> list[Path]:
     if path.suffix.lower() in EXTENSIONS:
         raise ValueError(
             f"{path} is a single image: give a folder of images, or a text list with one path a line"
@@ -148,7 +154,7 @@ def _images_in_list(path: Path, confined: bool) -> list[Path]:
             )
         image = path.parent / entry  # an absolute entry replaces the parent
         if image.is_dir():
-            images.extend(_images_in_folder(image))
+            images.extend(_images_in_folder(image, arrays))
         elif image.exists():
             images.append(image)
         else:

@@ -1,19 +1,22 @@
-"""Tar shards behind http(s) addresses: each is fetched once to a folder on the disk, and is then like any other.
+"""Files behind http(s) addresses: read from front to back, or fetched once to a folder on the disk.
 
-So what holds for shards on the disk holds for these: any image at once, exact resume, the same run whatever the number
-of processes. Price: the data set must fit on the disk, and training begins when it is there.
+Tar shards that are fetched are like any other: any image at once, exact resume, the same run whatever the number of
+processes. Price: the data set must fit on the disk, and training begins when it is there.
 """
 
 import fcntl
 import hashlib
 import http.client
+import io
 import os
+import shutil
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import urlsplit
 
 from spark.sources.tars import image_entries
@@ -23,6 +26,98 @@ PAUSE = 1.0  # before the first retry; doubled for each further one [s]
 TIMEOUT = 60  # for a server that says nothing [s]
 CONNECTIONS = 4
 _CHUNK = 1 << 20
+
+
+class DownloadError(OSError):
+    """What is behind an address cannot be had, or not all of it; the message is the reason.
+
+    Attributes:
+        stale: the server says that it has no such place, so that the file has become shorter.
+    """
+
+    def __init__(self, reason: str, stale: bool = False):
+        super().__init__(reason)
+        self.stale = stale
+
+
+class Download(io.RawIOBase):
+    """The bytes behind an address, from front to back. A connection that breaks off is taken up where it ended.
+
+    `RETRIES` attempts in a row may fail; one that brings a megabyte ends the row. A server that knows no ranges sends
+    the file again, and what is known of it is passed over.
+
+    Args:
+        url: http or https.
+        start: place of the first byte that is wanted.
+
+    Raises:
+        DownloadError: on reading; the server refuses, or the connection breaks off again and again.
+    """
+
+    def __init__(self, url: str, start: int = 0):
+        self._url = url
+        self._place = start
+        self._end: int | None = None
+        self._answer: http.client.HTTPResponse | None = None
+        self._failures = 0
+        self._got = 0  # since the last failure
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """See `io.RawIOBase`."""
+        while True:
+            try:
+                if self._answer is None:
+                    self._connect()
+                assert self._answer is not None
+                content = self._answer.read(len(buffer))
+                if not content and self._end is not None and self._place < self._end:
+                    raise ConnectionError(f"after {self._place} of {self._end} bytes")
+                buffer[: len(content)] = content
+                self._place += len(content)
+                self._got += len(content)
+                return len(content)
+            except DownloadError:
+                raise
+            except urllib.error.HTTPError as error:
+                reason = f"the server answers {error.code} {error.reason}"
+                if error.code < 500 and error.code not in (408, 429):
+                    raise DownloadError(reason, stale=error.code == 416) from error
+                self._pause(reason)
+            except (http.client.HTTPException, OSError) as error:  # of the network: no file is touched here
+                self._pause(f"the connection broke off ({_words(error)})")
+
+    def close(self) -> None:
+        """End the connection."""
+        if self._answer is not None:
+            self._answer.close()
+        super().close()
+
+    def _connect(self) -> None:
+        headers = {"Range": f"bytes={self._place}-"} if self._place else {}
+        answer = urllib.request.urlopen(urllib.request.Request(self._url, headers=headers), timeout=TIMEOUT)
+        begin = self._place if answer.status == 206 else 0
+        length = answer.headers.get("Content-Length")
+        self._end = None if length is None else begin + int(length)
+        if self._end is not None and self._end < self._place:
+            raise DownloadError(f"the server has {self._end} bytes only, fewer than before", stale=True)
+        while begin < self._place:
+            passed = len(answer.read(min(self._place - begin, _CHUNK)))
+            if not passed:
+                raise ConnectionError(f"after {begin} of {self._end or 'unknown'} bytes")
+            begin += passed
+        self._answer = answer
+
+    def _pause(self, reason: str) -> None:
+        self._answer = None
+        self._failures = 1 if self._got >= _CHUNK else self._failures + 1
+        self._got = 0
+        if self._failures > RETRIES:
+            raise DownloadError(f"{reason}, {self._failures} times in a row")
+        time.sleep(PAUSE * 2 ** (self._failures - 1))
 
 
 def fetch_shards(urls: Sequence[str], folder: str | Path) -> tuple[list[Path], list[str]]:
@@ -64,46 +159,22 @@ def _fetch(url: str, path: Path) -> Path | str:
         fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the file, whatever ends the process
         if path.exists():
             return path
-        reason = ""
-        for attempt in range(RETRIES + 1):
-            if attempt:
-                time.sleep(PAUSE * 2 ** (attempt - 1))
+        for _ in range(
+            2 if part.exists() else 1
+        ):  # what an earlier attempt left may be no beginning of the shard
             try:
-                _continue(url, part)
+                with open(part, "ab") as file:
+                    shutil.copyfileobj(Download(url, file.tell()), file, _CHUNK)
                 for _ in image_entries(part):
                     pass
                 os.replace(part, path)
                 return path
-            except urllib.error.HTTPError as error:
-                reason = f"the server answers {error.code} {error.reason}"
-                if error.code < 500 and error.code not in (408, 416, 429):
-                    break
-                if error.code == 416:  # what is here is not a beginning of what is there
-                    part.unlink(missing_ok=True)
-            except ValueError as error:
+            except (DownloadError, ValueError) as error:
+                part.unlink()
                 reason = str(error).replace(str(part), path.name)
-                part.unlink(missing_ok=True)
-                break
-            except (http.client.HTTPException, urllib.error.URLError, ConnectionError, TimeoutError) as error:
-                reason = f"the connection broke off ({_words(error)}) {RETRIES + 1} times"
-        part.unlink(missing_ok=True)
+                if isinstance(error, DownloadError) and not error.stale:
+                    break
         return " ".join(reason.split()).replace(": ", ", ")
-
-
-def _continue(url: str, part: Path) -> None:
-    """Fetch what is missing at the end of `part`."""
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-        expected = answer.headers.get("Content-Length")
-        # A server that knows no ranges starts again, and so does the file.
-        with open(part, "ab" if answer.status == 206 else "wb") as file:
-            got = 0
-            while chunk := answer.read(_CHUNK):
-                file.write(chunk)
-                got += len(chunk)
-    if expected is not None and got < int(expected):
-        raise ConnectionError(f"after {got} of {expected} bytes")
 
 
 def _words(error: Exception) -> str:

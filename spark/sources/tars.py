@@ -1,4 +1,5 @@
-"""Images in tar shards on the disk, any of them at once: an index of where each lies is built when they are opened.
+"""Images in tar shards: any of them at once, by an index that is built when shards on the disk are opened, or one after
+another, as the bytes of a shard arrive.
 
 Nothing is unpacked, so no entry can be written anywhere; what is not a plain file (links, devices) is passed over.
 """
@@ -6,6 +7,7 @@ Nothing is unpacked, so no entry can be written anywhere; what is not a plain fi
 import os
 import tarfile
 from collections.abc import Collection, Iterator, Sequence
+from io import BufferedReader
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,8 @@ from spark.decoding import EXTENSIONS
 from spark.sources.names import Names
 
 _BLOCK = 512  # of a tar file [bytes]
+_CHUNK = 1 << 20  # read at once [bytes]
+_COMPRESSED = (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5")  # how gzip, bzip2, xz and zstandard begin
 
 
 class TarSource:
@@ -88,15 +92,9 @@ def image_entries(
         OSError: it cannot be read.
     """
     size = os.path.getsize(shard)
-    if not size:
-        raise ValueError(f"the shard {shard} is empty (0 bytes): write it again, or leave it out")
     images = 0
     with open(shard, "rb") as file:
-        if file.read(2) in (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5"):
-            raise ValueError(
-                f"the shard {shard} is compressed, in which no image can be found without reading all before it: "
-                "unpack it to a plain .tar (images do not get smaller anyway)"
-            )
+        head = file.read(_BLOCK)
         file.seek(0)
         end = 0
         try:
@@ -113,15 +111,105 @@ def image_entries(
             raise ValueError(
                 _cut_off(shard, "in the header or the data of an entry")
                 if end
-                else f"{shard} is no tar file ({error}): name shards, or an image folder or list"
+                else _no_tar(shard, head, error)
             ) from error
         file.seek(end)
         if file.read(_BLOCK) != bytes(_BLOCK):
             raise ValueError(_cut_off(shard, "before the mark that ends a tar file"))
     if not images:
+        raise ValueError(_no_image(shard, extensions))
+
+
+def stream_images(file: BufferedReader, shard: str, start: int = 0) -> Iterator[tuple[str, bytes, int]]:
+    """Every image in a tar file that is read from front to back.
+
+    Args:
+        file: at `start`; it need not be able to seek.
+        shard: its name, for errors.
+        start: 0, or a place that an earlier call yielded.
+
+    Yields:
+        Name and content, and the place of the next entry [bytes].
+
+    Raises:
+        ValueError: it is empty, cut off, compressed, or no tar file, or (from 0 on) without an image.
+        OSError: it cannot be read.
+    """
+    forward = _Forward(file, start)
+    images = 0
+    try:
+        with tarfile.open(fileobj=forward, mode="r:") as archive:  # pyright: ignore[reportArgumentType, reportCallIssue]
+            for entry in archive:
+                if entry.isreg() and not entry.issparse() and _is_image(entry.name, EXTENSIONS):
+                    forward.seek(entry.offset_data)
+                    content = forward.read_all(entry.size)
+                    if len(content) < entry.size:
+                        raise ValueError(_cut_off(shard, f"in {entry.name}"))
+                    images += 1
+                    yield entry.name, content, archive.offset
+                archive.members = []  # pyright: ignore[reportAttributeAccessIssue]  # or it would keep them all
+    except tarfile.TarError as error:
         raise ValueError(
-            f"the shard {shard} holds no image: looked for entries that end in {' '.join(extensions)}"
+            _cut_off(shard, "in the header or the data of an entry")
+            if forward.tell() > _BLOCK or start
+            else _no_tar(shard, forward.last, error)
+        ) from error
+    if forward.last != bytes(_BLOCK):
+        raise ValueError(_cut_off(shard, "before the mark that ends a tar file"))
+    if not images and not start:
+        raise ValueError(_no_image(shard, EXTENSIONS))
+
+
+class _Forward:
+    """A file as tarfile wants it, of one that can only be read on; tarfile never asks for what it has read already."""
+
+    def __init__(self, file: BufferedReader, place: int):
+        self._file = file
+        self._place = place
+        self.last = b""  # what was read last: a block of zeros, where the mark that ends a tar file was met
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, place: int) -> None:
+        if place < self._place:
+            raise tarfile.ReadError("an entry of negative size")
+        while self._place < place and self.read(min(place - self._place, _CHUNK)):
+            pass
+
+    def read_all(self, count: int) -> bytes:
+        """As many bytes, or fewer at the end; memory is taken for those that come, not for those that are promised."""
+        parts = []
+        while count > 0 and (part := self.read(min(count, _CHUNK))):
+            parts.append(part)
+            count -= len(part)
+        return b"".join(parts)
+
+    def read(self, count: int) -> bytes:
+        self.last = self._file.read(count)
+        self._place += len(self.last)
+        return self.last
+
+
+def _no_tar(shard: str | Path, head: bytes, error: Exception) -> str:
+    """What a file is that begins so."""
+    if not head:
+        return f"the shard {shard} is empty (0 bytes): write it again, or leave it out"
+    if head.startswith(_COMPRESSED):
+        return (
+            f"the shard {shard} is compressed, in which no image can be found without reading all before it: "
+            "unpack it to a plain .tar (images do not get smaller anyway)"
         )
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return (
+            f"{shard} is a web page, no tar file: the address may need another form (such as /resolve/ for /blob/) or "
+            "a permission"
+        )
+    return f"{shard} is no tar file ({error}): name shards, or an image folder or list"
+
+
+def _no_image(shard: str | Path, extensions: Collection[str]) -> str:
+    return f"the shard {shard} holds no image: looked for entries that end in {' '.join(extensions)}"
 
 
 def _cut_off(shard: str | Path, where: str) -> str:
