@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from spark.config import ModelConfig, PretrainConfig
 from spark.images import PretrainTransform
 from spark.masking import check_masks, mean_ratio, visible_at
-from spark.model import SparK
+from spark.model import SparK, norm_kind
 from spark.sparse.batch_norm import in_recomputation
 from spark.sparse.choice import AUTO, Choice, is_available
 
@@ -136,26 +136,21 @@ def try_forward(spark: SparK, device: torch.device, sizes: Sequence[tuple[int, i
 
 
 def resolve(config: PretrainConfig, spark: SparK, transform: PretrainTransform) -> PretrainConfig:
-    """Fill in what was left to a rule: betas by the encoder's family, mean and std by the transform.
-
-    Betas are those of the paper's recipe (Tian et al., ICLR 2023), which gives them for ResNets and ConvNeXts only. The
-    family is the timm module that defines the encoder, not its name.
-
-    Raises:
-        ValueError: betas are not set and the encoder belongs to neither family.
-    """
-    recipes = {"timm.models.resnet": (0.9, 0.95), "timm.models.convnext": (0.9, 0.999)}
-    betas = config.optim.betas or recipes.get(type(spark.encoder).__module__)
-    if betas is None:
-        raise ValueError(
-            f"SparK has no recipe for {config.model.name}, which is neither a ResNet nor a ConvNeXt: set optim.betas, "
-            "for example --optim.betas [0.9,0.95] (as for ResNets) or [0.9,0.999] (as for ConvNeXts)"
-        )
+    """Fill in what was left to a rule: betas by the encoder's norms, mean and std by the transform."""
     return replace(
         config,
-        optim=replace(config.optim, betas=betas),
+        optim=replace(config.optim, betas=config.optim.betas or default_betas(spark)),
         data=replace(config.data, mean=tuple(transform.mean or ()), std=tuple(transform.std or ())),
     )
+
+
+def default_betas(spark: SparK) -> tuple[float, float]:
+    """Betas of the paper's recipes: with batch norm those of ResNets, without those of ConvNeXts.
+
+    Tian et al. (ICLR 2023) give them for these two families only; for others they are an extrapolation, by the rule
+    that also chooses the norm between encoder and decoder (`spark.model.norm_kind`).
+    """
+    return (0.9, 0.95) if norm_kind(spark.encoder) == "bn" else (0.9, 0.999)
 
 
 def summary(
@@ -181,6 +176,8 @@ def summary(
         if warmup_steps < total_steps or not warmup_steps
         else "all of them warm-up"
     )
+    family = "ResNets, as it has" if norm_kind(spark.encoder) == "bn" else "ConvNeXts, as it has no"
+    recipe = f" (those of {family} batch norm)" if optim.betas == default_betas(spark) else ""
     return "\n".join(
         (
             f"model      {config.model.name}: {millions(spark.encoder)} parameters, with decoder {millions(spark)}; "
@@ -191,7 +188,7 @@ def summary(
             f"batch      {optim.batch_size} images: processes {world} x accumulation {config.accumulation} x "
             f"{optim.batch_size // world // config.accumulation} at once; "
             f"{accelerator.device.type}, {config.precision}",
-            f"optimizer  {optim.name}, betas {list(optim.betas or ())}, "
+            f"optimizer  {optim.name}, betas {list(optim.betas or ())}{recipe}, "
             f"lr {optim.base_lr * optim.batch_size / 256:.3g} at its peak",
             f"length     {total_steps} steps ({warmup}), {'unknown' if epochs is None else f'{epochs:.1f}'} epochs",
             f"output     {config.output_dir}; kill -USR1 {os.getpid()} writes the encoder at once",

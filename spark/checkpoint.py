@@ -21,10 +21,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from spark.export import STATE, WEIGHTS, description, load_encoder, read_encoder, save_encoder
+from spark.export import EMA, STATE, WEIGHTS, description, load_encoder, read_encoder, save_encoder
 from spark.folders import whole_folder, write_tensors
 from spark.keys import KeyReport, fit
 from spark.official import load_official, read_torch_file
+from spark.sharding import placed
 
 __all__ = [
     "EMA",
@@ -40,9 +41,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-EMA = "ema.safetensors"
-"""Averaged weights in a checkpoint, under the names of the model."""
-
 _STEP_FOLDER = re.compile(r"step_(\d+)")
 
 
@@ -56,8 +54,9 @@ def save_run(
     ema: nn.Module | None = None,
     extra: dict[str, Any] | None = None,
     keep: int = 2,
+    moments: dict[str, Any] | None = None,
 ) -> Path:
-    """Write the state of a run after optimizer step `step`; only the main process calls it.
+    """Write the state of a run after optimizer step `step`; only the main process calls it, with whole weights.
 
     Older checkpoints beyond the newest `keep` are removed once the new one is on the disk. Checkpoints of later steps
     belong to a course that the run left when it was resumed from an earlier step; they are renamed to
@@ -73,6 +72,7 @@ def save_run(
         ema: A model of the same architecture that holds averaged weights, if the run keeps them.
         extra: What else the loop needs to go on: tensors and plain values only.
         keep: Whole checkpoints to keep, at least 1; damaged ones between them stay as long.
+        moments: The optimizer's state dict, where the optimizer's own is sharded.
 
     Returns:
         The folder `output_dir/checkpoints/step_NNNNNNN`.
@@ -101,7 +101,7 @@ def save_run(
             write_tensors(ema, temporary / EMA, metadata)
         state = {
             "step": step,
-            "optimizer": optimizer.state_dict(),
+            "optimizer": optimizer.state_dict() if moments is None else moments,
             "optimizer_kind": _kind(optimizer),
             "scaler": None if scaler is None else scaler.state_dict(),
             "ema": ema is not None,
@@ -283,8 +283,10 @@ def load_run(
     if ema is not None and not state.get("ema"):
         logger.warning("%s holds no averaged weights: the average starts from its weights", path)
     if ema is not None:
-        ema.load_state_dict(load_file(path / (EMA if state.get("ema") else WEIGHTS)))
-    optimizer.load_state_dict(state["optimizer"])
+        averages = load_file(path / (EMA if state.get("ema") else WEIGHTS))
+        own = ema.state_dict()
+        ema.load_state_dict({name: placed(value, own[name]) for name, value in averages.items()})
+    optimizer.load_state_dict(_placed_moments(state["optimizer"], optimizer))
     if scaler is not None:
         if state["scaler"]:
             scaler.load_state_dict(state["scaler"])
@@ -293,6 +295,23 @@ def load_run(
                 "%s holds no gradient scaler (another precision): the loss scale starts afresh", path
             )
     return {**state["extra"], "step": state["step"]}
+
+
+def _placed_moments(saved: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """An optimizer's state dict with what has the shape of its parameter laid out, or sharded, as the parameter."""
+    order = [number for group in saved["param_groups"] for number in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        number: {
+            name: placed(value, parameter)
+            if isinstance(value, Tensor) and value.ndim and value.shape == parameter.shape
+            else value
+            for name, value in saved["state"][number].items()
+        }
+        for number, parameter in zip(order, parameters, strict=True)
+        if number in saved["state"]
+    }
+    return {**saved, "state": state}
 
 
 def _optimizer_difference(state: dict[str, Any], optimizer: Optimizer) -> str:

@@ -185,8 +185,8 @@ class OptimConfig:
         name: optimizer; the paper uses lamb for pretraining.
         base_lr: learning rate at a batch of 256 images; the run uses base_lr * batch_size / 256.
         batch_size: images of one optimizer step, over all processes and all accumulated parts.
-        betas: decay rates of the optimizer's running moments; null takes the recipe of the encoder's family,
-            [0.9, 0.95] for ResNets and [0.9, 0.999] for ConvNeXts, and is an error for any other encoder.
+        betas: decay rates of the optimizer's running moments; null takes those of the paper's recipes, [0.9, 0.95] (its
+            ResNets) for encoders with batch norm and [0.9, 0.999] (its ConvNeXts) for all others.
         eps: term added to the optimizer's denominator.
         weight_decay: weight decay at the start.
         weight_decay_end: weight decay at the end of its cosine; null keeps it constant.

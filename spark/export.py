@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 STATE = "state.pt"
+EMA = "ema.safetensors"
+"""Averaged weights in a checkpoint of a run, under the names of the model."""
 
 _NOT_ARCHITECTURE = (
     "features_only",
@@ -268,15 +270,19 @@ def read_encoder(
     in_chans: int | None = None,
     pretrained: bool = False,
     model_name: str | None = None,
+    averaged: bool = False,
     **timm_kwargs: Any,
 ) -> tuple[nn.Module, KeyReport]:
-    """`load_encoder`, with the report as a value; it is empty for a timm name."""
+    """`load_encoder`, with the report as a value; it is empty for a timm name.
+
+    With `averaged`, the averaged weights of a checkpoint of a run (`optim.ema_decay`) in place of the last ones.
+    """
     if "num_classes" in timm_kwargs:
         raise ValueError(
             "an encoder has no classifier: for one, export it (save_encoder) and use"
             " timm.create_model('local-dir:FOLDER', pretrained=True, num_classes=...)"
         )
-    found = _find_encoder(source, model_name)
+    found = _find_encoder(source, model_name, averaged)
     if found is None:
         name = str(source)
         if features_only:
@@ -327,14 +333,19 @@ def read_encoder(
     return encoder, report
 
 
-def _find_encoder(source: str | Path, model_name: str | None) -> _Source | None:
+def _find_encoder(source: str | Path, model_name: str | None, averaged: bool) -> _Source | None:
     """Find the encoder weights that a path means; None if it is a timm name."""
     path = Path(str(source).removeprefix("local-dir:")).expanduser()
+    if averaged and not (path / STATE).is_file():
+        raise ValueError(
+            f"averaged weights are in checkpoints of a run only, and {source} is none: name a folder "
+            "checkpoints/step_NNNNNNN, or leave --ema out"
+        )
     is_name = is_own(str(source)) or (os.sep not in str(source) and timm.is_model(str(source).split(".")[0]))
     if (path / CONFIG).is_file():
         return _from_export(path, model_name)
     if (path / STATE).is_file():
-        return _from_run(path, model_name)
+        return _from_run(path, model_name, averaged)
     if path.is_dir() and not is_name:
         hint = "save_encoder and tools/export_encoder.py write such folders"
         if (path / "encoder" / CONFIG).is_file():
@@ -401,23 +412,29 @@ def _from_export(folder: Path, model_name: str | None) -> _Source:
     return _Source(str(folder), name, tensors, options, preparation)
 
 
-def _from_run(folder: Path, model_name: str | None) -> _Source:
+def _from_run(folder: Path, model_name: str | None, averaged: bool) -> _Source:
     """Read the encoder out of a checkpoint folder of a run."""
+    path = folder / (EMA if averaged else WEIGHTS)
+    if averaged and not path.is_file():
+        raise ValueError(
+            f"{folder} holds no averaged weights, for its run kept none (optim.ema_decay): export the last weights, "
+            "without --ema"
+        )
     try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             described = (file.metadata() or {}).get("encoder")
             names = list(file.keys())
             tensors = {
                 n.removeprefix("encoder."): file.get_tensor(n) for n in names if n.startswith("encoder.")
             }
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{folder / WEIGHTS} is missing, cut short or damaged ({error})") from error
+        raise ValueError(f"{path} is missing, cut short or damaged ({error})") from error
     if described is None or not tensors:
         raise ValueError(f"{folder} holds no timm encoder: only runs over a stock timm model can be exported")
     ignored = [(name, "not part of the encoder") for name in names if not name.startswith("encoder.")]
     built = json.loads(described)
     return _Source(
-        str(folder),
+        f"{folder} ({'averaged' if averaged else 'last'} weights)",
         _name_of(built, folder, model_name),
         tensors,
         built["model_args"],

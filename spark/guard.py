@@ -14,10 +14,11 @@ _LEAST_DEVIATION = 1e-3  # of the median: losses that barely move make no spike 
 
 
 class Verdict(NamedTuple):
-    """What to do about a step, "skip", "rollback" or "stop", and the reason in words."""
+    """What to do about a step, "skip", "rollback" or "stop"; why, in words; and its kind, "nonfinite" or "spike"."""
 
     action: str
     reason: str
+    kind: str
 
 
 class Guard:
@@ -57,26 +58,28 @@ class Guard:
         bad = [f"{name} is {value}" for name, value in numbers.items() if not math.isfinite(value)]
         loss, most = numbers["the loss"], self.threshold()
         if bad:
-            return self._bounded(self.config.on_nonfinite, " and ".join(bad))
+            return self._bounded(self.config.on_nonfinite, " and ".join(bad), "nonfinite")
         if loss > most:
-            return self._bounded(self.config.on_spike, f"the loss {loss:.4g} is a spike, above {most:.4g}")
+            reason = f"the loss {loss:.4g} is a spike, above {most:.4g}"
+            return self._bounded(self.config.on_spike, reason, "spike")
         self.losses.append(loss)
         self.skipped_in_a_row = 0
         return None
 
-    def _bounded(self, action: str, reason: str) -> Verdict:
+    def _bounded(self, action: str, reason: str, kind: str) -> Verdict:
         if action == "rollback" and self.rollbacks >= self.config.max_rollbacks:
-            return Verdict("stop", f"{reason}, after {self.rollbacks} rollbacks (guard.max_rollbacks)")
+            return Verdict("stop", f"{reason}, after {self.rollbacks} rollbacks (guard.max_rollbacks)", kind)
         if action == "skip":
-            return self.skip(reason)
-        return Verdict(action, reason)
+            return self.skip(reason, kind)
+        return Verdict(action, reason, kind)
 
-    def skip(self, reason: str) -> Verdict:
+    def skip(self, reason: str, kind: str) -> Verdict:
         """Skip the step, or stop after too many skips in a row."""
         if self.skipped_in_a_row >= self.config.max_skips:
-            return Verdict("stop", f"{reason}, after {self.skipped_in_a_row} skipped steps (guard.max_skips)")
+            reason = f"{reason}, after {self.skipped_in_a_row} skipped steps (guard.max_skips)"
+            return Verdict("stop", reason, kind)
         self.skipped_in_a_row += 1
-        return Verdict("skip", reason)
+        return Verdict("skip", reason, kind)
 
     @property
     def doubtful(self) -> bool:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from spark.sharding import is_sharded, placed
+
 
 @dataclass
 class KeyReport:
@@ -113,7 +115,11 @@ def fit(
         raise ValueError(
             f"{source} does not fit {name}: {', '.join(wrong)}. It is of another architecture, or not whole. {advice}"
         )
-    model.load_state_dict(state, strict=False)
+    # What is sharded takes part in the loading of every process, in the same order.
+    model.load_state_dict(
+        {key: placed(value, own[key]) if is_sharded(own[key]) else value for key, value in state.items()},
+        strict=False,
+    )
     return report
 
 

@@ -175,7 +175,7 @@ class SparK(nn.Module):
         self.grid = self.grid_of(*self.input_size)
         check_masks(self.grid, mask_ratio, mask_block_size)
 
-        norm = densify_norm or _norm_kind(encoder)
+        norm = densify_norm or norm_kind(encoder)
         if norm not in ("bn", "ln"):
             raise ValueError(f"densify_norm {densify_norm!r} does not exist: use 'bn' or 'ln'")
         upscale = 2 ** (num_blocks - stages)
@@ -320,8 +320,10 @@ def _precision(images: Tensor) -> str:
     return f"{'bf' if dtype == torch.bfloat16 else 'fp'}{8 * dtype.itemsize}"
 
 
-def _norm_kind(encoder: nn.Module) -> str:
-    """The official rule, read off the network instead of its name: batch norm for ResNets, layer norm for ConvNeXts.
+def norm_kind(encoder: nn.Module) -> str:
+    """Whose recipe an encoder takes, "bn" (ResNets') or "ln" (ConvNeXts'), where the official code goes by its name.
+
+    The official rule, read off the network instead of its name: batch norm for ResNets, layer norm for ConvNeXts.
 
     Networks with neither (group norm, none at all) were made not to depend on the batch; layer norm does not either.
     """

@@ -4,21 +4,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from spark.checkpoint import save_encoder
 from spark.config import PretrainConfig
 from spark.images import Normalise
 from spark.monitor import reconstruction_panels, save_panels
+from spark.sharding import on_device
 from spark.state import RunState
 
 
 class Outputs:
-    """Writes into the folder of a run; main process only, except for `keep_on`.
+    """Writes into the folder of a run.
+
+    The main process calls it, and where weights are sharded every process does; only the main one writes, and what is
+    called in others returns None.
 
     Args:
         config: of the run, with mean and standard deviation of the images.
         state: of the run.
+        device: that the run computes on.
         normalise: from bytes to what the model receives.
         panel_batch: images [B, C, H, W] uint8 and masks [B, 1, fh, fw] of the panels; None in other processes.
         say: prints a line.
@@ -28,17 +34,19 @@ class Outputs:
         self,
         config: PretrainConfig,
         state: RunState,
+        device: torch.device,
         normalise: Normalise,
         panel_batch: tuple[Tensor, Tensor] | None,
         say: Callable[[str], None],
     ):
         self.config = config
         self.state = state
+        self.device = device
         self.normalise = normalise
         self.panel_batch = panel_batch
         self.say = say
 
-    def save(self) -> Path:
+    def save(self) -> Path | None:
         """Write a checkpoint.
 
         Raises:
@@ -50,28 +58,32 @@ class Outputs:
         """Write the state before the step under way, unless it is spoilt already."""
         return self.state.rescue(self.config.output_dir, self.config.keep_checkpoints)
 
-    def draw(self) -> Path:
+    def draw(self) -> Path | None:
         """Write reconstruction panels of the fixed images."""
+        spark = self.state.whole_model()
+        if spark is None:
+            return None
         assert self.panel_batch is not None
         mean, std = self.config.data.mean, self.config.data.std
         assert mean is not None
         assert std is not None
-        spark = self.state.spark
-        device = next(spark.parameters()).device
-        pixels, visible = (tensor.to(device) for tensor in self.panel_batch)
-        picture = reconstruction_panels(spark, self.normalise(pixels), visible, mean, std)
+        pixels, visible = (tensor.to(self.device) for tensor in self.panel_batch)
+        with on_device(spark, self.device):
+            picture = reconstruction_panels(spark, self.normalise(pixels), visible, mean, std)
         return save_panels(picture, self.config.output_dir, self.state.step)
 
-    def export(self) -> Path:
+    def export(self) -> Path | None:
         """Write the encoder."""
-        mean, std, ema = self.config.data.mean, self.config.data.std, self.state.ema
+        mean, std = self.config.data.mean, self.config.data.std
         assert mean is not None
         assert std is not None
-        trained = ema if ema is not None and self.config.export_ema else self.state.spark
+        trained = self.state.whole_average() if self.config.export_ema else self.state.whole_model()
+        if trained is None:
+            return None
         folder = Path(self.config.output_dir) / "encoder"
         return save_encoder(trained.encoder, folder, mean, std, self.state.spark.input_size)
 
-    def attempt(self, what: str, write: Callable[[], Path]) -> Path | None:
+    def attempt(self, what: str, write: Callable[[], Path | None]) -> Path | None:
         """Write what the run can do without: a failure is told, and the run goes on."""
         try:
             return write()

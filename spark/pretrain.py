@@ -51,6 +51,7 @@ from spark.run import (
     stop_run,
 )
 from spark.seeding import derive_seed
+from spark.sharding import shard_average
 from spark.state import RunState, changes, read_extra
 from spark.steps import MaskedBatches, StepPlan
 from spark.watching import Watch, build_monitor, fixed_batch
@@ -82,7 +83,7 @@ def pretrain(config: PretrainConfig) -> None:
 
     # --- objects; nothing is written before all of them fit together
     check_output_dir(config.output_dir, config.resume)
-    accelerator = start_accelerator(config.output_dir, config.precision)
+    accelerator = start_accelerator(config.output_dir, config.precision, shards=True)
     device = cast(torch.device, accelerator.device)
     rank: int = accelerator.process_index
     world: int = accelerator.num_processes
@@ -105,6 +106,8 @@ def pretrain(config: PretrainConfig) -> None:
             f"compile cannot trace the layout {layout.layout} ({layout.reason}): add --model.layout packed, or leave "
             "compile false"
         )
+    if config.compile and accelerator.is_fsdp2:
+        raise ValueError("compile and FSDP have not been made to work together: leave compile false")
     spark.layout = layout.layout
     plan = StepPlan(training_sizes(config, spark), spark.mask_ratio, config.optim.batch_size, config.seed)
     try_forward(spark, device, plan.sizes)
@@ -143,7 +146,10 @@ def pretrain(config: PretrainConfig) -> None:
     groups = parameter_groups(spark, start_decay)
     optimizer = build_optimizer(config.optim.name, groups, peak_lr, betas, config.optim.eps)
     ema = None if config.optim.ema_decay is None else copy.deepcopy(spark).requires_grad_(False)
+    unsharded = copy.deepcopy(spark).cpu() if accelerator.is_fsdp2 and main_process else None
     model, optimizer = prepare(accelerator, spark, optimizer)
+    if accelerator.is_fsdp2 and ema is not None:
+        shard_average(ema)
     forward = torch.compile(model) if config.compile else model
     guard = Guard(config.guard)
     facts = {
@@ -153,8 +159,10 @@ def pretrain(config: PretrainConfig) -> None:
         "processes": world,
         "layout": layout.layout,
         "device_type": device.type,
+        "sharded": bool(accelerator.is_fsdp2),
     }
-    state = RunState(spark, optimizer, accelerator.scaler, ema, guard, unreadable, facts)
+    state = RunState(spark, optimizer, accelerator.scaler, ema, guard, unreadable, facts, unsharded)
+    writes = main_process or state.sharded  # sharded weights are gathered by all processes
 
     # --- resume
     if checkpoint is not None and before is not None:
@@ -180,7 +188,8 @@ def pretrain(config: PretrainConfig) -> None:
         )
 
     panel_batch = fixed_batch(feed, spark, config.seed) if main_process else None
-    watch = Watch(config.monitor, build_monitor(config, feed, spark, micro_batch, main_process), spark)
+    monitor = build_monitor(config, feed, spark, micro_batch, main_process)
+    watch = Watch(config.monitor, monitor, state, accelerator)
 
     # --- logs
     make_output_dir(config.output_dir)
@@ -212,9 +221,13 @@ def pretrain(config: PretrainConfig) -> None:
         StopRequest(deadline) as stop,
         progress_bar(total_steps, state.step, every=config.log_every, enabled=main_process) as bar,
     ):
-        outputs = Outputs(config, state, normalise, panel_batch, bar.say)
+        outputs = Outputs(config, state, device, normalise, panel_batch, bar.say)
         batches = batches_on()
         while state.step < total_steps and not stop.agreed(accelerator):
+            if stop.export and writes:
+                stop.export = False
+                if folder := outputs.attempt("the encoder", outputs.export):
+                    bar.say(f"encoder after step {state.step} written to {folder}")
             step = state.step  # steps done; this one counts when its update is made, or skipped
             lr = lr_at(step, peak=peak_lr, total_steps=total_steps, warmup_steps=warmup_steps)
             weight_decay = weight_decay_at(step, start=start_decay, end=end_decay, total_steps=total_steps)
@@ -260,7 +273,9 @@ def pretrain(config: PretrainConfig) -> None:
                 if main_process:
                     try:
                         unreadable.report(Path(config.output_dir) / "skipped_images.txt")
-                        if folder := outputs.rescue():
+                        if state.sharded:  # the other processes may not be there to gather them
+                            bar.say("sharded weights cannot be saved in the middle of a step")
+                        elif folder := outputs.rescue():
                             bar.say(f"the state before this step is saved in {folder}")
                     except (
                         Exception
@@ -283,7 +298,8 @@ def pretrain(config: PretrainConfig) -> None:
             if verdict is not None and verdict.action == "rollback":
                 target = find_run(config.output_dir, True)
                 if target is None:  # before the first checkpoint
-                    verdict = guard.skip(f"{verdict.reason}, and there is no checkpoint to roll back to")
+                    reason = f"{verdict.reason}, and there is no checkpoint to roll back to"
+                    verdict = guard.skip(reason, verdict.kind)
             if verdict is None:
                 optimizer.step()
                 if ema is not None and config.optim.ema_decay is not None:
@@ -296,6 +312,7 @@ def pretrain(config: PretrainConfig) -> None:
                     files=names,
                     output_dir=config.output_dir,
                     save=outputs.rescue,
+                    kind=verdict.kind,
                 )
             else:
                 state.undo_forward()
@@ -326,8 +343,8 @@ def pretrain(config: PretrainConfig) -> None:
             rate = steps_since * config.optim.batch_size / elapsed
             bar.update(step, loss=mean_loss, lr=lr, images_per_second=rate)
             watched: dict[str, float | str] = {}
-            if watch.due(step, step == total_steps) and not event:
-                watched = watch.measure(step, rate, bar.say)
+            if not event:
+                watched = watch.measure(step == total_steps, rate, bar.say)
                 since += time.perf_counter() - now  # the time of measuring is not that of training
             log_due = step % config.log_every == 0 or step in (1, total_steps)
             if log_due or watched or event:
@@ -348,7 +365,7 @@ def pretrain(config: PretrainConfig) -> None:
                     "a row", partial(log.row, step, **row, **memory_use(device), **watched, **event)
                 )
             save_due |= bool(config.checkpoint_every) and step % config.checkpoint_every == 0
-            if main_process and save_due and not guard.doubtful:
+            if writes and save_due and not guard.doubtful:
                 save_due = False
                 if outputs.keep_on("the checkpoint", outputs.save):
                     saved_step = step
@@ -356,22 +373,19 @@ def pretrain(config: PretrainConfig) -> None:
                     event = {"event": "not_saved", "reason": f"no checkpoint of step {step} could be written"}
                     row = {"loss": mean_loss, "lr": lr, "images_per_second": rate}
                     outputs.keep_on("a row", partial(log.row, step, **row, **event))
-            if main_process and config.panels_every and step % config.panels_every == 0:
+            if writes and config.panels_every and step % config.panels_every == 0:
                 begin = time.perf_counter()
                 outputs.attempt("panels", outputs.draw)
                 drawn_step = step
                 if watch.monitor is not None:
                     watch.monitor.seconds += time.perf_counter() - begin
-            if main_process and stop.export:
-                stop.export = False
-                if folder := outputs.attempt("the encoder", outputs.export):
-                    bar.say(f"encoder after step {step} written to {folder}")
             if log_due:
                 since, steps_since, waited = time.perf_counter(), 0, 0.0
 
         # --- the end, or an early stop
-        if main_process:
-            if state.step != saved_step:
+        if writes:
+            # Of sharded weights all processes take part, and only the main one knows if the last save was written.
+            if state.sharded or state.step != saved_step:
                 outputs.save()
             if state.step >= total_steps:
                 if state.step != drawn_step:
@@ -379,7 +393,8 @@ def pretrain(config: PretrainConfig) -> None:
                 bar.say(f"done after step {state.step}: the encoder is in {outputs.export()}")
             else:
                 bar.say(f"stopped and saved after step {state.step} of {total_steps}; to continue:")
-                bar.say(f"  {resume_command(config.output_dir, world)}")
+                bar.say(f"  {resume_command(config.output_dir, world, state.sharded)}")
+        if main_process:
             unreadable.report(Path(config.output_dir) / "skipped_images.txt")
             if unreadable or unreadable.shards:
                 shards = f" and the rest of {len(unreadable.shards)} shards" if unreadable.shards else ""

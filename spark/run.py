@@ -33,6 +33,7 @@ from torch.utils.data import Sampler
 
 from spark.folders import write_whole
 from spark.seeding import derive_seed
+from spark.sharding import fsdp_plugin, prepare_sharded, use_fsdp
 from spark.sparse import MissingRuleError
 
 
@@ -104,7 +105,7 @@ class StreamSampler(Sampler[list[tuple[int, int]]]):
         return torch.randperm(self.num_samples, generator=generator)
 
 
-def start_accelerator(output_dir: str | Path, precision: str) -> Accelerator:
+def start_accelerator(output_dir: str | Path, precision: str, shards: bool = False) -> Accelerator:
     """Start Accelerate for a run: device, processes, precision, TensorBoard in ``output_dir/tensorboard``.
 
     Several processes on a machine without GPU talk through gloo. Buffers are not broadcast between processes: running
@@ -113,29 +114,33 @@ def start_accelerator(output_dir: str | Path, precision: str) -> Accelerator:
     Args:
         output_dir: folder of the run.
         precision: fp32, bf16 or fp16.
+        shards: whether the script can train sharded weights, see `spark.sharding`.
 
     Raises:
-        ValueError: fp16 without a GPU, or FSDP.
+        ValueError: fp16 without a GPU, or FSDP that the script cannot do.
     """
     wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"true", "1", "yes"}
     on_cpu = wants_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     if on_cpu and precision == "fp16":
         raise ValueError("precision fp16 needs a GPU; use bf16 or fp32 on this machine")
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+    plugin = fsdp_plugin()
+    if plugin is not None and not shards:
         raise ValueError(
-            "FSDP is not supported by the training scripts yet (checkpoints of sharded weights are not written): use a "
-            "configuration of configs/accelerate/, whole weights on each GPU, and model.grad_checkpointing or more "
-            "accumulation where memory is short"
+            "FSDP is for pretraining only: use configs/accelerate/gpu_8.yaml, whole weights on each GPU, and a smaller "
+            "batch where memory is short"
         )
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision="no" if precision == "fp32" else precision,
         log_with="tensorboard",
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir)),
+        fsdp_plugin=plugin,
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         ],
     )
+    if plugin is not None:
+        use_fsdp(accelerator, plugin)
     # With --cpu, `accelerate launch --num_processes N` only prepares for mpirun and starts a single process itself.
     if wants_cpu and accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ:
         print(
@@ -148,11 +153,13 @@ def start_accelerator(output_dir: str | Path, precision: str) -> Accelerator:
 
 
 def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Any]:
-    """Hand model and optimizer to Accelerate: several processes get DistributedDataParallel, fp16 a loss scale.
+    """Hand model and optimizer to Accelerate: several processes get DistributedDataParallel or FSDP, fp16 a loss scale.
 
     Returns:
         The model to train with (the one given stays the one to save), and the wrapped optimizer.
     """
+    if accelerator.is_fsdp2:
+        return prepare_sharded(accelerator, model, optimizer)
     if accelerator.num_processes > 1:
         match_gradient_strides(model)
     with warnings.catch_warnings():
@@ -484,13 +491,14 @@ class StopRequest:
 
     Attributes:
         requested: this process was asked to stop.
-        export: this process was asked for its result; the loop sets it back to False.
+        export: some process was asked for its result, as of the last `agreed`; the loop sets it back to False.
     """
 
     def __init__(self, deadline: float = math.inf) -> None:
         self.deadline = deadline
         self.requested = False
         self.export = False
+        self._asked = False
         self._first = math.inf
         self._previous: dict[int, Any] = {}
         self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
@@ -508,7 +516,7 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if signal.Signals(number).name == "SIGUSR1":
-            self.export = True
+            self._asked = True
             return
         if number == signal.SIGINT and time.monotonic() - self._first > 2:
             raise KeyboardInterrupt
@@ -516,12 +524,16 @@ class StopRequest:
         self._first = min(self._first, time.monotonic())
 
     def agreed(self, accelerator: Accelerator) -> bool:
-        """Whether any process was asked to stop: the same answer in all of them, which all call it together."""
+        """Whether any process was asked to stop: the same answer in all of them, which all call it together.
+
+        `export` becomes what they agree on, too.
+        """
         orphaned = self._launcher is not None and os.getppid() != self._launcher
         self.requested |= orphaned or time.monotonic() >= self.deadline
-        if accelerator.num_processes == 1:
-            return self.requested
-        return reduce_sum(accelerator, [float(self.requested)])[0] > 0
+        asked, self._asked = self._asked, False
+        stops, exports = reduce_sum(accelerator, [float(self.requested), float(asked)])
+        self.export |= exports > 0
+        return stops > 0
 
 
 def check_finite(
@@ -551,6 +563,7 @@ def stop_run(
     files: Sequence[str],
     output_dir: str | Path,
     save: Callable[[], Path | None],
+    kind: str = "nonfinite",
 ) -> NoReturn:
     """Stop a run at a step that would spoil the weights: keep the state, name the batch, say what to do.
 
@@ -561,18 +574,20 @@ def stop_run(
         step: the step under way, counted from 1.
         reason: what is wrong, such as "the loss is nan".
         files: the files of this process in the step's batch.
-        output_dir: folder of the run; the files of all processes are listed in ``nonfinite_step_NNNNNNN.txt``.
-        save: writes a checkpoint of the state before the step, called in the main process; returns its folder, or None
-            when that state is not finite either.
+        output_dir: folder of the run; the files of all processes are listed in ``KIND_step_NNNNNNN.txt``.
+        save: writes a checkpoint of the state before the step, called in the main process, under FSDP in all; returns
+            its folder, or None when that state is not finite either.
+        kind: the reason in one word, for the name of that list.
 
     Raises:
         ValueError: always.
     """
     everyone = gather_object(list(files))
-    listing = Path(output_dir) / f"nonfinite_step_{step:07d}.txt"
+    listing = Path(output_dir) / f"{kind}_step_{step:07d}.txt"
     kept = "the weights were no longer finite either, so no checkpoint was written: go back to an older one"
     if accelerator.is_main_process:
         write_whole(listing, "".join(f"{name}\n" for name in everyone).encode(errors="surrogateescape"))
+    if accelerator.is_main_process or accelerator.is_fsdp2:
         checkpoint = save()
         if checkpoint is not None:
             kept = f"the state before this step is saved in {checkpoint}"
@@ -583,9 +598,12 @@ def stop_run(
     )
 
 
-def resume_command(output_dir: str | Path, world_size: int) -> str:
-    """The command that continues this script's run, to be given in the same folder."""
+def resume_command(output_dir: str | Path, world_size: int, sharded: bool = False) -> str:
+    """The command that continues this script's run, to be given in the same folder; `sharded` weights stay so."""
     launcher = f"accelerate launch --multi_gpu --num_processes {world_size}" if world_size > 1 else "python"
+    if sharded:
+        options = "--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy NO_WRAP"
+        launcher = f"accelerate launch {options} --num_processes {world_size}"
     saved = Path(output_dir) / "config.yaml"
     return shlex.join([*launcher.split(), sys.argv[0], "--config", str(saved), "--resume", "true"])
 

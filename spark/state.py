@@ -1,10 +1,12 @@
 """The state of a run: what a checkpoint holds, how a run goes back to it, and what has changed since."""
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from spark.checkpoint import load_run, save_run
@@ -12,11 +14,15 @@ from spark.config import config_changes
 from spark.guard import Guard
 from spark.images import UnreadableImages
 from spark.model import SparK
+from spark.sharding import gathered, is_sharded
 
 
 @dataclass
 class RunState:
     """Everything that training changes.
+
+    Where the weights are sharded over processes (`spark.sharding`), each process has a part of them; what needs whole
+    ones takes `whole_model` and `whole_average`, and so does all that writes.
 
     Attributes:
         spark: the model.
@@ -26,6 +32,7 @@ class RunState:
         guard: what judges the steps.
         unreadable: images that could not be read.
         facts: what a checkpoint says about the run that wrote it, see `changes`.
+        unsharded: where the weights are sharded, in the main process, a copy of the model from before that.
         step: optimizer steps done.
         offset: batches of the stream that rollbacks have passed over: step n trains on batch n + offset.
     """
@@ -37,6 +44,7 @@ class RunState:
     guard: Guard
     unreadable: UnreadableImages
     facts: dict[str, Any]
+    unsharded: SparK | None = None
     step: int = 0
     offset: int = 0
     _buffers: list[Tensor] = field(init=False)
@@ -47,6 +55,8 @@ class RunState:
         # a step whose loss is not finite, they are copied first.
         self._buffers = list(self.spark.buffers())
         self._before = [buffer.clone() for buffer in self._buffers]
+        self.sharded = any(is_sharded(parameter) for parameter in self.spark.parameters())
+        self._unsharded_average = copy.deepcopy(self.unsharded) if self.ema is not None else None
 
     def begin_step(self) -> None:
         """Remember what the forward pass is going to change."""
@@ -56,12 +66,35 @@ class RunState:
         """Take back what forward passes since `begin_step` have changed."""
         torch._foreach_copy_(self._buffers, self._before)  # pyright: ignore[reportPrivateImportUsage]
 
-    def save(self, output_dir: str | Path, keep: int) -> Path:
-        """Write a checkpoint; main process only.
+    def whole_model(self) -> SparK | None:
+        """The model with whole weights, on the CPU if they are sharded; None in processes that have no whole one.
+
+        Every process calls it where weights are sharded.
+        """
+        return _whole(self.spark, self.unsharded) if self.sharded else self.spark
+
+    def whole_average(self) -> SparK | None:
+        """The averaged weights, likewise; None too where there are none."""
+        sharded = self.sharded and self.ema is not None
+        return _whole(self.ema, self._unsharded_average) if sharded else self.ema
+
+    def save(self, output_dir: str | Path, keep: int) -> Path | None:
+        """Write a checkpoint, the same with sharded and whole weights.
+
+        The main process calls it and writes; where weights are sharded every process calls it.
+
+        Returns:
+            The checkpoint's folder, None in other processes than the main one.
 
         Raises:
             OSError: disk full, or not writable.
         """
+        model, ema = self.whole_model(), self.whole_average()
+        moments = None
+        if self.sharded:
+            moments = gathered(self.optimizer.state_dict(), keep=self.unsharded is not None)
+        if model is None:
+            return None
         extra = {
             **self.facts,
             "unreadable": self.unreadable.state_dict(),
@@ -71,18 +104,23 @@ class RunState:
         return save_run(
             output_dir,
             self.step,
-            model=self.spark,
+            model=model,
             optimizer=self.optimizer,
             scaler=self.scaler,
-            ema=self.ema,
+            ema=ema,
             extra=extra,
             keep=keep,
+            moments=moments,
         )
 
     def rescue(self, output_dir: str | Path, keep: int) -> Path | None:
-        """Write the state before the step under way, unless it is spoilt already; main process only."""
+        """Write the state before the step under way, unless it is spoilt already; called as `save` is."""
         self.undo_forward()
-        sound = all(torch.isfinite(parameter).all() for parameter in self.spark.parameters())
+        model = self.whole_model()
+        sound = model is None or all(torch.isfinite(parameter).all() for parameter in model.parameters())
+        if self.sharded:
+            flags: list[bool | None] = gather_object([sound])
+            sound = all(flags)
         return self.save(output_dir, keep + 1) if sound else None
 
     def resume(self, checkpoint: Path) -> None:
@@ -117,6 +155,15 @@ class RunState:
         )
 
 
+def _whole(sharded: SparK | None, whole: SparK | None) -> SparK | None:
+    """Fill a whole copy with weights that are sharded; without a copy, as in other processes, only take part in it."""
+    assert sharded is not None
+    tensors = gathered(sharded.state_dict(), keep=whole is not None)
+    if whole is not None:
+        whole.load_state_dict(tensors)
+    return whole
+
+
 def read_extra(checkpoint: Path) -> dict[str, Any]:
     """What this loop keeps in a checkpoint beside weights and optimizer, read without the rest."""
     return torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True, mmap=True)["extra"]
@@ -127,9 +174,15 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
     Args:
         before: from `read_extra`; older checkpoints lack all but "config".
-        now: the facts of the run: "config", "data", "layout", "device_type", "processes", "stream".
+        now: the facts of the run: "config", "data", "layout", "device_type", "processes", "stream", "sharded".
     """
     lines = config_changes(before["config"], now["config"])
+    if (old := before.get("sharded", now["sharded"])) != now["sharded"]:
+        words = {True: "sharded (FSDP)", False: "whole"}
+        lines.append(
+            f"weights were {words[old]} in each process, are {words[now['sharded']]}: the run agrees with the earlier "
+            "one to rounding"
+        )
     lines += data_changes(before.get("data", now["data"]), now["data"])
     if (old := before.get("layout", before["config"]["model"]["layout"])) != now["layout"]:
         lines.append(

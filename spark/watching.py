@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from accelerate import Accelerator
 from torch import Tensor
 
 from spark.config import MonitorConfig, PretrainConfig
@@ -12,6 +13,9 @@ from spark.masking import mean_ratio
 from spark.model import SparK
 from spark.monitor import Monitor, MonitoredImages, collapse_warning, read_labelled
 from spark.probing import list_labelled
+from spark.run import reduce_sum
+from spark.sharding import on_device
+from spark.state import RunState
 from spark.steps import MaskedBatches, StepPlan
 
 PANEL_IMAGES = 6
@@ -70,37 +74,51 @@ class Watch:
     Args:
         config: when a warning is due.
         monitor: from `build_monitor`; None measures nothing.
-        spark: the model.
+        state: of the run.
+        accelerator: of the run.
     """
 
-    def __init__(self, config: MonitorConfig, monitor: Monitor | None, spark: SparK):
+    def __init__(
+        self, config: MonitorConfig, monitor: Monitor | None, state: RunState, accelerator: Accelerator
+    ):
         self.config = config
         self.monitor = monitor
-        self.spark = spark
+        self.state = state
+        self.accelerator = accelerator
 
-    def due(self, step: int, last: bool) -> bool:
-        """Whether to measure after this step."""
-        return self.monitor is not None and (step % self.config.every == 0 or last)
+    def measure(self, last: bool, rate: float, say: Callable[[str], None]) -> dict[str, float | str]:
+        """Measure the features of unmasked images, if it is time to, and if that keeps within its share of the time.
 
-    def measure(self, step: int, rate: float, say: Callable[[str], None]) -> dict[str, float | str]:
-        """Measure the features of unmasked images, if that keeps within its share of the time.
+        Every process calls it after every step.
 
         Args:
-            step: steps done.
+            last: this was the last step.
             rate: of training [images/s].
             say: prints a line.
 
         Returns:
             What belongs into the row of the step.
         """
-        assert self.monitor is not None
-        if not self.monitor.affordable(rate):
+        step, every = self.state.step, self.config.every
+        if not every or (step % every and not last):
+            return {}
+        affordable = self.monitor is not None and self.monitor.affordable(rate)
+        spark = None
+        if self.state.sharded:  # the main process decides, all gather the weights
+            affordable = reduce_sum(self.accelerator, [float(affordable)])[0] > 0
+            spark = self.state.whole_model() if affordable else None
+        elif affordable:
+            spark = self.state.spark
+        if self.monitor is None:
+            return {}
+        if spark is None:
             expected = self.monitor.expected(rate)
             return {
                 "monitor": f"skipped: its {expected:.1f} s would exceed monitor.max_share {self.monitor.max_share}"
             }
         try:
-            values = self.monitor.measure(self.spark.encoder)
+            with on_device(spark, self.accelerator.device):
+                values = self.monitor.measure(spark.encoder)
         except ValueError as error:  # labelled images that cannot be read: the run can do without
             say(f"the monitor is off from here on: {error}")
             self.monitor = None

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ENTRIES = {"spark.pretrain", "finetune.depth", "finetune.evaluate", "finetune.predict"}
 # Whoever stands later may import whoever stands earlier, and those of the same line each other.
 LAYERS = [
-    {"seeding"},
+    {"seeding", "sharding"},
     {"masking"},
     {"sparse"},
     {"hog"},

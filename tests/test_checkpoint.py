@@ -900,6 +900,25 @@ def test_export_tool_on_a_run(tmp_path, export_tool, capsys):
         assert f"local-dir:{folder}" in out
 
 
+def test_export_tool_takes_averaged_weights(tmp_path, export_tool, capsys):
+    model, average = (SparK("test_resnet", input_size=64, decoder_width=32) for _ in range(2))
+    optimizer = build_optimizer("lamb", parameter_groups(model, 0.1), lr=0.01)
+    with_average = save_run(tmp_path / "a", 1, model=model, optimizer=optimizer, ema=average)
+    export_tool(["--checkpoint", str(tmp_path / "a"), "--ema", "--output", str(tmp_path / "e")])
+    assert f"{with_average} (averaged weights): " in capsys.readouterr().out
+    assert same(load_encoder(tmp_path / "e").state_dict(), average.encoder.state_dict())
+    export_tool(["--checkpoint", str(tmp_path / "a"), "--output", str(tmp_path / "last")])
+    assert f"{with_average} (last weights): " in capsys.readouterr().out
+    assert same(load_encoder(tmp_path / "last").state_dict(), model.encoder.state_dict())
+
+    save_run(tmp_path / "b", 1, model=model, optimizer=optimizer)
+    for source, words in (("b", "holds no averaged weights"), ("e", "are in checkpoints of a run only")):
+        with pytest.raises(SystemExit, match="2"):
+            export_tool(["--checkpoint", str(tmp_path / source), "--ema", "--output", str(tmp_path / "no")])
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
 def test_export_tool_on_an_official_file(tmp_path, written, export_tool, capsys):
     path = written(training_file(original_convnext(**ATTO), "convnext_atto"))
     options = ["--mean", "0.5", "0.4", "0.3", "--std", "1", "1", "1", "--input_size", "96", "128"]

@@ -29,6 +29,7 @@ def test_threshold_is_median_plus_deviations():
     verdict = watch.judge({"the loss": 3.0})
     assert verdict.action == "skip"
     assert verdict.reason.startswith("the loss 3 is a spike, above 1.")
+    assert verdict.kind == "spike"
     assert len(watch.losses) == 20
     assert 3.0 not in watch.losses, "a spike is not compared with"
 
@@ -46,7 +47,7 @@ def test_equal_losses_make_no_spike_of_rounding():
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_numbers_that_are_not_finite(value):
     verdict = guard(on_nonfinite="rollback").judge({"the loss": value, "the gradient norm": 1.0})
-    assert verdict == ("rollback", f"the loss is {value}")
+    assert verdict == ("rollback", f"the loss is {value}", "nonfinite")
     assert guard().judge({"the loss": 1.0, "the gradient norm": value}).action == "stop"
 
 
@@ -60,6 +61,7 @@ def test_skips_in_a_row_and_rollbacks_are_bounded():
     assert judged(watch, [math.nan])[0] == (
         "stop",
         "the loss is nan, after 1 rollbacks (guard.max_rollbacks)",
+        "nonfinite",
     )
 
 

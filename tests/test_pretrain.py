@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import spark.checkpoint
 from spark import outputs, pretrain
-from spark.assembly import checkpoint_activations, try_forward
+from spark.assembly import checkpoint_activations, default_betas, try_forward
 from spark.config import PretrainConfig, parse_config
 from spark.guard import Guard
 from spark.model import SparK
@@ -195,7 +195,7 @@ def test_a_run_and_its_results(command, tmp_path, capsys):
         assert torch.equal(value, trained[f"encoder.{name}"]), name
 
     text = capsys.readouterr().out
-    assert "betas [0.9, 0.95]" in text
+    assert "betas [0.9, 0.95] (those of ResNets, as it has batch norm), lr " in text
     assert "batch      8 images: processes 1 x accumulation 1 x 8 at once; cpu, fp32" in text
     assert f"the encoder is in {folder / 'encoder'}" in text
 
@@ -274,9 +274,11 @@ def test_other_options(command, tmp_path, options):
     assert timm.create_model(f"local-dir:{tmp_path / 'run' / 'encoder'}", pretrained=True) is not None
 
 
-def test_convnext_takes_its_own_betas(command, tmp_path):
-    run(command("--max_steps=2", "--model.name=test_convnext"))
-    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["optim"]["betas"] == [0.9, 0.999]
+@pytest.mark.parametrize(
+    ("name", "betas"), [("test_convnext", (0.9, 0.999)), ("test_efficientnet", (0.9, 0.95))]
+)
+def test_betas_by_default_are_those_of_nets_with_such_norms(name, betas):
+    assert default_betas(SparK(name, 64, decoder_width=32)) == betas
 
 
 def test_loader_processes_change_nothing(command, tmp_path, whole):
@@ -531,7 +533,6 @@ def test_encoder_is_exported_on_demand(command, tmp_path, monkeypatch, capsys):
         (["--model.name=resnet51"], "nearest: resnet"),
         (["--model.name=resnet18.foo_in1k"], "use resnet18 or one of resnet18.a1_in1k, "),
         (["--model.name=test_vit"], "no feature pyramid"),
-        (["--model.name=test_efficientnet"], "set optim.betas, for example --optim.betas [0.9,0.95]"),
         (["--accumulation=3"], "use 6 or 9"),
         (["--optim.warmup_steps=9"], "more than the 8 steps"),
         (["--model.mask_ratio=0.99"], "mask_ratio 0.99"),
@@ -551,8 +552,9 @@ def test_unknown_option(command, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_betas_are_taken_for_any_family_when_given(command, tmp_path):
+def test_betas_are_taken_as_given(command, tmp_path, capsys):
     run(command("--max_steps=2", "--model.name=test_efficientnet", "--optim.betas=[0.8,0.9]"))
+    assert "betas [0.8, 0.9], lr " in capsys.readouterr().out
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["optim"]["betas"] == [0.8, 0.9]
 
 
@@ -754,7 +756,7 @@ def test_a_rollback_never_finds_a_state_whose_next_steps_failed(command, tmp_pat
         calls[0] += 1
         if calls[0] == 6:
             return original(self, {"the loss": float("nan")})
-        return self.skip("a spike") if calls[0] in (3, 4) else original(self, numbers)
+        return self.skip("a spike", "spike") if calls[0] in (3, 4) else original(self, numbers)
 
     monkeypatch.setattr(Guard, "judge", judge)
     run(
@@ -776,6 +778,8 @@ def test_a_spike_can_stop_the_run(command, tmp_path, monkeypatch, capsys):
         spoiled(patch, {6}, lambda loss: loss + 1)
         text = error_of(capsys, command("--guard.on_spike=stop", "--guard.spike_window=4"))
     assert "is a spike, above" in text
+    assert len((tmp_path / "run" / "spike_step_0000006.txt").read_text().splitlines()) == 8
+    assert not list((tmp_path / "run").glob("nonfinite*"))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_0000005"]
 
 

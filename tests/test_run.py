@@ -241,10 +241,29 @@ def test_fp16_without_gpu_is_refused(tmp_path, monkeypatch):
         start_accelerator(tmp_path, "fp16")
 
 
-def test_fsdp_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="FSDP is not supported by the training scripts yet"):
-        start_accelerator(tmp_path, "fp32")
+@pytest.mark.parametrize(
+    ("settings", "shards", "words"),
+    [
+        ({"FSDP_VERSION": "2"}, False, "FSDP is for pretraining only"),
+        ({"FSDP_VERSION": "1"}, True, "write fsdp_version: 2"),
+        (
+            {"FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"},
+            True,
+            "fsdp_auto_wrap_policy: NO_WRAP",
+        ),
+        ({"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, True, "write fsdp_offload_params: false"),
+        (
+            {"FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            True,
+            "use --model.grad_checkpointing",
+        ),
+    ],
+)
+def test_what_fsdp_cannot_do_is_refused(tmp_path, monkeypatch, settings, shards, words):
+    for name, value in {"ACCELERATE_USE_FSDP": "true", **settings}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=words):
+        start_accelerator(tmp_path, "fp32", shards)
 
 
 def test_launcher_that_started_one_process_of_several(tmp_path, monkeypatch, capsys):
@@ -289,11 +308,16 @@ def test_second_interrupt_acts_at_once_but_not_its_echo(monkeypatch):
             signal.raise_signal(signal.SIGINT)
 
 
-def test_export_signal():
+def test_export_signal(tmp_path):
+    accelerator = start_accelerator(tmp_path, "fp32")
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGUSR1)
+        assert not stop.export, "not before all processes know"
+        assert not stop.agreed(accelerator)
         assert stop.export
-        assert not stop.requested
+        stop.export = False
+        assert not stop.agreed(accelerator)
+        assert not stop.export, "once for a signal"
 
 
 def test_killed_launcher_counts_as_stop(tmp_path, monkeypatch):

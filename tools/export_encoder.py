@@ -23,6 +23,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="PATH",
         help="a run's output folder, one of its checkpoints/step_*/, an official .pth file, or an encoder folder",
     )
+    parser.add_argument(
+        "--ema",
+        action="store_true",
+        help="take the averaged weights of a run's checkpoint (optim.ema_decay) instead of the last ones",
+    )
     parser.add_argument("--output", required=True, metavar="FOLDER", help="encoder folder to write")
     parser.add_argument(
         "--model_name", metavar="NAME", help="timm name of the encoder, for a .pth file that does not say it"
@@ -57,7 +62,7 @@ def export(args: argparse.Namespace) -> None:
         raise FileNotFoundError(f"no checkpoint at {source}: give a run, a checkpoint folder or a .pth file")
     if (source / "checkpoints").is_dir():
         source = find_run(source, str(source)) or source
-    encoder, report = read_encoder(source, model_name=args.model_name)
+    encoder, report = read_encoder(source, model_name=args.model_name, averaged=args.ema)
     size = None if args.input_size is None else (args.input_size[0], args.input_size[-1])
     folder = save_encoder(encoder, args.output, args.mean, args.std, size)
     print(report)
