@@ -83,7 +83,9 @@ class DepthSetConfig:
 
     def __post_init__(self) -> None:
         expand_home(self, "root", "list")
-        require(self.depth_scale is None or self.depth_scale > 0, "data.depth_scale", self.depth_scale, "above 0")
+        require(
+            self.depth_scale is None or self.depth_scale > 0, "data.depth_scale", self.depth_scale, "above 0"
+        )
         require(self.weight > 0, "data.weight", self.weight, "above 0")
 
     def reading(self) -> dict[str, Any]:

@@ -67,6 +67,23 @@ def test_a_run_on_each_layout(
     assert says in capsys.readouterr().out
 
 
+def test_every_supervision_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Relations alone; then metres, relations and disparity together, each seen by the loss that it is for."""
+    diw, redweb = write.write_diw(tmp_path / "diw"), write.write_redweb(tmp_path / "redweb")
+    rows = run(diw, tmp_path / "relations", losses='{"ranking": 1}')
+    assert all(row["loss"] > 0 for row in rows)
+    assert "where > says that A is farther" in capsys.readouterr().out
+    options = {"data.list": "nyu_train.txt", "data.val_list": "nyu_val.txt", "max_steps": 3}
+    sets = f"[{{root: {diw}}}, {{root: {redweb}}}]"
+    losses = '{"silog": 1, "ranking": 0.1, "ssi": 0.1}'
+    rows = run(
+        write.write_sync(tmp_path / "sync"), tmp_path / "all", losses=losses, **options, **{"data.sets": sets}
+    )
+    kinds = [{key for key in row if key.startswith("loss_")} for row in rows]
+    assert kinds == [{"loss_silog", "loss_ssi"}, {"loss_ranking"}, {"loss_ssi"}]
+    assert rows[-1]["empty_batches"] == 0
+
+
 def test_several_sets_in_one_run_and_its_exact_continuation(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
