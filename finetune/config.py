@@ -83,8 +83,10 @@ class DepthSetConfig:
 
     def __post_init__(self) -> None:
         expand_home(self, "root", "list")
-        require(self.depth_scale is None or self.depth_scale > 0, "depth_scale", self.depth_scale, "above 0")
-        require(self.weight > 0, "weight", self.weight, "above 0")
+        require(
+            self.depth_scale is None or self.depth_scale > 0, "data.depth_scale", self.depth_scale, "above 0"
+        )
+        require(self.weight > 0, "data.weight", self.weight, "above 0")
 
     def reading(self) -> dict[str, Any]:
         """How files are read, as options of `open_depth_data`."""
@@ -121,8 +123,6 @@ class DepthDataConfig(DepthSetConfig):
         bad_depth: NaN, infinite and negative depths are refused, or taken for holes.
         weight: share of the micro-batches, relative to that of the further sets.
         sets: further sets to train on in the same run, a list of {root, kind, list, weight, ...}.
-        cache: decode every pair once into a memory-mapped cache; true puts it into output_dir/cache, a path names
-            another folder, which runs can share.
         image_size: size [height, width] in pixels at which a whole frame is presented to the model.
         crop_size: size [height, width] of the random crop of it that one training sample is.
         border: part [top, bottom, left, right] of a 480x640 frame that crops are taken from; null is all of it. Further
@@ -147,7 +147,6 @@ class DepthDataConfig(DepthSetConfig):
     val_kind: Kind | None = None
     val_list: str | None = None
     sets: list[DepthSetConfig] = field(default_factory=list)
-    cache: bool | str = False
     image_size: tuple[int, int] = (480, 640)
     crop_size: tuple[int, int] = (416, 544)
     border: tuple[int, int, int, int] | None = (45, 472, 43, 608)
@@ -168,7 +167,7 @@ class DepthDataConfig(DepthSetConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        expand_home(self, "val_root", "val_list", "cache")
+        expand_home(self, "val_root", "val_list")
         require(self.workers is None or self.workers >= 0, "data.workers", self.workers, "null, 0 or more")
         require(0 <= self.max_unreadable <= 1, "data.max_unreadable", self.max_unreadable, "between 0 and 1")
         require(0 <= self.max_empty <= 1, "data.max_empty", self.max_empty, "between 0 and 1")

@@ -21,13 +21,16 @@ from typing import Any, cast
 import torch
 from accelerate.utils import gather_object
 from timm.layers.norm_act import convert_sync_batchnorm
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from finetune.config import DepthConfig
 from finetune.depth_data import (
+    KINDS,
     DepthSet,
-    DepthTrainingSet,
+    MixedSampler,
+    MixedSet,
+    TrainingMix,
     TrainTransform,
     collate_depth,
     open_depth_data,
@@ -55,7 +58,6 @@ from spark.optim import (
 from spark.run import (
     RunLog,
     StopRequest,
-    StreamSampler,
     check_finite,
     check_output_dir,
     derive_seed,
@@ -128,12 +130,8 @@ def train(config: DepthConfig) -> None:
     protocol = get_protocol(config.protocol, flip_average=config.flip_average)
     check_protocol(depth_model, protocol)
     pairs, held_out = open_data(config, protocol)
-    training_set = DepthTrainingSet(pairs, train_transform(config), config.seed, skip_unreadable=True)
     unreadable = UnreadableImages(len(pairs), config.data.max_unreadable)
-    first = training_set[0, 0]
-    criterion.check(
-        depth_model.head.outputs, [key for key, value in first.items() if isinstance(value, Tensor)]
-    )
+    criterion.check(depth_model.head.outputs, pairs.entries())
 
     optim = config.optim
     length = run_phases(config, len(pairs))
@@ -182,17 +180,16 @@ def train(config: DepthConfig) -> None:
 
     # --- the stream of batches, from the step on
     workers = worker_count(config.data.workers, accelerator)
-    stream = StreamSampler(
-        len(pairs),
+    stream = MixedSampler(
+        pairs,
         micro_batch,
         rank=rank,
         world_size=world,
-        seed=config.seed,
         start=step * config.accumulation,
         stop=length.steps * config.accumulation,
     )
     loader = DataLoader(
-        training_set,
+        pairs,
         batch_sampler=stream,
         num_workers=workers,
         collate_fn=collate_depth,
@@ -593,20 +590,30 @@ def build_model(config: DepthConfig) -> tuple[DepthModel, KeyReport]:
     return model, report
 
 
-def open_data(config: DepthConfig, protocol: Protocol) -> tuple[DepthSet, DepthSet | None]:
-    """The pairs to train on, and those to validate on if there are any.
+def open_data(config: DepthConfig, protocol: Protocol) -> tuple[TrainingMix, DepthSet | None]:
+    """The sets to train on, and the pairs to validate on if there are any.
 
     Raises:
         ValueError: Either is not there, or the ground truth to validate on does not fit the protocol.
     """
     data = config.data
-    pairs = open_depth_data(data.root, data.list, "train", kind=data.kind, **data.reading())
+    transform = train_transform(config)
+    sets: list[MixedSet] = []
+    for number, entry in enumerate((data, *data.sets), start=1):
+        opened = open_depth_data(entry.root, entry.list, "train", kind=entry.kind, **entry.reading())
+        name = next(kind for kind, of in KINDS.items() if isinstance(opened, of))
+        if name in {one.name for one in sets}:
+            name = f"{name}-{number}"
+        own = transform if entry is data else replace(transform, border=None)
+        sets.append(MixedSet(name, opened, own, entry.weight))
+    training = TrainingMix(sets, config.seed)
+    pairs = sets[0].data
     if (
         data.val_list is None
         and data.val_root is None
         and (data.list is not None or not pairs.has_test_split())
     ):
-        return pairs, None
+        return training, None
     held_out = open_depth_data(
         data.val_root or data.root,
         data.val_list,
@@ -620,7 +627,7 @@ def open_data(config: DepthConfig, protocol: Protocol) -> tuple[DepthSet, DepthS
         )
     held_out.check_headers()  # these refuse now, not after the first epoch
     protocol.crop_at(held_out[0].metres.shape)
-    return pairs, held_out
+    return training, held_out
 
 
 def check_classes(config: DepthConfig, classes: int) -> None:
@@ -657,7 +664,7 @@ def train_transform(config: DepthConfig) -> TrainTransform:
     )
 
 
-def fingerprint(pairs: DepthSet) -> dict[str, Any]:
+def fingerprint(pairs: TrainingMix) -> dict[str, Any]:
     """How many pairs, and a digest of their names in order: what a stream of pairs depends on beside the seed."""
     digest = hashlib.sha256("\n".join(pairs.names()).encode("utf-8", "surrogateescape")).hexdigest()
     return {"count": len(pairs), "sha256": digest}
@@ -693,7 +700,7 @@ def describe(
     model: DepthModel,
     report: KeyReport,
     start: KeyReport | None,
-    pairs: DepthSet,
+    pairs: TrainingMix,
     held_out: DepthSet | None,
     length: RunLength,
     world: int,
@@ -723,9 +730,13 @@ def describe(
                 if model.segmentation
                 else []
             ),
-            f"data       {pairs}; frames at {data.image_size[0]}x{data.image_size[1]}, crops of"
+            *(
+                f"data       {f'{share:.1%} of the micro-batches: ' if data.sets else ''}{one.name}: {one.data}"
+                for one, share in zip(pairs.sets, pairs.shares(), strict=True)
+            ),
+            f"sizes      frames at {data.image_size[0]}x{data.image_size[1]}, crops of"
             f" {data.crop_size[0]}x{data.crop_size[1]}",
-            *([f"border     {border}"] if (border := border_text(data.border, pairs)) else []),
+            *([f"border     {border}"] if (border := border_text(data.border, pairs.sets[0].data)) else []),
             f"validation {held_out or 'none: name pairs to validate on with --data.val_list'}",
             f"loss       {' + '.join(f'{weight:g} {name}' for name, weight in config.losses.items())}",
             f"batch      {optim.batch_size} = {world} processes x {config.accumulation} parts x"

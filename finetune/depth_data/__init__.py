@@ -2,6 +2,7 @@
 
 from finetune.depth_data.base import DepthSet, OpenOptions
 from finetune.depth_data.labels import LabelOptions
+from finetune.depth_data.mixing import MixedSampler, MixedSet, TrainingMix
 from finetune.depth_data.nyu import NYULabeled, NYUSync, paint_border
 from finetune.depth_data.opening import KINDS, Kind, open_depth_data, recognise
 from finetune.depth_data.sample import DepthFileError, DepthSample, read_depth_mm, read_rgb
@@ -16,10 +17,13 @@ __all__ = [
     "EvalTransform",
     "Kind",
     "LabelOptions",
+    "MixedSampler",
+    "MixedSet",
     "NYULabeled",
     "NYUSync",
     "OpenOptions",
     "TrainTransform",
+    "TrainingMix",
     "collate_depth",
     "open_depth_data",
     "paint_border",

@@ -293,8 +293,9 @@ class DepthTrainingSet(Dataset[dict]):
             try:
                 sample = self.dataset[candidate % len(self)]
                 if sample.depth is not None and not (sample.depth > 0).any():
-                    of_set = isinstance(self.dataset, DepthSet)
-                    origin = self.dataset.origin(candidate % len(self)) if of_set else ""
+                    data, origin = self.dataset, ""
+                    if isinstance(data, DepthSet):
+                        origin = data.origin(candidate % len(self))
                     reason = f"the depth map has no reading at all, take the pair out of the data{origin}"
                     raise file_error(sample.name, reason)
                 return sample, candidate % len(self), failed
@@ -319,6 +320,7 @@ def collate_depth(samples: Sequence[dict]) -> dict:
         key: torch.stack([sample[key] for sample in samples]) for key in TENSOR_KEYS if key in samples[0]
     }
     batch |= {key: torch.tensor([sample[key] for sample in samples]) for key in ("position", "index")}
+    batch |= {key: samples[0][key] for key in ("set", "supervision") if key in samples[0]}
     batch["name"] = [sample["name"] for sample in samples]
     batch["failed"] = [reason for sample in samples for reason in sample["failed"]]
     return batch

@@ -1,0 +1,167 @@
+"""tools/doctor.py: each fault is named on files written with exactly that fault, and on none without."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from scipy.io import savemat
+
+from finetune.depth_data.diagnosis import Diagnosis, diagnose
+from tests import depth_layouts as write
+from tests.depth_layouts import png, put, scene
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+import doctor
+
+SIZE = (96, 128)
+
+
+def sync(
+    root: Path, change: Any = lambda image, depth: (image, depth), focal: str = " 518.8579", count: int = 5
+) -> Path:
+    """A healthy set in the sync layout, raw depth with holes, changed pair by pair: (image, depth [m]) -> the same."""
+    rng = np.random.default_rng(0)
+    for split, first in (("train", 0), ("val", 50)):
+        lines = []
+        for number in range(first, first + count):
+            image, depth = scene(number, SIZE)
+            depth = (depth + 0.001 * rng.integers(0, 50, SIZE) * (depth > 0)).astype(np.float32)
+            image, depth = change(image, depth)
+            folder = f"{split}_{number:04d}"
+            put(root / folder / "rgb.png", png(image))
+            stored = depth if depth.dtype == np.uint8 else write.millimetres(depth)
+            put(root / folder / "depth.png", png(stored))
+            lines.append(f"{folder}/rgb.png {folder}/depth.png{focal}\n")
+        (root / f"nyu_{split}.txt").write_text("".join(lines))
+    return root
+
+
+def faults(root: Path, list_file: str | None = "nyu_train.txt", **options: Any) -> list[str]:
+    return sorted(
+        {finding.fault for finding in diagnose(root, list_file, **options).findings if finding.fault}
+    )
+
+
+def test_nothing_is_wrong_with_a_healthy_set(tmp_path: Path) -> None:
+    assert faults(sync(tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "change"),
+    [
+        ("mirrored", lambda image, depth: (image, depth[:, ::-1])),
+        ("mirrored", lambda image, depth: (image[::-1, ::-1], depth)),
+        ("transposed", lambda image, depth: (image, np.ascontiguousarray(depth.T))),
+        ("transposed", lambda image, depth: (image.transpose(1, 0, 2), depth.T)),
+        ("8-bit", lambda image, depth: (image, np.rint(depth * 25).astype(np.uint8))),
+        ("8-bit", lambda image, depth: (image, np.rint(depth * 25.5) / 25.5)),
+        ("filled", lambda image, depth: (image, np.where(depth == 0, 3 + image[..., 0] / 500, depth))),
+        ("wrong scale", lambda image, depth: (image, depth * 5)),
+        ("wrong scale", lambda image, depth: (image, depth * 0.256)),
+        ("empty", lambda image, depth: (image, depth * (image.mean() > 140))),
+    ],
+)
+def test_each_fault_is_named(tmp_path: Path, fault: str, change: Any) -> None:
+    assert faults(sync(tmp_path, change)) == [fault]
+
+
+def test_the_unit_is_guessed(tmp_path: Path) -> None:
+    found = diagnose(sync(tmp_path, lambda image, depth: (image, depth * 5)), "nyu_train.txt")
+    assert any("were 1/5000 m" in finding.text for finding in found.findings)
+
+
+def test_white_border(tmp_path: Path) -> None:
+    def framed(image: np.ndarray, depth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        image = cv2.resize(image, (640, 480))
+        image[:7], image[-6:], image[:, :7], image[:, -8:] = 255, 255, 255, 255
+        return image, cv2.resize(depth, (640, 480), interpolation=cv2.INTER_NEAREST)
+
+    root = sync(tmp_path, framed, count=3)
+    assert faults(root) == ["white border"]
+    assert faults(root, white_border="fill") == []
+
+
+def test_missing_intrinsics(tmp_path: Path) -> None:
+    assert faults(sync(tmp_path / "sync", focal="")) == ["no intrinsics"]
+    folder = write.write_folder(tmp_path / "own", "npy")
+    assert faults(folder, None) == ["no intrinsics"]
+    (folder / "intrinsics.txt").write_text("525 525 320 240")
+    assert faults(folder, None) == []
+
+
+def test_test_scenes_in_training(tmp_path: Path) -> None:
+    root = sync(tmp_path / "sync")
+    train, val = (root / f"nyu_{split}.txt" for split in ("train", "val"))
+    lines = val.read_text().splitlines(keepends=True)
+    train.write_text(train.read_text() + lines[0])
+    assert faults(root) == ["test in training"]
+    # another frame of a scene
+    put(root / "val_0050" / "rgb_2.png", (root / "val_0050" / "rgb.png").read_bytes())
+    train.write_text(train.read_text().replace("val_0050/rgb.png", "val_0050/rgb_2.png"))
+    found = diagnose(root, "nyu_train.txt")
+    assert any("1 scenes to train on are in nyu_val.txt too" in finding.text for finding in found.findings)
+
+    mat = write.write_labeled(tmp_path / "mat")
+    assert "test in training" not in faults(mat, None)
+    savemat(mat / "splits.mat", {"trainNdxs": np.array([[1], [3], [4]]), "testNdxs": np.array([[2], [4]])})
+    assert "test in training" in faults(mat, None)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    root = sync(tmp_path)
+    (root / "train_0003" / "depth.png").write_bytes(b"no image")
+    found = diagnose(root, "nyu_train.txt")
+    texts = [finding.text for finding in found.findings if finding.fault == "unreadable"]
+    assert len(texts) == 1
+    assert "train_0003/depth.png" in texts[0]
+    assert "nyu_train.txt, line 4" in texts[0]
+
+
+def test_an_unknown_folder(tmp_path: Path) -> None:
+    found = diagnose(tmp_path)
+    assert found.kind is None
+    assert not found.healthy
+
+
+@pytest.mark.parametrize("written", [write.write_diw, write.write_redweb, write.write_fastdepth])
+def test_every_supervision_is_drawn_and_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], written: Any
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        doctor.main([str(written(tmp_path / "data")), "--output", str(tmp_path / "pairs.png")])
+    assert stopped.value.code == 0
+    assert "nothing is wrong" in capsys.readouterr().out
+    picture = cv2.imread(str(tmp_path / "pairs.png"))
+    assert picture is not None
+    assert picture.shape[0] > 800  # a row for each of 4 samples
+    assert picture.std() > 20
+
+
+def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = sync(tmp_path, focal="")
+    with pytest.raises(SystemExit) as stopped:
+        doctor.main([str(root), "--list", "nyu_train.txt"])
+    assert stopped.value.code == 1
+    assert "no intrinsics" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        doctor.main([str(tmp_path / "nowhere")])
+    assert stopped.value.code == 2
+
+
+@pytest.mark.real_data
+def test_real_nyu(real_data: Path, tmp_path: Path) -> None:
+    """The pairs here are filled, once 8-bit, and have the white border; a mirrored copy is recognised."""
+    nyu = real_data / "nyu"
+    assert faults(nyu, samples=8) == ["8-bit", "filled", "white border"]
+    lines = (nyu / "nyu_train.txt").read_text().splitlines()[::90]
+    for line in lines:
+        image, depth = (name.lstrip("/") for name in line.split()[:2])
+        put(tmp_path / image, (nyu / image).read_bytes())
+        put(tmp_path / depth, png(cv2.imread(str(nyu / depth), cv2.IMREAD_UNCHANGED)[:, ::-1]))
+    (tmp_path / "mirrored.txt").write_text("\n".join(lines))
+    assert "mirrored" in faults(tmp_path, "mirrored.txt")
+    raw: Diagnosis = diagnose(real_data / "nyu_16bit_raw_train")
+    assert {finding.fault for finding in raw.findings} == {"", "no intrinsics"}
