@@ -46,6 +46,7 @@ from finetune.segmentation import attach_segmentation
 from finetune.selection import Selection
 from spark.checkpoint import KeyReport, find_run, load_run, read_encoder, save_run
 from spark.config import config_changes, config_dict, parse_config, save_config
+from spark.encoder import is_own
 from spark.images import UnreadableImages
 from spark.optim import (
     build_optimizer,
@@ -552,6 +553,13 @@ def build_model(config: DepthConfig) -> tuple[DepthModel, KeyReport]:
     """
     torch.manual_seed(derive_seed(config.seed, ENCODER_WEIGHTS))
     options = encoder_options(config.encoder, config.model.drop_path)
+    advice = (
+        "give the loaded encoder to DepthModel in a loop of your own (docs/options.md); the models of this script are "
+        "built again from their files, and no file decides which code is run"
+    )
+    for name in (config.encoder, config.encoder_name or ""):
+        if is_own(name):
+            raise ValueError(f"{name} is not timm's: {advice}")
     try:
         encoder, report = read_encoder(
             config.encoder,
@@ -561,6 +569,8 @@ def build_model(config: DepthConfig) -> tuple[DepthModel, KeyReport]:
             **options,
         )
     except ValueError as error:
+        if "which is not timm's" in str(error):
+            raise ValueError(f"{str(error).partition(', and no code')[0]}: {advice}") from error
         if "--model_name" not in str(error):
             raise
         sentence = str(error)

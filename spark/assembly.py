@@ -167,8 +167,12 @@ def summary(
 ) -> str:
     """What is going to run, in a few lines; `images` says what the data are, `epochs` is None where nobody knows."""
 
-    def millions(module: nn.Module) -> str:
-        return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.2f}M"
+    def millions(module: nn.Module, used: bool = True) -> str:
+        counts = [p.numel() for p in module.parameters() if p.requires_grad == used]
+        return f"{sum(counts) / 1e6:.2f}M"
+
+    idle = any(not parameter.requires_grad for parameter in spark.encoder.parameters())
+    unused = f" ({millions(spark.encoder, used=False)} more are not used)" if idle else ""
 
     optim, world = config.optim, accelerator.num_processes
     warmup = (
@@ -180,8 +184,8 @@ def summary(
     recipe = f" (those of {family} batch norm)" if optim.betas == default_betas(spark) else ""
     return "\n".join(
         (
-            f"model      {config.model.name}: {millions(spark.encoder)} parameters, with decoder {millions(spark)}; "
-            f"{', '.join(f'{h}x{w}' for h, w in sizes)} px, patches of {spark.patch_size}, "
+            f"model      {config.model.name}: {millions(spark.encoder)} parameters{unused}, with decoder "
+            f"{millions(spark)}; {', '.join(f'{h}x{w}' for h, w in sizes)} px, patches of {spark.patch_size}, "
             f"mask {config.model.mask_ratio}",
             f"layout     {layout.layout} ({layout.reason})",
             f"data       {images}; loader processes {world} x {workers}",

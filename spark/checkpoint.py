@@ -9,6 +9,7 @@ unpickled: safetensors, and `torch.load(weights_only=True)`.
 import contextlib
 import json
 import logging
+import math
 import re
 import shutil
 from pathlib import Path
@@ -37,6 +38,7 @@ __all__ = [
     "read_encoder",
     "save_encoder",
     "save_run",
+    "step_of",
 ]
 
 logger = logging.getLogger(__name__)
@@ -166,13 +168,19 @@ def _step_folders(checkpoints: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
-def find_run(output_dir: str | Path, resume: bool | str | Path) -> Path | None:
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint's folder."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def find_run(output_dir: str | Path, resume: bool | str | Path, before: float = math.inf) -> Path | None:
     """Find the checkpoint to go on from.
 
     Args:
         output_dir: Folder of the run.
         resume: True: the newest whole checkpoint of `output_dir`; damaged or foreign folders are passed over with a
             warning. A path: that checkpoint, or the newest whole one of the run in that folder. False: none.
+        before: With True: only checkpoints of earlier steps than this one.
 
     Returns:
         The checkpoint's folder, or None if there is none to go on from.
@@ -183,7 +191,9 @@ def find_run(output_dir: str | Path, resume: bool | str | Path) -> Path | None:
     if resume is False:
         return None
     if resume is True:
-        for _, folder in _step_folders(Path(output_dir) / "checkpoints"):
+        for step, folder in _step_folders(Path(output_dir) / "checkpoints"):
+            if step >= before:
+                continue
             problem = _damage(folder)
             if problem is None:
                 return folder

@@ -12,14 +12,18 @@ import os
 import re
 import sys
 import typing
-from argparse import ArgumentError
+from argparse import Action, ArgumentError
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser  # pyright: ignore[reportPrivateImportUsage]
+from jsonargparse import (  # pyright: ignore[reportPrivateImportUsage]
+    ActionConfigFile,
+    ArgumentParser,
+    DefaultHelpFormatter,
+)
 
 from spark.folders import write_whole
 
@@ -259,7 +263,8 @@ class MonitorConfig:
         max_images: images that are measured, of a labelled folder in each of train/ and val/.
         max_share: share of the run's time that measurements may take; one that would take more is skipped, and its row
             of metrics.jsonl says so. 1 always measures.
-        collapse_rank: a smaller effective rank of the features warns that they collapse.
+        collapse_rank: a smaller effective rank of the features warns that they collapse; of fewer than 8 images, whose
+            rank is small in any case, nothing is told.
         collapse_std: a smaller channel_std, between 0 and 1, of the features warns that they collapse.
     """
 
@@ -285,7 +290,8 @@ class GuardConfig:
 
     Attributes:
         on_nonfinite: a loss or gradient that is not finite: stop after saving the state before the step, skip the step,
-            or rollback to the newest checkpoint and go on with the images that come next.
+            or rollback to the newest checkpoint and go on with the images that come next. Where it fails again before
+            the next checkpoint, the next older one is taken (keep_checkpoints says how many there are).
         on_spike: likewise for a loss above the median of the last spike_window ones by more than spike_factor times
             their median absolute deviation; ignore looks for none.
         spike_window: losses that a spike is told from; there is none before half as many are known.
@@ -432,7 +438,9 @@ def parse_config(cls: type[T], argv: Sequence[str] | None, description: str) -> 
             after ``--help`` and ``--print_config``.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = ArgumentParser(description=description, exit_on_error=False)
+    parser = ArgumentParser(
+        description=description, exit_on_error=False, formatter_class=_help_formatter(cls)
+    )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the options below")
     parser.add_class_arguments(cls)
     try:
@@ -508,6 +516,20 @@ def _check_names(cls: type, argv: Sequence[str]) -> None:
                 _check_file(Path(path), options, groups)
         elif name not in {"help", "print_config", *options, *groups} and not _is_entry(name, options):
             raise ValueError(f"unknown option --{name}{_suggest(name, options, groups)}")
+
+
+def _help_formatter(cls: type) -> type[DefaultHelpFormatter]:
+    """Writes ``--help`` with types in words, such as "a number or null"."""
+    options, _ = _options(cls)
+
+    class Formatter(DefaultHelpFormatter):
+        def _get_help_string(self, action: Action) -> str:
+            text = super()._get_help_string(action)
+            return (
+                text.replace("%(type)s", _type_name(options[action.dest])) if action.dest in options else text
+            )
+
+    return Formatter
 
 
 def _is_entry(name: str, options: dict[str, Any]) -> bool:

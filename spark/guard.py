@@ -30,12 +30,19 @@ class Guard:
 
     Args:
         config: the policy.
+
+    Attributes:
+        losses: the last accepted ones.
+        rollbacks: of this run so far.
+        went_back_to: step that the last rollback went back to, None before the first one.
+        skipped_in_a_row: steps.
     """
 
     def __init__(self, config: GuardConfig):
         self.config = config
         self.losses: deque[float] = deque(maxlen=config.spike_window)
         self.rollbacks = 0
+        self.went_back_to: int | None = None
         self.skipped_in_a_row = 0
 
     def threshold(self) -> float:
@@ -92,6 +99,7 @@ class Guard:
         return {
             "losses": list(self.losses),
             "rollbacks": self.rollbacks,
+            "went_back_to": self.went_back_to,
             "skipped_in_a_row": self.skipped_in_a_row,
         }
 
@@ -99,4 +107,5 @@ class Guard:
         """Take over a state; of a longer window the newest losses count."""
         self.losses = deque(state["losses"], maxlen=self.config.spike_window)
         self.rollbacks = state["rollbacks"]
+        self.went_back_to = state.get("went_back_to")  # older checkpoints lack it
         self.skipped_in_a_row = state["skipped_in_a_row"]

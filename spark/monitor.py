@@ -40,6 +40,8 @@ from spark.probing import (
 NEIGHBOURS = 20
 PROBE_STRENGTHS = (1e-2, 1e-1, 1.0)  # the weaker ones of tools/probe.py take most of its time
 
+_FEWEST = 8  # images that tell features which collapse from images which are few
+
 _GAP = 2  # [px] between pictures
 _HEADER = 16  # [px] for the titles
 _READABLE = 128  # [px] smaller images are enlarged by a whole factor up to this width
@@ -134,6 +136,11 @@ class Monitor:
         self._began = time.perf_counter()
         self._last: float | None = None
         self._statistics: list[tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def images(self) -> int:
+        """Images of a measurement, 0 before the first one."""
+        return 0 if self.watched is None else len(self.watched.images)
 
     def expected(self, images_per_second: float) -> float:
         """Time of the next measurement [s]: that of the last one, or before it that of training on the images."""
@@ -280,8 +287,15 @@ def probe_scores(features: Tensor, labels: Tensor, train: Tensor, classes: int) 
     }
 
 
-def collapse_warning(values: dict[str, float], least_rank: float, least_std: float) -> str | None:
-    """The sentence to warn with if the features of a measurement have collapsed; None if they have not."""
+def collapse_warning(
+    values: dict[str, float], images: int, least_rank: float, least_std: float
+) -> str | None:
+    """The sentence to warn with if the features of a measurement have collapsed; None if they have not.
+
+    Nor is there one of fewer than 8 images: their rank, which is not above their number, would say nothing.
+    """
+    if images < _FEWEST:
+        return None
     signs = [
         f"{name} {values[name]:.3g} is below {least:g}"
         for name, least in (("rank", least_rank), ("channel_std", least_std))

@@ -295,8 +295,9 @@ def pretrain(config: PretrainConfig) -> None:
                 numbers["the gradient norm"] = grad_norm
             verdict = guard.judge(numbers)
             event: dict[str, float | str] = {}
+            target: Path | None = None
             if verdict is not None and verdict.action == "rollback":
-                target = find_run(config.output_dir, True)
+                target = state.rollback_target(config.output_dir)
                 if target is None:  # before the first checkpoint
                     reason = f"{verdict.reason}, and there is no checkpoint to roll back to"
                     verdict = guard.skip(reason, verdict.kind)
@@ -319,7 +320,8 @@ def pretrain(config: PretrainConfig) -> None:
                 if accelerator.scaler is not None:
                     accelerator.scaler.update()
                 event = {"event": verdict.action, "reason": verdict.reason}
-                bar.say(f"step {step + 1}: {verdict.reason}: {verdict.action}")
+                to = f" to {target.name}" if target is not None else ""
+                bar.say(f"step {step + 1}: {verdict.reason}: {verdict.action}{to}")
             optimizer.zero_grad()
             if verdict is not None and verdict.action == "rollback":
                 assert target is not None
@@ -328,6 +330,10 @@ def pretrain(config: PretrainConfig) -> None:
                 event["at_step"] = step + 1
                 feed.advance()
                 batches = batches_on()
+                # Interrupted from here on, the run is not to meet the same batches, nor to count anew.
+                save_due = False
+                if writes:
+                    outputs.keep_on("the checkpoint", outputs.save)
                 outputs.keep_on("the rows", partial(log.rewind, state.step, keep_events=True))
                 row = {"loss": mean_loss, "lr": lr, "images_per_second": 0.0}
                 outputs.keep_on("a row", partial(log.row, state.step, **row, **event))

@@ -323,7 +323,8 @@ class RunLog:
 
         Args:
             step: last step whose rows stay; -1 drops all.
-            keep_events: rows with an `event` stay too, as rows of this step that name theirs in `at_step`.
+            keep_events: rows with an `event` stay too, as rows of this step that name, in `at_step`, the step
+                that they happened at.
         """
         if not self.accelerator.is_main_process:
             return
@@ -332,7 +333,7 @@ class RunLog:
             if row["step"] <= step:
                 rows.append(row)
             elif keep_events and "event" in row:
-                rows.append({**row, "step": step, "at_step": row["step"]})
+                rows.append({"at_step": row["step"], **row, "step": step})
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def row(self, step: int, **values: float | str) -> None:

@@ -1,6 +1,7 @@
 """The state of a run: what a checkpoint holds, how a run goes back to it, and what has changed since."""
 
 import copy
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from spark.checkpoint import load_run, save_run
+from spark.checkpoint import find_run, load_run, save_run, step_of
 from spark.config import config_changes
 from spark.guard import Guard
 from spark.images import UnreadableImages
@@ -34,7 +35,8 @@ class RunState:
         facts: what a checkpoint says about the run that wrote it, see `changes`.
         unsharded: where the weights are sharded, in the main process, a copy of the model from before that.
         step: optimizer steps done.
-        offset: batches of the stream that rollbacks have passed over: step n trains on batch n + offset.
+        offset: step n, counted from 0, trains on batch n + offset of the stream. Rollbacks pass over batches, and
+            another size of the batches numbers them anew.
     """
 
     spark: SparK
@@ -126,14 +128,28 @@ class RunState:
     def resume(self, checkpoint: Path) -> None:
         """Take over all of a checkpoint.
 
+        Batches of another size than before go on behind the images that were seen, at the next whole batch.
+
         Raises:
             ValueError: it does not belong to this model or optimizer.
         """
         state = self._load(checkpoint)
-        self.step, self.offset = state["step"], state.get("offset", 0)
+        self.step = state["step"]
+        self.offset = next_batch(state, self.facts["config"]) - self.step
         if "guard" in state:
             self.guard.load_state_dict(state["guard"])
         self.unreadable.load_state_dict(state["unreadable"])
+
+    def rollback_target(self, output_dir: str | Path) -> Path | None:
+        """The checkpoint to roll back to, None where there is none.
+
+        It is the newest one. Where the run has gone back to that one already, it may itself be what fails: then the
+        next older one, as far as there are any.
+        """
+        newest, last = find_run(output_dir, True), self.guard.went_back_to
+        if newest is None or last is None or step_of(newest) > last:
+            return newest
+        return find_run(output_dir, True, before=step_of(newest)) or newest
 
     def roll_back(self, checkpoint: Path) -> None:
         """Take over weights and moments of a checkpoint of this run; the stream goes on behind the batch that failed.
@@ -143,7 +159,11 @@ class RunState:
         rollbacks = self.guard.rollbacks + 1
         state = self._load(checkpoint)
         self.guard.load_state_dict(
-            {**state.get("guard", Guard(self.guard.config).state_dict()), "rollbacks": rollbacks}
+            {
+                **state.get("guard", Guard(self.guard.config).state_dict()),
+                "rollbacks": rollbacks,
+                "went_back_to": state["step"],
+            }
         )
         position = self.step + self.offset + 1
         self.step = state["step"]
@@ -169,6 +189,18 @@ def read_extra(checkpoint: Path) -> dict[str, Any]:
     return torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True, mmap=True)["extra"]
 
 
+def next_batch(state: dict[str, Any], config: dict[str, Any]) -> int:
+    """The first batch of the stream, in the sizes of `config`, that begins behind all that a checkpoint has seen.
+
+    Args:
+        state: with "step", "offset" and "config" of the checkpoint.
+        config: of the run that goes on, as `config_dict` makes it.
+    """
+    batches = state["step"] + state.get("offset", 0)
+    images = batches * state["config"]["optim"]["batch_size"]
+    return math.ceil(images / config["optim"]["batch_size"])
+
+
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs between the run that wrote a checkpoint and the one that goes on from it, in sentences.
 
@@ -177,6 +209,12 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         now: the facts of the run: "config", "data", "layout", "device_type", "processes", "stream", "sharded".
     """
     lines = config_changes(before["config"], now["config"])
+    old, new = (facts["config"]["optim"]["batch_size"] for facts in (before, now))
+    if old != new:
+        lines.append(
+            f"batches were {old} images, are {new}: the stream goes on with the first whole batch behind the images "
+            "seen so far; learning rate and length follow the new batch size, at the same step"
+        )
     if (old := before.get("sharded", now["sharded"])) != now["sharded"]:
         words = {True: "sharded (FSDP)", False: "whole"}
         lines.append(

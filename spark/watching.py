@@ -125,7 +125,9 @@ class Watch:
             return {"monitor": f"off: {error}"}
         text = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
         say(f"unmasked features after step {step}: {text}")
-        warning = collapse_warning(values, self.config.collapse_rank, self.config.collapse_std)
+        warning = collapse_warning(
+            values, self.monitor.images, self.config.collapse_rank, self.config.collapse_std
+        )
         if warning is None:
             return {**values}
         say(f"warning: after step {step} the {warning}")

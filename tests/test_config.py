@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from finetune.config import DepthConfig
+from finetune.evaluate import EvaluationConfig
+from finetune.predict import PredictConfig
 from spark.config import (
     DataConfig,
     ModelConfig,
@@ -126,6 +128,21 @@ def test_every_option_is_explained(capsys):
         assert len(explanation.split("(")[0].split()) > 3, (
             f"{name} has no explanation in --help: {explanation}"
         )
+    text = " ".join(text.split())
+    assert "(type: a number or null, default: null)" in text
+    assert "(type: a whole number or a list [...] of 2 whole numbers, default: 224)" in text
+    assert "(type: one of auto, packed, masked, spconv, triton, default: auto)" in text
+    assert not any(raw in text for raw in ("Optional[", "Union[", "Literal[", "tuple[", "%("))
+
+
+@pytest.mark.parametrize("cls", [DepthConfig, EvaluationConfig, PredictConfig])
+def test_the_help_of_depth_scripts_names_types_in_words(cls, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(cls, ["--help"], "")
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert "type: a number" in " ".join(text.split())
+    assert not any(raw in text for raw in ("Optional[", "Union[", "Literal[", "tuple[", "%("))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Pretraining with weights sharded over two gloo processes (FSDP2, through Accelerate), as the whole weights of one."""
 
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from spark.run import read_rows
 from tests.test_pretrain import curve, fresh_accelerate, photos, run, small_run  # noqa: F401  (fixtures)
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = str(ROOT / "spark" / "pretrain.py")
+SCRIPT = str(ROOT / "tests" / "several_runs.py")
 CONFIG = str(ROOT / "configs" / "accelerate" / "gpu_8_fsdp.yaml")
 # At 128 px batch norm has more than a handful of sites at the deepest stage, and with a large eps a gradient of nothing
 # but rounding stays one: neither makes much of the last digits in which one process and two differ.
@@ -28,11 +29,12 @@ LAMB = (
 ADAMW = (*STEADY, "--optim.name=adamw", "--optim.clip_grad=0.01")
 
 
-def in_two_processes(arguments):
+def in_two_processes(*runs):
+    """What the same two processes print in several runs, each given by its arguments."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIG]
     done = subprocess.run(
-        [*launcher, "--num_processes", "2", SCRIPT, *arguments],
+        [*launcher, "--num_processes", "2", SCRIPT, json.dumps(runs)],
         env=environment,
         capture_output=True,
         text=True,
@@ -75,10 +77,10 @@ def test_sharded_runs_are_those_of_whole_weights(photos, tmp_path, capsys):  # n
     run(arguments("lamb_one", *LAMB))
     run(arguments("adamw_one", *ADAMW))
     half = tmp_path / "adamw_one" / "checkpoints" / "step_0000002"
-    in_two_processes(
-        arguments("lamb", *LAMB, "--monitor.every=2", "--monitor.max_share=1", "--export_ema=true")
+    text = in_two_processes(
+        arguments("lamb", *LAMB, "--monitor.every=2", "--monitor.max_share=1", "--export_ema=true"),
+        arguments("adamw", *ADAMW, f"--resume={half}"),
     )
-    text = in_two_processes(arguments("adamw", *ADAMW, f"--resume={half}"))
     assert "weights were whole in each process, are sharded (FSDP)" in text
     assert_same(tmp_path / "lamb_one", tmp_path / "lamb", 2, ("model.safetensors", "ema.safetensors"))
     assert_same(tmp_path / "lamb_one", tmp_path / "lamb", 4, ("model.safetensors", "ema.safetensors"))

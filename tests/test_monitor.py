@@ -209,9 +209,10 @@ def test_measurements_keep_within_their_share(monkeypatch):
 def test_collapsed_features_are_warned_of():
     encoder = timm.create_model("test_resnet", num_classes=0)
     values = Monitor(lambda: MonitoredImages(torch.randn(8, 3, 32, 32)), 8, 1.0, 8).measure(encoder)
-    assert collapse_warning(values, 1.01, 0.0) is None
+    assert collapse_warning(values, 8, 1.01, 0.0) is None
     flat = Monitor(lambda: MonitoredImages(torch.ones(8, 3, 32, 32)), 8, 1.0, 8).measure(encoder)
-    warning = collapse_warning(flat, 2.0, 0.01)
+    warning = collapse_warning(flat, 8, 2.0, 0.01)
     assert warning is not None
     assert "rank 1 is below 2 and channel_std" in warning
-    assert collapse_warning({"rank": math.nan, "channel_std": 1.0}, 2.0, 0.01) is not None
+    assert collapse_warning(flat, 7, 2.0, 0.01) is None, "too few to tell"
+    assert collapse_warning({"rank": math.nan, "channel_std": 1.0}, 8, 2.0, 0.01) is not None

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
 
-from finetune import DepthModel
+from finetune import DepthModel, depth
 from spark import SparK, load_encoder, load_official, save_encoder
 from spark.channels import adapt_input, adapt_output, adapt_statistics
 from spark.encoder import build_encoder
@@ -95,6 +96,23 @@ def test_a_run_over_an_own_encoder(my_nets, command, tmp_path, capsys):
     torch.testing.assert_close(grey.eval()(images)[-1], colour(images.expand(-1, 3, -1, -1))[-1])
 
 
+@pytest.mark.parametrize("source", ["name", "name of a folder", "folder"])
+def test_depth_runs_refuse_own_encoders_before_anything_is_written(my_nets, tmp_path, capsys, source):
+    folder = save_encoder(build_encoder("my_nets:TinyNet"), tmp_path / "encoder")
+    options = {
+        "name": ["--encoder=my_nets:TinyNet"],
+        "name of a folder": [f"--encoder={folder}", "--encoder_name=my_nets:TinyNet"],
+        "folder": [f"--encoder={folder}"],
+    }
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(SystemExit) as stopped:
+        depth.main([*options[source], f"--data.root={tmp_path}", f"--output_dir={tmp_path / 'out'}"])
+    assert stopped.value.code == 2
+    text = capsys.readouterr().err
+    assert re.search("my_nets:TinyNet(, which)? is not timm's: give the loaded encoder to DepthModel", text)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -132,6 +150,15 @@ def test_contracts_that_are_not_kept(my_nets):
 
 
 # --- strides
+
+
+def test_a_run_counts_the_parameters_that_it_uses(command, capsys):
+    run(command("--model.stride=8", "--max_steps=2"))
+    stages = dict(build_encoder("test_resnet").named_children())
+    deep = sum(p.numel() for name in ("layer3", "layer4") for p in stages[name].parameters()) / 1e6
+    rest = sum(p.numel() for p in build_encoder("test_resnet").parameters()) / 1e6 - deep
+    text = capsys.readouterr().out
+    assert f"model      test_resnet: {rest:.2f}M parameters ({deep:.2f}M more are not used), with" in text
 
 
 @pytest.mark.parametrize("stride", [4, 8, 16])

@@ -491,6 +491,29 @@ def test_changed_options_are_listed_on_resume(command, tmp_path, capsys):
     assert len(curve(tmp_path / "run")) == 5
 
 
+def test_another_batch_size_goes_on_behind_the_images_seen(command, tmp_path, monkeypatch, capsys):
+    positions = []
+    original = MaskedBatches.__call__
+
+    def call(self, samples):
+        positions.append([sample["position"] for sample in samples])
+        return original(self, samples)
+
+    monkeypatch.setattr(MaskedBatches, "__call__", call)
+    run(command("--max_steps=4"))
+    assert positions[-1][-1] == 31
+    run(command("--max_steps=6", "--optim.batch_size=12", "--resume=true"))
+    assert positions[-2:] == [list(range(36, 48)), list(range(48, 60))], "the whole batches from image 32 on"
+    text = capsys.readouterr().out
+    assert "changed since that checkpoint: optim.batch_size was 8, is 12" in text
+    assert "batches were 8 images, are 12: the stream goes on with the first whole batch behind" in text
+    run(command("--max_steps=8", "--optim.batch_size=4", "--resume=true"))
+    assert positions[-2:] == [[60, 61, 62, 63], [64, 65, 66, 67]]
+    rows = curve(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert [row["epoch"] for row in rows[3:]] == [pytest.approx(n / 12) for n in (32, 48, 60, 64, 68)]
+
+
 def test_another_architecture_is_refused_on_resume(command, tmp_path, capsys):
     run(command("--max_steps=2"))
     before = weights(tmp_path / "run", 2)
@@ -735,6 +758,63 @@ def test_a_rollback_goes_on_behind_the_batch_that_failed(command, tmp_path, monk
     assert curve(tmp_path / "fork") == rows[-2:]
     assert_equal(weights(tmp_path / "fork", 8), weights(folder, 8))
     assert_equal(averages(tmp_path / "fork", 8), averages(folder, 8))
+
+
+def bad_batches(monkeypatch, bad, killed_at=None):
+    """The loss of these batches of the stream is NaN, whenever they come; at one batch the process is killed.
+
+    Returns:
+        The batches in the order in which they were asked for.
+    """
+    asked = []
+    collate, forward = MaskedBatches.__call__, SparK.forward
+
+    def call(self, samples):
+        asked.append(samples[0]["position"] // self.plan.batch_size)
+        return collate(self, samples)
+
+    def spoiled_forward(self, images, visible=None, *count):
+        output = forward(self, images, visible, *count)
+        if self.training and asked[-1] == killed_at:
+            raise SystemExit(137)
+        return (
+            output._replace(loss=output.loss * float("nan")) if self.training and asked[-1] in bad else output
+        )
+
+    monkeypatch.setattr(MaskedBatches, "__call__", call)
+    monkeypatch.setattr(SparK, "forward", spoiled_forward)
+    return asked
+
+
+def test_a_second_rollback_goes_further_back_and_a_kill_repeats_nothing(command, tmp_path, monkeypatch):
+    """Step 6 fails on batch 5, back to step 4; step 5 fails on batch 6, back to step 2; steps 3 to 8 take 7 to 12."""
+    options = ("--guard.on_nonfinite=rollback", "--checkpoint_every=2", "--keep_checkpoints=9")
+    with monkeypatch.context() as patch:
+        asked = bad_batches(patch, {5, 6})
+        run(command(*options))
+    assert asked[-13:] == list(range(13))
+    rows = curve(tmp_path / "run")
+    assert [(row["step"], row.get("event"), row.get("at_step")) for row in rows] == [
+        *((1, None, None), (2, None, None), (2, "rollback", 6), (2, "rollback", 5)),
+        *((step, None, None) for step in range(3, 9)),
+    ]
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == [*(f"step_{step:07d}" for step in (2, 4, 6, 8)), "superseded_step_0000004"]
+
+    with monkeypatch.context() as patch:
+        bad_batches(patch, {5, 6}, killed_at=8)
+        with pytest.raises(SystemExit):
+            run(command(*options, output="killed"))
+    killed = tmp_path / "killed"
+    assert [path.name for path in (killed / "checkpoints").glob("step_*")] == ["step_0000002"]
+    with monkeypatch.context() as patch:
+        asked = bad_batches(patch, {5, 6})
+        run(command(*options, "--resume=true", output="killed"))
+    assert asked[-6:] == list(range(7, 13))
+    assert curve(killed) == rows
+    assert_equal(weights(killed, 8), weights(tmp_path / "run", 8))
+    state = torch.load(killed / "checkpoints" / "step_0000008" / "state.pt", weights_only=True)
+    assert (state["extra"]["guard"]["rollbacks"], state["extra"]["offset"]) == (2, 5)
 
 
 def test_rollbacks_are_bounded_and_the_first_steps_are_skipped(command, tmp_path, monkeypatch, capsys):

@@ -22,7 +22,7 @@ import platform
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,9 @@ from finetune.figures import Page, colourise, depth_colours, save_figure, shared
 from finetune.inference import predict_depth, transform_of
 from finetune.model import load_depth_model
 from finetune.protocols import get_protocol
-from spark import SparK
+from spark.assembly import build_model
 from spark.checkpoint import find_run
+from spark.config import ModelConfig
 from spark.folders import write_whole
 from spark.masking import mean_ratio, ratio_range, visible_at
 from spark.run import format_duration, read_rows
@@ -277,8 +278,7 @@ def pretraining_section(run: Run) -> str:
     _, speeds = run.series("images_per_second")
     parts = [
         "<h2>Pretraining</h2>",
-        "<p>The encoder sees the visible patches only; the loss is the mean squared error of the hidden ones, each"
-        " normalised by its own mean and deviation: 1 is what a prediction of the mean alone gives.</p>",
+        f"<p>{task(run)}</p>",
         facts(
             [
                 ("encoder", run.option("model.name")),
@@ -289,6 +289,7 @@ def pretraining_section(run: Run) -> str:
                     if ratio is None
                     else " to ".join(f"{r:.0%}" for r in dict.fromkeys(ratio_range(ratio))),
                 ),
+                ("channels", run.option("model.in_chans")),
                 ("batch", run.option("optim.batch_size")),
                 ("steps", run.steps or None),
                 ("seed", run.option("seed")),
@@ -304,18 +305,47 @@ def pretraining_section(run: Run) -> str:
     if not run.pictures:
         parts.append(missing("The run has drawn no reconstructions yet: its figures/ is empty."))
     shown = [
-        figure_html(picture(path.read_bytes(), "reconstructions"), panel_caption(path))
+        figure_html(
+            picture(path.read_bytes(), "reconstructions"),
+            panel_caption(path, run.option("model.target") == "hog"),
+        )
         for path in dict.fromkeys((run.pictures[:1] if len(run.pictures) > 1 else []) + run.pictures[-1:])
     ]
     parts.append(f'<div class="charts">{"".join(shown)}</div>' if shown else "")
     return "\n".join(parts)
 
 
-def panel_caption(path: Path) -> str:
+def task(run: Run) -> str:
+    """What the run has to predict, from what, and what its loss means."""
+    seen = {
+        "absent": "The encoder sees the visible patches only",
+        "zero": "The encoder, a dense network, sees the whole image with hidden patches black; the decoder gets its"
+        " features of the visible ones",
+        "token": "The encoder, a dense network, sees the whole image with a learned colour in hidden patches",
+    }[run.option("model.masked_pixels", "absent")]
+    maps = run.option("model.decoder_maps", 4)
+    if maps != 4:
+        seen += f"; of its feature maps the decoder gets the deepest {'one' if maps == 1 else maps} only"
+    counted = {"masked": "the hidden patches", "all": "all patches"}[run.option("model.loss_on", "masked")]
+    loss = {
+        "normalised": f"the mean squared error of {counted}, each normalised by its own mean and deviation: 1 is what"
+        " a prediction of the mean alone gives",
+        "pixels": f"the mean squared error of {counted}, in the standard deviations of the data set",
+        "hog": f"the mean squared error of histograms of oriented gradients in {counted}",
+    }[run.option("model.target", "normalised")]
+    return f"{seen}. The loss is {loss}."
+
+
+def panel_caption(path: Path, histograms: bool = False) -> str:
     """Caption of a reconstruction panel; its file name ends in the step."""
     step = path.stem.rpartition("_")[2]
     when = f" after step {int(step)}" if step.isdecimal() else f", <code>{html.escape(path.name)}</code>"
-    return f"Input, masked input and reconstruction{when}. Training images."
+    shown = (
+        "Input, masked input, histograms of oriented gradients, and the same with predicted ones in hidden patches"
+        if histograms
+        else "Input, masked input and reconstruction"
+    )
+    return f"{shown}{when}. Training images."
 
 
 def depth_section(arms: dict[str, list[Run]]) -> str:
@@ -682,7 +712,9 @@ def readme_figure(pretrain: Run | None, arms: dict[str, list[Run]], count: int) 
             depth = predict_depth(model, transform(sample)["image"][None], protocol)[0]
             row.append(colourise(np.clip(depth, 1e-3, None), near, far))
     headings = ["image", "true depth", *runs]
-    masked = masked_and_reconstructed(pretrain, [sample.image for sample in samples]) if pretrain else None
+    masked = None
+    if pretrain and pretrain.option("model.target") != "hog":  # from histograms no picture can be made
+        masked = masked_and_reconstructed(pretrain, [sample.image for sample in samples])
 
     height, width = samples[0].image.shape[:2]
     columns, gap, label = len(headings), 0.07, 0.24  # inches: between pictures, and a line of text
@@ -757,33 +789,40 @@ def masked_and_reconstructed(
         images: uint8 `[H, W, 3]`.
 
     Raises:
-        ValueError: the run has no whole checkpoint.
+        ValueError: the run has no whole checkpoint, or is one of images that are neither colour nor grey.
     """
+    channels = run.option("model.in_chans", 3)
+    if channels not in (1, 3):
+        raise ValueError(
+            f"{run.folder} was trained on images of {channels} channels, and those of the depth runs have 3: leave "
+            "--figure out, or --pretrain"
+        )
     checkpoint = find_run(run.folder, True)
     if checkpoint is None:
         raise ValueError(f"{run.folder} has no checkpoint to reconstruct with")
-    size = run.option("model.input_size", 224)
-    model = SparK(
-        run.option("model.name"),
-        size if isinstance(size, int) else (int(size[0]), int(size[1])),
-        run.option("model.mask_ratio", 0.6),
-        run.option("model.in_chans", 3),
-        run.option("model.patch_size"),
-        run.option("model.decoder_width", 768),
-    )
+    known = {item.name for item in fields(ModelConfig)}
+    options: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in run.option("model", {}).items()
+        if name in known
+    }
+    model = build_model(ModelConfig(**options))
     model.load_state_dict(load_file(checkpoint / "model.safetensors"))
     model.eval()
     height, width = model.input_size
-    mean = torch.tensor(run.option("data.mean", IMAGENET_DEFAULT_MEAN)).view(3, 1, 1)
-    std = torch.tensor(run.option("data.std", IMAGENET_DEFAULT_STD)).view(3, 1, 1)
-    resized = [np.array(Image.fromarray(i).resize((width, height), Image.Resampling.BICUBIC)) for i in images]
-    batch = torch.stack([torch.from_numpy(i).permute(2, 0, 1).float() / 255 for i in resized])
+    mean = torch.tensor(run.option("data.mean", IMAGENET_DEFAULT_MEAN)).view(-1, 1, 1)
+    std = torch.tensor(run.option("data.std", IMAGENET_DEFAULT_STD)).view(-1, 1, 1)
+    seen_as = [Image.fromarray(image).convert("L" if channels == 1 else "RGB") for image in images]
+    resized = [
+        np.array(image.resize((width, height), Image.Resampling.BICUBIC).convert("RGB")) for image in seen_as
+    ]
+    batch = torch.stack([torch.from_numpy(i).permute(2, 0, 1)[:channels].float() / 255 for i in resized])
     batch = (batch - mean) / std
     visible = visible_at(range(len(batch)), model.grid, mean_ratio(model.mask_ratio), seed=0)
     with torch.inference_mode():
         output = model(batch, visible)
         restored = model.reconstruct(batch, output)
-    pictures = (restored * std + mean).clamp(0, 1).mul(255).round().byte()
+    pictures = (restored * std + mean).clamp(0, 1).mul(255).round().byte().expand(-1, 3, -1, -1)
     patches = visible.repeat_interleave(model.patch_size, 2).repeat_interleave(model.patch_size, 3)[:, 0]
     return [
         (image, np.where(seen[..., None], image, np.uint8(128)), made.permute(1, 2, 0).numpy())
