@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from finetune.depth_data.labels import LabelOptions
 from finetune.depth_data.opening import Kind
+from finetune.protocols import PROTOCOLS
 from spark.config import require
 
 
@@ -293,8 +294,8 @@ class DepthConfig:
         protocol: evaluation protocol of the validation and of evaluation.json.
         flip_average: the evaluation averages with the mirror image's prediction; null is the protocol's own choice.
         validate_every: epochs between validations; 0 validates at the end only. The last one is always made.
-        select: metric by which a validation is better than another; the model of the best one is in output_dir/best,
-            that of the last step in output_dir/model.
+        select: metric by which a validation is better than another (of protocol diw: whdr, accuracy or wkdr); the model
+            of the best one is in output_dir/best, that of the last step in output_dir/model.
         patience: validations in a row without a better one after which the run ends; null never ends it early.
         triptychs: number of validation images that every validation draws into figures/.
         resume: true continues from the newest checkpoint of output_dir, and starts from the beginning where there is
@@ -324,7 +325,18 @@ class DepthConfig:
     flip_average: bool | None = None
     validate_every: float = 1
     select: Literal[
-        "delta1", "delta2", "delta3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog"
+        "delta1",
+        "delta2",
+        "delta3",
+        "abs_rel",
+        "sq_rel",
+        "rmse",
+        "rmse_log",
+        "log10",
+        "silog",
+        "whdr",
+        "accuracy",
+        "wkdr",
     ] = "abs_rel"
     patience: int | None = None
     triptychs: int = 4
@@ -341,5 +353,9 @@ class DepthConfig:
         require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")
         require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "at least 1")
         require(self.validate_every >= 0, "validate_every", self.validate_every, "0 or more")
+        if self.protocol in PROTOCOLS:  # an unknown name is refused by its reader
+            known = PROTOCOLS[self.protocol].metrics
+            wanted = f"a metric of protocol {self.protocol}: {', '.join(known)}"
+            require(self.select in known, "select", self.select, wanted)
         require(self.patience is None or self.patience >= 1, "patience", self.patience, "null or at least 1")
         require(self.triptychs >= 0, "triptychs", self.triptychs, "0 or more")

@@ -37,7 +37,7 @@ from finetune.depth_data import (
 )
 from finetune.depth_data.transforms import NYU_FRAME
 from finetune.figures import save_figure, triptychs
-from finetune.inference import check_protocol, score, summary, transform_of
+from finetune.inference import check_ground_truth, check_protocol, score, summary, transform_of
 from finetune.losses import NoGroundTruth, WeightedLoss, nothing
 from finetune.metrics import write_results
 from finetune.model import DepthModel, encoder_options, load_depth_model, start_from
@@ -631,12 +631,7 @@ def open_data(config: DepthConfig, protocol: Protocol) -> tuple[TrainingMix, Dep
         kind=data.val_kind or (data.kind if data.val_root is None else None),
         **{**data.reading(), "depth": protocol.depth, "labels": None},
     )
-    if held_out.supervision != "metric":
-        raise ValueError(
-            f"{held_out} has no depth in metres to validate on: name pairs that have (data.val_root, data.val_list)"
-        )
-    held_out.check_headers()  # these refuse now, not after the first epoch
-    protocol.crop_at(held_out[0].metres.shape)
+    check_ground_truth(held_out, protocol)
     return training, held_out
 
 

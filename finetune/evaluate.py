@@ -18,7 +18,14 @@ from rich.table import Table
 from finetune.config import expand_home
 from finetune.depth_data import Kind, open_depth_data
 from finetune.figures import save_figure, triptychs
-from finetune.inference import check_protocol, chosen_device, score, summary, transform_of
+from finetune.inference import (
+    check_ground_truth,
+    check_protocol,
+    chosen_device,
+    score,
+    summary,
+    transform_of,
+)
 from finetune.metrics import write_results
 from finetune.model import load_depth_model
 from finetune.protocols import get_protocol
@@ -39,6 +46,13 @@ COLUMNS = {
     "log10": ("log10", "↓"),
     "silog": ("SILog", "↓"),
 }
+ORDINAL_COLUMNS = {
+    "whdr": ("WHDR", "↓"),
+    "accuracy": ("accuracy", "↑"),
+    "wkdr": ("WKDR", "↓"),
+    "wkdr_unequal": ("WKDR unequal", "↓"),
+    "wkdr_equal": ("WKDR equal", "↓"),
+}
 
 
 @dataclass
@@ -53,6 +67,7 @@ class EvaluationDataConfig:
         depth: depth of the labelled file to score against; null is what the protocol stands on.
         white_border: of the labelled NYU images, which training crops leave out: fill continues the pixels next to it,
             black paints it black as in the published test images, keep leaves it.
+        polarity: what the relation > of DIW says of its point A, farther (as its authors' code) or closer.
         depth_scale: metres of one unit of the depth files of a plain folder; null is 0.001 for PNG, 1 for NPY and PFM.
         bad_depth: NaN, infinite and negative depths are refused, or taken for holes.
         workers: processes that read pairs.
@@ -64,6 +79,7 @@ class EvaluationDataConfig:
     split: Literal["train", "test"] = "test"
     depth: Literal["raw", "filled"] | None = None
     white_border: Literal["keep", "black", "fill"] = "keep"
+    polarity: Literal["farther", "closer"] = "farther"
     depth_scale: float | None = None
     bad_depth: Literal["refuse", "hole"] = "refuse"
     workers: int = 0
@@ -83,6 +99,8 @@ class EvaluationConfig:
         output: JSON file for the results.
         protocol: name of the evaluation protocol.
         flip_average: average predictions with those of the mirror image; null is the protocol's own choice.
+        threshold: of protocol diw, largest difference between the predictions at two points that counts as equally far
+            (metres, or the unit of inverse depth of head fusion); it bears on WKDR only; null is the protocol's own.
         image_size: size [height, width] in pixels at which the model sees an image; null is the size it was trained
             at.
         batch_size: images of one forward.
@@ -96,6 +114,7 @@ class EvaluationConfig:
     output: str
     protocol: str = "nyu-bts"
     flip_average: bool | None = None
+    threshold: float | None = None
     image_size: tuple[int, int] | None = None
     batch_size: int = 8
     figures: str | None = None
@@ -117,7 +136,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     """Score the model, print the table, write results and figures; returns the results."""
     console = Console()
-    protocol = get_protocol(config.protocol, flip_average=config.flip_average)
+    protocol = get_protocol(config.protocol, flip_average=config.flip_average, threshold=config.threshold)
+    if config.figures and protocol.supervision == "ordinal":
+        raise ValueError(f"protocol {protocol.name} has no maps to draw: leave figures out")
     model = load_depth_model(config.model).to(chosen_device(config.device))
     check_protocol(model, protocol)
     data = open_depth_data(
@@ -127,11 +148,11 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         kind=config.data.kind,
         depth=config.data.depth or protocol.depth,
         white_border=config.data.white_border,
+        polarity=config.data.polarity,
         depth_scale=config.data.depth_scale,
         bad_depth=config.data.bad_depth,
     )
-    if data.supervision != "metric":
-        raise ValueError(f"{data} has no depth in metres to score against: name RGB-D pairs")
+    check_ground_truth(data, protocol)
     console.print(f"{data}", highlight=False, markup=False, soft_wrap=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("scored", total=len(data))
@@ -164,9 +185,11 @@ def print_results(console: Console, results: dict[str, Any], expected_images: in
     table = Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True
     )  # fits 80 columns
-    for heading, better in COLUMNS.values():
+    columns = ORDINAL_COLUMNS if "pairs" in results else COLUMNS
+    columns = {name: heading for name, heading in columns.items() if name in results["metrics"]}
+    for heading, better in columns.values():
         table.add_column(f"{heading}{better}", justify="right", no_wrap=True)
-    table.add_row(*(f"{results['metrics'][name]:.3f}" for name in COLUMNS))
+    table.add_row(*(f"{results['metrics'][name]:.3f}" for name in columns))
     console.print(table)
     if expected_images is not None and results["images"] != expected_images:
         console.print(

@@ -12,6 +12,7 @@ from finetune.depth_data import DepthFileError, DepthSample, DepthSet, EvalTrans
 from finetune.figures import Triptych
 from finetune.heads import DepthOutput
 from finetune.model import DepthModel
+from finetune.ordinal import OrdinalEvaluator
 from finetune.protocols import Protocol, ProtocolEvaluator, merge_flipped, metric_prediction
 from spark.run import ignore_stop_signals
 
@@ -35,11 +36,34 @@ def chosen_device(name: str) -> torch.device:
 
 def check_protocol(model: DepthModel, protocol: Protocol) -> None:
     """Refuse to score a model without metres under a protocol that stands on them; ValueError says what to use."""
-    if protocol.alignment == "none" and "depth" not in model.head.outputs:
+    if (
+        protocol.supervision == "metric"
+        and protocol.alignment == "none"
+        and "depth" not in model.head.outputs
+    ):
         raise ValueError(
             f"head {model.head_name} gives no metres, and protocol {protocol.name} compares metres: use --protocol"
             " nyu-affine, which fits scale and shift of each image"
         )
+
+
+def check_ground_truth(data: DepthSet, protocol: Protocol) -> None:
+    """Refuse to score on data without the ground truth that a protocol compares with.
+
+    Raises:
+        ValueError: It has none, or of another size than the protocol takes, or a header tells that a file cannot be
+            used.
+    """
+    if data.supervision != protocol.supervision:
+        has = {"metric": "depth in metres", "ordinal": "relations of points"}
+        wanted, other = has[protocol.supervision], has.get(data.supervision, "relative depth")
+        raise ValueError(
+            f"{data} has no {wanted} to validate on or score against, only {other}: name data that has it, or a"
+            " protocol for what it has (diw for relations)"
+        )
+    data.check_headers()  # these refuse now, not after the first epoch
+    if protocol.supervision == "metric":
+        protocol.crop_at(data[0].metres.shape)
 
 
 @torch.inference_mode()
@@ -100,18 +124,20 @@ def score(
         transform: Size and normalisation that the model was trained with.
         batch_size: Images of one forward.
         workers: Processes that read pairs.
-        draw: How many images to return for drawing, spread evenly over the data.
+        draw: How many images to return for drawing, spread evenly over the data; relations are not drawn.
         progress: Called with the number of images of each batch done.
 
     Returns:
-        The results as `ProtocolEvaluator.results` has them, with the `image_size` that the model saw, and the
-        triptychs.
+        The results as `ProtocolEvaluator.results` (of relations: `OrdinalEvaluator.results`) has them, with the
+        `image_size` that the model saw, and the triptychs.
 
     Raises:
         ValueError: A pair cannot be read (leaving it out would change what is measured), or no image has a valid
             pixel.
     """
-    evaluator = ProtocolEvaluator(protocol, skip_empty=True)
+    pixels, relations = ProtocolEvaluator(protocol, skip_empty=True), OrdinalEvaluator(protocol)
+    ordinal = protocol.supervision == "ordinal"
+    evaluator = relations if ordinal else pixels
     count = len(data)
     drawn = set(np.linspace(0, count - 1, min(draw, count)).round().astype(int).tolist())
     rows: list[Triptych] = []
@@ -129,7 +155,10 @@ def score(
                 raise pair
         predictions = predict_depth(model, torch.stack([image for _, image in pairs]), protocol)
         for (sample, _), prediction in zip(pairs, predictions, strict=True):
-            row = evaluator.add(sample.name, prediction, sample.metres)
+            if ordinal:
+                relations.add(sample, prediction, inverse="depth" not in model.head.outputs)
+                continue
+            row = pixels.add(sample.name, prediction, sample.metres)
             if done in drawn:
                 caption = summary(row) if row else "no pixel of the ground truth counts"
                 if row and protocol.alignment != "none":
@@ -142,7 +171,9 @@ def score(
 
 
 def summary(metrics: dict[str, float]) -> str:
-    """The three numbers that the field quotes, in one line."""
+    """The numbers that the field quotes, in one line."""
+    if "whdr" in metrics:
+        return f"WHDR {metrics['whdr']:.3f}   accuracy {metrics['accuracy']:.3f}   WKDR {metrics['wkdr']:.3f}"
     return f"delta1 {metrics['delta1']:.3f}   AbsRel {metrics['abs_rel']:.3f}   RMSE {metrics['rmse']:.3f} m"
 
 

@@ -29,6 +29,8 @@ import numpy as np
 from spark.folders import write_whole
 
 METRICS = ("delta1", "delta2", "delta3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog")
+ORDINAL_METRICS = ("whdr", "accuracy", "wkdr")
+"""Of pairs of points, `finetune.ordinal` has their formulas."""
 
 
 @dataclass(frozen=True)

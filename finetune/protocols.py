@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from finetune.metrics import ErrorSums, error_sums, mean_metrics
+from finetune.metrics import METRICS, ORDINAL_METRICS, ErrorSums, error_sums, mean_metrics
 
 
 class NoValidPixels(ValueError):
@@ -61,6 +61,10 @@ class Protocol:
             data chooses it.
         expected_images: how many images the official list has; results state it beside the number that was
             scored.
+        supervision: what the ground truth is. "metric": maps in metres. "ordinal": pairs of points, scored as
+            `finetune.ordinal` says; depth limits, crop and alignment are of no use then.
+        threshold: with "ordinal", largest difference at which a prediction says that two points are equally far (in
+            metres, or in the unit of inverse depth of a head without metres).
     """
 
     name: str
@@ -77,8 +81,12 @@ class Protocol:
     alignment: Literal["none", "disparity"] = "none"
     depth: Literal["raw", "filled"] = "raw"
     expected_images: int | None = None
+    supervision: Literal["metric", "ordinal"] = "metric"
+    threshold: float = 0.0
 
     def __post_init__(self):
+        if not self.threshold >= 0:
+            raise ValueError(f"{self.name}: threshold must be 0 or more, not {self.threshold}")
         if not 0 < self.min_depth < self.max_depth:
             raise ValueError(f"{self.name}: depths must satisfy 0 < min_depth < max_depth")
         if self.crop is not None and self.frame is None:
@@ -87,6 +95,11 @@ class Protocol:
             raise ValueError(f"{self.name}: alignment is 'none' or 'disparity', not {self.alignment!r}")
         if self.aggregation not in ("per_image", "pooled"):
             raise ValueError(f"{self.name}: aggregation is 'per_image' or 'pooled', not {self.aggregation!r}")
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics by which models can be compared."""
+        return ORDINAL_METRICS if self.supervision == "ordinal" else METRICS
 
     def crop_at(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """(top, bottom, left, right) of the pixels that count in ground truth of (H, W) `size`.
@@ -143,23 +156,35 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 scale_crop=True,
                 alignment="disparity",
             ),
+            Protocol(
+                name="diw",
+                description="Depth in the Wild (Chen et al. 2016): share of the pairs of points that are ordered wrongly,"
+                " ties wrong, read at the pixels of the photo.",
+                min_depth=1e-3,
+                max_depth=10.0,
+                supervision="ordinal",
+            ),
         )
     }
 )
 
 
-def get_protocol(name: str, *, flip_average: bool | None = None) -> Protocol:
-    """A protocol of the registry, with flip averaging switched on or off if asked; results state which it
-    was.
+def get_protocol(name: str, *, flip_average: bool | None = None, threshold: float | None = None) -> Protocol:
+    """A protocol of the registry, with flip averaging switched on or off and another threshold of relations if asked;
+    results state which it was.
 
     Raises:
-        ValueError: no such protocol, with the nearest name.
+        ValueError: no such protocol, with the nearest name; or a threshold of one that has none.
     """
     if name not in PROTOCOLS:
         near = difflib.get_close_matches(name, PROTOCOLS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"no evaluation protocol {name!r}: {hint}known: {', '.join(PROTOCOLS)}")
     protocol = PROTOCOLS[name]
+    if threshold is not None:
+        if protocol.supervision != "ordinal":
+            raise ValueError(f"threshold is for relations of points (protocol diw), not {name}: leave it out")
+        protocol = replace(protocol, threshold=threshold)
     return protocol if flip_average is None else replace(protocol, flip_average=flip_average)
 
 

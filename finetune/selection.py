@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.metrics import METRICS
+from finetune.metrics import METRICS, ORDINAL_METRICS
 
-HIGHER_IS_BETTER = ("delta1", "delta2", "delta3")
+HIGHER_IS_BETTER = ("delta1", "delta2", "delta3", "accuracy")
 
 
 @dataclass
@@ -18,7 +18,7 @@ class Selection:
     """The validations of a run so far, judged by one metric.
 
     Args:
-        metric: One of `finetune.metrics.METRICS`.
+        metric: One of `finetune.metrics.METRICS` or `ORDINAL_METRICS`.
         patience: Validations in a row without a better one after which a run ends; None: it never does.
         scores: (step, value) of each validation, in order.
 
@@ -31,8 +31,9 @@ class Selection:
     scores: list[tuple[int, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.metric not in METRICS:
-            raise ValueError(f"select {self.metric!r} is no metric: use one of {', '.join(METRICS)}.")
+        known = METRICS + ORDINAL_METRICS
+        if self.metric not in known:
+            raise ValueError(f"select {self.metric!r} is no metric: use one of {', '.join(known)}.")
 
     def read(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Take over the validations of these rows of metrics.jsonl."""

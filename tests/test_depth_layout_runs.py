@@ -1,6 +1,7 @@
 """finetune/depth.py on every layout, and on several sets at once: two steps each, through the script's main."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from finetune.depth import main
+from finetune.evaluate import main as evaluate
 from tests import depth_layouts as write
 
 
@@ -128,8 +130,35 @@ def test_what_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_relations_cannot_be_validated_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_relations_have_no_metres_to_validate_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write.write_diw(tmp_path / "diw")
     with pytest.raises(SystemExit):
         run(root, tmp_path / "run", **{"data.val_list": "DIW_train_val.csv"})
     assert "has no depth in metres to validate on" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(root, tmp_path / "run", **{"data.val_list": "DIW_train_val.csv", "protocol": "diw"})
+    assert "a metric of protocol diw: whdr, accuracy, wkdr" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_depth_in_the_wild_trains_and_validates_by_order(tmp_path: Path) -> None:
+    root, other = write.write_diw(tmp_path / "diw"), write.write_diw(tmp_path / "other", train=2)
+    shutil.copytree(other / "DIW_train_val", root / "DIW_test")
+    csv = (other / "DIW_train_val.csv").read_text()
+    (root / "DIW_test.csv").write_text(csv.replace("DIW_train_val", "DIW_test"))
+    options = {"protocol": "diw", "select": "whdr", "losses": "{ranking: 1.0}"}
+    rows = run(root, tmp_path / "run", **options)  # the official test split is found by itself
+    scores = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert scores["pairs"]["unequal"] == 2
+    assert rows[-1]["val_whdr"] == scores["metrics"]["whdr"]
+    assert (tmp_path / "run" / "best" / "config.json").is_file()
+
+    given = {"model": tmp_path / "run" / "model", "protocol": "diw", "data.root": root}
+    for polarity in ("farther", "closer"):
+        output = tmp_path / f"{polarity}.json"
+        more = {"data.polarity": polarity, "output": output, "threshold": 0.25}
+        evaluate([text for name, value in {**given, **more}.items() for text in (f"--{name}", str(value))])
+    one, reversed_ = (json.loads((tmp_path / f"{p}.json").read_text()) for p in ("farther", "closer"))
+    assert one["metrics"]["whdr"] == scores["metrics"]["whdr"]
+    assert one["metrics"]["whdr"] + reversed_["metrics"]["whdr"] == 1.0  # no ties
+    assert one["settings"]["threshold"] == 0.25

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tools import study
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))  # as when a tool is run as a script
+
+import study
 
 
 def run_folder(folder: Path, result: str, epochs: list[float]) -> Path:

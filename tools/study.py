@@ -252,7 +252,8 @@ def spread(values: list[float]) -> str:
 
 def hidden_paths(arguments: list[str]) -> list[str]:
     """The command as anyone would type it: where the data lay on this machine is nobody's business."""
-    return ["$SPARK_DATA" if i and arguments[i - 1] == "--data" else a for i, a in enumerate(arguments)]
+    hidden = {"--data": "$SPARK_DATA", "--diw": "$DIW"}
+    return [hidden.get(before, a) for before, a in zip(["", *arguments], arguments, strict=False)]
 
 
 if __name__ == "__main__":

@@ -82,6 +82,10 @@ class DIW(DepthSet):
         """Open `options.list`, or the official file of `options.split`."""
         return cls(root, options.list, options.split, polarity=options.polarity)
 
+    def has_test_split(self) -> bool:
+        """Whether the official annotations of it are there."""
+        return any((self.root / name).is_file() for name in OFFICIAL["test"])
+
     def __repr__(self) -> str:
         """What a run prints about its data."""
         return (
