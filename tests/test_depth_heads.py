@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 
 from finetune import DepthModel, load_depth_model
 from finetune.config import DepthConfig
-from finetune.depth import run_phases
 from finetune.evaluate import main as evaluate
 from finetune.heads import HEADS
 from finetune.losses import WeightedLoss
 from finetune.model import start_from
+from finetune.phases import run_phases
 from finetune.predict import main as predict
 from finetune.protocols import get_protocol, metric_prediction, score_pair
 from finetune.segmentation import attach_segmentation

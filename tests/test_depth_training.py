@@ -19,9 +19,12 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import finetune.depth
+import finetune.outputs
 from finetune import DepthModel, load_depth_model
+from finetune.assembly import build_model
 from finetune.config import DepthConfig, DepthDataConfig, DepthOptimConfig
-from finetune.depth import RunLength, build_model, main, run_phases
+from finetune.depth import main
+from finetune.phases import RunLength, run_phases
 from spark.checkpoint import save_encoder
 from spark.config import parse_config
 from spark.encoder import build_encoder
@@ -234,7 +237,7 @@ def test_the_best_model_is_kept_and_patience_ends_a_run(
     """Scores from a list; the best of them is the second, after which two follow that are not better."""
     scores = dict(zip(range(1, 7), (0.5, 0.3, 0.4, 0.3, 0.1, 0.1), strict=True))
     seen: list[int] = []
-    plain_score = finetune.depth.score
+    plain_score = finetune.outputs.score
 
     def scored(model: Any, *arguments: Any, **options: Any) -> Any:
         results, drawn = plain_score(model, *arguments, **options)
@@ -244,7 +247,7 @@ def test_the_best_model_is_kept_and_patience_ends_a_run(
         results["metrics"]["abs_rel"] = scores[min(seen[-1], 6)]
         return results, drawn
 
-    monkeypatch.setattr(finetune.depth, "score", scored)
+    monkeypatch.setattr(finetune.outputs, "score", scored)
     monkeypatch.setattr(RunLength, "validates_after", lambda self, step: True)
     options = {"checkpoint_every": 1, "keep_checkpoints": 9, "patience": 2}
     rows = run(world, tmp_path / "run", **options)
@@ -594,7 +597,7 @@ def test_figures_that_cannot_be_written_do_not_stop_the_run(
     def full(*_: Any) -> None:
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(finetune.depth, "save_figure", full)
+    monkeypatch.setattr(finetune.outputs, "save_figure", full)
     rows = run(world, tmp_path / "run", max_steps=1)
     assert "val_delta1" in rows[0]
     assert "no triptychs of step 1, the run goes on: the disk is full" in capsys.readouterr().out

@@ -22,7 +22,7 @@ from spark.run import StreamSampler
 from spark.seeding import derive_seed
 
 SET = 13
-"""What a seed derived for a set is for, apart from the uses in finetune/depth.py."""
+"""What a seed derived for a set is for, apart from the uses in finetune/assembly.py."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,156 @@
+"""The objects of a depth run from its options: the model, the decoder that only training has, and the pairs."""
+
+import os
+from dataclasses import replace
+
+import torch
+
+from finetune.config import DepthConfig
+from finetune.depth_data import KINDS, DepthSet, MixedSet, TrainingMix, TrainTransform, open_depth_data
+from finetune.inference import check_ground_truth
+from finetune.losses import WeightedLoss
+from finetune.model import DepthModel, encoder_options
+from finetune.protocols import Protocol
+from finetune.segmentation import attach_segmentation
+from spark.checkpoint import KeyReport, read_encoder
+from spark.encoder import is_own
+from spark.run import derive_seed
+
+# What a seed is for, so that no two uses share random numbers; 12 is that of a step (finetune/depth.py).
+ENCODER_WEIGHTS, HEAD_WEIGHTS, DECODER_WEIGHTS = 10, 11, 13
+
+
+def build_model(config: DepthConfig) -> tuple[DepthModel, KeyReport]:
+    """The model of a run, and what became of the encoder's weights.
+
+    The head is seeded apart from the encoder: it starts from the same weights whatever the encoder's are, so that
+    encoders can be compared.
+
+    Raises:
+        ValueError: The encoder is none, or `pretrained` or `encoder_name` do not go with it.
+        FileNotFoundError: A path that does not exist.
+    """
+    torch.manual_seed(derive_seed(config.seed, ENCODER_WEIGHTS))
+    options = encoder_options(config.encoder, config.model.drop_path)
+    advice = (
+        "give the loaded encoder to DepthModel in a loop of your own (docs/options.md); the models of this script are "
+        "built again from their files, and no file decides which code is run"
+    )
+    for name in (config.encoder, config.encoder_name or ""):
+        if is_own(name):
+            raise ValueError(f"{name} is not timm's: {advice}")
+    try:
+        encoder, report = read_encoder(
+            config.encoder,
+            in_chans=3,
+            pretrained=config.pretrained,
+            model_name=config.encoder_name,
+            **options,
+        )
+    except ValueError as error:
+        if "which is not timm's" in str(error):
+            raise ValueError(f"{str(error).partition(', and no code')[0]}: {advice}") from error
+        if "--model_name" not in str(error):
+            raise
+        sentence = str(error)
+        for elsewhere in ("model_name= (--model_name)", "model_name=, --model_name"):
+            sentence = sentence.replace(elsewhere, "--encoder_name")
+        raise ValueError(sentence) from error
+    if config.encoder_name is not None and not os.path.isfile(config.encoder):
+        raise ValueError(
+            f"encoder_name is for .pth files: {config.encoder} says itself which encoder it is, leave it out"
+        )
+    if config.pretrained and report.source:
+        raise ValueError(
+            f"pretrained is for timm names: {report.source} brings its own weights, leave it out"
+        )
+    torch.manual_seed(derive_seed(config.seed, HEAD_WEIGHTS))
+    model = DepthModel(
+        encoder,
+        head=config.model.head,
+        max_depth=config.model.max_depth,
+        min_depth=config.model.min_depth,
+        initial_depth=config.model.initial_depth,
+        image_size=config.data.image_size,
+        mean=config.data.mean,
+        std=config.data.std,
+        **config.model.head_options,
+    )
+    return model, report
+
+
+def add_segmentation(model: DepthModel, criterion: WeightedLoss, config: DepthConfig) -> None:
+    """Give a model the decoder that a loss on classes trains through; without such a loss it stays as it is.
+
+    Raises:
+        ValueError: The loss and the data differ in the number of classes; data without labels is refused elsewhere.
+    """
+    if (auxiliary := criterion.segmentation) is None:
+        return
+    data, classes = config.data, auxiliary.classes
+    if data.labels is not None and classes != (has := data.labels + (data.void == "class")):
+        raise ValueError(
+            f"the segmentation has {classes} classes and the data {has} (data.labels {data.labels}, data.void"
+            f" {data.void}): set loss_options.segmentation.classes to {has}"
+        )
+    torch.manual_seed(derive_seed(config.seed, DECODER_WEIGHTS))
+    attach_segmentation(model, classes, auxiliary.decoder_channels)
+
+
+def open_data(config: DepthConfig, protocol: Protocol) -> tuple[TrainingMix, DepthSet | None]:
+    """The sets to train on, and the pairs to validate on if there are any.
+
+    Raises:
+        ValueError: Either is not there, or the ground truth to validate on does not fit the protocol.
+    """
+    data = config.data
+    transform = train_transform(config)
+    sets: list[MixedSet] = []
+    for number, entry in enumerate((data, *data.sets), start=1):
+        opened = open_depth_data(entry.root, entry.list, "train", kind=entry.kind, **entry.reading())
+        name = next(kind for kind, of in KINDS.items() if isinstance(opened, of))
+        if name in {one.name for one in sets}:
+            name = f"{name}-{number}"
+        own = transform if entry is data else replace(transform, border=None)
+        sets.append(MixedSet(name, opened, own, entry.weight))
+    training = TrainingMix(sets, config.seed)
+    pairs = sets[0].data
+    if (
+        data.val_list is None
+        and data.val_root is None
+        and (data.list is not None or not pairs.has_test_split())
+    ):
+        return training, None
+    held_out = open_depth_data(
+        data.val_root or data.root,
+        data.val_list,
+        "test",
+        kind=data.val_kind or (data.kind if data.val_root is None else None),
+        **{**data.reading(), "depth": protocol.depth, "labels": None},
+    )
+    check_ground_truth(held_out, protocol)
+    return training, held_out
+
+
+def train_transform(config: DepthConfig) -> TrainTransform:
+    """The augmentation of a run."""
+    data = config.data
+    assert data.mean is not None
+    assert data.std is not None
+    return TrainTransform(
+        image_size=data.image_size,
+        crop_size=data.crop_size,
+        border=data.border,
+        zoom=data.zoom,
+        flip=data.flip,
+        rotation=data.rotation,
+        colour=data.colour,
+        gamma=data.gamma,
+        brightness=data.brightness,
+        channel=data.channel,
+        contrast=data.contrast,
+        min_depth=config.model.min_depth,
+        max_depth=config.model.max_depth,
+        mean=data.mean,
+        std=data.std,
+    )
