@@ -2,11 +2,20 @@
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from finetune.config import DepthConfig
-from finetune.depth_data import KINDS, DepthSet, MixedSet, TrainingMix, TrainTransform, open_depth_data
+from finetune.depth_data import (
+    KINDS,
+    CachedSet,
+    DepthSet,
+    MixedSet,
+    TrainingMix,
+    TrainTransform,
+    open_depth_data,
+)
 from finetune.inference import check_ground_truth
 from finetune.losses import WeightedLoss
 from finetune.model import DepthModel, encoder_options
@@ -103,12 +112,14 @@ def open_data(config: DepthConfig, protocol: Protocol) -> tuple[TrainingMix, Dep
     Raises:
         ValueError: Either is not there, or the ground truth to validate on does not fit the protocol.
     """
-    data = config.data
+    data, caches = config.data, cache_folder(config)
     transform = train_transform(config)
     sets: list[MixedSet] = []
     for number, entry in enumerate((data, *data.sets), start=1):
         opened = open_depth_data(entry.root, entry.list, "train", kind=entry.kind, **entry.reading())
         name = next(kind for kind, of in KINDS.items() if isinstance(opened, of))
+        if caches is not None:
+            opened = CachedSet(opened, caches)
         if name in {one.name for one in sets}:
             name = f"{name}-{number}"
         own = transform if entry is data else replace(transform, border=None)
@@ -129,7 +140,20 @@ def open_data(config: DepthConfig, protocol: Protocol) -> tuple[TrainingMix, Dep
         **{**data.reading(), "depth": protocol.depth, "labels": None},
     )
     check_ground_truth(held_out, protocol)
-    return training, held_out
+    return training, held_out if caches is None else CachedSet(held_out, caches)
+
+
+def cache_folder(config: DepthConfig) -> Path | None:
+    """Where the caches of a run lie; None without."""
+    if config.data.cache is True:
+        return Path(config.output_dir) / "cache"
+    return Path(config.data.cache) if config.data.cache else None
+
+
+def cached(training: TrainingMix, held_out: DepthSet | None) -> list[CachedSet]:
+    """The sets of a run that are read from caches."""
+    every = [*(one.data for one in training.sets), held_out]
+    return [data for data in every if isinstance(data, CachedSet)]
 
 
 def train_transform(config: DepthConfig) -> TrainTransform:
@@ -149,6 +173,7 @@ def train_transform(config: DepthConfig) -> TrainTransform:
         brightness=data.brightness,
         channel=data.channel,
         contrast=data.contrast,
+        cut_depth=data.cut_depth,
         min_depth=config.model.min_depth,
         max_depth=config.model.max_depth,
         mean=data.mean,

@@ -21,9 +21,9 @@ from accelerate.utils import gather_object
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch.utils.data import DataLoader
 
-from finetune.assembly import add_segmentation, build_model, open_data
+from finetune.assembly import add_segmentation, build_model, cached, open_data
 from finetune.config import DepthConfig
-from finetune.depth_data import MixedSampler, collate_depth
+from finetune.depth_data import MixedSampler, check_room, collate_depth, fill
 from finetune.inference import check_protocol
 from finetune.losses import NoGroundTruth, WeightedLoss, nothing
 from finetune.model import start_from
@@ -108,6 +108,7 @@ def train(config: DepthConfig) -> None:
     protocol = get_protocol(config.protocol, flip_average=config.flip_average)
     check_protocol(depth_model, protocol)
     pairs, held_out = open_data(config, protocol)
+    check_room(cached(pairs, held_out))
     unreadable = UnreadableImages(len(pairs), config.data.max_unreadable)
     criterion.check(depth_model.head.outputs, pairs.entries())
 
@@ -147,8 +148,20 @@ def train(config: DepthConfig) -> None:
     elif config.resume:
         accelerator.print(f"no checkpoint in {config.output_dir} yet: starting from the beginning")
 
+    # --- logs
+    make_output_dir(config.output_dir)
+    log = RunLog(config.output_dir, accelerator, None if checkpoint is None else state.step)
+    selection = Selection(config.select, config.patience)
+    selection.read(read_rows(log.path) if main_process else [])
+    if main_process:
+        save_config(config, output / "config.yaml")
+        print(
+            describe(config, depth_model, report, start, pairs, held_out, length, world, device), flush=True
+        )
+
     # --- the stream of batches, from the step on
     workers = worker_count(config.data.workers, accelerator)
+    fill(cached(pairs, held_out), workers, rank / world, accelerator.print)
     stream = MixedSampler(
         pairs,
         micro_batch,
@@ -165,17 +178,6 @@ def train(config: DepthConfig) -> None:
         pin_memory=device.type == "cuda",
         worker_init_fn=ignore_stop_signals,
     )
-
-    # --- logs
-    make_output_dir(config.output_dir)
-    log = RunLog(config.output_dir, accelerator, None if checkpoint is None else state.step)
-    selection = Selection(config.select, config.patience)
-    selection.read(read_rows(log.path) if main_process else [])
-    if main_process:
-        save_config(config, output / "config.yaml")
-        print(
-            describe(config, depth_model, report, start, pairs, held_out, length, world, device), flush=True
-        )
 
     def out_of_patience() -> bool:
         """Whether validations have stopped to improve; the same answer in all processes, which all ask together."""

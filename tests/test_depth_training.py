@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from safetensors.torch import load_file
 import finetune.depth
 import finetune.outputs
 from finetune import DepthModel, load_depth_model
-from finetune.assembly import build_model
-from finetune.config import DepthConfig, DepthDataConfig, DepthOptimConfig
+from finetune.assembly import build_model, train_transform
+from finetune.config import DepthConfig, DepthDataConfig, DepthModelConfig, DepthOptimConfig
 from finetune.depth import main
 from finetune.phases import RunLength, run_phases
 from spark.checkpoint import save_encoder
@@ -104,6 +105,36 @@ def fails(world: Path, output: Path, capsys: pytest.CaptureFixture[str], **optio
     assert errors.startswith("error: ")
     assert len(errors.splitlines()) == 1
     return errors
+
+
+# --- options
+
+
+def test_every_option_of_augmentation_reaches_the_transform() -> None:
+    """All of them other than their defaults, so that one that is left out shows."""
+    given = {
+        "image_size": (96, 128),
+        "crop_size": (32, 64),
+        "border": None,
+        "zoom": (1.1, 1.2),
+        "flip": 0.1,
+        "rotation": 3.0,
+        "colour": 0.2,
+        "gamma": (0.8, 1.2),
+        "brightness": (0.7, 1.2),
+        "channel": (0.8, 1.2),
+        "contrast": (0.8, 1.2),
+        "cut_depth": 0.3,
+        "mean": (0.1, 0.2, 0.3),
+        "std": (0.4, 0.5, 0.6),
+    }
+    config = DepthConfig(
+        encoder="resnet18",
+        data=DepthDataConfig("data", **given),
+        output_dir="runs",
+        model=DepthModelConfig(min_depth=0.1, max_depth=9.0),
+    )
+    assert asdict(train_transform(config)) == {**given, "min_depth": 0.1, "max_depth": 9.0}
 
 
 # --- what a run writes

@@ -1,6 +1,7 @@
 """RGB-D data on disk -> samples in metres -> augmented batches."""
 
 from finetune.depth_data.base import DepthSet, OpenOptions
+from finetune.depth_data.cache import CachedSet, check_room, fill
 from finetune.depth_data.labels import LabelOptions
 from finetune.depth_data.mixing import MixedSampler, MixedSet, TrainingMix
 from finetune.depth_data.nyu import NYULabeled, NYUSync, paint_border
@@ -10,6 +11,7 @@ from finetune.depth_data.transforms import DepthTrainingSet, EvalTransform, Trai
 
 __all__ = [
     "KINDS",
+    "CachedSet",
     "DepthFileError",
     "DepthSample",
     "DepthSet",
@@ -24,7 +26,9 @@ __all__ = [
     "OpenOptions",
     "TrainTransform",
     "TrainingMix",
+    "check_room",
     "collate_depth",
+    "fill",
     "open_depth_data",
     "paint_border",
     "read_depth_mm",

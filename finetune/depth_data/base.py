@@ -56,6 +56,8 @@ class DepthSet(Dataset[DepthSample]):
     supervision: ClassVar[Supervision] = "metric"
     labelled: bool = False
     """Whether samples carry `labels`."""
+    options: OpenOptions = OpenOptions()
+    """What `open_depth_data` opened it with."""
 
     @classmethod
     @abstractmethod
@@ -78,6 +80,10 @@ class DepthSet(Dataset[DepthSample]):
     @abstractmethod
     def names(self) -> list[str]:
         """Names of the samples, in order, each once."""
+
+    @abstractmethod
+    def files(self) -> Iterator[Path]:
+        """Every file that decides what the samples are, in the order of these; a change of one makes caches anew."""
 
     def origin(self, index: int) -> str:
         """Where a list names the sample, " (LIST, line N)"; "" without a list."""

@@ -1,5 +1,6 @@
 """NYU Depth V2 as DenseDepth publishes it: `nyu_data.zip`, or what it unpacks to, with CSV files of pairs."""
 
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -30,7 +31,7 @@ class DenseDepth(DepthSet):
     """
 
     def __init__(self, root: str | Path, csv: str | Path | None = None, split: str = "train"):
-        self.files = Files(root)
+        self.archive = Files(root)
         text, self.csv = self._csv(csv, TRAIN_CSV if split == "train" else TEST_CSV)
         self.entries: list[tuple[str, str, int]] = []
         for number, line in enumerate(text.splitlines(), start=1):
@@ -44,12 +45,12 @@ class DenseDepth(DepthSet):
             raise ValueError(f"{self.csv} is empty: it needs a line `image,depth` for each pair")
         # Entries begin with data/; where the folder data itself is the root, they lie without it.
         first = self.entries[0][0]
-        self._drop = 0 if first in self.files else 1
+        self._drop = 0 if first in self.archive else 1
         missing = [
             (name, line)
             for *pair, line in self.entries
             for name in pair
-            if self._inside(str(name)) not in self.files
+            if self._inside(str(name)) not in self.archive
         ]
         if missing:
             raise ValueError(
@@ -89,13 +90,23 @@ class DenseDepth(DepthSet):
         """Names of the pairs, in order."""
         return [image for image, _, _ in self.entries]
 
+    def files(self) -> Iterator[Path]:
+        """The archive, or the files of each pair; a list that lies elsewhere."""
+        if Path(self.csv).is_file():
+            yield Path(self.csv)
+        if not self.archive.root.is_dir():
+            yield self.archive.root
+            return
+        for image, depth, _ in self.entries:
+            yield from (self.archive.root / self._inside(name) for name in (image, depth))
+
     def __getitem__(self, index: int) -> DepthSample:
         name, depth_name, line = self.entries[index]
         with at_line(self.csv, line):
-            inside, where = self._inside(name), self.files.where(self._inside(name))
-            image = read_rgb(where, self.files.read(inside, "an image"))
-            inside, where = self._inside(depth_name), self.files.where(self._inside(depth_name))
-            content = self.files.read(inside, "a depth map")
+            inside, where = self._inside(name), self.archive.where(self._inside(name))
+            image = read_rgb(where, self.archive.read(inside, "an image"))
+            inside, where = self._inside(depth_name), self.archive.where(self._inside(depth_name))
+            content = self.archive.read(inside, "a depth map")
             if not self._eight_bits(depth_name):
                 return DepthSample(image, read_depth_png(where, 0.001, content), name)
             values = read_grey(where, content)
@@ -113,18 +124,18 @@ class DenseDepth(DepthSet):
 
     def has_test_split(self) -> bool:
         """Whether the test CSV is there."""
-        return self.files.find(TEST_CSV) is not None
+        return self.archive.find(TEST_CSV) is not None
 
     def _csv(self, csv: str | Path | None, official: str) -> tuple[str, str]:
         """Text and name of the file of pairs."""
         name = str(official if csv is None else csv)
-        found = name if name in self.files else self.files.find(PurePosixPath(name).name)
+        found = name if name in self.archive else self.archive.find(PurePosixPath(name).name)
         if found is not None:
-            return self.files.read(found, "a list of pairs").decode("utf-8-sig"), self.files.where(found)
+            return self.archive.read(found, "a list of pairs").decode("utf-8-sig"), self.archive.where(found)
         if csv is not None and Path(csv).is_file():
             return Path(csv).read_text(encoding="utf-8-sig"), str(csv)
         raise ValueError(
-            f"no {name} in {self.files.root}: the layout of DenseDepth has {TRAIN_CSV} and {TEST_CSV}"
+            f"no {name} in {self.archive.root}: the layout of DenseDepth has {TRAIN_CSV} and {TEST_CSV}"
         )
 
     @staticmethod

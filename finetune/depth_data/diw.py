@@ -1,5 +1,6 @@
 """Depth in the Wild (Chen et al. 2016): photos, each with one pair of points of which the farther one is known."""
 
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -61,6 +62,11 @@ class DIW(DepthSet):
                 f"{len(missing)} of {len(self.photos)} photos named in {self.csv} are missing, the first is"
                 f" {self.root / missing[0][0]} (line {missing[0][1]}): is {root} what the paths are relative to?"
             )
+        self._names: list[str] = []
+        seen: set[str] = set()
+        for name, line, _ in self.photos:
+            self._names.append(name if name not in seen else f"{name} (line {line})")
+            seen.add(name)
         self[0]
 
     @classmethod
@@ -98,12 +104,12 @@ class DIW(DepthSet):
 
     def names(self) -> list[str]:
         """Names of the photos, in order; a photo that comes twice has the line beside its name."""
-        seen: set[str] = set()
-        names = []
-        for name, line, _ in self.photos:
-            names.append(name if name not in seen else f"{name} (line {line})")
-            seen.add(name)
-        return names
+        return self._names
+
+    def files(self) -> Iterator[Path]:
+        """The annotations, and the photos."""
+        yield self.csv
+        yield from (self.root / name for name, _, _ in self.photos)
 
     def __getitem__(self, index: int) -> DepthSample:
         name, line, rows = self.photos[index]
@@ -122,6 +128,7 @@ class DIW(DepthSet):
                 DepthSample(image, None, str(path), pairs=pair)  # refuses points outside
             pairs.append(pair[0])
             relations.append(relation if self.polarity == "farther" else -relation)
+        name = self._names[index]
         return DepthSample(image, None, name, pairs=np.stack(pairs), relation=np.array(relations, np.int64))
 
 

@@ -2,6 +2,7 @@
 
 import io
 from abc import abstractmethod
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -122,6 +123,10 @@ class FastDepth(_H5Pairs):
         """Names of the pairs, in order."""
         return self._names
 
+    def files(self) -> Iterator[Path]:
+        """The file of each pair."""
+        yield from (self.root / name for name in self._names)
+
     def has_test_split(self) -> bool:
         """Whether a folder of the test split holds .h5 files."""
         return any(next((self.root / name).rglob("*.h5"), None) for name in FOLDERS["test"])
@@ -189,6 +194,10 @@ class HubTars(_H5Pairs):
     def names(self) -> list[str]:
         """Names of the pairs, in order."""
         return self._names
+
+    def files(self) -> Iterator[Path]:
+        """The tars."""
+        yield from hub_tars(self.root, self.split)
 
     def has_test_split(self) -> bool:
         """Whether the tars of the test split are there."""

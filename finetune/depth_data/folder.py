@@ -1,6 +1,7 @@
 """A plain folder of images and depth maps, as of one's own camera; and ReDWeb, whose depth is relative."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -124,6 +125,11 @@ class PlainFolder(DepthSet):
     def names(self) -> list[str]:
         """Names of the pairs, in order."""
         return [entry.image for entry in self.entries]
+
+    def files(self) -> Iterator[Path]:
+        """Image and depth map of each pair."""
+        for entry in self.entries:
+            yield from (self.root / entry.image, self.root / entry.depth)
 
     def origin(self, index: int) -> str:
         """The line of the list, if there is one."""
@@ -305,6 +311,11 @@ class ReDWeb(DepthSet):
     def names(self) -> list[str]:
         """Names of the photos, in order."""
         return self._names
+
+    def files(self) -> Iterator[Path]:
+        """Photo and map of each."""
+        for name in self._names:
+            yield from (self.root / "Imgs" / name, self._map(name))
 
     def __getitem__(self, index: int) -> DepthSample:
         name = self._names[index]

@@ -69,16 +69,19 @@ class LabelOptions:
         void = VOID if self.void == "ignore" else self.classes
         return np.where(numbers == 0, np.uint8(void), numbers - np.uint8(1)).astype(np.uint8)
 
+    def files(self, folder: Path, number: str) -> list[Path]:
+        """The files of these classes of a NYU image that are there, best first."""
+        names = (f"labels{stored}_{number}.png" for stored in ((13, 40) if self.classes == 13 else (40,)))
+        return [folder / name for name in names if (folder / name).is_file()]
+
     def read(self, folder: Path, number: str) -> np.ndarray:
         """The classes of a NYU image, from `labels13_NUMBER.png` or `labels40_NUMBER.png` in its folder.
 
         Raises:
             DepthFileError: neither is there, or it is not what it should be.
         """
-        for stored in (13, 40) if self.classes == 13 else (40,):
-            path = folder / f"labels{stored}_{number}.png"
-            if path.is_file():
-                return self.convert(read_class_image(path), stored, path)
+        for path in self.files(folder, number):
+            return self.convert(read_class_image(path), 13 if path.stem.startswith("labels13") else 40, path)
         raise file_error(
             folder / f"labels{self.classes}_{number}.png",
             "there is no such file of classes, give --data.labels null or write it beside the image",

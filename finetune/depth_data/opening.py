@@ -97,4 +97,6 @@ def open_depth_data(
         raise ValueError(
             f"the layout {kind} has no class labels, only {', '.join(sorted(LABELLED))} have: give data.labels null"
         )
-    return KINDS[kind].opened(Path(root), chosen)
+    data = KINDS[kind].opened(Path(root), chosen)
+    data.options = chosen
+    return data
