@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from jsonargparse import (  # pyright: ignore[reportPrivateImportUsage]
-    ActionConfigFile,
+from jsonargparse import (
+    ActionConfigFile,  # pyright: ignore[reportPrivateImportUsage]
     ArgumentParser,
     DefaultHelpFormatter,
 )

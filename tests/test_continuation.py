@@ -87,6 +87,22 @@ def test_an_official_file(tmp_path):
     assert differing(model, load_official(path)) == set()
 
 
+def test_a_run_starts_from_an_official_file_at_another_size(photos, tmp_path, capsys):  # noqa: F811
+    state = spark_style(plain_resnet(**NET18), (64, 128, 256, 512), width=32, norm="bn", input_size=192)
+    path = tmp_path / "official.pth"
+    torch.save(training_file(state, "resnet18"), path)
+    options = (f"--model.init={path}", "--model.init_decoder=keep", "--model.name=resnet18", "--max_steps=2")
+    still = ("--optim.base_lr=1e-30", "--optim.weight_decay=0", "--model.input_size=96")
+    run(small_run(photos, tmp_path / "run", *options, *still))
+    assert f"decoder and densify layers from {path}: " in capsys.readouterr().out
+    started = load_official(path).state_dict()
+    saved = load_file(tmp_path / "run" / "checkpoints" / "step_0000002" / "model.safetensors")
+    assert saved.keys() == started.keys()
+    for key, value in saved.items():
+        if "running_" not in key and "num_batches" not in key:
+            torch.testing.assert_close(value, started[key], rtol=1e-5, atol=1e-7)
+
+
 def test_timm_weights_are_asked_of_timm(monkeypatch):
     stock = timm.create_model("test_resnet", num_classes=0)
     asked = []

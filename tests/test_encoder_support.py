@@ -13,7 +13,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))  # as when a tool is run as a script
 
 import encoder_support
-from encoder_support import FAMILIES, PROPERTIES, Trial, try_family
+from encoder_support import FAMILIES, PROPERTIES, Trial, rows_of, try_family
 
 from spark.encoder import build_encoder
 from spark.sparse import MASKED, PACKED
@@ -93,6 +93,16 @@ def test_the_committed_table_is_of_these_families():
     rows = list(csv.DictReader((Path(__file__).parents[1] / "docs" / "encoders.csv").open(encoding="utf-8")))
     assert {row["family"]: row["member"] for row in rows} == FAMILIES
     assert sum(row["supported"] == "yes" for row in rows) >= 40
+
+
+def test_a_row_of_the_committed_table_comes_out_again():
+    rows = csv.DictReader((Path(__file__).parents[1] / "docs" / "encoders.csv").open(encoding="utf-8"))
+    (committed,) = (row for row in rows if row["family"] == "mobilenetv3")
+    (row,) = rows_of([try_family("mobilenetv3", committed["member"])])
+    versions = ("timm", "torch")
+    assert {k: str(v) for k, v in row.items() if k not in versions} == {
+        k: v for k, v in committed.items() if k not in versions
+    }
 
 
 def test_no_drop_path_means_none():

@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 from finetune import DepthModel
 from finetune.metrics import METRICS
 from spark import SparK
+from spark.assembly import build_model
+from spark.config import ModelConfig
 from tests.depth_world import make_depth_world
 from tools import report
 
@@ -360,6 +362,56 @@ def test_the_figure_shows_reconstructions_and_every_label(tmp_path, monkeypatch,
         assert (
             np.abs(made[~hidden].astype(int) - shown[~hidden]).max() <= 1
         )  # visible patches are as they were
+
+
+def pretrained(folder: Path, **options) -> report.Run:
+    """A pretraining run of a tiny model with a whole checkpoint."""
+    options = {"name": "test_resnet", "input_size": 64, "decoder_width": 32, **options}
+    make_run(folder, {"model": options})
+    model = build_model(ModelConfig(**options))
+    checkpoint = folder / "checkpoints" / "step_0000001"
+    checkpoint.mkdir(parents=True)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, checkpoint / "model.safetensors")
+    torch.save({"step": 1, "optimizer": {}, "extra": {}}, checkpoint / "state.pt")
+    return report.read_run(folder, "pretraining")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "sees the visible patches only. The loss is the mean squared error of the hidden patches, each"),
+        (
+            {"masked_pixels": "token", "decoder_maps": 1, "loss_on": "all"},
+            "a learned colour in hidden patches; of its feature maps the decoder gets the deepest one only. "
+            "The loss is the mean squared error of all patches, each",
+        ),
+        (
+            {"masked_pixels": "zero", "target": "pixels", "decoder_stages": 4, "densify_kernel": 1},
+            "hidden patches in the mean colour; the decoder gets its features of the visible ones. "
+            "The loss is the mean squared error of the hidden patches, in the standard deviations of the data set.",
+        ),
+        ({"in_chans": 1, "stride": 16}, "<dt>channels</dt><dd>1</dd>"),
+    ],
+)
+def test_ablations_and_grey_runs_are_described_and_drawn(tmp_path, options, words):
+    run = pretrained(tmp_path / "run", **options)
+    assert words in report.pretraining_section(run)
+    colour = np.random.default_rng(0).integers(0, 256, (80, 90, 3), dtype=np.uint8)
+    mean = [0.4] if options.get("in_chans") else [0.4] * 3
+    run.config["data"] = {"mean": mean, "std": [0.2] * len(mean)}
+    ((shown, masked, made),) = report.masked_and_reconstructed(run, [colour])
+    assert shown.shape == masked.shape == made.shape == (64, 64, 3)
+    seen = ~(masked == 128).all(-1)
+    assert np.abs(made[seen].astype(int) - shown[seen]).max() <= 1
+    assert ((shown == shown[..., :1]).all()) == ("in_chans" in options)
+
+
+def test_histograms_have_their_caption_and_other_channels_no_figure(tmp_path):
+    page = report.pretraining_section(pretrained(tmp_path / "hog", target="hog", loss_on="all"))
+    assert "the mean squared error of histograms of oriented gradients in all patches." in page
+    assert "Input, masked input, histograms of oriented gradients, and the same with predicted ones" in page
+    with pytest.raises(ValueError, match="was trained on images of 5 channels"):
+        report.masked_and_reconstructed(pretrained(tmp_path / "five", in_chans=5), [])
 
 
 def test_a_long_list_of_images_is_sampled_evenly(tmp_path):

@@ -319,8 +319,8 @@ def task(run: Run) -> str:
     """What the run has to predict, from what, and what its loss means."""
     seen = {
         "absent": "The encoder sees the visible patches only",
-        "zero": "The encoder, a dense network, sees the whole image with hidden patches black; the decoder gets its"
-        " features of the visible ones",
+        "zero": "The encoder, a dense network, sees the whole image with hidden patches in the mean colour; the decoder"
+        " gets its features of the visible ones",
         "token": "The encoder, a dense network, sees the whole image with a learned colour in hidden patches",
     }[run.option("model.masked_pixels", "absent")]
     maps = run.option("model.decoder_maps", 4)
