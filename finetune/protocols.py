@@ -158,8 +158,8 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
             ),
             Protocol(
                 name="diw",
-                description="Depth in the Wild (Chen et al. 2016): share of the pairs of points that are ordered wrongly,"
-                " ties wrong, read at the pixels of the photo.",
+                description="Depth in the Wild (Chen et al. 2016): share of the pairs of points ordered wrongly, ties"
+                " wrong, read at the pixels of the photo.",
                 min_depth=1e-3,
                 max_depth=10.0,
                 supervision="ordinal",

@@ -73,6 +73,25 @@ def test_the_unit_is_guessed(tmp_path: Path) -> None:
     assert any("were 1/5000 m" in finding.text for finding in found.findings)
 
 
+def test_a_plain_folder_is_told_its_median_depth(tmp_path: Path) -> None:
+    root = write.write_folder(tmp_path / "camera", "png")  # in units of 1/256 m
+    wrong, right = diagnose(root), diagnose(root, depth_scale=1 / 256)
+    medians = []
+    for found in (wrong, right):
+        (text,) = [f.text for f in found.findings if "median depth is" in f.text]
+        medians.append(float(text.split("median depth is ")[1].split(" m")[0]))
+    assert medians[1] / medians[0] == pytest.approx(1000 / 256, rel=0.02)
+    assert ["1/256" in "".join(f.text for f in found.findings) for found in (wrong, right)] == [True, False]
+
+
+def test_verdict_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    found = Diagnosis()
+    for verdict in ("nothing is wrong", "1 thing is wrong", "2 things are wrong"):
+        doctor.report(found, doctor.Console())
+        assert verdict in capsys.readouterr().out
+        found.wrong("8-bit", "text")
+
+
 def test_white_border(tmp_path: Path) -> None:
     def framed(image: np.ndarray, depth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         image = cv2.resize(image, (640, 480))

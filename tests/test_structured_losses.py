@@ -360,6 +360,8 @@ def test_what_model_or_data_lack_is_said() -> None:
     WeightedLoss({"silog": 1.0, "ssi": 1.0, "smoothness": 1.0}).check(("depth",), sample)
     with pytest.raises(ValueError, match=r"'silog' scores depth, and the head gives disparity_affine"):
         WeightedLoss({"silog": 1.0}).check(("disparity_affine",), sample)
+    with pytest.raises(ValueError, match=r"or rank what it gives \(loss_options\.ranking\.output\)"):
+        WeightedLoss({"ranking": 1.0}).check(("disparity_affine",), sample)
     with pytest.raises(ValueError, match=r"'ranking' needs pairs and relation and pairs_valid of the data"):
         WeightedLoss({"ranking": 1.0}).check(("depth",), sample)
     with pytest.raises(

@@ -6,9 +6,9 @@
 FOLDER holds `images/` (unlabeled photos) and `nyu/` (NYU Depth V2 in the BTS "sync" layout with nyu_train.txt,
 nyu_val.txt and, for distillation, labels13_N.png). For each encoder: pretrain once on the photos and the training RGB.
 For each system, start and seed: train on nyu_train.txt from the system's card, with the size, epochs and batch given
-here and no crop, zoom or border, score on nyu_val.txt. Systems of two stages go on with Depth in the Wild and are scored
-again, on both. Without --diw, its files are written from the NYU pairs: one relation a picture, of two points whose
-measured depths differ by more than 2 %; the table says so.
+here and no crop, zoom or border, score on nyu_val.txt. Systems of two stages go on with Depth in the Wild and are
+scored again, on both. Without --diw, its files are written from the NYU pairs: one relation a picture, of two points
+whose measured depths differ by more than 2 %; the table says so.
 
 Losses, learning rates, schedules and heads are the cards'; the card's warm-up and its epochs with a frozen encoder keep
 their share of the run. Every command is printed before it runs. A study that was stopped continues where it was. Writes

@@ -72,7 +72,8 @@ def report(found: Diagnosis, console: Console) -> None:
         table.add_row(f"[{style}]{finding.fault or 'note'}[/]", finding.text.replace("[", r"\["))
     console.print(table, highlight=False)
     faults = sum(bool(finding.fault) for finding in found.findings)
-    console.print(f"{faults} things are wrong" if faults else "nothing is wrong", highlight=False)
+    verdict = {0: "nothing is wrong", 1: "1 thing is wrong"}.get(faults, f"{faults} things are wrong")
+    console.print(verdict, highlight=False)
 
 
 def draw(samples: Sequence[DepthSample]) -> Figure:
@@ -86,10 +87,11 @@ def draw(samples: Sequence[DepthSample]) -> Figure:
         if sample.pairs is not None and sample.relation is not None:
             for place in (0, 1):
                 axes[place].imshow(sample.image)
+            colours = {1: ("tab:blue", "tab:red"), -1: ("tab:red", "tab:blue"), 0: ("tab:green",) * 2}
             for (ya, xa, yb, xb), relation in zip(sample.pairs, sample.relation, strict=True):
-                far, near = ((xa, ya), (xb, yb)) if relation >= 0 else ((xb, yb), (xa, ya))
-                axes[1].plot(*far, "o", color="tab:blue", label="farther")
-                axes[1].plot(*near, "o", color="tab:red", label="closer")
+                axes[1].plot([xa, xb], [ya, yb], "-", color="white", linewidth=1)
+                for x, y, colour in zip((xa, xb), (ya, yb), colours[int(relation)], strict=True):
+                    axes[1].plot(x, y, "o", color=colour, markeredgecolor="white")
             axes[2].axis("off")
         else:
             depth = sample.depth
@@ -103,9 +105,10 @@ def draw(samples: Sequence[DepthSample]) -> Figure:
             place.set_xticks([])
             place.set_yticks([])
         if not row:
-            for place, title in zip(
-                axes, ("image", "depth: near red, far blue, none grey", "both"), strict=True
-            ):
+            titles = ("image", "depth: near red, far blue, none grey", "both")
+            if sample.pairs is not None:
+                titles = ("image", "points: closer red, farther blue, as far green", "")
+            for place, title in zip(axes, titles, strict=True):
                 place.set_title(title, fontsize=8)
     return figure
 

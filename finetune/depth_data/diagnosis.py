@@ -114,6 +114,16 @@ def diagnose(
     if with_depth:
         check_depth(found, with_depth)
         check_alignment(found, with_depth)
+    if (
+        isinstance(data, PlainFolder)
+        and data.depth_scale is None
+        and data.entries[0].depth.lower().endswith(".png")
+    ):
+        # Street scenes in KITTI's unit look like rooms when read as millimetres: only who took them knows.
+        found.note(
+            "PNG is taken for millimetres: where the scenes are 3.9 times as deep as the median says, it is in units of"
+            " 1/256 m, as KITTI's (depth_scale 0.00390625)"
+        )
     if found.kind in NYU_KINDS:
         check_frames(found, read, str(reading.get("white_border", "keep")))
     check_splits(found, data, Path(root), list_file, val_list)
@@ -158,6 +168,8 @@ def check_depth(found: Diagnosis, samples: Sequence[DepthSample]) -> None:
             f" {median * UNITS[better] / 0.001:.2g} m would follow if"
             f" values taken for millimetres were {better})",
         )
+    elif found.kind == "folder":
+        found.note(f"the median depth is {median:.3g} m")
     levels = np.unique(np.concatenate([np.unique(values) for values in readings]))
     steps = np.diff(levels)
     if found.kind == "densedepth":

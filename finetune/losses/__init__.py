@@ -134,9 +134,10 @@ class WeightedLoss(nn.Module):
         for name, loss in self._terms().items():
             given = {*outputs, *(["disparity"] if {"depth", "disparity_affine"} & set(outputs) else [])}
             if loss.predicts != "segmentation" and loss.predicts not in given:
+                ranked = ", or rank what it gives (loss_options.ranking.output)" if name == "ranking" else ""
                 raise ValueError(
                     f"loss {name!r} scores {loss.predicts}, and the head gives {', '.join(outputs)}: choose another"
-                    " loss or another head"
+                    f" loss or another head{ranked}"
                 )
             if not supplies(loss.needs, entries):
                 wanted = " or ".join(" and ".join(names) for names in TARGETS[loss.needs].alternatives)
