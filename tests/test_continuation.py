@@ -42,7 +42,7 @@ def test_a_run_at_another_size_with_its_decoder_or_without(tmp_path):
         new = made(2, input_size=96, layout="masked")
         lines = start_from(new, str(source), "test_resnet")
         assert differing(new, old) == set()
-        assert lines[0].startswith(f"encoder from {folder}: ")
+        assert lines[0].startswith(f"encoder from {folder} (last weights): ")
         assert lines[1].startswith(f"decoder and densify layers from {source}: ")
     new = made(2)
     fresh = made(2)
