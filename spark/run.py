@@ -210,13 +210,17 @@ def run_length(
     return total, warmup_steps
 
 
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def worker_count(workers: int | None, accelerator: Accelerator) -> int:
     """Loader processes of each training process; None is one for each core that it may use, at most 8."""
     if workers is not None:
         return workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     local = int(os.environ.get("LOCAL_WORLD_SIZE", str(accelerator.num_processes)))
-    return min(8, max(1, cores // local))
+    return min(8, max(1, usable_cores() // local))
 
 
 def ignore_stop_signals(worker_id: int) -> None:

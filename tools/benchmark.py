@@ -48,6 +48,7 @@ from rich.table import Table
 
 from spark import SparK
 from spark.folders import write_whole
+from spark.run import usable_cores
 from spark.sparse import LAYOUTS, MissingRuleError
 from spark.sparse.choice import device_name
 
@@ -370,11 +371,6 @@ def check(options: argparse.Namespace) -> None:
     for case in cases(options):
         with torch.device("meta"):  # shapes without numbers
             SparK(case.model, case.size, case.mask_ratio, **case.decoder.options)
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def measurements(options: argparse.Namespace) -> Iterator[list[dict[str, str]]]:

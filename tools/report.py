@@ -49,7 +49,7 @@ from spark.checkpoint import find_run
 from spark.config import ModelConfig
 from spark.folders import write_whole
 from spark.masking import mean_ratio, ratio_range, visible_at
-from spark.run import format_duration, read_rows
+from spark.run import format_duration, read_rows, usable_cores
 
 # name in results.json -> heading, and whether larger is better
 METRICS = {
@@ -605,7 +605,7 @@ def settings_section(runs: Sequence[tuple[str, Run]]) -> str:
 
 def machine() -> str:
     """Versions and the kind of machine that writes the page; nothing that tells one machine from another."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = usable_cores()
     gpu = ""
     if torch.cuda.is_available():
         gpu = f", {torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
