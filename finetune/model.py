@@ -43,9 +43,8 @@ class DepthModel(nn.Module):
         image_size: (H, W) at which whole frames are presented to the model [px], recorded for evaluation and
             prediction.
             None: frames are presented as they are.
-        mean: What is subtracted from RGB in [0, 1]; default what the head's system uses (0.5 for fusion and
-            metric_bins), for other heads what the encoder was trained with. That of an encoder of one channel counts
-            for red, green and blue alike, as timm spreads its first weights over the three.
+        mean: What is subtracted from RGB in [0, 1]; default what the encoder was trained with. That of an encoder of
+            one channel counts for red, green and blue alike, as timm spreads its first weights over the three.
         std: What RGB is then divided by; default likewise.
         head_options: Arguments of the head, such as `decoder_channels` of unetpp.
 
@@ -86,8 +85,8 @@ class DepthModel(nn.Module):
         self.head: Any = construct("head", HEADS, head, head_options, levels, self.depth_range)
         self.levels: list[PyramidLevel] = self.head.levels
         self.image_size = None if image_size is None else (int(image_size[0]), int(image_size[1]))
-        self.mean = _three("mean", mean or getattr(self.head, "mean", None), encoder)
-        self.std = _three("std", std or getattr(self.head, "std", None), encoder)
+        self.mean = _three("mean", mean, encoder)
+        self.std = _three("std", std, encoder)
         self.segmentation: nn.Module | None = None  # of training only, see finetune.segmentation
         freeze_unreached(encoder, self.levels, in_chans=3)
         if getattr(self.head, "frozen_encoder", False):

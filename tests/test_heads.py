@@ -101,14 +101,14 @@ def test_save_and_load(head: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("head", ["fusion", "metric_bins"])
-def test_normalisation_is_the_systems_unless_given(head: str, tmp_path: Path) -> None:
+def test_normalisation_is_the_encoders_unless_given(head: str, tmp_path: Path) -> None:
     save_encoder(
         build_encoder("test_resnet"), tmp_path / "encoder", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)
     )
     model = small(head, tmp_path / "encoder")
-    assert (model.mean, model.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    model = small(head, tmp_path / "encoder", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     assert (model.mean, model.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    model = small(head, tmp_path / "encoder", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    assert (model.mean, model.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 # --- linear

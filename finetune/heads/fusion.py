@@ -106,7 +106,6 @@ class Fusion(nn.Module):
     """
 
     outputs = ("disparity_affine",)
-    mean = std = (0.5, 0.5, 0.5)
 
     def __init__(self, levels: Sequence[PyramidLevel], depth_range: DepthRange, width: int = 256) -> None:
         super().__init__()

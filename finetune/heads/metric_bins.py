@@ -37,7 +37,6 @@ class MetricBins(nn.Module):
     """
 
     outputs = ("depth", "disparity_affine")
-    mean = std = (0.5, 0.5, 0.5)
 
     def __init__(
         self,
