@@ -125,7 +125,10 @@ def _system_error(error: BaseException) -> int | None:
 
 
 def write_tensors(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
-    """Save a state dict as safetensors, which wants contiguous tensors that share no memory."""
+    """Save a state dict as safetensors, which wants contiguous tensors that share no memory.
+
+    The file has the permissions of any new file: safetensors would keep it from all other users.
+    """
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in module.state_dict().items():
@@ -133,4 +136,7 @@ def write_tensors(module: nn.Module, path: Path, metadata: Mapping[str, str]) ->
         address = tensor.untyped_storage().data_ptr()
         tensors[name] = tensor.clone() if address in seen else tensor
         seen.add(address)
+    path.touch()
+    mode = path.stat().st_mode
     save_file(tensors, path, metadata={"format": "pt", **metadata})
+    path.chmod(mode)

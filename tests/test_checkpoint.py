@@ -481,6 +481,17 @@ def test_load_official_with_something_missing(written):
 # Export
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_weights_have_the_permissions_of_any_new_file(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        save_encoder(build_encoder("test_resnet"), tmp_path / "encoder")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "encoder").iterdir():
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path.name
+
+
 @pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "efficientnet_lite0"])
 def test_export_is_read_by_timm_alone(tmp_path, name):
     encoder: Any = build_encoder(name, drop_path=0.1).eval()
