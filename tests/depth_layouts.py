@@ -125,6 +125,25 @@ def write_densedepth(root: Path, zipped: bool = True) -> Path:
     return root / "nyu_data.zip"
 
 
+def write_densedepth_test(root: Path, zipped: bool = True, count: int = 2) -> Path:
+    """nyu_test.zip with the arrays of the test images, compressed, or what it unpacks to."""
+    root.mkdir(parents=True, exist_ok=True)
+    images, depths = (
+        np.stack(arrays) for arrays in zip(*(scene(100 + n) for n in range(count)), strict=True)
+    )
+    arrays = {"rgb": images, "depth": depths, "crop": np.array([2, 45, 2, 61])}
+    for name, array in arrays.items():
+        np.save(root / f"eigen_test_{name}.npy", array)
+    if not zipped:
+        return root
+    with zipfile.ZipFile(root / "nyu_test.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in arrays:
+            path = root / f"eigen_test_{name}.npy"
+            archive.write(path, path.name)
+            path.unlink()
+    return root / "nyu_test.zip"
+
+
 def write_fastdepth(root: Path, train: int = 4, val: int = 2) -> Path:
     for number in range(train):
         put(root / "train" / "room_0001" / f"{number:05d}.h5", h5(*scene(number)))

@@ -89,6 +89,64 @@ def test_the_other_split(tmp_path: Path, layout: str) -> None:
     np.testing.assert_allclose(data[1].metres, scene(101)[1], atol=exact)
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_densedepth_test_arrays(tmp_path: Path, zipped: bool) -> None:
+    root = write.write_densedepth_test(tmp_path, zipped, count=3)
+    assert recognise(root) == "densedepth"
+    data = open_depth_data(root, split="test")
+    assert "3 test pairs" in repr(data)
+    assert data.names() == ["eigen_test/0000", "eigen_test/0001", "eigen_test/0002"]
+    for index in (0, 2, 1):  # back, too
+        image, depth = scene(100 + index)
+        np.testing.assert_array_equal(data[index].image, image)
+        np.testing.assert_array_equal(data[index].metres, depth)
+    again = list(DataLoader(pickle.loads(pickle.dumps(data)), batch_size=None, num_workers=2))
+    np.testing.assert_array_equal(again[-1].image, scene(102)[0])
+    assert all(path.is_file() for path in data.files())
+    with pytest.raises(ValueError, match=r"no nyu2_train\.csv in .*eigen_test_depth\.npy"):
+        open_depth_data(root)
+    # where the CSV of the test is there, it is the split
+    with_both = write.write_densedepth(tmp_path, zipped=False)
+    assert "nyu2_test.csv" in repr(open_depth_data(with_both, split="test"))
+
+
+def test_bad_test_arrays(tmp_path: Path) -> None:
+    root = write.write_densedepth_test(tmp_path, zipped=False)
+    depth, good = root / "eigen_test_depth.npy", (root / "eigen_test_depth.npy").read_bytes()
+
+    def opened() -> Any:
+        return open_depth_data(root, split="test")
+
+    def save(array: np.ndarray) -> None:
+        np.save(depth, array, allow_pickle=True)
+
+    save(np.array([{"a": 1}], object))
+    with pytest.raises(ValueError, match=r"eigen_test_depth\.npy: holds Python objects"):
+        opened()
+    save(np.asfortranarray(np.ones((2, 48, 64), np.float32)))
+    with pytest.raises(ValueError, match=r"order of Fortran.*ascontiguousarray"):
+        opened()
+    save(np.ones((3, 48, 64), np.float32))
+    with pytest.raises(ValueError, match=r"has 2 images in eigen_test_rgb\.npy and 3 in"):
+        opened()
+    save(np.ones((2, 24, 32), np.float32))
+    with pytest.raises(ValueError, match="the image is 48x64, its depth map 24x32"):
+        opened()
+    save(np.full((2, 48, 64), np.nan, np.float32))
+    with pytest.raises(ValueError, match=r"eigen_test_depth\.npy, image 0: .* are NaN"):
+        opened()
+    depth.write_bytes(b"no array")
+    with pytest.raises(ValueError, match=r"eigen_test_depth\.npy: cannot be read as an array of NumPy"):
+        opened()
+    depth.write_bytes(good[:-100])
+    data = opened()
+    with pytest.raises(DepthFileError, match=r"image 1: cannot be read .*cut short at image 1 of 2"):
+        data[1]
+    depth.unlink()
+    with pytest.raises(ValueError, match=r"no eigen_test_depth\.npy in"):
+        opened()
+
+
 def test_what_the_log_says(tmp_path: Path) -> None:
     texts = {
         name: repr(open_depth_data(written(tmp_path / name), **options))
@@ -460,6 +518,12 @@ def test_damaged_h5_and_zip(tmp_path: Path) -> None:
         file["rgb"] = np.zeros((3, 4, 4), np.uint8)
     with pytest.raises(DepthFileError, match=r"00002\.h5: holds no array depth"):
         data[2]
+    archive = write.write_densedepth_test(tmp_path / "arrays")  # compressed
+    content = bytearray(archive.read_bytes())
+    content[3000:3400] = bytes(400)
+    archive.write_bytes(content)
+    with pytest.raises(DepthFileError, match=r"eigen_test_rgb\.npy.*cannot be read as"):
+        open_depth_data(archive, split="test")
     archive = write.write_densedepth(tmp_path / "zip")
     archive.write_bytes(archive.read_bytes()[:-100])
     with pytest.raises(ValueError, match="neither a folder nor a whole zip"):

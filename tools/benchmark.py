@@ -7,6 +7,8 @@
     python tools/benchmark.py scaling --mask_ratio 0.3 0.6 0.9 --csv scaling.csv --plot scaling.png
     python tools/benchmark.py scaling --mask_ratio 0.6 --processes 1 2 4 --csv processes.csv
     python tools/benchmark.py loader --data ~/photos                       # images/s per core of reading and augmenting
+    python tools/benchmark.py distillation                     # depth: what the segmentation decoder costs in training
+    python tools/benchmark.py cache --data NYU --list nyu_val.txt          # depth: reading pairs, decoded or cached
     python tools/benchmark.py layouts --csv spark/sparse/measured.csv      # the table behind `layout="auto"`
 
 Every ratio is taken in one process: contenders take turns, step by step, and the number is the median of the ratios of
@@ -52,7 +54,12 @@ from spark.run import usable_cores
 from spark.sparse import LAYOUTS, MissingRuleError
 from spark.sparse.choice import device_name
 
+APART = ("loader", "distillation", "cache")
+"""Commands with options of their own, in which SparK takes no part or trains nothing."""
+
 CASE = {
+    "config": "config",
+    "encoder": "encoder",
     "model": "model",
     "data": "data",
     "decoder": "decoder",
@@ -72,6 +79,10 @@ SHOWN = {
     "images/s": "images_per_second",
     "images/s per core": "images_per_second_per_core",
     "speedup": "speedup_median",
+    "cost": "cost_median",
+    "GMACs of training": "gmacs_training",
+    "cost in GMACs": "gmacs_cost",
+    "cores to keep up": "cores_to_keep_up",
     "efficiency": "efficiency",
     "GFLOPs": "gflops",
     "saved, encoder [B]": "saved_encoder_bytes",
@@ -181,8 +192,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             )
         command.add_argument("--busy", action="store_true", help="measure even though other programs run")
     add_loader_command(commands)
+    add_depth_commands(commands)
     options = parser.parse_args(arguments)
-    if options.command != "loader" and not many_sizes(options) and len(options.size) > 2:
+    if options.command not in APART and not many_sizes(options) and len(options.size) > 2:
         parser.error("--size takes one number, or H W")
     if options.command != "memory" and options.rounds < 2:
         parser.error("--rounds must be 2 or more: one time has no spread")
@@ -229,6 +241,64 @@ def add_loader_command(commands: Any) -> None:
     command.add_argument("--csv", type=Path, help="write the rows to this file")
     command.add_argument("--busy", action="store_true", help="measure even though other programs run")
     command.set_defaults(official=None)
+
+
+def add_depth_commands(commands: Any) -> None:
+    """The commands on depth training, in which SparK takes no part."""
+    about = "time and GMACs of a training step with the segmentation loss of a run card over those without"
+    command = commands.add_parser("distillation", help=about, description=about)
+    command.add_argument("--config", default="zoedepth_distil", help="name of a run card in configs/depth")
+    command.add_argument("--encoder", default="resnet18", help="timm name, where the card names none")
+    command.add_argument(
+        "--size",
+        type=height_by_width,
+        nargs="+",
+        default=[(96, 128), (192, 256)],
+        metavar="HxW",
+        help="image sizes [px], each measured (default: 96x128 192x256)",
+    )
+    command.add_argument("--batch", type=whole_number(1), default=4, help="images of a step (default: 4)")
+    command.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+
+    about = "pairs/s of the depth loader in one process, decoding or from data.cache, and of the training it feeds"
+    command = commands.add_parser("cache", help=about, description=about)
+    command.add_argument("--data", type=Path, required=True, help="data set of depth, as data.root of a run")
+    command.add_argument(
+        "--list", help="list of the pairs, as data.list; all of them are cached, so a short one will do"
+    )
+    command.add_argument(
+        "--config",
+        nargs="+",
+        default=["unetpp_nyu_128x160", "lraspp_nyu"],
+        help="names of run cards in configs/depth (default: unetpp_nyu_128x160 lraspp_nyu)",
+    )
+    command.add_argument(
+        "--batches",
+        type=whole_number(1),
+        default=4,
+        help="batches of a turn, in the card's size (default: 4)",
+    )
+    for command in (commands.choices["distillation"], commands.choices["cache"]):
+        command.add_argument(
+            "--threads",
+            type=whole_number(1),
+            default=usable_cores(),
+            help="of training (default: one for each core that this process may use)",
+        )
+        command.add_argument(
+            "--rounds", type=int, default=7, help="timed turns of each contender (default: 7)"
+        )
+        command.add_argument("--csv", type=Path, help="write the rows to this file")
+        command.add_argument("--busy", action="store_true", help="measure even though other programs run")
+        command.set_defaults(official=None)
+
+
+def height_by_width(text: str) -> tuple[int, int]:
+    """Reader of an option: a size in pixels, such as 96x128."""
+    height, _, width = text.partition("x")
+    if not (height.isdigit() and width.isdigit() and int(height) and int(width)):
+        raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH in pixels, such as 96x128, not {text}")
+    return int(height), int(width)
 
 
 def whole_number(least: int) -> Callable[[str], int]:
@@ -357,7 +427,12 @@ def check(options: argparse.Namespace) -> None:
         folder = next(parent for parent in file.absolute().parents if parent.exists())
         if file.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
             raise ValueError(f"{file} cannot be written: name a file in a folder that you may write to")
-    if options.command == "loader":
+    if options.command in ("distillation", "cache"):
+        from benchmarks.depth import read_card  # depth's packages take seconds to import
+
+        for card in [options.config] if options.command == "distillation" else options.config:
+            read_card(card, "resnet18", data_root=".")
+    if options.command in APART:
         return
     if options.official is not None:
         import_original(options.official)  # a wrong folder is an error, whatever the models
@@ -377,6 +452,16 @@ def measurements(options: argparse.Namespace) -> Iterator[list[dict[str, str]]]:
     """Rows as they are measured: those of the loader, or of one case after the other."""
     if options.command == "loader":
         yield loader_rows(options.data, options.size, options.batch, options.workers, options.rounds)
+        return
+    if options.command in ("distillation", "cache"):
+        from benchmarks.depth import cache_rows, distillation_rows
+
+        torch.set_num_threads(options.threads)
+        if options.command == "cache":
+            yield cache_rows(options.data, options.list, options.config, options.batches, options.rounds)
+        else:
+            given = (options.config, options.encoder, options.size, options.batch, options.precision)
+            yield distillation_rows(*given, options.rounds)
         return
     for case in cases(options):
         set_up_torch(case)

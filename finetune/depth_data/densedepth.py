@@ -1,15 +1,24 @@
-"""NYU Depth V2 as DenseDepth publishes it: `nyu_data.zip`, or what it unpacks to, with CSV files of pairs."""
+"""NYU Depth V2 as DenseDepth publishes it: `nyu_data.zip` with CSV files of pairs, `nyu_test.zip` with arrays, or what
+these unpack to."""
 
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from finetune.depth_data.base import DepthSet, OpenOptions, at_line, line_text
-from finetune.depth_data.files import Files
-from finetune.depth_data.sample import DepthSample, file_error, read_depth_png, read_grey, read_rgb
+from finetune.depth_data.base import BadDepth, DepthSet, OpenOptions, at_line, line_text
+from finetune.depth_data.files import ArrayRows, Files
+from finetune.depth_data.sample import (
+    DepthSample,
+    checked_metres,
+    file_error,
+    read_depth_png,
+    read_grey,
+    read_rgb,
+)
 
 TRAIN_CSV, TEST_CSV = "nyu2_train.csv", "nyu2_test.csv"
+TEST_RGB, TEST_DEPTH = "eigen_test_rgb.npy", "eigen_test_depth.npy"
 FULL_SCALE = 10.0
 """Depth that 255 stands for in a training file [m]."""
 
@@ -61,18 +70,22 @@ class DenseDepth(DepthSet):
 
     @classmethod
     def recognises(cls, root: Path, list_file: str | Path | None) -> bool:
-        """Whether the training or test CSV lies at `root`, and no list that is not one."""
+        """Whether a CSV or the test arrays lie at `root`, and no list is given that is no CSV."""
         if list_file is not None and Path(list_file).suffix != ".csv":
             return False
         try:
             files = Files(root)
         except ValueError:
             return False
-        return any(files.find(name) is not None for name in (TRAIN_CSV, TEST_CSV))
+        return any(files.find(name) is not None for name in (TRAIN_CSV, TEST_CSV, TEST_RGB))
 
     @classmethod
-    def opened(cls, root: Path, options: OpenOptions) -> "DenseDepth":
-        """Open `options.list`, or the CSV of `options.split`."""
+    def opened(cls, root: Path, options: OpenOptions) -> DepthSet:
+        """Open `options.list`, or the CSV of `options.split`; the test arrays where there is no CSV of the test."""
+        if options.list is None and options.split == "test":
+            files = Files(root)
+            if files.find(TEST_CSV) is None and files.find(TEST_RGB) is not None:
+                return DenseDepthTest(root, bad_depth=options.bad_depth)
         return cls(root, options.list, options.split)
 
     def __repr__(self) -> str:
@@ -123,8 +136,8 @@ class DenseDepth(DepthSet):
         return line_text(self.csv, self.entries[index][2])
 
     def has_test_split(self) -> bool:
-        """Whether the test CSV is there."""
-        return self.archive.find(TEST_CSV) is not None
+        """Whether the test CSV or the test arrays are there."""
+        return any(self.archive.find(name) is not None for name in (TEST_CSV, TEST_RGB))
 
     def _csv(self, csv: str | Path | None, official: str) -> tuple[str, str]:
         """Text and name of the file of pairs."""
@@ -135,7 +148,8 @@ class DenseDepth(DepthSet):
         if csv is not None and Path(csv).is_file():
             return Path(csv).read_text(encoding="utf-8-sig"), str(csv)
         raise ValueError(
-            f"no {name} in {self.archive.root}: the layout of DenseDepth has {TRAIN_CSV} and {TEST_CSV}"
+            f"no {name} in {self.archive.root}: the layout of DenseDepth has {TRAIN_CSV} and {TEST_CSV}, and for the"
+            f" test alone {TEST_RGB} with {TEST_DEPTH}"
         )
 
     @staticmethod
@@ -144,3 +158,75 @@ class DenseDepth(DepthSet):
 
     def _inside(self, name: str) -> str:
         return "/".join(PurePosixPath(name).parts[self._drop :])
+
+
+class DenseDepthTest(DepthSet):
+    """The 654 test pairs of `nyu_test.zip`: `eigen_test_rgb.npy`, `eigen_test_depth.npy`.
+
+    Images are uint8 (N, H, W, 3), RGB; depth is (N, H, W) in metres, filled. `eigen_test_crop.npy` beside them is of
+    DenseDepth's protocol and not read: which pixels count is said by the protocol of the evaluation. Arrays are read
+    image by image, from inside the zip too, and are never unpickled.
+
+    Args:
+        root: the zip, or a folder with the arrays.
+        bad_depth: see `checked_metres`.
+
+    Raises:
+        ValueError: an array that is missing, damaged or of another kind, or numbers of images and depths that differ; a
+            first pair that cannot be used.
+    """
+
+    def __init__(self, root: str | Path, *, bad_depth: BadDepth = "refuse"):
+        self.archive, self.bad_depth = Files(root), bad_depth
+        found = {name: self.archive.find(name) for name in (TEST_RGB, TEST_DEPTH)}
+        entries = [entry for entry in found.values() if entry is not None]
+        if len(entries) < len(found):
+            missing = next(name for name, entry in found.items() if entry is None)
+            raise ValueError(
+                f"no {missing} in {root}: the test arrays of DenseDepth are {TEST_RGB} and {TEST_DEPTH}"
+            )
+        self.rgb, self.depth = (ArrayRows(self.archive, entry) for entry in entries)
+        if self.rgb.shape[0] != self.depth.shape[0] or not self.rgb.shape[0]:
+            raise ValueError(
+                f"{root} has {self.rgb.shape[0]} images in {TEST_RGB} and {self.depth.shape[0]} in {TEST_DEPTH}: they"
+                " belong together image by image, copy both again"
+            )
+        self[0]
+
+    @classmethod
+    def recognises(cls, root: Path, list_file: str | Path | None) -> bool:
+        """Whether the layout of which this is the test split lies there."""
+        return DenseDepth.recognises(root, list_file)
+
+    @classmethod
+    def opened(cls, root: Path, options: OpenOptions) -> "DenseDepthTest":
+        """Open the arrays."""
+        return cls(root, bad_depth=options.bad_depth)
+
+    def __repr__(self) -> str:
+        """What a run prints about its data."""
+        return f"DenseDepth layout, {len(self)} test pairs of {self.rgb.where}, filled depth in metres"
+
+    def __len__(self) -> int:
+        return self.rgb.shape[0]
+
+    def names(self) -> list[str]:
+        """Names of the pairs, in order."""
+        return [f"eigen_test/{index:04d}" for index in range(len(self))]
+
+    def files(self) -> Iterator[Path]:
+        """The archive, or the two arrays."""
+        if self.archive.root.is_dir():
+            yield from (self.archive.root / array.name for array in (self.rgb, self.depth))
+        else:
+            yield self.archive.root
+
+    def has_test_split(self) -> bool:
+        """This is it."""
+        return True
+
+    def __getitem__(self, index: int) -> DepthSample:
+        image, where = self.rgb[index], f"{self.depth.where}, image {index}"
+        return DepthSample(
+            image, checked_metres(self.depth[index], where, self.bad_depth), self.names()[index]
+        )

@@ -1,10 +1,19 @@
-"""Files below a folder or inside a zip archive, read the same way."""
+"""Files below a folder or inside a zip archive, read the same way; and arrays among them, image by image."""
 
 import os
 import zipfile
+import zlib
+from math import prod
 from pathlib import Path, PurePosixPath
+from typing import IO
 
-from finetune.depth_data.sample import unreadable
+import numpy as np
+from numpy.lib import format as npy
+
+from finetune.depth_data.sample import file_error, unreadable
+
+DAMAGED = (OSError, KeyError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError)
+"""What reading a damaged file or archive raises."""
 
 
 class Files:
@@ -59,14 +68,77 @@ class Files:
             DepthFileError: it is missing or damaged.
         """
         try:
-            if self._entries is None:
-                return (self.root / name).read_bytes()
-            if self._archive is None or self._pid != os.getpid():
-                self._archive, self._pid = zipfile.ZipFile(self.root), os.getpid()
-            return self._archive.read(name)
-        except (OSError, KeyError, zipfile.BadZipFile, EOFError, RuntimeError) as error:
+            with self.open(name) as file:
+                return file.read()
+        except DAMAGED as error:
             raise unreadable(self.where(name), what, error) from error
+
+    def open(self, name: str) -> IO[bytes]:
+        """A file, to be read from its beginning; errors are those of the system and of the archive."""
+        if self._entries is None:
+            return (self.root / name).open("rb")
+        if self._archive is None or self._pid != os.getpid():
+            self._archive, self._pid = zipfile.ZipFile(self.root), os.getpid()
+        return self._archive.open(name)
 
     def __getstate__(self) -> dict:
         """Leave the open archive behind: the copy opens its own."""
         return {**self.__dict__, "_archive": None, "_pid": 0}
+
+
+class ArrayRows:
+    """An array `.npy`, of which one entry of its first axis is read at a time: it may be larger than the memory.
+
+    Inside a compressed archive, going forward is cheap, and going back reads from the beginning. Each process opens
+    the array for itself at its first read.
+
+    Args:
+        files: where it lies.
+        name: of the file there.
+
+    Attributes:
+        shape: of the whole array.
+        where: how errors call the file.
+
+    Raises:
+        DepthFileError: no array of numbers, or one in the order of Fortran.
+    """
+
+    def __init__(self, files: Files, name: str):
+        self.files, self.name, self.where = files, name, files.where(name)
+        self._stream: IO[bytes] | None = None
+        self._pid = 0
+        try:
+            with files.open(name) as stream:
+                version = npy.read_magic(stream)
+                read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+                self.shape, fortran, self.dtype = read(stream)
+                self._begin = stream.tell()
+        except DAMAGED as error:
+            raise unreadable(self.where, "an array of NumPy", error) from error
+        if self.dtype.hasobject or not self.shape:
+            raise file_error(self.where, "holds Python objects or a single value, not an array of numbers")
+        if fortran:
+            raise file_error(
+                self.where,
+                "is in the order of Fortran, image after image is needed; save it again:"
+                " numpy.save(name, numpy.ascontiguousarray(array))",
+            )
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """An entry of the first axis; DepthFileError where the file is damaged or cut short."""
+        size = self.dtype.itemsize * prod(self.shape[1:])
+        try:
+            if self._stream is None or self._pid != os.getpid():
+                self._stream, self._pid = self.files.open(self.name), os.getpid()
+            self._stream.seek(self._begin + index * size)
+            content = self._stream.read(size)
+            if len(content) < size:
+                raise EOFError(f"cut short at image {index} of {self.shape[0]}")
+        except DAMAGED as error:
+            raise unreadable(f"{self.where}, image {index}", "an array of NumPy", error) from error
+        return np.frombuffer(content, self.dtype).reshape(self.shape[1:]).copy()
+
+    def __getstate__(self) -> dict:
+        """Leave the open file behind: the copy opens its own."""
+        return {**self.__dict__, "_stream": None, "_pid": 0}
