@@ -96,12 +96,13 @@ def add_segmentation(model: DepthModel, criterion: WeightedLoss, config: DepthCo
     """
     if (auxiliary := criterion.segmentation) is None:
         return
-    data, classes = config.data, auxiliary.classes
-    if data.labels is not None and classes != (has := data.labels + (data.void == "class")):
-        raise ValueError(
-            f"the segmentation has {classes} classes and the data {has} (data.labels {data.labels}, data.void"
-            f" {data.void}): set loss_options.segmentation.classes to {has}"
-        )
+    classes = auxiliary.classes
+    for data in (config.data, *config.data.sets):
+        if data.labels is not None and classes != (has := data.labels + (data.void == "class")):
+            raise ValueError(
+                f"the segmentation has {classes} classes and the data at {data.root} {has} (data.labels {data.labels},"
+                f" data.void {data.void}): set loss_options.segmentation.classes to {has}, of all sets alike"
+            )
     torch.manual_seed(derive_seed(config.seed, DECODER_WEIGHTS))
     attach_segmentation(model, classes, auxiliary.decoder_channels)
 

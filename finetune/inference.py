@@ -51,8 +51,8 @@ def check_ground_truth(data: DepthSet, protocol: Protocol) -> None:
     """Refuse to score on data without the ground truth that a protocol compares with.
 
     Raises:
-        ValueError: It has none, or of another size than the protocol takes, or a header tells that a file cannot be
-            used.
+        ValueError: It has none, or of another size than the protocol takes, or names a pair twice, or a header tells
+            that a file cannot be used.
     """
     if data.supervision != protocol.supervision:
         has = {"metric": "depth in metres", "ordinal": "relations of points"}
@@ -61,6 +61,12 @@ def check_ground_truth(data: DepthSet, protocol: Protocol) -> None:
             f"{data} has no {wanted} to validate on or score against, only {other}: name data that has it, or a"
             " protocol for what it has (diw for relations)"
         )
+    first: dict[str, int] = {}
+    for index, name in enumerate(data.names()):
+        if (before := first.setdefault(name, index)) != index:
+            raise ValueError(
+                f"{name}{data.origin(before)} is to be scored a second time{data.origin(index)}: name each pair once"
+            )
     data.check_headers()  # these refuse now, not after the first epoch
     if protocol.supervision == "metric":
         protocol.crop_at(data[0].metres.shape)

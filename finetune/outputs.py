@@ -54,6 +54,7 @@ class Outputs:
         self.say = say
         self.folder = Path(config.output_dir)
         self.exported_step = -1
+        self._told_skipped = False
 
     def save(self) -> Path:
         """Write a checkpoint.
@@ -111,6 +112,12 @@ class Outputs:
             workers=self.workers,
             draw=self.config.triptychs,
         )
+        if results["skipped"] and not self._told_skipped:
+            self._told_skipped = True  # they are the same each time
+            self.say(
+                f"{len(results['skipped'])} of {len(self.held_out)} images to validate on have no pixel that counts and"
+                f" are left out, the first is {results['skipped'][0]}"
+            )
         if rows:
             title = f"step {step}   {self.protocol.name}   {results['images']} images   {summary(results['metrics'])}"
             try:

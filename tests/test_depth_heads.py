@@ -39,20 +39,24 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_depth_world(tmp_path_factory.mktemp("world"))
 
 
+RELATIVE = [head for head, of in HEADS.items() if "depth" not in of.outputs]  # pyright: ignore
+"""Heads without metres."""
+
+
 def options_of(head: str, **options: Any) -> dict[str, Any]:
     given: dict[str, Any] = {
         "model.head": head,
         "model.head_options": json.dumps(SMALL[head]),
         "max_steps": 3,
     }
-    if head == "fusion":
+    if head in RELATIVE:
         given |= {"losses": '{"ssi": 1.0, "gradient": 0.5}', "protocol": "nyu-affine"}
     return {**given, **options}
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_train_evaluate_predict(head: str, world: Path, tmp_path: Path) -> None:
-    protocol = "nyu-affine" if head == "fusion" else "nyu-bts-scaled"
+    protocol = "nyu-affine" if head in RELATIVE else "nyu-bts-scaled"
     rows = run(world, tmp_path / "run", **options_of(head))
     assert len(rows) == 3
     assert all(np.isfinite(loss) for loss in losses_of(rows))
@@ -77,9 +81,9 @@ def test_train_evaluate_predict(head: str, world: Path, tmp_path: Path) -> None:
     image = world / "val_scene" / "rgb_0000.png"
     assert predict([f"--model={model}", f"--input={image}", f"--output={tmp_path / 'out'}"]) == 0
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    name = "rgb_0000_disparity.npy" if head == "fusion" else "rgb_0000.npy"
+    name = "rgb_0000_disparity.npy" if head in RELATIVE else "rgb_0000.npy"
     assert {"predictions.json", "rgb_0000_colour.png", name} <= written
-    assert ("rgb_0000_mm.png" in written) == (head != "fusion")
+    assert ("rgb_0000_mm.png" in written) == (head not in RELATIVE)
     values = np.load(tmp_path / "out" / name)
     assert values.shape == (48, 64)
     assert values.dtype == np.float32

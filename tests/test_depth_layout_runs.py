@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from accelerate.state import AcceleratorState
@@ -128,6 +129,27 @@ def test_what_is_refused(
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_pairs_to_validate_on_are_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write.write_sync(tmp_path / "sync")
+    listed = root / "nyu_val.txt"
+    listed.write_text(listed.read_text() + listed.read_text().splitlines()[1])
+    with pytest.raises(SystemExit):
+        run(root, tmp_path / "run", **{"data.list": "nyu_train.txt", "data.val_list": "nyu_val.txt"})
+    said = capsys.readouterr().err
+    assert "rgb_0101.png (nyu_val.txt, line 2) is to be scored a second time (nyu_val.txt, line 3)" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_validation_says_what_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write.write_sync(tmp_path / "sync")
+    write.put(root / "val_room" / "sync_depth_0100.png", write.png(np.zeros(write.SIZE, np.uint16)))
+    options = {"data.list": "nyu_train.txt", "data.val_list": "nyu_val.txt", "validate_every": 0.5}
+    run(root, tmp_path / "run", **options)
+    said = capsys.readouterr().out
+    assert said.count("1 of 2 images to validate on have no pixel that counts") == 1  # of two validations
+    assert "the first is val_room/rgb_0100.png" in said
 
 
 def test_relations_have_no_metres_to_validate_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -543,6 +543,19 @@ def test_a_map_without_any_reading_is_reported_and_not_trained_on(tmp_path: Path
         DepthTrainingSet(data, still(), 0)[0, 1]
 
 
+def test_every_layout_names_maps_without_any_reading(tmp_path: Path) -> None:
+    image, depth = scene(1)
+    root = write.write_redweb(tmp_path / "redweb")
+    put(root / "RDs" / "0001.png", write.png(np.full((48, 64), 255, np.uint8)))
+    with pytest.raises(DepthFileError, match=r"0001\.jpg: .*no reading at all"):
+        DepthTrainingSet(open_depth_data(root), still(), 0)[0, 1]
+    root = write.write_fastdepth(tmp_path / "h5")
+    put(root / "train" / "room_0001" / "00001.h5", write.h5(image, np.zeros_like(depth)))
+    (root / "mine.txt").write_text("train/room_0001/00000.h5\n\ntrain/room_0001/00001.h5\n")
+    with pytest.raises(DepthFileError, match=r"00001\.h5: .*no reading at all.*mine\.txt, line 3"):
+        DepthTrainingSet(open_depth_data(root, "mine.txt", kind="fastdepth"), still(), 0)[0, 1]
+
+
 @pytest.mark.real_data
 def test_real_layouts(real_data: Path) -> None:
     raw = open_depth_data(real_data / "nyu_16bit_raw_train")

@@ -1,10 +1,12 @@
 """tools/doctor.py: each fault is named on files written with exactly that fault, and on none without."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import cv2
+import h5py
 import numpy as np
 import pytest
 from scipy.io import savemat
@@ -73,6 +75,46 @@ def test_the_unit_is_guessed(tmp_path: Path) -> None:
     assert any("were 1/5000 m" in finding.text for finding in found.findings)
 
 
+def test_the_unit_is_guessed_from_what_it_is_read_in(tmp_path: Path) -> None:
+    """Arrays hold metres: millimetres there are millimetres, and nothing is taken for them."""
+    root = write.write_fastdepth(tmp_path / "h5")
+    for number in range(4):
+        image, depth = scene(number)
+        put(root / "train" / "room_0001" / f"{number:05d}.h5", write.h5(image, depth * 1000))
+    (text,) = [f.text for f in diagnose(root).findings if f.fault == "wrong scale"]
+    assert re.search(r"a median of \d\.\d m would follow if values taken for metres were millimetres", text)
+
+
+def test_relative_depth_is_compared_with_its_image_too(tmp_path: Path) -> None:
+    root = write.write_redweb(tmp_path)
+    assert faults(root, None) == []
+    maps = {path: cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in (root / "RDs").iterdir()}
+    for path, values in maps.items():
+        path.write_bytes(png(values[:, ::-1]))
+    assert faults(root, None) == ["mirrored"]
+    for path, values in maps.items():
+        path.write_bytes(png(values.T))
+    assert faults(root, None) == ["transposed"]
+
+
+def test_a_folder_may_be_called_filled(tmp_path: Path) -> None:
+    """What the fault is called must not be sought in the path."""
+    root = sync(
+        tmp_path / "filled",
+        lambda image, depth: (image, np.where(depth == 0, 3 + image[..., 0] / 500, depth)),
+    )
+    assert faults(root) == ["filled"]
+
+
+def test_depth_transposed_in_the_labelled_file(tmp_path: Path) -> None:
+    root = write.write_labeled(tmp_path)
+    with h5py.File(root / "nyu_depth_v2_labeled.mat", "a") as file:
+        turned = np.asarray(file["rawDepths"]).transpose(0, 2, 1)
+        del file["rawDepths"]
+        file["rawDepths"] = turned
+    assert faults(root, None) == ["transposed"]
+
+
 def test_a_plain_folder_is_told_its_median_depth(tmp_path: Path) -> None:
     root = write.write_folder(tmp_path / "camera", "png")  # in units of 1/256 m
     wrong, right = diagnose(root), diagnose(root, depth_scale=1 / 256)
@@ -90,6 +132,23 @@ def test_verdict_counts(capsys: pytest.CaptureFixture[str]) -> None:
         doctor.report(found, doctor.Console())
         assert verdict in capsys.readouterr().out
         found.wrong("8-bit", "text")
+
+
+def test_advice_names_the_options_of_this_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = sync(tmp_path / "sync")
+    folder = write.write_folder(tmp_path / "own", "npy")
+    np.save(folder / "train" / "depth" / "0001.npy", np.full(write.SIZE, -1, np.float32))
+    for path in (root, folder):
+        with pytest.raises(SystemExit):
+            doctor.main([str(path)])
+    mat = write.write_labeled(tmp_path / "mat")
+    with pytest.raises(SystemExit):
+        doctor.main([str(mat), "--list", "nyu_train.txt"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "name the list file (--list)" in said
+    assert "give --bad_depth hole" in said
+    assert "to use that file leave --list out" in said
+    assert not re.search(r"data\.(list|bad_depth|kind)", said)
 
 
 def test_white_border(tmp_path: Path) -> None:

@@ -154,6 +154,12 @@ def test_void_is_ignored_or_a_class(
     with pytest.raises(SystemExit):
         distillation(world, tmp_path / "wrong", **{**given, "loss_options": json.dumps(options)})
     assert f"set loss_options.segmentation.classes to {classes}" in capsys.readouterr().err
+    # and every further set must have as many
+    other = "class" if void == "ignore" else "ignore"
+    sets = f"[{{root: {world}, list: nyu_train.txt, labels: 13, void: {other}}}]"
+    with pytest.raises(SystemExit):
+        distillation(world, tmp_path / "wrong", **{**given, "data.sets": sets})
+    assert f"to {27 - classes}, of all sets alike" in capsys.readouterr().err
     assert not (tmp_path / "wrong").exists()
 
 
@@ -173,4 +179,5 @@ def test_labels_that_the_data_lacks_are_asked_for_before_anything_is_written(
         },
     )
     assert "needs labels of the data, which has only" in sentence
+    assert "data.labels 13 or 40" in sentence
     assert not (tmp_path / "run").exists()

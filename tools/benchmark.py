@@ -275,8 +275,8 @@ def add_depth_commands(commands: Any) -> None:
     command.add_argument(
         "--batches",
         type=whole_number(1),
-        default=4,
-        help="batches of a turn, in the card's size (default: 4)",
+        default=2,
+        help="batches of a turn, in the card's size (default: 2)",
     )
     for command in (commands.choices["distillation"], commands.choices["cache"]):
         command.add_argument(

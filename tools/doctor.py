@@ -8,6 +8,7 @@ read. Exit code 0: nothing is wrong; 1: something is, in the report; 2: the ques
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,11 +70,18 @@ def report(found: Diagnosis, console: Console) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for finding in sorted(found.findings, key=lambda finding: not finding.fault):
         style = "bold red" if finding.fault else "dim"
-        table.add_row(f"[{style}]{finding.fault or 'note'}[/]", finding.text.replace("[", r"\["))
+        text = own_options(finding.text).replace("[", r"\[")
+        table.add_row(f"[{style}]{finding.fault or 'note'}[/]", text)
     console.print(table, highlight=False)
     faults = sum(bool(finding.fault) for finding in found.findings)
     verdict = {0: "nothing is wrong", 1: "1 thing is wrong"}.get(faults, f"{faults} things are wrong")
     console.print(verdict, highlight=False)
+
+
+def own_options(text: str) -> str:
+    """A sentence of a reader, which names the options of a training run, with those of this command."""
+    text = re.sub(r"give --data\.list null( \(in training: [^)]*\))?", "leave --list out", text)
+    return re.sub(r"(--)?\bdata\.(list|kind|depth_scale|bad_depth)\b", r"--\2", text)
 
 
 def draw(samples: Sequence[DepthSample]) -> Figure:
@@ -98,7 +106,10 @@ def draw(samples: Sequence[DepthSample]) -> Figure:
             if depth is None:
                 assert sample.affine is not None
                 depth = np.nan_to_num(1.05 - sample.affine, nan=0.0)  # far is blue here, too
-            colours = colourise(depth, *shared_range([depth]))
+            near, far = shared_range([depth])
+            colours = colourise(depth, near, far)
+            if sample.depth is not None:
+                axes[1].set_xlabel(f"{near:.3g} to {far:.3g} m", fontsize=6)
             axes[1].imshow(colours)
             axes[2].imshow((0.5 * sample.image + 0.5 * colours).astype(np.uint8))
         for place in axes:

@@ -1,7 +1,7 @@
 """What every data set of depth offers, and the options that it is opened with.
 
-To add one: a `DepthSet` in a file of this folder, its name in `finetune.depth_data.opening.KINDS`, a test on files
-written in its layout, and a section in docs/depth_data.md.
+To add one: a `DepthSet` in a file of this folder, its name in `Kind` and `KINDS` of `finetune.depth_data.opening`, a
+test on files written in its layout, and a row in docs/depth_data.md, whose end says it step by step.
 """
 
 from abc import abstractmethod

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 
 from finetune.depth_data.base import DepthSet
+from finetune.depth_data.densedepth import DenseDepth
 from finetune.depth_data.folder import PlainFolder, pair_lists
 from finetune.depth_data.nyu import NYULabeled, NYUSync, read_split
 from finetune.depth_data.opening import Kind, open_depth_data, recognise
@@ -112,8 +113,9 @@ def diagnose(
     ]
     with_depth = [sample for sample in read if sample.depth is not None]
     if with_depth:
-        check_depth(found, with_depth)
-        check_alignment(found, with_depth)
+        check_depth(found, with_depth, data)
+    if mapped := [sample for sample in read if sample.pairs is None]:
+        check_alignment(found, mapped)
     if (
         isinstance(data, PlainFolder)
         and data.depth_scale is None
@@ -133,9 +135,11 @@ def diagnose(
 
 def fault_of(message: str) -> str:
     """The short name of what an error of a reader is about."""
-    sizes = re.search(r"image is (\d+)x(\d+), its depth map (\d+)x(\d+)", message)
-    if sizes and (sizes[1], sizes[2]) == (sizes[4], sizes[3]):
-        return "transposed"
+    sizes = re.search(r"image is (\d+)x(\d+), its (?:depth map|map of relative depth) (\d+)x(\d+)", message)
+    arrays = re.search(r"images \(\d+, 3, (\d+), (\d+)\) and \w+ \(\d+, (\d+), (\d+)\)", message)
+    for pair in filter(None, (sizes, arrays)):
+        if (pair[1], pair[2]) == (pair[4], pair[3]):
+            return "transposed"
     if "depth map is uint8" in message:
         return "8-bit"
     if "NaN, infinite or negative" in message:
@@ -143,7 +147,20 @@ def fault_of(message: str) -> str:
     return "missing" if "missing" in message or "no file" in message else "unreadable"
 
 
-def check_depth(found: Diagnosis, samples: Sequence[DepthSample]) -> None:
+def other_unit(median: float, data: DepthSet) -> str:
+    """In which unit the depth files may be if their median is not `median` [m], for the end of a sentence."""
+    if isinstance(data, DenseDepth):
+        return ""  # 8 bits have no unit
+    unit = 0.001 if isinstance(data, NYUSync) else 1.0
+    if isinstance(data, PlainFolder):
+        unit = data.scale(Path(data.entries[0].depth).suffix)
+    taken = {metres: name for name, metres in UNITS.items()}.get(unit, f"units of {unit:g} m")
+    better = min(UNITS, key=lambda name: abs(np.log(median * UNITS[name] / unit / NYU_MEDIAN)))
+    would = f"a median of {median * UNITS[better] / unit:.2g} m would follow"
+    return f" ({would} if values taken for {taken} were {better})"
+
+
+def check_depth(found: Diagnosis, samples: Sequence[DepthSample], data: DepthSet) -> None:
     """Scale, number of levels, holes."""
     readings = [sample.metres[sample.metres > 0] for sample in samples]
     empty = [sample.name for sample, values in zip(samples, readings, strict=True) if not values.size]
@@ -159,14 +176,11 @@ def check_depth(found: Diagnosis, samples: Sequence[DepthSample]) -> None:
     nyu = found.kind in NYU_KINDS
     low, high = (1.2, 5.0) if nyu else (0.3, 100.0)
     if not low <= median <= high:
-        better = min(UNITS, key=lambda unit: abs(np.log(median * UNITS[unit] / 0.001 / NYU_MEDIAN)))
         found.wrong(
             "wrong scale",
             f"the median depth is {median:.3g} m,"
             f" {'rooms have 1.2 to 5' if nyu else 'expected 0.3 to 100'} m: the files are"
-            " probably not in the unit that they are read in (a median of"
-            f" {median * UNITS[better] / 0.001:.2g} m would follow if"
-            f" values taken for millimetres were {better})",
+            f" probably not in the unit that they are read in{other_unit(median, data)}",
         )
     elif found.kind == "folder":
         found.note(f"the median depth is {median:.3g} m")
@@ -183,7 +197,8 @@ def check_depth(found: Diagnosis, samples: Sequence[DepthSample]) -> None:
         )
     holes = float(np.median([(sample.metres == 0).mean() for sample in samples]))
     text = f"{holes:.1%} of a depth map (median) is without a reading"
-    if holes < 0.005 and found.kind in RAW_KINDS and "filled" not in found.about:
+    asked = isinstance(data, NYULabeled) and data.depth == "filled"
+    if holes < 0.005 and found.kind in RAW_KINDS and not asked:
         found.wrong(
             "filled",
             f"{text}: this depth was filled in, what a Kinect measures has holes; good for"
@@ -205,7 +220,10 @@ def check_alignment(found: Diagnosis, samples: Sequence[DepthSample]) -> None:
     scores = {name: [] for name in MAPS}
     for sample in samples:
         edges = edge_map(cv2.cvtColor(sample.image, cv2.COLOR_RGB2GRAY).astype(np.float32) / 255)
-        depth = edge_map(np.log(np.maximum(sample.metres, 1e-3)), sample.metres > 0)
+        if sample.affine is not None:
+            depth = edge_map(np.nan_to_num(sample.affine), np.isfinite(sample.affine))
+        else:
+            depth = edge_map(np.log(np.maximum(sample.metres, 1e-3)), sample.metres > 0)
         for name, change in MAPS.items():
             scores[name].append(agreement(edges, change(depth)))
     means = {name: float(np.mean(values)) for name, values in scores.items()}

@@ -9,7 +9,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from finetune.depth_data.base import BadDepth, DepthSet, OpenOptions, at_line
+from finetune.depth_data.base import BadDepth, DepthSet, OpenOptions, at_line, line_text
 from finetune.depth_data.nyu import existing_root, find_list
 from finetune.depth_data.sample import DepthSample, checked_metres, file_error, unreadable
 from spark.sources.tars import TarSource
@@ -126,6 +126,10 @@ class FastDepth(_H5Pairs):
     def files(self) -> Iterator[Path]:
         """The file of each pair."""
         yield from (self.root / name for name in self._names)
+
+    def origin(self, index: int) -> str:
+        """The line of the list, if there is one."""
+        return "" if self.list_file is None else line_text(self.list_file, self._lines[index])
 
     def has_test_split(self) -> bool:
         """Whether a folder of the test split holds .h5 files."""

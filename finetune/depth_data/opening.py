@@ -36,7 +36,7 @@ KINDS: Mapping[Kind, type[DepthSet]] = MappingProxyType(
     }
 )
 """Name in a configuration -> data set, in the order in which a root is asked for them."""
-assert set(KINDS) == set(get_args(Kind))
+assert set(KINDS) == set(get_args(Kind)), "Kind and KINDS must name the same layouts"
 
 LABELLED: frozenset[Kind] = frozenset({"nyu_labeled", "nyu_sync"})
 """Layouts with class labels."""

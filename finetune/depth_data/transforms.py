@@ -292,7 +292,7 @@ class DepthTrainingSet(Dataset[dict]):
         for candidate in range(index, index + len(self)):
             try:
                 sample = self.dataset[candidate % len(self)]
-                if sample.depth is not None and not (sample.depth > 0).any():
+                if not has_reading(sample):
                     data, origin = self.dataset, ""
                     if isinstance(data, DepthSet):
                         origin = data.origin(candidate % len(self))
@@ -304,6 +304,13 @@ class DepthTrainingSet(Dataset[dict]):
                     raise
                 failed.append(str(error))
         raise ValueError(f"none of the {len(self)} pairs can be read, the first: {failed[0]}")
+
+
+def has_reading(sample: DepthSample) -> bool:
+    """Whether something is known of some pixel's depth; of pairs of points there is always one."""
+    if sample.depth is not None:
+        return bool((sample.depth > 0).any())
+    return sample.affine is None or bool(np.isfinite(sample.affine).any())
 
 
 def collate_depth(samples: Sequence[dict]) -> dict:

@@ -2,10 +2,9 @@
 
 A head is an `nn.Module` made as `Head(levels, depth_range, **options)` from the encoder's pyramid. It keeps in
 `levels` those it wants to be given, says in `outputs` which entries of a `DepthOutput` it gives, and
-`forward(images, features)` returns one whose maps have the size of `images`. It may say `frozen_encoder = True`, the
-`mean` and `std` that images are normalised with unless the user says otherwise, and in `scale_channels` the channels of
-its core's scales (`DepthOutput.scales`), which training-only decoders read. To add a head: write it in a file
-of this folder and name it in `HEADS`.
+`forward(images, features)` returns one whose maps have the size of `images`. It may say `frozen_encoder = True`, and in
+`scale_channels` the channels of its core's scales (`DepthOutput.scales`), which training-only decoders read. To add a
+head: write it in a file of this folder and name it in `HEADS`.
 """
 
 from collections.abc import Mapping

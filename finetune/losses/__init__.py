@@ -141,9 +141,10 @@ class WeightedLoss(nn.Module):
                 )
             if not supplies(loss.needs, entries):
                 wanted = " or ".join(" and ".join(names) for names in TARGETS[loss.needs].alternatives)
+                asked = " (classes are read with data.labels 13 or 40)" if loss.needs == "labels" else ""
                 raise ValueError(
                     f"loss {name!r} needs {wanted} of the data, which has only {', '.join(sorted(entries))}: name data"
-                    " that has it, or leave the loss out"
+                    f" that has it{asked}, or leave the loss out"
                 )
 
     def forward(self, output: DepthOutput, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
