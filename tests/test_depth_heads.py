@@ -39,7 +39,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_depth_world(tmp_path_factory.mktemp("world"))
 
 
-RELATIVE = [head for head, of in HEADS.items() if "depth" not in of.outputs]  # pyright: ignore
+RELATIVE = [head for head, of in HEADS.items() if "depth" not in of.outputs]
 """Heads without metres."""
 
 
