@@ -449,7 +449,7 @@ def test_a_run_from_an_official_file(world: Path, tmp_path: Path, capsys: pytest
     options = {"encoder": path, "data.val_list": "null", "max_steps": 1, "optim.frozen_epochs": 1}
 
     sentence = fails(world, tmp_path / "run", capsys, **options)
-    assert "pass --encoder_name with its timm name" in sentence
+    assert "(--encoder_name) with its timm name" in sentence
     assert "model_name" not in sentence
     sentence = fails(world, tmp_path / "run", capsys, **options, encoder_name="resnet18")
     assert "does not fit resnet18" in sentence
