@@ -520,7 +520,10 @@ def test_checkpoint_of_another_architecture(
         ({"model.head_options": '{"decoder_chanels": [8]}'}, "did you mean 'decoder_channels'"),
         ({"loss_options": '{"silog": {"variance": 1}}'}, "variance_focus"),
         ({"precision": "fp16"}, "fp16 needs a GPU"),
-        ({"encoder_name": "resnet18"}, "encoder_name is for .pth files: test_resnet"),
+        (
+            {"encoder_name": "resnet18"},
+            "encoder_name is for .pth files and for convnets of your own in files and folders: test_resnet",
+        ),
     ],
 )
 def test_user_errors_are_sentences(
