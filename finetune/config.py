@@ -359,6 +359,7 @@ class DepthConfig:
             self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "null or at least 1"
         )
         require(self.accumulation >= 1, "accumulation", self.accumulation, "at least 1")
+        require(abs(self.seed) < 2**63, "seed", self.seed, "a whole number of at most 63 bits")
         require(self.log_every >= 1, "log_every", self.log_every, "at least 1")
         require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")
         require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "at least 1")

@@ -40,6 +40,11 @@ def start_from(spark: SparK, source: str, name: str, decoder: str = "auto") -> l
         OSError: timm's weights could not be downloaded.
     """
     place: str | Path = source
+    if source != TIMM and not (source and Path(source).exists()):
+        raise FileNotFoundError(
+            f"model.init {source!r} does not exist: give a run, an exported encoder or a .pth file, or {TIMM} for "
+            "timm's published weights of model.name"
+        )
     if source != TIMM and (Path(source) / "checkpoints").is_dir():
         found = find_run(source, True)
         if found is None:
