@@ -84,6 +84,7 @@ class DepthSetConfig:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
+        require(bool(self.root), "data.root", "an empty text", "the place of the pairs")
         expand_home(self, "root", "list")
         require(
             self.depth_scale is None or self.depth_scale > 0, "data.depth_scale", self.depth_scale, "above 0"
@@ -353,6 +354,7 @@ class DepthConfig:
         return next((name for name in (self.encoder, self.encoder_name) if name and is_own(name)), None)
 
     def __post_init__(self) -> None:
+        require(bool(self.output_dir), "output_dir", "an empty text", "the name of a folder")
         expand_home(self, "encoder", "output_dir", "resume")
         require(self.epochs > 0, "epochs", self.epochs, "above 0")
         require(

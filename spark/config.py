@@ -159,6 +159,7 @@ class DataConfig:
     max_unreadable: float = 0.01
 
     def __post_init__(self) -> None:
+        require(bool(self.train), "data.train", "an empty text", "the place of the images")
         self.train = os.path.expanduser(self.train)
         self.cache = self.cache and os.path.expanduser(self.cache)
         low, high = self.crop_scale
@@ -364,6 +365,7 @@ class PretrainConfig:
     resume: bool | str = False
 
     def __post_init__(self) -> None:
+        require(bool(self.output_dir), "output_dir", "an empty text", "the name of a folder")
         self.output_dir = os.path.expanduser(self.output_dir)
         if isinstance(self.resume, str):
             self.resume = os.path.expanduser(self.resume)

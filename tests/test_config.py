@@ -205,6 +205,8 @@ def test_unknown_key_in_file_names_path_and_nearest(capsys, tmp_path):
         (["--data.crop_scale", "[0.9, 0.5]"], "data.crop_scale must be"),
         (["--accumulation", "0"], "accumulation must be at least 1"),
         (["--epochs", "0"], "epochs must be above 0"),
+        (["--data.train", ""], "data.train must be the place of the images, got an empty text"),
+        (["--output_dir", ""], "output_dir must be the name of a folder, got an empty text"),
         (["--epochs", ".inf"], "epochs must be a finite number, got inf"),
         (["--optim.base_lr", ".inf"], "optim.base_lr must be a finite number, got inf"),
         (["--data.std", "[1, .inf, 1]"], "data.std must be a finite number, got inf"),
