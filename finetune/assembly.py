@@ -1,6 +1,5 @@
 """The objects of a depth run from its options: the model, the decoder that only training has, and the pairs."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,11 +17,10 @@ from finetune.depth_data import (
 )
 from finetune.inference import check_ground_truth
 from finetune.losses import WeightedLoss
-from finetune.model import DepthModel, encoder_options
+from finetune.model import DepthModel, open_encoder
 from finetune.protocols import Protocol
 from finetune.segmentation import attach_segmentation
-from spark.checkpoint import KeyReport, read_encoder
-from spark.encoder import is_own
+from spark.checkpoint import KeyReport
 from spark.run import derive_seed
 
 # What a seed is for, so that no two uses share random numbers; 12 is that of a step (finetune/depth.py).
@@ -40,39 +38,9 @@ def build_model(config: DepthConfig) -> tuple[DepthModel, KeyReport]:
         FileNotFoundError: A path that does not exist.
     """
     torch.manual_seed(derive_seed(config.seed, ENCODER_WEIGHTS))
-    options = encoder_options(config.encoder, config.model.drop_path)
-    advice = (
-        "give the loaded encoder to DepthModel in a loop of your own (docs/options.md); the models of this script are "
-        "built again from their files, and no file decides which code is run"
+    encoder, report = open_encoder(
+        config.encoder, config.encoder_name, config.pretrained, config.model.drop_path
     )
-    for name in (config.encoder, config.encoder_name or ""):
-        if is_own(name):
-            raise ValueError(f"{name} is not timm's: {advice}")
-    try:
-        encoder, report = read_encoder(
-            config.encoder,
-            in_chans=3,
-            pretrained=config.pretrained,
-            model_name=config.encoder_name,
-            **options,
-        )
-    except ValueError as error:
-        if "which is not timm's" in str(error):
-            raise ValueError(f"{str(error).partition(', and no code')[0]}: {advice}") from error
-        if "--model_name" not in str(error):
-            raise
-        sentence = str(error)
-        for elsewhere in ("model_name= (--model_name)", "model_name=, --model_name"):
-            sentence = sentence.replace(elsewhere, "--encoder_name")
-        raise ValueError(sentence) from error
-    if config.encoder_name is not None and not os.path.isfile(config.encoder):
-        raise ValueError(
-            f"encoder_name is for .pth files: {config.encoder} says itself which encoder it is, leave it out"
-        )
-    if config.pretrained and report.source:
-        raise ValueError(
-            f"pretrained is for timm names: {report.source} brings its own weights, leave it out"
-        )
     torch.manual_seed(derive_seed(config.seed, HEAD_WEIGHTS))
     model = DepthModel(
         encoder,

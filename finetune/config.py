@@ -8,6 +8,7 @@ from finetune.depth_data.labels import LabelOptions
 from finetune.depth_data.opening import Kind
 from finetune.protocols import PROTOCOLS
 from spark.config import require
+from spark.encoder import is_own
 
 
 def expand_home(options: object, *names: str) -> None:
@@ -83,6 +84,7 @@ class DepthSetConfig:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
+        require(bool(self.root), "data.root", "an empty text", "the place of the pairs")
         expand_home(self, "root", "list")
         require(
             self.depth_scale is None or self.depth_scale > 0, "data.depth_scale", self.depth_scale, "above 0"
@@ -274,10 +276,12 @@ class DepthConfig:
     """Run: encoder, losses, length, precision, logs and checkpoints.
 
     Attributes:
-        encoder: exported encoder folder, an official SparK .pth file, or a timm model name.
+        encoder: exported encoder folder, a .pth file, a timm model name, or package.module:factory of a convnet of your
+            own (docs/options.md).
         output_dir: folder of the run: config.yaml, metrics.jsonl, tensorboard/, figures/, checkpoints/, model/,
             evaluation.json (of model/) and best/.
-        encoder_name: timm name of the encoder in a .pth file that does not say it; null asks the file.
+        encoder_name: timm name of the encoder in a .pth file that does not say it, or package.module:factory of a
+            convnet of your own in a file or folder, for no file decides which code is run; null asks the file.
         pretrained: for a timm name, load timm's published weights (true) or start from random ones (false); a folder
             or file brings its own weights.
         losses: name and weight of each loss in the sum; silog, l1, mse, berhu, ssim (metres); ssi, gradient
@@ -345,13 +349,19 @@ class DepthConfig:
     triptychs: int = 4
     resume: bool | str = False
 
+    def own_encoder(self) -> str | None:
+        """package.module:factory of one's own encoder, as the options name it; None for timm's."""
+        return next((name for name in (self.encoder, self.encoder_name) if name and is_own(name)), None)
+
     def __post_init__(self) -> None:
+        require(bool(self.output_dir), "output_dir", "an empty text", "the name of a folder")
         expand_home(self, "encoder", "output_dir", "resume")
         require(self.epochs > 0, "epochs", self.epochs, "above 0")
         require(
             self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "null or at least 1"
         )
         require(self.accumulation >= 1, "accumulation", self.accumulation, "at least 1")
+        require(abs(self.seed) < 2**63, "seed", self.seed, "a whole number of at most 63 bits")
         require(self.log_every >= 1, "log_every", self.log_every, "at least 1")
         require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")
         require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "at least 1")

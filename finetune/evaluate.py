@@ -107,6 +107,8 @@ class EvaluationConfig:
         figures: folder for triptychs of input, ground truth and prediction; null draws none.
         triptychs: how many images are drawn, spread evenly over the data.
         device: where to compute; auto takes a GPU if there is one.
+        encoder_name: package.module:factory of the model's encoder where that is a convnet of your own
+            (docs/options.md), for no file decides which code is run; null for timm's.
     """
 
     model: str
@@ -120,6 +122,7 @@ class EvaluationConfig:
     figures: str | None = None
     triptychs: int = 8
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    encoder_name: str | None = None
 
     def __post_init__(self) -> None:
         expand_home(self, "model", "output", "figures")
@@ -139,7 +142,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     protocol = get_protocol(config.protocol, flip_average=config.flip_average, threshold=config.threshold)
     if config.figures and protocol.supervision == "ordinal":
         raise ValueError(f"protocol {protocol.name} has no maps to draw: leave figures out")
-    model = load_depth_model(config.model).to(chosen_device(config.device))
+    model = load_depth_model(config.model, config.encoder_name).to(chosen_device(config.device))
     check_protocol(model, protocol)
     data = open_depth_data(
         config.data.root,

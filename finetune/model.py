@@ -17,22 +17,24 @@ from torch.nn import functional as F
 
 from finetune.heads import HEADS, DepthOutput, DepthRange
 from finetune.registry import construct
-from spark.checkpoint import load_encoder
-from spark.encoder import PyramidLevel, build_encoder, freeze_unreached, pyramid, pyramid_info
-from spark.export import architecture
+from spark.checkpoint import read_encoder
+from spark.encoder import PyramidLevel, build_encoder, freeze_unreached, is_own, pyramid, pyramid_info
+from spark.export import description, name_of
 from spark.folders import whole_folder, write_tensors
 from spark.keys import KeyReport
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+ENCODER_NAME = "encoder_name= (--encoder_name)"
+"""How sentences call the argument and the option that name an encoder which a file does not say, or may not."""
 
 
 class DepthModel(nn.Module):
     """Encoder, head and depth range.
 
     Args:
-        encoder: Where the encoder comes from: an exported folder or an official SparK `.pth` (with their weights), a
-            timm name, or a timm model that is already made (it is used, not copied).
+        encoder: Where the encoder comes from: an exported folder or a `.pth` file (with their weights), a timm name,
+            "package.module:factory" of one's own convnet, or a model that is already made (it is used, not copied).
         head: Name of a head in `finetune.heads.HEADS`.
         max_depth: Farthest depth that the model can say [m].
         min_depth: Nearest depth that the model can say [m].
@@ -46,6 +48,8 @@ class DepthModel(nn.Module):
         mean: What is subtracted from RGB in [0, 1]; default what the encoder was trained with. That of an encoder of
             one channel counts for red, green and blue alike, as timm spreads its first weights over the three.
         std: What RGB is then divided by; default likewise.
+        encoder_name: timm name of the encoder in a `.pth` file that does not say it; "package.module:factory" of one's
+            own convnet in a file or folder, for no file decides which code is run.
         head_options: Arguments of the head, such as `decoder_channels` of unetpp.
 
     Raises:
@@ -64,17 +68,18 @@ class DepthModel(nn.Module):
         image_size: tuple[int, int] | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        encoder_name: str | None = None,
         **head_options: Any,
     ) -> None:
         super().__init__()
         if isinstance(encoder, nn.Module):
-            if pretrained or drop_path:
+            if pretrained or drop_path or encoder_name:
                 raise ValueError(
-                    "pretrained and drop_path shape an encoder given by name: one that is already made keeps its own"
+                    "pretrained, drop_path and encoder_name shape an encoder given by name: one that is already made "
+                    "keeps its own"
                 )
         else:
-            options = encoder_options(encoder, drop_path)
-            encoder = load_encoder(encoder, in_chans=3, pretrained=pretrained, **options)
+            encoder, _ = open_encoder(encoder, encoder_name, pretrained, drop_path)
         self.encoder: nn.Module = encoder
         self.encoder_frozen = False
         levels = pyramid_info(encoder)
@@ -133,11 +138,11 @@ class DepthModel(nn.Module):
         A decoder that only training has is left out.
 
         Raises:
-            ValueError: The folder holds something else, or the encoder is no timm model and could not be built again.
+            ValueError: The folder holds something else, or the encoder was built with what no file can hold.
             OSError: The disk is full or not writable.
         """
         config = {
-            "encoder": architecture(self.encoder),
+            "encoder": description(self.encoder),
             "head": self.head_name,
             "head_options": self.head_options,
             "min_depth": self.depth_range.min_depth,
@@ -157,12 +162,41 @@ class DepthModel(nn.Module):
         return Path(folder)
 
 
-def encoder_options(encoder: str | Path, drop_path: float = 0.0) -> dict[str, Any]:
-    """What timm is told beyond a name: the stochastic depth rate, and to Swin that images may have any size."""
-    options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+def open_encoder(
+    encoder: str | Path, encoder_name: str | None, pretrained: bool, drop_path: float
+) -> tuple[nn.Module, KeyReport]:
+    """The encoder of a depth model, as the arguments of `DepthModel` say, and what became of its weights.
+
+    Raises:
+        ValueError: It is none, or `pretrained` or `encoder_name` do not go with it.
+        FileNotFoundError: A path that does not exist.
+        OSError: timm's published weights could not be downloaded.
+    """
+    options: dict[str, Any] = {}
+    if drop_path:
+        own = is_own(str(encoder)) or is_own(encoder_name or "")
+        options["drop_path" if own else "drop_path_rate"] = drop_path
     if re.match(r"swin(v2)?_", str(encoder)):
-        options["strict_img_size"] = False
-    return options
+        options["strict_img_size"] = False  # images may have any size
+    made, report = read_encoder(
+        encoder,
+        in_chans=3,
+        pretrained=pretrained,
+        model_name=encoder_name,
+        name_option=ENCODER_NAME,
+        **options,
+    )
+    asked = report.source and (Path(encoder).is_file() or hasattr(made, "own_encoder"))
+    if encoder_name is not None and not asked:
+        raise ValueError(
+            f"encoder_name is for .pth files and for convnets of your own in files and folders: {encoder} says itself "
+            "which encoder it is, leave it out"
+        )
+    if pretrained and report.source:
+        raise ValueError(
+            f"pretrained is for timm names: {report.source} brings its own weights, leave it out"
+        )
+    return made, report
 
 
 def start_from(model: DepthModel, folder: str | Path) -> KeyReport:
@@ -218,18 +252,29 @@ def start_from(model: DepthModel, folder: str | Path) -> KeyReport:
     return report
 
 
-def load_depth_model(folder: str | Path) -> DepthModel:
+def load_depth_model(folder: str | Path, encoder_name: str | None = None) -> DepthModel:
     """Read a model that `DepthModel.save` wrote, in evaluation mode, on the CPU.
 
+    Args:
+        folder: Of the model.
+        encoder_name: "package.module:factory" of one's own encoder, which must be said: no file decides which code is
+            run. Of timm's encoders the folder says which it is.
+
     Raises:
-        ValueError: No such model, an encoder instead of one, a damaged one, or weights that do not fit its
-            configuration.
+        ValueError: No such model, an encoder instead of one, a damaged one, weights that do not fit its configuration,
+            or an own encoder that was not named, or another than that of the weights.
     """
     folder = Path(folder)
     tensors, config = _read(folder)
     try:
         built = config["encoder"]
-        encoder = build_encoder(built["architecture"], **built["model_args"])
+        if encoder_name is not None and "own" not in built:
+            raise ValueError(
+                f"the encoder of {folder} is timm's {built['architecture']}: leave {ENCODER_NAME} out, which names "
+                "convnets of your own"
+            )
+        name = name_of(built, folder, encoder_name, ENCODER_NAME)
+        encoder = build_encoder(name, **built["model_args"])
         model = DepthModel(
             encoder,
             head=config["head"],
@@ -246,6 +291,11 @@ def load_depth_model(folder: str | Path) -> DepthModel:
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
+        if "own" in built:
+            raise ValueError(
+                f"the weights in {folder} are of {built['own']} and do not fit {name}: name the network that it was "
+                f"trained with, as it was then, with {ENCODER_NAME}. {' '.join(str(error).split())}"
+            ) from error
         raise ValueError(_unfitting(folder, error)) from error
     return model.eval()
 

@@ -103,7 +103,9 @@ class Outputs:
         """
         assert self.held_out is not None
         step = self.state.step
-        scored = load_depth_model(self.folder / "model").to(self.device) if finished else self.state.shown
+        scored = self.state.shown
+        if finished:
+            scored = load_depth_model(self.folder / "model", self.config.own_encoder()).to(self.device)
         results, rows = score(
             scored,
             self.held_out,

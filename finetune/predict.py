@@ -56,6 +56,8 @@ class PredictConfig:
         colour_near: depth in metres at the near end of the colours.
         colour_far: depth in metres at the far end of the colours; null is the model's max_depth.
         device: where to compute; auto takes a GPU if there is one.
+        encoder_name: package.module:factory of the model's encoder where that is a convnet of your own
+            (docs/options.md), for no file decides which code is run; null for timm's.
     """
 
     model: str
@@ -66,6 +68,7 @@ class PredictConfig:
     colour_near: float = 0.0
     colour_far: float | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    encoder_name: str | None = None
 
     def __post_init__(self) -> None:
         expand_home(self, "model", "input", "output")
@@ -86,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def predict(config: PredictConfig) -> int:
     """Predict every image of `config.input`; returns 0, or 1 if none could be read."""
     console = Console()
-    model = load_depth_model(config.model)
+    model = load_depth_model(config.model, config.encoder_name)
     far = model.depth_range.max_depth if config.colour_far is None else config.colour_far
     require(
         0 <= config.colour_near < far,

@@ -107,7 +107,7 @@ class ModelConfig:
                 0 < low <= high < 1,
                 "model.mask_ratio",
                 list(self.mask_ratio),
-                "between 0 and 1, or two such numbers, [low, high]",
+                "between 0 and 1, or two such numbers, [low, high] with low first",
             )
         else:
             require(0 < self.mask_ratio < 1, "model.mask_ratio", self.mask_ratio, "between 0 and 1")
@@ -159,6 +159,7 @@ class DataConfig:
     max_unreadable: float = 0.01
 
     def __post_init__(self) -> None:
+        require(bool(self.train), "data.train", "an empty text", "the place of the images")
         self.train = os.path.expanduser(self.train)
         self.cache = self.cache and os.path.expanduser(self.cache)
         low, high = self.crop_scale
@@ -166,7 +167,7 @@ class DataConfig:
             0 < low <= high <= 1,
             "data.crop_scale",
             list(self.crop_scale),
-            "two shares of the area, [low, high]",
+            "two shares of the area above 0 and at most 1, [low, high] with low first",
         )
         require(0 <= self.hflip <= 1, "data.hflip", self.hflip, "between 0 and 1")
         require(self.workers is None or self.workers >= 0, "data.workers", self.workers, "null, 0 or more")
@@ -364,6 +365,7 @@ class PretrainConfig:
     resume: bool | str = False
 
     def __post_init__(self) -> None:
+        require(bool(self.output_dir), "output_dir", "an empty text", "the name of a folder")
         self.output_dir = os.path.expanduser(self.output_dir)
         if isinstance(self.resume, str):
             self.resume = os.path.expanduser(self.resume)
@@ -372,6 +374,7 @@ class PretrainConfig:
             self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "null or at least 1"
         )
         require(self.accumulation >= 1, "accumulation", self.accumulation, "at least 1")
+        require(abs(self.seed) < 2**63, "seed", self.seed, "a whole number of at most 63 bits")
         require(self.log_every >= 1, "log_every", self.log_every, "at least 1")
         require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")
         require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "at least 1")
@@ -446,11 +449,25 @@ def parse_config(cls: type[T], argv: Sequence[str] | None, description: str) -> 
     try:
         _check_names(cls, argv)
         values = parser.instantiate(parser.parse_args(argv))
-        return cls(**{name: values[name] for name in typing.get_type_hints(cls)})
+        config = cls(**{name: values[name] for name in typing.get_type_hints(cls)})
+        _require_finite(config)
+        return config
     except (ArgumentError, ValueError, OSError) as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {_explain(cls, str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _require_finite(value: Any, path: str = "") -> None:
+    """Raise ValueError for the first number that is infinite or no number, which YAML knows as .inf and .nan."""
+    if dataclasses.is_dataclass(value):
+        for item in dataclasses.fields(value):
+            _require_finite(getattr(value, item.name), f"{path}.{item.name}".lstrip("."))
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            _require_finite(entry, path)
+    elif isinstance(value, float):
+        require(math.isfinite(value), path, value, "a finite number")
 
 
 def save_config(config: Any, path: str | Path) -> None:

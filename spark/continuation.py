@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from spark.checkpoint import find_run, read_encoder
+from spark.encoder import is_own
 from spark.export import STATE, WEIGHTS
 from spark.keys import KeyReport, fit
 from spark.model import SparK
@@ -26,7 +27,7 @@ def start_from(spark: SparK, source: str, name: str, decoder: str = "auto") -> l
         source: A run folder or a checkpoint folder of one, an official `.pth` file, an exported encoder folder, or
             "timm" for timm's published weights of this encoder (which need the network or a cache). Where the source
             reads another number of channels, timm's rule adapts the first convolution (repeated and scaled).
-        name: timm name of the encoder.
+        name: Name of the encoder: timm's, or "package.module:factory" of one's own.
         decoder: "keep": the decoder and densify layers of the source too; "drop": leave them random; "auto": keep
             them if the source has all of them in the shapes of this model.
 
@@ -39,17 +40,27 @@ def start_from(spark: SparK, source: str, name: str, decoder: str = "auto") -> l
         OSError: timm's weights could not be downloaded.
     """
     place: str | Path = source
+    if source != TIMM and not (source and Path(source).exists()):
+        raise FileNotFoundError(
+            f"model.init {source!r} does not exist: give a run, an exported encoder or a .pth file, or {TIMM} for "
+            "timm's published weights of model.name"
+        )
     if source != TIMM and (Path(source) / "checkpoints").is_dir():
         found = find_run(source, True)
         if found is None:
             raise ValueError(f"model.init {source} is a run without a whole checkpoint")
         place = found
     if source == TIMM:
+        if is_own(name):
+            raise ValueError(
+                f"model.init {TIMM} is for encoders of timm, and {name} is not timm's: give a run, an exported encoder "
+                "or a file of its weights"
+            )
         encoder, report = read_encoder(name, in_chans=spark.in_chans, pretrained=True)
         report = KeyReport(f"timm's weights of {name}", loaded=list(encoder.state_dict()))
     else:
         encoder, report = read_encoder(
-            place, in_chans=spark.in_chans, model_name=name if Path(place).is_file() else None
+            place, in_chans=spark.in_chans, model_name=name, name_option="--model.name"
         )
         if not report.source:
             raise ValueError(

@@ -27,15 +27,16 @@ from spark.encoder import build_encoder, create_model, is_own
 from spark.folders import whole_folder, write_tensors
 from spark.keys import KeyReport
 from spark.official import (
+    MODEL_NAME,
+    encoder_name,
     first_convolution,
     fit_encoder,
     input_channels,
+    own_names,
     read_torch_file,
     read_weights,
     stored_channels,
     timm_config,
-    timm_name,
-    timm_names,
 )
 
 logger = logging.getLogger(__name__)
@@ -54,11 +55,13 @@ _NOT_ARCHITECTURE = (
     "global_pool",
     "drop_rate",
     "drop_path_rate",
+    "drop_path",
     "drop_block_rate",
     "pretrained_cfg_overlay",
     "pretrained_strict",
 )
-"""Options of `timm.create_model` that are not part of an export: recorded elsewhere, or a matter of use."""
+"""Options of `timm.create_model` and of one's own factory that are not part of an export: recorded elsewhere, or a
+matter of use."""
 
 _OWN_CONFIG = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "input_size": (3, 224, 224)}
 """How images of one's own encoder are prepared unless it is said."""
@@ -111,7 +114,7 @@ def architecture(encoder: nn.Module) -> dict[str, Any]:
             f"{type(encoder).__name__} is not a timm model (it has no pretrained_cfg), so timm could not load its"
             " export: save its state_dict() instead"
         )
-    options = {k: v for k, v in getattr(encoder, "_model_args", {}).items() if k not in _NOT_ARCHITECTURE}
+    options = _of_architecture(getattr(encoder, "_model_args", {}))
     options["in_chans"] = input_channels(encoder)
     for key, value in options.items():
         try:
@@ -136,7 +139,12 @@ def description(encoder: nn.Module) -> dict[str, Any]:
         return architecture(encoder)
     unnamed = {"own": f"{type(encoder).__module__}:{type(encoder).__qualname__}", "model_args": {}}
     built: dict[str, Any] = getattr(encoder, "own_encoder", unnamed)
-    return {**built, "model_args": {**built["model_args"], "in_chans": input_channels(encoder)}}
+    options = _of_architecture(built["model_args"])
+    return {**built, "model_args": {**options, "in_chans": input_channels(encoder)}}
+
+
+def _of_architecture(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key not in _NOT_ARCHITECTURE}
 
 
 def _encoder_config(
@@ -239,7 +247,8 @@ def load_encoder(
         pretrained: For a timm name: load timm's published weights (needs the network). Otherwise the weights of a
             timm name are random. Files and folders are always loaded.
         model_name: timm name of the encoder in a `.pth` file that does not say it; "package.module:factory" of one's
-            own encoder, which must always be said: no file decides which code is run.
+            own encoder in any file or folder, which must always be said: no file decides which code is run. What
+            says that it is timm's needs none, and does not ask for it.
         timm_kwargs: Further options of `timm.create_model`, such as `drop_path_rate` or `out_indices`.
 
     Returns:
@@ -271,24 +280,29 @@ def read_encoder(
     pretrained: bool = False,
     model_name: str | None = None,
     averaged: bool = False,
+    name_option: str = MODEL_NAME,
     **timm_kwargs: Any,
 ) -> tuple[nn.Module, KeyReport]:
-    """`load_encoder`, with the report as a value; it is empty for a timm name.
+    """`load_encoder`, with the report as a value; it is empty for a name.
 
     With `averaged`, the averaged weights of a checkpoint of a run (`optim.ema_decay`) in place of the last ones.
+    `name_option` is how sentences call `model_name`: by the option of whoever calls.
     """
     if "num_classes" in timm_kwargs:
         raise ValueError(
             "an encoder has no classifier: for one, export it (save_encoder) and use"
             " timm.create_model('local-dir:FOLDER', pretrained=True, num_classes=...)"
         )
-    found = _find_encoder(source, model_name, averaged)
+    found = _find_encoder(source, model_name, averaged, name_option)
     if found is None:
         name = str(source)
         if features_only:
             options = {"in_chans": in_chans or 3, **timm_kwargs}
             return create_model(name, pretrained=pretrained, features_only=True, **options), KeyReport()
-        return build_encoder(name, in_chans or 3, pretrained=pretrained, **timm_kwargs), KeyReport()
+        encoder = build_encoder(name, in_chans or 3, pretrained=pretrained, **timm_kwargs)
+        if is_own(name):
+            encoder.pretrained_cfg = _own_preparation(in_chans or 3)  # type: ignore[assignment]
+        return encoder, KeyReport()
 
     channels = found.options["in_chans"]
     if in_chans not in (None, channels):
@@ -303,13 +317,26 @@ def read_encoder(
         if first in found.tensors:
             found.tensors[first] = adapt_input(found.tensors[first], in_chans or channels)
         report = fit_encoder(
-            found.tensors, encoder, source=found.label, name=found.name, ignored=found.ignored
+            found.tensors,
+            encoder,
+            source=found.label,
+            name=found.name,
+            ignored=found.ignored,
+            name_option=name_option,
         )
-        size = found.preparation.get("input_size", _OWN_CONFIG["input_size"][1:])
-        encoder.pretrained_cfg = {**found.preparation, "input_size": (in_chans or channels, *size)}  # type: ignore[assignment]
+        known = _own_preparation(in_chans or channels)
+        size = found.preparation.get("input_size", known["input_size"][1:])
+        encoder.pretrained_cfg = {**known, **found.preparation, "input_size": (in_chans or channels, *size)}  # type: ignore[assignment]
         return encoder, report
     encoder = build_encoder(found.name, **found.options)
-    report = fit_encoder(found.tensors, encoder, source=found.label, name=found.name, ignored=found.ignored)
+    report = fit_encoder(
+        found.tensors,
+        encoder,
+        source=found.label,
+        name=found.name,
+        ignored=found.ignored,
+        name_option=name_option,
+    )
     height, width = found.preparation.get("input_size", timm_config(encoder)["input_size"][1:])
     preparation = {
         **found.preparation,
@@ -333,8 +360,16 @@ def read_encoder(
     return encoder, report
 
 
-def _find_encoder(source: str | Path, model_name: str | None, averaged: bool) -> _Source | None:
-    """Find the encoder weights that a path means; None if it is a timm name."""
+def _own_preparation(channels: int) -> dict[str, Any]:
+    """How images of one's own encoder are prepared unless it is said; of other than colours nobody knows the mean."""
+    known = _OWN_CONFIG if channels == 3 else {}
+    return {**known, "input_size": (channels, *_OWN_CONFIG["input_size"][1:])}
+
+
+def _find_encoder(
+    source: str | Path, model_name: str | None, averaged: bool, name_option: str
+) -> _Source | None:
+    """Find the encoder weights that a path means; None if it is a name."""
     path = Path(str(source).removeprefix("local-dir:")).expanduser()
     if averaged and not (path / STATE).is_file():
         raise ValueError(
@@ -343,16 +378,16 @@ def _find_encoder(source: str | Path, model_name: str | None, averaged: bool) ->
         )
     is_name = is_own(str(source)) or (os.sep not in str(source) and timm.is_model(str(source).split(".")[0]))
     if (path / CONFIG).is_file():
-        return _from_export(path, model_name)
+        return _from_export(path, model_name, name_option)
     if (path / STATE).is_file():
-        return _from_run(path, model_name, averaged)
+        return _from_run(path, model_name, averaged, name_option)
     if path.is_dir() and not is_name:
         hint = "save_encoder and tools/export_encoder.py write such folders"
         if (path / "encoder" / CONFIG).is_file():
             hint = f"did you mean {path / 'encoder'}?"
         raise ValueError(f"{path} is not an exported encoder (it has no {CONFIG}): {hint}")
     if path.is_file():
-        return _from_file(path, model_name)
+        return _from_file(path, model_name, name_option)
     if os.sep in str(source) or path.suffix in (".pth", ".pt", ".bin", ".safetensors", ".ckpt"):
         raise FileNotFoundError(
             f"no encoder at {path}: give an exported folder, a checkpoint file or a timm model name"
@@ -360,11 +395,11 @@ def _find_encoder(source: str | Path, model_name: str | None, averaged: bool) ->
     return None
 
 
-def _from_file(path: Path, model_name: str | None) -> _Source:
+def _from_file(path: Path, model_name: str | None, name_option: str) -> _Source:
     """Read a `.pth` file. The official code normalises images with ImageNet's statistics."""
     weights = read_weights(path)
-    name = timm_name(weights, model_name)
-    tensors = timm_names(weights.encoder)
+    name = encoder_name(weights, model_name, name_option)
+    tensors = own_names(weights.encoder, name)
     channels = stored_channels(tensors, name)
     preparation: dict[str, Any] = {}
     if channels == 3:
@@ -375,19 +410,39 @@ def _from_file(path: Path, model_name: str | None) -> _Source:
     return _Source(weights.source, name, tensors, {"in_chans": channels}, preparation, ignored)
 
 
-def _name_of(built: dict[str, Any], source: Path, model_name: str | None) -> str:
-    """timm name of an encoder, or the user's own word for one's own."""
+def name_of(
+    built: dict[str, Any], source: Path, model_name: str | None, name_option: str = MODEL_NAME
+) -> str:
+    """timm name of an encoder, or the caller's own word for one's own.
+
+    Args:
+        built: Of `description`, as a file has it.
+        source: The file or folder, for messages.
+        model_name: The caller's word. A name other than the file's is taken, for modules get moved and renamed, but
+            not in silence: the weights decide whether it fits, and they do not tell everything.
+        name_option: How messages call it.
+
+    Raises:
+        ValueError: It is one's own, and the caller names none.
+    """
     if "own" not in built:
         return built["architecture"]
     if model_name is None or not is_own(model_name):
         raise ValueError(
-            f"{source} holds {built['own']}, which is not timm's, and no code is run because a file names it: say "
-            f"model_name='package.module:factory' (--model_name), such as {built['own']}"
+            f"{source} holds {built['own']}, which is not timm's, and no code is run because a file names it: name "
+            f"your network with {name_option}, such as {built['own']}"
+        )
+    if model_name != built["own"]:
+        logger.warning(
+            "%s was written of %s and is read as %s: right if this is the same network under another name",
+            source,
+            built["own"],
+            model_name,
         )
     return model_name
 
 
-def _from_export(folder: Path, model_name: str | None) -> _Source:
+def _from_export(folder: Path, model_name: str | None, name_option: str) -> _Source:
     """Read a folder with config.json: of `save_encoder`, or of another timm model on disk."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -403,16 +458,15 @@ def _from_export(folder: Path, model_name: str | None) -> _Source:
         raise ValueError(
             f"{folder / WEIGHTS} is missing, cut short or damaged ({error}): export it again"
         ) from error
-    name = name or _name_of(config, folder, model_name)
+    name = name or name_of(config, folder, model_name, name_option)
     preparation = {key: tuple(cfg[key]) for key in ("mean", "std") if key in cfg}
     if "input_size" in cfg:
         preparation["input_size"] = tuple(cfg["input_size"][1:])
     options = {"in_chans": cfg.get("input_size", (3,))[0], **config.get("model_args", {})}
-    options = {key: value for key, value in options.items() if key not in _NOT_ARCHITECTURE}
-    return _Source(str(folder), name, tensors, options, preparation)
+    return _Source(str(folder), name, tensors, _of_architecture(options), preparation)
 
 
-def _from_run(folder: Path, model_name: str | None, averaged: bool) -> _Source:
+def _from_run(folder: Path, model_name: str | None, averaged: bool, name_option: str) -> _Source:
     """Read the encoder out of a checkpoint folder of a run."""
     path = folder / (EMA if averaged else WEIGHTS)
     if averaged and not path.is_file():
@@ -435,9 +489,9 @@ def _from_run(folder: Path, model_name: str | None, averaged: bool) -> _Source:
     built = json.loads(described)
     return _Source(
         f"{folder} ({'averaged' if averaged else 'last'} weights)",
-        _name_of(built, folder, model_name),
+        name_of(built, folder, model_name, name_option),
         tensors,
-        built["model_args"],
+        _of_architecture(built["model_args"]),
         _run_preparation(folder),
         ignored,
     )

@@ -27,7 +27,7 @@ from timm.models.convnext import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from spark.channels import adapt_input, adapt_output
-from spark.encoder import pyramid_info, require_timm_name, unreached_parameters
+from spark.encoder import is_own, pyramid_info, require_timm_name, unreached_parameters
 from spark.keys import KeyReport, fit, some
 from spark.model import SparK
 
@@ -55,7 +55,8 @@ _UNUSED = {
     "norm_black": "unused buffer of the training size",
 }
 
-_NAME_ANOTHER = "Name the right one (model_name=, --model_name), or give a checkpoint of this one"
+MODEL_NAME = "model_name= (--model_name)"
+"""How sentences call the argument that names the encoder, unless the caller says what it is called there."""
 
 _RENAMES = tuple(
     (re.compile(pattern), name)
@@ -122,7 +123,9 @@ def input_channels(encoder: nn.Module) -> int:
 
 
 def stored_channels(tensors: Mapping[str, Tensor], name: str) -> int:
-    """Channels that the first convolution of the timm model `name` reads in these tensors, under timm's names."""
+    """Channels that the first convolution of the encoder `name` reads in these tensors, under its own names."""
+    if is_own(name):
+        return next((value.shape[1] for value in tensors.values() if value.ndim == 4), 3)
     config = timm.get_pretrained_cfg(name)
     first = config.first_conv if config is not None else None
     weight = tensors.get(f"{first}.weight")
@@ -216,6 +219,11 @@ def _our_name(key: str) -> str:
     return key
 
 
+def own_names(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The encoder tensors of a file under the names that the encoder `name` gives them."""
+    return dict(tensors) if is_own(name) else timm_names(tensors)
+
+
 def timm_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the encoder tensors of a file to timm's names.
 
@@ -231,24 +239,30 @@ def timm_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def timm_name(weights: Weights, model_name: str | None = None) -> str:
-    """Name of the timm model that these encoder weights belong to.
+def encoder_name(weights: Weights, model_name: str | None = None, name_option: str = MODEL_NAME) -> str:
+    """Name of the encoder that these weights belong to.
 
-    The caller's `model_name` goes first, then what the file says, then the official model whose tensors have the same
-    names and shapes.
+    The caller's `model_name` goes first, which alone may name one's own encoder; then what the file says, then the
+    official model whose tensors have the same names and shapes.
+
+    Args:
+        weights: Of the file.
+        model_name: The caller's word, if any.
+        name_option: What the caller's caller knows it by, for messages.
 
     Raises:
         ValueError: None of them is known to timm.
     """
     if model_name is not None:
-        require_timm_name(model_name)
+        if not is_own(model_name):
+            require_timm_name(model_name)
         return model_name
     if weights.arch is not None:
         if timm.is_model(weights.arch):
             return weights.arch
         raise ValueError(
-            f"{weights.source} says that its encoder is {weights.arch!r}, which timm does not have: pass model_name="
-            " (--model_name) with the timm name of this architecture"
+            f"{weights.source} says that its encoder is {weights.arch!r}, which timm does not have: pass"
+            f" {name_option} with the timm name of this architecture"
         )
     shapes = {key: tuple(value.shape) for key, value in timm_names(weights.encoder).items()}
     for name in OFFICIAL_MODELS:
@@ -264,7 +278,7 @@ def timm_name(weights: Weights, model_name: str | None = None) -> str:
             return name
     raise ValueError(
         f"{weights.source} does not say which encoder it holds, and it is none of {', '.join(OFFICIAL_MODELS)}: pass"
-        " model_name= (--model_name) with its timm name"
+        f" {name_option} with its timm name"
     )
 
 
@@ -279,8 +293,9 @@ def fit_encoder(
     source: str,
     name: str,
     ignored: Collection[tuple[str, str]],
+    name_option: str = MODEL_NAME,
 ) -> KeyReport:
-    """`fit` for a stock timm encoder without classifier, and tensors under timm's names.
+    """`fit` for an encoder without classifier, and tensors under its own names.
 
     The file's classifier is ignored, and what takes no part in the feature maps (ConvNeXt's final norm, which masked
     pretraining does not train) may be missing.
@@ -292,10 +307,15 @@ def fit_encoder(
         encoder,
         source=source,
         name=name,
-        advice=_NAME_ANOTHER,
+        advice=name_another(name_option),
         optional=unreached_parameters(encoder, pyramid_info(encoder), input_channels(encoder)),
         ignored=[*ignored, *((key, "classifier") for key in classifier)],
     )
+
+
+def name_another(name_option: str) -> str:
+    """What to do about weights of another encoder than the one that was named."""
+    return f"Name the right one with {name_option}, or give a checkpoint of this one"
 
 
 def _classifier_prefixes(encoder: nn.Module) -> tuple[str, ...]:
@@ -330,8 +350,8 @@ def load_official(
             f" the weights of an encoder, use load_encoder({str(path)!r}), and to pretrain it further"
             " SparK(load_encoder(...))"
         )
-    name = timm_name(weights, model_name)
-    tensors = timm_names(weights.encoder)
+    name = encoder_name(weights, model_name)
+    tensors = own_names(weights.encoder, name)
     options: dict[str, Any] = {
         "input_size": weights.input_size or 224,
         "in_chans": stored_channels(tensors, name),
@@ -355,7 +375,7 @@ def load_official(
         model,
         source=weights.source,
         name=f"SparK with {name}",
-        advice=_NAME_ANOTHER,
+        advice=name_another(MODEL_NAME),
         optional=[f"encoder.{key}" for key in unreached],
         ignored=weights.ignored,
     )

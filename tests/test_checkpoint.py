@@ -30,7 +30,7 @@ from spark.checkpoint import (
 from spark.encoder import build_encoder, pyramid
 from spark.folders import whole_folder, write_whole
 from spark.model import SparK
-from spark.official import Weights, timm_config, timm_name
+from spark.official import Weights, encoder_name, timm_config
 from spark.optim import build_optimizer, parameter_groups
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -257,7 +257,7 @@ def test_missing_keys_are_logged(written, caplog):
 def test_the_official_models_are_known_by_their_shapes(name, state):
     with torch.device("meta"):
         tensors = original_convnext(**state) if "dims" in state else plain_resnet(**state)
-    assert timm_name(Weights("file", tensors, {}, [], None, None, {})) == name
+    assert encoder_name(Weights("file", tensors, {}, [], None, None, {})) == name
 
 
 def test_an_encoder_nobody_names_is_asked_for(written):

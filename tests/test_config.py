@@ -205,6 +205,21 @@ def test_unknown_key_in_file_names_path_and_nearest(capsys, tmp_path):
         (["--data.crop_scale", "[0.9, 0.5]"], "data.crop_scale must be"),
         (["--accumulation", "0"], "accumulation must be at least 1"),
         (["--epochs", "0"], "epochs must be above 0"),
+        (["--data.train", ""], "data.train must be the place of the images, got an empty text"),
+        (["--output_dir", ""], "output_dir must be the name of a folder, got an empty text"),
+        (["--epochs", ".inf"], "epochs must be a finite number, got inf"),
+        (["--optim.base_lr", ".inf"], "optim.base_lr must be a finite number, got inf"),
+        (["--data.std", "[1, .inf, 1]"], "data.std must be a finite number, got inf"),
+        (["--data.mean", "[.nan, 1, 1]"], "data.mean must be a finite number, got nan"),
+        (
+            ["--data.crop_scale", "[0, 1]"],
+            "above 0 and at most 1, [low, high] with low first, got [0.0, 1.0]",
+        ),
+        (
+            ["--model.mask_ratio", "[0.7, 0.5]"],
+            "two such numbers, [low, high] with low first, got [0.7, 0.5]",
+        ),
+        (["--seed", str(2**63)], "seed must be a whole number of at most 63 bits, got 9223372036854775808"),
     ],
 )
 def test_wrong_value(capsys, arguments, words):

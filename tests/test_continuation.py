@@ -123,11 +123,15 @@ def test_timm_weights_are_asked_of_timm(monkeypatch):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("no/such/place", "no encoder at no/such/place"),
+        ("no/such/place", "model.init 'no/such/place' does not exist: give a run"),
+        ("", "model.init '' does not exist: give a run"),
+        ("resnet50", "or timm for timm's published weights of model.name"),
         ("resnet18", "for timm's published weights of model.name say timm"),
     ],
 )
-def test_sources_that_are_none(source, message):
+def test_sources_that_are_none(source, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "resnet18").mkdir()
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         start_from(made(), source, "test_resnet")
 

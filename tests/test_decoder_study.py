@@ -11,6 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))  # as when a tool is run as a script
 
 import decoder_study
+import study
 from benchmarks.decoders import ORIGINAL_DECODER, Decoder
 
 from spark import SparK
@@ -50,7 +51,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
     def interleaved(steps: dict[str, object], rounds: int, device: str) -> dict[str, list[float]]:
         return {name: [0.5 if name == "256/2/1" else 2.0] * rounds for name in steps}
 
-    monkeypatch.setattr(decoder_study, "call", call)
+    for tool in (study, decoder_study):
+        monkeypatch.setattr(tool, "call", call)
     monkeypatch.setattr(decoder_study, "interleaved", interleaved)
     monkeypatch.setattr(decoder_study, "training_step", lambda *arguments: None)
     return made

@@ -449,7 +449,7 @@ def test_a_run_from_an_official_file(world: Path, tmp_path: Path, capsys: pytest
     options = {"encoder": path, "data.val_list": "null", "max_steps": 1, "optim.frozen_epochs": 1}
 
     sentence = fails(world, tmp_path / "run", capsys, **options)
-    assert "pass --encoder_name with its timm name" in sentence
+    assert "(--encoder_name) with its timm name" in sentence
     assert "model_name" not in sentence
     sentence = fails(world, tmp_path / "run", capsys, **options, encoder_name="resnet18")
     assert "does not fit resnet18" in sentence
@@ -520,7 +520,10 @@ def test_checkpoint_of_another_architecture(
         ({"model.head_options": '{"decoder_chanels": [8]}'}, "did you mean 'decoder_channels'"),
         ({"loss_options": '{"silog": {"variance": 1}}'}, "variance_focus"),
         ({"precision": "fp16"}, "fp16 needs a GPU"),
-        ({"encoder_name": "resnet18"}, "encoder_name is for .pth files: test_resnet"),
+        (
+            {"encoder_name": "resnet18"},
+            "encoder_name is for .pth files and for convnets of your own in files and folders: test_resnet",
+        ),
     ],
 )
 def test_user_errors_are_sentences(

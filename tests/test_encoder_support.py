@@ -17,6 +17,7 @@ from encoder_support import FAMILIES, PROPERTIES, Trial, rows_of, try_family
 
 from spark.encoder import build_encoder
 from spark.sparse import MASKED, PACKED
+from tests.test_own_encoders import my_nets  # noqa: F401  (a fixture)
 
 
 def test_a_family_that_is_supported():
@@ -111,3 +112,11 @@ def test_no_drop_path_means_none():
     with torch.no_grad():
         a, b = (encoder.forward_features(images) for _ in range(2))
     assert F.l1_loss(a, b) == 0
+
+
+def test_the_properties_of_an_own_encoder(my_nets, capsys):  # noqa: F811
+    encoder_support.main(["--models", "my_nets:TinyNet"])
+    assert "supported" in capsys.readouterr().out.splitlines()[0]
+    with pytest.raises(SystemExit):
+        encoder_support.main(["--models", "my_nets:TinyNet", "--results", "table"])
+    assert "leave --families and --models out" in capsys.readouterr().err

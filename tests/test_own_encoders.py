@@ -2,22 +2,32 @@
 """One's own convnets, networks at a lower stride, and images of other numbers of channels."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from finetune import DepthModel, depth
-from spark import SparK, load_encoder, load_official, save_encoder
+from finetune import DepthModel, depth, evaluate, load_depth_model, predict
+from finetune.inference import transform_of
+from spark import SparK, load_encoder, load_official, pretrain, save_encoder
 from spark.channels import adapt_input, adapt_output, adapt_statistics
+from spark.continuation import start_from
 from spark.encoder import build_encoder
 from spark.masking import random_visible
-from tests.test_pretrain import command, error_of, fresh_accelerate, photos, run
+from tests.depth_world import make_depth_world
+from tests.test_depth_training import arguments
+from tests.test_pretrain import command, error_of, fresh_accelerate, photos, run, small_run
+from tests.test_probe import make_folder
+from tools import export_encoder, probe, report
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "options.md"
 
@@ -96,23 +106,6 @@ def test_a_run_over_an_own_encoder(my_nets, command, tmp_path, capsys):
     torch.testing.assert_close(grey.eval()(images)[-1], colour(images.expand(-1, 3, -1, -1))[-1])
 
 
-@pytest.mark.parametrize("source", ["name", "name of a folder", "folder"])
-def test_depth_runs_refuse_own_encoders_before_anything_is_written(my_nets, tmp_path, capsys, source):
-    folder = save_encoder(build_encoder("my_nets:TinyNet"), tmp_path / "encoder")
-    options = {
-        "name": ["--encoder=my_nets:TinyNet"],
-        "name of a folder": [f"--encoder={folder}", "--encoder_name=my_nets:TinyNet"],
-        "folder": [f"--encoder={folder}"],
-    }
-    AcceleratorState._reset_state(reset_partial_state=True)
-    with pytest.raises(SystemExit) as stopped:
-        depth.main([*options[source], f"--data.root={tmp_path}", f"--output_dir={tmp_path / 'out'}"])
-    assert stopped.value.code == 2
-    text = capsys.readouterr().err
-    assert re.search("my_nets:TinyNet(, which)? is not timm's: give the loaded encoder to DepthModel", text)
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -147,6 +140,265 @@ def test_contracts_that_are_not_kept(my_nets):
         SparK(net, 64, decoder_width=32)
     with pytest.raises(ValueError, match="so timm has no weights of it"):
         build_encoder("my_nets:TinyNet", pretrained=True)
+
+
+# --- depth
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_depth_world(tmp_path_factory.mktemp("world"))
+
+
+def depth_options(world, output, **options):
+    given = {"model.head_options": '{"decoder_channels": [16, 8, 8, 8]}', "max_steps": 2, **options}
+    return arguments(world, output, **given)
+
+
+def depth_run(world, output, **options):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    depth.main(depth_options(world, output, **options))
+
+
+def refusal(capsys, main, options):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(SystemExit) as stopped:
+        main(options)
+    assert stopped.value.code == 2
+    text = capsys.readouterr().err.strip()
+    assert len(text.splitlines()) == 1, text
+    return text
+
+
+def test_an_own_encoder_from_photos_to_predicted_depth(my_nets, command, world, tmp_path, capsys):
+    run(command("--model.name=my_nets:TinyNet", "--max_steps=2", "--model.drop_path=0"))
+    encoder = tmp_path / "run" / "encoder"
+    trained = load_file(encoder / "model.safetensors")
+    named = {"encoder": encoder, "encoder_name": "my_nets:TinyNet"}
+    output = tmp_path / "depth"
+    depth_run(world, output, **named)
+    depth_run(world, output, **named, **{"max_steps": 3, "resume": "true", "optim.encoder_lr_factor": 1.0})
+    assert f"{encoder}: {len(trained)} tensors loaded" in capsys.readouterr().out
+    model = load_depth_model(output / "model", encoder_name="my_nets:TinyNet")
+    assert type(model.encoder) is my_nets.TinyNet
+    tuned = model.encoder.state_dict()
+    assert all((tuned[key] - value).abs().max() < 0.1 for key, value in trained.items() if value.ndim == 4)
+    assert model.mean == pytest.approx((0.485, 0.456, 0.406))
+
+    scores = tmp_path / "scores.json"
+    options = [f"--model={output / 'model'}", f"--data.root={world}", "--data.list=nyu_val.txt"]
+    evaluate.main(
+        [*options, "--protocol=nyu-bts-scaled", f"--output={scores}", "--encoder_name=my_nets:TinyNet"]
+    )
+    written = json.loads((output / "evaluation.json").read_text())
+    assert json.loads(scores.read_text())["metrics"] == pytest.approx(written["metrics"])
+    photo = next((world / "val_scene").glob("rgb_*"))
+    assert predict.main(predicting(output, photo, tmp_path / "predicted", "my_nets:TinyNet")) == 0
+    array = np.load(tmp_path / "predicted" / f"{photo.stem}.npy")
+    image = transform_of(model).prepare(cv2.imread(str(photo))[..., ::-1].copy())
+    assert np.isfinite(array).all()
+    assert array.shape == (48, 64)
+    torch.testing.assert_close(
+        torch.from_numpy(array), model(image[None]).depth[0, 0].detach(), rtol=1e-3, atol=1e-3
+    )
+
+    # a second stage starts from the first one's model, which needs no code
+    depth_run(
+        world,
+        tmp_path / "second",
+        **{"encoder": "my_nets:TinyNet", "model.init": output / "model", "max_steps": 1, "optim.lr": 1e-9},
+    )
+    second = load_depth_model(tmp_path / "second" / "model", "my_nets:TinyNet").encoder.state_dict()
+    for key in (key for key, value in tuned.items() if value.ndim == 4):
+        torch.testing.assert_close(second[key], tuned[key], rtol=0, atol=1e-6)
+
+
+def predicting(output, photo, folder, name):
+    named = [] if name is None else [f"--encoder_name={name}"]
+    return [f"--model={output / 'model'}", f"--input={photo}", f"--output={folder}", *named]
+
+
+def test_prediction_with_an_own_encoder_as_a_process(my_nets, world, tmp_path):
+    model = DepthModel("my_nets:TinyNet", decoder_channels=[16, 8, 8, 8], image_size=(48, 64))
+    model.save(tmp_path / "model")
+    photo = next((world / "val_scene").glob("rgb_*"))
+    root = Path(__file__).resolve().parents[1]
+    options = predicting(tmp_path, photo, tmp_path / "out", "my_nets:TinyNet")
+    found = subprocess.run(
+        [sys.executable, root / "finetune" / "predict.py", *options],
+        env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{tmp_path}", "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert found.returncode == 0, found.stderr
+    assert (tmp_path / "out" / f"{photo.stem}_mm.png").is_file()
+
+
+def test_own_encoders_of_depth_models_are_named_by_the_user_alone(my_nets, world, tmp_path, capsys, caplog):
+    made = DepthModel("my_nets:TinyNet", decoder_channels=[16, 8, 8, 8])
+    made.save(tmp_path / "model")
+    photo = next((world / "val_scene").glob("rgb_*"))
+
+    def predicted(name):
+        return refusal(capsys, predict.main, predicting(tmp_path, photo, tmp_path / "out", name))
+
+    assert re.search(
+        r"/model holds my_nets:TinyNet, which is not timm's, and no code is run because a file names it: name your "
+        r"network with encoder_name= \(--encoder_name\), such as my_nets:TinyNet",
+        predicted(None),
+    )
+    assert "no code is run" in predicted("resnet18")
+    assert "my_nets:Missing cannot be imported" in predicted("my_nets:Missing")
+    my_nets.Wide = lambda in_chans: build_wide(my_nets, in_chans)
+    with pytest.raises(
+        ValueError, match=r"are of my_nets:TinyNet and do not fit my_nets:Wide: name .*--encoder_name"
+    ):
+        load_depth_model(tmp_path / "model", "my_nets:Wide")
+    my_nets.Renamed = my_nets.TinyNet
+    assert type(load_depth_model(tmp_path / "model", "my_nets:Renamed").encoder) is my_nets.TinyNet
+    assert "was written of my_nets:TinyNet and is read as my_nets:Renamed" in caplog.text
+    DepthModel("test_resnet", decoder_channels=[8] * 5).save(tmp_path / "model")
+    assert "is timm's test_resnet: leave encoder_name= (--encoder_name) out" in predicted("my_nets:TinyNet")
+    assert not (tmp_path / "out").exists()
+
+
+def build_wide(my_nets, in_chans):
+    net = my_nets.TinyNet(in_chans)
+    net.stages[3] = nn.Conv2d(64, 128, 3, stride=2, padding=1)
+    net.feature_info[3]["num_chs"] = 128
+    return net
+
+
+def test_a_file_never_runs_code_that_only_it_names(my_nets, world, tmp_path, capsys, monkeypatch):
+    """Every tool that opens a folder of an own encoder, given without its name."""
+    calls = []
+    monkeypatch.setattr(my_nets, "TinyNet", lambda **options: calls.append(options))
+    encoder = tmp_path / "encoder"
+    encoder.mkdir()
+    (encoder / "config.json").write_text(
+        json.dumps({"own": "my_nets:TinyNet", "model_args": {"in_chans": 3}})
+    )
+    save_file({"stages.0.0.weight": torch.zeros(16, 3, 3, 3)}, encoder / "model.safetensors")
+    sentence = "holds my_nets:TinyNet, which is not timm's, and no code is run because a file names it"
+    out = tmp_path / "out"
+    assert f"{sentence}: name your network with encoder_name= (--encoder_name)" in refusal(
+        capsys, depth.main, depth_options(world, out, encoder=encoder)
+    )
+    assert f"{sentence}: name your network with --model.name" in refusal(
+        capsys, pretrain.main, small_run(world, out, f"--model.init={encoder}")
+    )
+    export = [f"--checkpoint={encoder}", f"--output={out}"]
+    assert f"{sentence}: name your network with model_name= (--model_name)" in refusal(
+        capsys, export_encoder.main, export
+    )
+    with pytest.raises(ValueError, match=sentence):
+        DepthModel(encoder)
+    run_folder = tmp_path / "run"
+    (run_folder / "checkpoints").mkdir(parents=True)
+    (run_folder / "config.yaml").write_text("model: {name: 'my_nets:TinyNet'}\n")
+    monkeypatch.setattr(report, "find_run", lambda *_: run_folder)
+    with pytest.raises(ValueError, match=sentence):
+        report.masked_and_reconstructed(report.read_run(run_folder, "run"), [], None)
+    assert not calls
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"encoder": "my_nets:TinyNet", "encoder_name": "my_nets:TinyNet"}, "encoder_name is for .pth files and for"),
+        ({"encoder": "my_nets:TinyNet", "pretrained": "true"}, "so timm has no weights of it: leave pretrained false"),
+        ({"encoder": "my_nets:Missing"}, "my_nets:Missing cannot be imported"),
+        ({"encoder": "TIMM", "encoder_name": "my_nets:TinyNet"}, "says itself which encoder it is, leave it out"),
+        ({"encoder": "my_nets:TinyNet", "optim.layer_decay": 0.5}, "or use encoder_lr_factor"),
+    ],
+)  # fmt: skip
+def test_depth_options_that_do_not_go_with_own_encoders(my_nets, world, tmp_path, capsys, options, message):
+    if options["encoder"] == "TIMM":
+        options = {**options, "encoder": save_encoder(build_encoder("test_resnet"), tmp_path / "timm")}
+    assert message in refusal(capsys, depth.main, depth_options(world, tmp_path / "out", **options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_ones_own_in_a_file(my_nets, tmp_path):
+    """A state dict in a .pth file, whatever its tensors are called."""
+    torch.manual_seed(0)
+    net = my_nets.TinyNet(1)
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    loaded = load_encoder(tmp_path / "net.pth", model_name="my_nets:TinyNet")
+    for key, value in net.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)
+    assert loaded.pretrained_cfg["input_size"] == (1, 224, 224)
+    model = DepthModel(tmp_path / "net.pth", encoder_name="my_nets:TinyNet", decoder_channels=[16, 8, 8, 8])
+    assert model.encoder.stages[0][0].weight.shape[1] == 3
+    torch.save({"arch": "resnet18", **build_encoder("test_resnet").state_dict()}, tmp_path / "other.pth")
+    with pytest.raises(
+        ValueError, match=r"other\.pth does not fit my_nets:TinyNet.*Name the right one with encoder_name="
+    ):
+        DepthModel(tmp_path / "other.pth", encoder_name="my_nets:TinyNet")
+
+
+def test_the_stochastic_depth_of_a_pretraining_stays_there(my_nets, tmp_path):
+    """As of timm's encoders, it is a matter of use: not recorded, and given anew."""
+    rates = []
+
+    class Deep(my_nets.TinyNet):
+        def __init__(self, in_chans=3, drop_path=0.0):
+            rates.append(drop_path)
+            super().__init__(in_chans)
+
+    my_nets.Deep = Deep
+    pretrained = build_encoder("my_nets:Deep", drop_path=0.3)
+    save_encoder(pretrained, tmp_path / "encoder")
+    DepthModel(tmp_path / "encoder", encoder_name="my_nets:Deep", decoder_channels=[16, 8, 8, 8])
+    model = DepthModel(
+        tmp_path / "encoder", encoder_name="my_nets:Deep", drop_path=0.2, decoder_channels=[16, 8, 8, 8]
+    )
+    load_depth_model(model.save(tmp_path / "model"), "my_nets:Deep")
+    assert rates == [0.3, 0.0, 0.2, 0.0]
+
+
+# --- other tools of pretraining
+
+
+def test_a_pretraining_goes_on_from_an_own_encoder(my_nets, command, tmp_path, capsys):
+    run(command("--model.name=my_nets:TinyNet", "--max_steps=2"))
+    first = load_file(tmp_path / "run" / "encoder" / "model.safetensors")
+    torch.save(first, tmp_path / "net.pth")
+    for number, source in enumerate(("run", "run/encoder", "net.pth")):
+        model = SparK("my_nets:TinyNet", 96, decoder_width=32)
+        start_from(model, str(tmp_path / source), "my_nets:TinyNet")
+        for key, value in model.encoder.state_dict().items():
+            assert torch.equal(value, first[key]), (number, key)
+    wrong = command("--model.name=test_resnet", f"--model.init={tmp_path / 'run'}", output="other")
+    assert "name your network with --model.name, such as my_nets:TinyNet" in refusal(
+        capsys, pretrain.main, wrong
+    )
+    wrong = command("--model.name=my_nets:TinyNet", "--model.init=timm", output="other")
+    assert "model.init timm is for encoders of timm, and my_nets:TinyNet is not" in refusal(
+        capsys, pretrain.main, wrong
+    )
+    options = [f"--checkpoint={tmp_path / 'run'}", f"--output={tmp_path / 'exported'}"]
+    export_encoder.main([*options, "--model_name=my_nets:TinyNet"])
+    assert 'model_name="my_nets:TinyNet")' in capsys.readouterr().out
+    exported = load_file(tmp_path / "exported" / "model.safetensors")
+    assert all(torch.equal(value, first[key]) for key, value in exported.items())
+
+
+def test_probing_an_own_encoder(my_nets, tmp_path):
+    folder = make_folder(tmp_path / "labelled")
+    encoder = save_encoder(build_encoder("my_nets:TinyNet"), tmp_path / "encoder", input_size=32)
+    arguments = [
+        f"--data={folder}",
+        f"--output={tmp_path / 'probe.json'}",
+        "--model_name=my_nets:TinyNet",
+        "--k=2",
+    ]
+    probe.main([*arguments, "--encoder", str(encoder), "my_nets:TinyNet", "test_resnet", "--size=32"])
+    rows = json.loads((tmp_path / "probe.json").read_text())["encoders"]
+    assert [row["architecture"] for row in rows] == ["my_nets:TinyNet", "my_nets:TinyNet", "test_resnet"]
 
 
 # --- strides

@@ -12,9 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
+import torch
 from PIL import Image
+from torch.nn import functional
 
-from spark.sources import open_source
+from spark.images import PretrainTransform, UnlabeledImages
+from spark.sources import open_source, open_stream
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -107,7 +111,7 @@ def test_finished_shards_are_kept_and_missing_ones_are_written(photos, tmp_path)
 def test_a_shard_that_fails_leaves_nothing(photos, tmp_path, monkeypatch):
     source, _ = open_source(str(photos), "unused")
     (tmp_path / "out").mkdir()
-    settings = prepare_images.Settings(7, source.digest(), 64, 1, 90, 7, 10**9)
+    settings = prepare_images.Settings(7, source.digest(), 64, 1, 90, 7, 10**9, 3)
     monkeypatch.setattr(
         os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
@@ -169,6 +173,96 @@ def test_nothing_of_a_killed_run_goes_on_or_stays(tmp_path):
     prepare_images.main(command[2:])
     assert len(open_source(str(output), "unused")[0]) == 40
     assert not list(output.glob(".*.part"))
+
+
+# ----------------------------------------------------------------------------------------------- other than photographs
+
+
+def bands(kind, number, height=90, width=120, channels=5) -> np.ndarray:
+    """Smooth waves and noise, each channel its own, over the whole range of the type."""
+    random = np.random.default_rng(number)
+    rows, columns = np.mgrid[:height, :width]
+    waves = [np.sin(rows / 9 + c) + np.cos(columns / 7 + 2 * c + number) for c in range(channels)]
+    values = (np.stack(waves, -1) + 2) / 4 + random.normal(0, 0.02, (height, width, channels))
+    if kind == np.float32:
+        return (1000 * values - 300).astype(kind)
+    return (values.clip(0, 1) * np.iinfo(kind).max).round().astype(kind)
+
+
+def samples(path: Path, channels: int) -> list:
+    transform = PretrainTransform(32, channels, (0.5, 1), (0.5,) * channels, (0.5,) * channels)
+    images = UnlabeledImages(open_source(str(path), "unused")[0], transform, seed=0, channels=channels)
+    return [images[position, position] for position in range(len(images))]
+
+
+@pytest.mark.parametrize(
+    ("kind", "channels"),
+    [(np.uint8, 5), (np.uint16, 5), (np.float32, 5), (np.uint16, 1), (np.float32, 3)],
+)
+def test_arrays_keep_channels_and_type(kind, channels, tmp_path, capsys):
+    """Samples of the shards are those of a folder of arrays that PyTorch made smaller, in double precision."""
+    whole, small = tmp_path / "whole", tmp_path / "small"
+    whole.mkdir(), small.mkdir()
+    for number in range(4):
+        values = bands(kind, number, channels=channels)
+        if number == 3:
+            values = values[:40, :50]  # small already
+        stored = values.astype(values.dtype.newbyteorder(">")) if number == 1 else values
+        if channels == 5 and number < 2:
+            tifffile.imwrite(whole / f"{number}.tif", values.transpose(2, 0, 1), photometric="minisblack")
+        else:
+            np.save(whole / f"{number}.npy", stored)
+        exact = torch.from_numpy(values.astype(np.float64)).permute(2, 0, 1)[None]
+        if number < 3:
+            exact = functional.interpolate(exact, (60, 80), mode="bicubic", antialias=True)
+        exact = exact[0].permute(1, 2, 0).numpy()
+        if kind != np.float32:
+            exact = exact.round().clip(0, np.iinfo(kind).max)
+        np.save(small / f"{number}.npy", exact.astype(kind))
+    listed = tmp_path / "list.txt"
+    listed.write_text("".join(f"{path}\n" for path in sorted(whole.iterdir(), key=lambda path: path.stem)))
+    report = run(listed, tmp_path / "out", "--short_side", "60", "--in_chans", str(channels))
+    assert (report["written"], report["dropped"], report["in_chans"]) == (4, 0, channels)
+
+    stored = open_source(str(tmp_path / "out"), "unused")[0]
+    assert stored.name(3).endswith("000001.tar/000000003.image.npy")
+    for number in range(4):
+        values = np.load(io.BytesIO(stored.read(number)), allow_pickle=False)
+        assert (values.dtype, values.shape[2]) == (kind, channels)
+    tolerance = {np.uint8: 1, np.uint16: 1 / 65535, np.float32: 2e-3}[kind]
+    for found, wanted in zip(samples(tmp_path / "out", channels), samples(small, channels), strict=True):
+        assert found["failed"] == []
+        assert found["image"].dtype == (torch.uint8 if kind == np.uint8 else torch.float32)
+        difference = found["image"].double() - wanted["image"].double()
+        assert difference.abs().max() <= (0 if found["index"] == 3 else 2 * tolerance)
+    streamed = open_stream(str(tmp_path / "out"))
+    names = [Path(entry.name).name for shard in range(2) for entry in streamed.entries(shard)]
+    assert names == [f"00000000{number}.image.npy" for number in range(4)]
+
+
+def test_what_other_channels_cannot_be_made_of(photos, tmp_path):
+    np.save(tmp_path / "four.npy", bands(np.uint16, 0, channels=4))
+    broken = bands(np.float32, 0)
+    broken[3, 4, 2] = np.inf
+    np.save(tmp_path / "broken.npy", broken)
+    np.save(tmp_path / "right.npy", bands(np.float32, 1))
+    names = ("four.npy", "broken.npy", "photos/0.jpg", "right.npy")
+    (tmp_path / "list.txt").write_text("".join(f"{name}\n" for name in names))
+    report = run(tmp_path / "list.txt", tmp_path / "out", "--in_chans", "5")
+    assert [entry["reason"] for entry in report["dropped_images"]] == [
+        "it has 4 channels (the last of [90, 120, 4]), and model.in_chans is 5",
+        "it holds numbers that are not finite",
+        "it is neither a NumPy file (.npy) nor TIFF, which images of model.in_chans 5 are read from",
+    ]
+    assert report["written"] == 1
+
+
+def test_arrays_beside_photos_in_a_shard_are_no_images(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in ("0.jpg", "0.npy", "0.image.npy", ".1.image.npy"):
+            archive.addfile(tarfile.TarInfo(name))
+    source = open_source(str(tmp_path / "a.tar"), "unused")[0]
+    assert [Path(source.name(number)).name for number in range(len(source))] == ["0.jpg", "0.image.npy"]
 
 
 def test_refusals(photos, tmp_path, capsys):

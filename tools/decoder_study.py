@@ -26,7 +26,7 @@ import yaml
 from benchmarks.decoders import Decoder
 from benchmarks.rows import rows_as_csv
 from benchmarks.timing import interleaved, refuse_busy_machine, summary
-from study import call, finished, hidden_paths, require_finished, write_image_list
+from study import call, complete, depth, hidden_paths, write_image_list
 
 from spark import SparK
 from spark.config import ModelConfig, PretrainConfig, parse_config
@@ -96,7 +96,8 @@ def main() -> None:
         write_results(jobs, costs, options)
     for job in jobs:
         if job.decoder in options.depth:
-            depth(job, options)
+            encoder = options.output_dir / f"pretrain_{job.name}" / "encoder"
+            depth(options.output_dir / f"depth_{job.name}", encoder, 0, "nyu-bts", options)
             write_results(jobs, costs, options)
 
 
@@ -173,22 +174,13 @@ def training_step(config: ModelConfig, device: str, precision: str) -> Callable[
 def pretrain(job: Job, images: Path, options: argparse.Namespace) -> None:
     """SparK on the unlabeled corpus."""
     run = options.output_dir / f"pretrain_{job.name}"
-    if finished(run, "encoder", job.epochs):
-        return
-    call(
-        "spark/pretrain.py",
-        config=options.pretrain_config,
-        output_dir=run,
-        epochs=job.epochs,
-        precision=options.precision,
-        resume="true",
-        **{"data.train": images, "optim.warmup_epochs": job.epochs / 5},
-        **{f"model.{k}": v for k, v in job.decoder.options.items() if v is not None},
-    )
-    require_finished(run, "encoder", job.epochs)
-    # What was scored before is another encoder.
-    (options.output_dir / f"probe_{job.name}.json").unlink(missing_ok=True)
-    shutil.rmtree(options.output_dir / f"depth_{job.name}", ignore_errors=True)
+    given = {"data.train": images, "optim.warmup_epochs": job.epochs / 5}
+    given |= {f"model.{k}": v for k, v in job.decoder.options.items() if v is not None}
+    card = options.pretrain_config
+    if complete("spark/pretrain.py", run, "encoder", job.epochs, card, options, **given):
+        # What was scored before is another encoder.
+        (options.output_dir / f"probe_{job.name}.json").unlink(missing_ok=True)
+        shutil.rmtree(options.output_dir / f"depth_{job.name}", ignore_errors=True)
 
 
 def probe(job: Job, options: argparse.Namespace) -> None:
@@ -203,32 +195,6 @@ def probe(job: Job, options: argparse.Namespace) -> None:
             level="all",
             precision=options.precision,
             output=output,
-        )
-
-
-def depth(job: Job, options: argparse.Namespace) -> None:
-    """UNet++ on the training pairs, then its score on the validation list."""
-    run, nyu = options.output_dir / f"depth_{job.name}", options.data / "nyu"
-    if not finished(run, "model", options.depth_epochs):
-        call(
-            "finetune/depth.py",
-            config=options.depth_config,
-            encoder=options.output_dir / f"pretrain_{job.name}" / "encoder",
-            output_dir=run,
-            epochs=options.depth_epochs,
-            precision=options.precision,
-            resume="true",
-            **{"data.root": nyu, "data.list": "nyu_train.txt", "data.val_list": "nyu_val.txt"},
-        )
-        require_finished(run, "model", options.depth_epochs)
-        (run / "results.json").unlink(missing_ok=True)
-    if not (run / "results.json").exists():
-        call(
-            "finetune/evaluate.py",
-            model=run / "model",
-            protocol="nyu-bts",
-            output=run / "results.json",
-            **{"data.root": nyu, "data.list": "nyu_val.txt", "data.white_border": "fill"},
         )
 
 

@@ -206,10 +206,10 @@ class Outcome(NamedTuple):
 
 
 def subject_of(name: str, patches: int) -> Subject:
-    """A timm model with lively weights and without dropout, and images of 2 x 3 mask patches.
+    """A model with lively weights and without dropout, and images of 2 x 3 mask patches.
 
     Args:
-        name: timm's.
+        name: timm's, or "package.module:factory" of one's own.
         patches: side of a mask patch over the model's stride.
 
     Raises:
@@ -456,22 +456,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--families", nargs="+", choices=list(FAMILIES), metavar="FAMILY", help="default: all of them"
     )
     parser.add_argument(
+        "--models",
+        nargs="+",
+        metavar="NAME",
+        help="try these in place of the families: timm names, or package.module:factory of your own",
+    )
+    parser.add_argument(
         "--results", type=Path, help="RESULTS: .csv and .md are added; only with all families"
     )
     options = parser.parse_args(arguments)
-    if options.results and options.families:
-        parser.error("--results is a table of all families: leave --families out")
+    if options.results and (options.families or options.models):
+        parser.error("--results is a table of all families: leave --families and --models out")
+    if options.models and options.families:
+        parser.error("--models takes the place of --families: leave one of them out")
+    tried = {name: name for name in options.models or ()} or {
+        family: name for family, name in FAMILIES.items() if family in (options.families or FAMILIES)
+    }
     trials = []
-    for family, name in FAMILIES.items():
-        if options.families and family not in options.families:
-            continue
+    for family, name in tried.items():
         begin = time.perf_counter()
         trial = try_family(family, name)
         trials.append(trial)
         verdict = "supported" if not trial.refusal else f"{', '.join(trial.held) or 'none'} | {trial.refusal}"
         print(f"{family:50s} {name:32s} {time.perf_counter() - begin:5.1f} s  {verdict}", flush=True)
     supported = sum(not trial.refusal for trial in trials)
-    print(f"{supported} of {len(trials)} families are supported")
+    print(f"{supported} of {len(trials)} {'models' if options.models else 'families'} are supported")
     if options.results:
         write_whole(options.results.with_suffix(".csv"), rows_as_csv(rows_of(trials)).encode())
         write_whole(options.results.with_suffix(".md"), markdown(trials).encode())

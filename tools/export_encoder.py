@@ -30,7 +30,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--output", required=True, metavar="FOLDER", help="encoder folder to write")
     parser.add_argument(
-        "--model_name", metavar="NAME", help="timm name of the encoder, for a .pth file that does not say it"
+        "--model_name",
+        metavar="NAME",
+        help="timm name of the encoder, for a .pth file that does not say it; package.module:factory of your own",
     )
     parser.add_argument(
         "--mean",
@@ -66,7 +68,10 @@ def export(args: argparse.Namespace) -> None:
     size = None if args.input_size is None else (args.input_size[0], args.input_size[-1])
     folder = save_encoder(encoder, args.output, args.mean, args.std, size)
     print(report)
-    print(f'written; load it with: timm.create_model("local-dir:{folder}", pretrained=True)')
+    if args.model_name is not None and hasattr(encoder, "own_encoder"):
+        print(f'written; load it with: spark.load_encoder("{folder}", model_name="{args.model_name}")')
+    else:
+        print(f'written; load it with: timm.create_model("local-dir:{folder}", pretrained=True)')
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,11 +1,14 @@
-"""Write any source of images as tar shards of smaller JPEGs, which data.train of a pretraining run reads.
+"""Write any source of images as tar shards of smaller ones, which data.train of a pretraining run reads.
 
     python tools/prepare_images.py --input ~/photos --output shards --short_side 256
     python tools/prepare_images.py --input 'https://host/{000..127}.tar' --output shards
     accelerate launch spark/pretrain.py --config configs/pretrain/small.yaml --data.train shards --output_dir runs/mine
 
---input is any form of data.train (docs/images.md). A run that was stopped goes on with the same command: shards that
-are finished stay, and no shard has its name before it is whole. report.json says what was left out and why.
+--input is any form of data.train (docs/images.md). Photographs become JPEGs. Arrays and, with --in_chans as the model
+is to have it, multi-band TIFF files become arrays of the same channels and type (KEY.image.npy).
+
+A run that was stopped goes on with the same command: shards that are finished stay, and no shard has its name before it
+is whole. report.json says what was left out and why.
 """
 
 import argparse
@@ -28,7 +31,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from spark.decoding import MAX_PIXELS, Picture, RawPicture, describe_failure, open_picture
+from spark.bands import Bands, open_image
+from spark.decoding import MAX_PIXELS, Picture, describe_failure
 from spark.folders import write_whole
 from spark.run import ignore_stop_signals, one_line_errors, progress_bar
 from spark.sources import Source, open_source
@@ -48,6 +52,7 @@ class Settings:
         quality: of the JPEGs, 1 to 100.
         shard_size: images of the source a shard; those left out make it smaller.
         max_pixels: larger images are left out.
+        in_chans: channels of the model that is to read them.
     """
 
     images: int
@@ -57,6 +62,7 @@ class Settings:
     quality: int
     shard_size: int
     max_pixels: int
+    in_chans: int
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -77,6 +83,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--input", required=True, help="any form of data.train")
     parser.add_argument("--output", required=True, type=Path, help="folder of the shards")
+    parser.add_argument(
+        "--in_chans",
+        type=int,
+        default=3,
+        help="channels, as in model.in_chans of the run that reads the shards: 3 (default) and 1 read photographs and "
+        "arrays, other numbers read arrays and multi-band TIFF files",
+    )
     parser.add_argument("--short_side", type=int, default=256, help="of the images, unless smaller [px]")
     parser.add_argument("--min_side", type=int, default=1, help="smaller images are left out [px]")
     parser.add_argument("--quality", type=int, default=90, help="of the JPEGs, 1 to 100")
@@ -87,7 +100,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     options = parser.parse_args(arguments)
-    for name in ("short_side", "min_side", "shard_size", "max_pixels", "workers"):
+    for name in ("in_chans", "short_side", "min_side", "shard_size", "max_pixels", "workers"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1, not {getattr(options, name)}")
     if not 1 <= options.quality <= 100:
@@ -119,6 +132,7 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
         options.quality,
         options.shard_size,
         options.max_pixels,
+        options.in_chans,
     )
     keep_settings(output, settings)
     for leftover in output.glob(".*.part"):  # of a process that was killed while it wrote
@@ -242,17 +256,12 @@ def write_shard(source: Source, settings: Settings, output: Path, shard: int) ->
             for index in range(first, min(first + settings.shard_size, len(source))):
                 name = source.name(index)
                 try:
-                    content = source.read(index)
-                    picture = (
-                        RawPicture(content)
-                        if isinstance(content, np.ndarray)
-                        else open_picture(content, settings.max_pixels)
-                    )
-                    small = make_smaller(picture, settings)
+                    picture = open_image(source.read(index), settings.in_chans, settings.max_pixels)
+                    small, extension = make_smaller(picture, settings)
                 except Exception as error:  # on corrupt bytes Pillow's readers raise nearly everything
                     dropped.append([name, describe_failure("", error).removeprefix(": ")])
                     continue
-                entry = tarfile.TarInfo(f"{index:09}.jpg")
+                entry = tarfile.TarInfo(f"{index:09}{extension}")
                 entry.size = len(small)
                 archive.addfile(entry, io.BytesIO(small))
                 written += 1
@@ -268,11 +277,11 @@ def write_shard(source: Source, settings: Settings, output: Path, shard: int) ->
     write_whole(note_of(output, shard), json.dumps(note).encode(errors="surrogateescape"))
 
 
-def make_smaller(picture: Picture, settings: Settings) -> bytes:
-    """The JPEG of a picture, its short side at most `short_side`; as large as it is where it is smaller.
+def make_smaller(picture: Picture, settings: Settings) -> tuple[bytes, str]:
+    """A picture as a file and its extension; its short side is at most `short_side`, and never made larger.
 
     Raises:
-        ValueError: a side is shorter than `min_side`.
+        ValueError: a side is shorter than `min_side`, or it holds numbers that are not finite.
         UnreadableImageError: it cannot be decoded.
     """
     height, width = picture.height, picture.width
@@ -280,12 +289,34 @@ def make_smaller(picture: Picture, settings: Settings) -> bytes:
     if short < settings.min_side:
         raise ValueError(f"a side is shorter than {settings.min_side} pixels")
     share = min(settings.short_side / short, 1.0)
+    size = max(round(width * share), 1), max(round(height * share), 1)
+    if isinstance(picture, Bands):
+        file = io.BytesIO()
+        np.save(file, resized_bands(picture.pixels(), size))
+        return file.getvalue(), ".image.npy"
     # From at least twice the size, where a reduced scale of the decoder can no longer be told from the full one.
     pixels = picture.pixels(next((n for n in (8, 4, 2) if short >= 2 * n * settings.short_side), 1))
     if share < 1:
-        size = max(round(width * share), 1), max(round(height * share), 1)
         pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
-    return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), settings.quality, "RGB", "420")
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), settings.quality, "RGB", "420"), ".jpg"
+
+
+def resized_bands(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Channels [H, W, C] at a size (width, height), bicubic each by itself, of the type that they have.
+
+    Raises:
+        ValueError: numbers that are not finite.
+    """
+    kind = values.dtype.newbyteorder("=")
+    if not np.isfinite(values).all():
+        raise ValueError("it holds numbers that are not finite")
+    if size == values.shape[1::-1]:
+        return np.ascontiguousarray(values, kind)
+    channels = [Image.fromarray(channel.astype(np.float32)) for channel in np.moveaxis(values, -1, 0)]
+    small = np.stack([np.asarray(one.resize(size, Image.Resampling.BICUBIC)) for one in channels], axis=-1)
+    if np.issubdtype(kind, np.integer):
+        small = small.round().clip(0, np.iinfo(kind).max)
+    return small.astype(kind)
 
 
 def make_report(

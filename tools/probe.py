@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader
 from finetune.inference import chosen_device
 from finetune.metrics import write_results
 from spark.encoder import PyramidLevel, pyramid, pyramid_info
-from spark.export import load_encoder
+from spark.export import description, load_encoder
 from spark.images import UnreadableImages
 from spark.official import input_channels, timm_config
 from spark.probing import (
@@ -256,7 +256,7 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
         results["encoders"].append(
             {
                 "encoder": candidate.source,
-                "architecture": timm_config(candidate.model)["architecture"],
+                "architecture": next(iter(description(candidate.model).values())),
                 "size": candidate.preparation.size,
                 "mean": candidate.preparation.mean,
                 "std": candidate.preparation.std,
@@ -321,7 +321,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="ENCODER",
-        help="exported folders, checkpoint folders of runs, official .pth files or timm names (random weights)",
+        help="exported folders, checkpoint folders of runs, .pth files, or names (random weights): timm's, or "
+        "package.module:factory of your own",
     )
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="holds train/ and val/")
     parser.add_argument("--output", type=Path, required=True, metavar="JSON", help="file for the results")
@@ -329,7 +330,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--pretrained", action="store_true", help="of timm names: timm's published weights (network)"
     )
     parser.add_argument(
-        "--model_name", metavar="NAME", help="timm name of the encoder in a .pth file that does not say it"
+        "--model_name",
+        metavar="NAME",
+        help="timm name of the encoder in a .pth file that does not say it; package.module:factory of your own in any "
+        "file or folder",
     )
     parser.add_argument(
         "--size",

@@ -42,11 +42,13 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from finetune.depth_data import DepthSample, open_depth_data
 from finetune.figures import Page, colourise, depth_colours, save_figure, shared_range
 from finetune.inference import predict_depth, transform_of
-from finetune.model import load_depth_model
+from finetune.model import ENCODER_NAME, load_depth_model
 from finetune.protocols import get_protocol
 from spark.assembly import build_model
 from spark.checkpoint import find_run
 from spark.config import ModelConfig
+from spark.encoder import is_own
+from spark.export import name_of
 from spark.folders import write_whole
 from spark.masking import mean_ratio, ratio_range, visible_at
 from spark.run import format_duration, read_rows, usable_cores
@@ -689,11 +691,20 @@ def build_page(
 # ------------------------------------------------------------------------------ the figure of a README
 
 
-def readme_figure(pretrain: Run | None, arms: dict[str, list[Run]], count: int) -> Figure:
+def readme_figure(
+    pretrain: Run | None, arms: dict[str, list[Run]], count: int, encoder_name: str | None = None
+) -> Figure:
     """Reconstructions, then depth of the first run of each label, for images spread evenly over the validation list.
 
+    Args:
+        pretrain: a pretraining run, if any.
+        arms: depth runs by label.
+        count: of images.
+        encoder_name: "package.module:factory" of the runs over a convnet of one's own.
+
     Raises:
-        ValueError: there is no depth run to take images from, or its data or a model is missing.
+        ValueError: there is no depth run to take images from, or its data or a model is missing, or an own convnet
+            was not named.
     """
     if not arms:
         raise ValueError("--figure needs a depth run: its validation list says which images to draw")
@@ -706,7 +717,8 @@ def readme_figure(pretrain: Run | None, arms: dict[str, list[Run]], count: int) 
     near, far = shared_range(truths, floor=math.floor(2 * nearest) / 2)
     rows = [[sample.image, colourise(sample.metres, near, far)] for sample in samples]
     for run in runs.values():
-        model = load_depth_model(run.folder / "model")
+        own = any(is_own(run.option(name, "")) for name in ("encoder", "encoder_name"))
+        model = load_depth_model(run.folder / "model", encoder_name if own else None)
         transform, protocol = transform_of(model), get_protocol(run.option("protocol", "nyu-bts"))
         for row, sample in zip(rows, samples, strict=True):
             depth = predict_depth(model, transform(sample)["image"][None], protocol)[0]
@@ -714,7 +726,7 @@ def readme_figure(pretrain: Run | None, arms: dict[str, list[Run]], count: int) 
     headings = ["image", "true depth", *runs]
     masked = None
     if pretrain and pretrain.option("model.target") != "hog":  # from histograms no picture can be made
-        masked = masked_and_reconstructed(pretrain, [sample.image for sample in samples])
+        masked = masked_and_reconstructed(pretrain, [sample.image for sample in samples], encoder_name)
 
     height, width = samples[0].image.shape[:2]
     columns, gap, label = len(headings), 0.07, 0.24  # inches: between pictures, and a line of text
@@ -778,7 +790,7 @@ def validation_samples(run: Run, count: int) -> list[DepthSample]:
 
 
 def masked_and_reconstructed(
-    run: Run, images: list[np.ndarray]
+    run: Run, images: list[np.ndarray], encoder_name: str | None
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Image, masked image and reconstruction, uint8 each, of the newest checkpoint of a pretraining run.
 
@@ -787,9 +799,11 @@ def masked_and_reconstructed(
     Args:
         run: the pretraining run.
         images: uint8 `[H, W, 3]`.
+        encoder_name: "package.module:factory" of its encoder where that is one's own.
 
     Raises:
-        ValueError: the run has no whole checkpoint, or is one of images that are neither colour nor grey.
+        ValueError: the run has no whole checkpoint, or is one of images that are neither colour nor grey, or of an own
+            convnet that was not named.
     """
     channels = run.option("model.in_chans", 3)
     if channels not in (1, 3):
@@ -806,6 +820,8 @@ def masked_and_reconstructed(
         for name, value in run.option("model", {}).items()
         if name in known
     }
+    if is_own(options["name"]):
+        options["name"] = name_of({"own": options["name"]}, run.folder, encoder_name, ENCODER_NAME)
     model = build_model(ModelConfig(**options))
     model.load_state_dict(load_file(checkpoint / "model.safetensors"))
     model.eval()
@@ -852,6 +868,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", metavar="FILE.json", help="commands and durations to list, see read_steps")
     parser.add_argument("--figure", metavar="FILE.png", help="also draw a small figure for a README")
     parser.add_argument("--figure_images", type=int, default=2, help="how many images it shows (%(default)s)")
+    parser.add_argument(
+        "--encoder_name",
+        metavar="MODULE:FACTORY",
+        help="for --figure, the encoder of the runs over a convnet of your own: no file decides which code is run",
+    )
     return parser.parse_args(argv)
 
 
@@ -881,7 +902,7 @@ def main(argv: list[str] | None = None) -> int:
         write_whole(args.output, page.encode("utf-8"))
         print(f"written to {args.output} ({len(page) / 1e6:.1f} MB)")
         if args.figure:
-            save_figure(readme_figure(pretrain, arms, args.figure_images), args.figure)
+            save_figure(readme_figure(pretrain, arms, args.figure_images, args.encoder_name), args.figure)
             print(f"drawn in {args.figure}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -92,47 +92,47 @@ def write_image_list(data: Path, path: Path) -> Path:
 
 def pretrain(encoder: str, images: Path, options: argparse.Namespace) -> None:
     """SparK on the unlabeled corpus."""
-    run = pretraining_of(encoder, options)
-    if finished(run, "encoder", options.pretrain_epochs):
-        return
-    call(
-        "spark/pretrain.py",
-        config=options.pretrain_config.format(encoder=encoder),
-        output_dir=run,
-        epochs=options.pretrain_epochs,
-        precision=options.precision,
-        resume="true",
-        **{"data.train": images},
-    )
-    require_finished(run, "encoder", options.pretrain_epochs)
+    card = options.pretrain_config.format(encoder=encoder)
+    run, epochs = pretraining_of(encoder, options), options.pretrain_epochs
+    complete("spark/pretrain.py", run, "encoder", epochs, card, options, **{"data.train": images})
 
 
 def finetune(encoder: str, start: str, seed: int, options: argparse.Namespace) -> None:
-    """UNet++ on the training pairs, then its score on the validation list."""
-    run = run_of(encoder, start, seed, options)
-    nyu = options.data / "nyu"
-    if not finished(run, "model", options.depth_epochs):
-        call(
-            "finetune/depth.py",
-            config=options.depth_config,
-            encoder=pretraining_of(encoder, options) / "encoder" if start == "spark" else encoder,
-            output_dir=run,
-            epochs=options.depth_epochs,
-            precision=options.precision,
-            seed=seed,
-            resume="true",
-            **{"data.root": nyu, "data.list": "nyu_train.txt", "data.val_list": "nyu_val.txt"},
-        )
-        require_finished(run, "model", options.depth_epochs)
-        result_of(encoder, start, seed, options).unlink(missing_ok=True)
-    if not result_of(encoder, start, seed, options).exists():
-        call(
-            "finetune/evaluate.py",
-            model=run / "model",
-            protocol=options.protocol,
-            output=result_of(encoder, start, seed, options),
-            **{"data.root": nyu, "data.list": "nyu_val.txt", "data.white_border": "fill"},
-        )
+    """Depth from an encoder, or from scratch."""
+    weights = pretraining_of(encoder, options) / "encoder" if start == "spark" else encoder
+    depth(run_of(encoder, start, seed, options), weights, seed, options.protocol, options)
+
+
+def depth(run: Path, encoder: object, seed: int, protocol: str, options: argparse.Namespace) -> None:
+    """UNet++ on the training pairs, then its score on the validation list, in results.json of the run."""
+    data = {"data.root": options.data / "nyu"}
+    lists = {"data.list": "nyu_train.txt", "data.val_list": "nyu_val.txt"}
+    scores, given = run / "results.json", {"encoder": encoder, "seed": seed, **data, **lists}
+    if complete(
+        "finetune/depth.py", run, "model", options.depth_epochs, options.depth_config, options, **given
+    ):
+        scores.unlink(missing_ok=True)
+    if not scores.exists():
+        val = {**data, "data.list": "nyu_val.txt", "data.white_border": "fill"}
+        call("finetune/evaluate.py", model=run / "model", protocol=protocol, output=scores, **val)
+
+
+def complete(
+    script: str,
+    run: Path,
+    result: str,
+    epochs: float,
+    config: str,
+    options: argparse.Namespace,
+    **more: object,
+) -> bool:
+    """Bring a run to its end, unless it is there; whether there was anything to do."""
+    if finished(run, result, epochs):
+        return False
+    given = {"config": config, "output_dir": run, "epochs": epochs, "precision": options.precision}
+    call(script, **given, resume="true", **more)
+    require_finished(run, result, epochs)
+    return True
 
 
 def finished(run: Path, result: str, epochs: float) -> bool:

@@ -15,6 +15,9 @@ import numpy as np
 from spark.decoding import EXTENSIONS
 from spark.sources.names import Names
 
+SHARD_EXTENSIONS = (*EXTENSIONS, ".image.npy")
+"""Images in a shard. `.npy` alone is none: beside a photo it is as a rule something else, an embedding of it, say."""
+
 _BLOCK = 512  # of a tar file [bytes]
 _CHUNK = 1 << 20  # read at once [bytes]
 _COMPRESSED = (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5")  # how gzip, bzip2, xz and zstandard begin
@@ -24,7 +27,7 @@ class TarSource:
     """The image files in tar shards, in the order of the shards and of the entries in them.
 
     The conventions are those of webdataset: `KEY.jpg` beside `KEY.json` and whatever else; only images are taken, by
-    the extensions of `EXTENSIONS`. An image costs its name and 28 bytes of memory.
+    the extensions of `SHARD_EXTENSIONS`. An image costs its name and 28 bytes of memory.
 
     Args:
         shards: the tar files, not compressed.
@@ -35,7 +38,7 @@ class TarSource:
         OSError: a shard cannot be read.
     """
 
-    def __init__(self, shards: Sequence[str | Path], extensions: Collection[str] = EXTENSIONS):
+    def __init__(self, shards: Sequence[str | Path], extensions: Collection[str] = SHARD_EXTENSIONS):
         self._extensions = extensions
         self._shards = [os.fspath(shard) for shard in shards]
         self._entries = Names(self._index())
@@ -83,7 +86,7 @@ class TarSource:
 
 
 def image_entries(
-    shard: str | Path, extensions: Collection[str] = EXTENSIONS
+    shard: str | Path, extensions: Collection[str] = SHARD_EXTENSIONS
 ) -> Iterator[tuple[str, int, int]]:
     """Name, offset and size [bytes] of every image (or file of other `extensions`) in a tar file.
 
@@ -140,7 +143,7 @@ def stream_images(file: BufferedReader, shard: str, start: int = 0) -> Iterator[
     try:
         with tarfile.open(fileobj=forward, mode="r:") as archive:  # pyright: ignore[reportArgumentType, reportCallIssue]
             for entry in archive:
-                if entry.isreg() and not entry.issparse() and _is_image(entry.name, EXTENSIONS):
+                if entry.isreg() and not entry.issparse() and _is_image(entry.name, SHARD_EXTENSIONS):
                     forward.seek(entry.offset_data)
                     content = forward.read_all(entry.size)
                     if len(content) < entry.size:
@@ -157,7 +160,7 @@ def stream_images(file: BufferedReader, shard: str, start: int = 0) -> Iterator[
     if forward.last != bytes(_BLOCK):
         raise ValueError(_cut_off(shard, "before the mark that ends a tar file"))
     if not images and not start:
-        raise ValueError(_no_image(shard, EXTENSIONS))
+        raise ValueError(_no_image(shard, SHARD_EXTENSIONS))
 
 
 class _Forward:
@@ -217,5 +220,5 @@ def _cut_off(shard: str | Path, where: str) -> str:
 
 
 def _is_image(name: str, extensions: Collection[str]) -> bool:
-    stem, extension = os.path.splitext(os.path.basename(name))
-    return extension.lower() in extensions and not stem.startswith(".")
+    base = os.path.basename(name)
+    return base.lower().endswith(tuple(extensions)) and not base.startswith(".")
