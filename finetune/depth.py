@@ -33,7 +33,7 @@ from finetune.phases import learning_rate, momentum, run_phases
 from finetune.protocols import get_protocol
 from finetune.selection import Selection
 from finetune.state import RunState, changes, fingerprint, refuse_empty
-from spark.checkpoint import find_run
+from spark.checkpoint import find_run, refuse_new_beginning
 from spark.config import config_dict, parse_config, save_config
 from spark.images import UnreadableImages
 from spark.optim import build_optimizer, parameter_groups, set_hyperparameters, update_average
@@ -146,6 +146,7 @@ def train(config: DepthConfig) -> None:
                 f"the checkpoint is at step {state.step}, this run has {length.steps} steps: nothing is left to train"
             )
     elif config.resume:
+        refuse_new_beginning(config.output_dir)
         accelerator.print(f"no checkpoint in {config.output_dir} yet: starting from the beginning")
 
     # --- logs

@@ -1,12 +1,14 @@
 """Run checkpoints; the one door to encoders in and out (`spark.export`) and to official files (`spark.official`).
 
 A run checkpoint is a folder `checkpoints/step_NNNNNNN/` with `model.safetensors`, `state.pt` (optimizer, gradient
-scaler, step, and what else the loop keeps) and, of a run that averages its weights, `ema.safetensors`. It is written
-under a hidden name and renamed when all of it is on the disk, so what has its final name is whole. Nothing is ever
-unpickled: safetensors, and `torch.load(weights_only=True)`.
+scaler, step, and what else the loop keeps), of a run that averages its weights `ema.safetensors`, and `SHA256SUMS` of
+these. It is written under a hidden name and renamed when all of it is on the disk, so what has its final name is whole;
+the checksums tell of what a disk or a copy did to it later. Nothing is ever unpickled: safetensors, and
+`torch.load(weights_only=True)`.
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import math
@@ -36,6 +38,7 @@ __all__ = [
     "load_official",
     "load_run",
     "read_encoder",
+    "refuse_new_beginning",
     "save_encoder",
     "save_run",
     "step_of",
@@ -43,7 +46,11 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+CHECKSUMS = "SHA256SUMS"  # in the form that `sha256sum --check` reads
+_FILES = (WEIGHTS, STATE, EMA, CHECKSUMS)
 _STEP_FOLDER = re.compile(r"step_(\d+)")
+# A checkpoint that was about to be replaced by another one of its step, see `spark.folders.whole_folder`.
+_RETIRED = re.compile(r"\.step_(\d+)\.old-\d+")
 
 
 def save_run(
@@ -95,9 +102,9 @@ def save_run(
             metadata["encoder"] = json.dumps(description(encoder))
 
     folder = Path(output_dir) / "checkpoints" / f"step_{step:07d}"
-    if folder.exists() and any(entry.name not in (WEIGHTS, STATE, EMA) for entry in folder.iterdir()):
+    if folder.exists() and any(entry.name not in _FILES for entry in folder.iterdir()):
         _set_aside(folder)
-    with whole_folder(folder, (WEIGHTS, STATE, EMA)) as temporary:
+    with whole_folder(folder, _FILES) as temporary:
         write_tensors(model, temporary / WEIGHTS, metadata)
         if ema is not None:
             write_tensors(ema, temporary / EMA, metadata)
@@ -111,6 +118,8 @@ def save_run(
         }
         with open(temporary / STATE, "wb") as file:
             torch.save(state, file)
+        sums = {path.name: _checksum(path) for path in sorted(temporary.iterdir())}
+        (temporary / CHECKSUMS).write_text("".join(f"{value}  {name}\n" for name, value in sums.items()))
 
     for leftover in folder.parent.glob(".step_*"):  # of a process that was killed while it wrote
         shutil.rmtree(leftover, ignore_errors=True)
@@ -157,20 +166,32 @@ def _kind(optimizer: Any) -> str:
 
 
 def _step_folders(checkpoints: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every checkpoint, newest first."""
+    """(step, folder) of every checkpoint, newest first.
+
+    One that was to be replaced counts where the process was killed between moving it away and naming its successor.
+    """
     if not checkpoints.is_dir():
         return []
-    found = [
-        (int(match[1]), path)
-        for path in checkpoints.iterdir()
-        if path.is_dir() and (match := _STEP_FOLDER.fullmatch(path.name))
-    ]
-    return sorted(found, reverse=True)
+    folders = [path for path in checkpoints.iterdir() if path.is_dir()]
+    retired = {int(match[1]): path for path in folders if (match := _RETIRED.fullmatch(path.name))}
+    named = {int(match[1]): path for path in folders if (match := _STEP_FOLDER.fullmatch(path.name))}
+    return sorted({**retired, **named}.items(), reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:
     """The step in the name of a checkpoint's folder."""
-    return int(checkpoint.name.removeprefix("step_"))
+    match = _STEP_FOLDER.search(checkpoint.name)
+    assert match
+    return int(match[1])
+
+
+def _checksum(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while content := file.read(1 << 22):
+            digest.update(content)
+    return digest.hexdigest()
 
 
 def find_run(output_dir: str | Path, resume: bool | str | Path, before: float = math.inf) -> Path | None:
@@ -178,8 +199,9 @@ def find_run(output_dir: str | Path, resume: bool | str | Path, before: float = 
 
     Args:
         output_dir: Folder of the run.
-        resume: True: the newest whole checkpoint of `output_dir`; damaged or foreign folders are passed over with a
-            warning. A path: that checkpoint, or the newest whole one of the run in that folder. False: none.
+        resume: True: the newest whole checkpoint of `output_dir`; damaged or foreign folders, and those whose files
+            have other checksums than when they were written, are passed over with a warning. A path: that checkpoint,
+            or the newest whole one of the run in that folder. False: none.
         before: With True: only checkpoints of earlier steps than this one.
 
     Returns:
@@ -194,7 +216,7 @@ def find_run(output_dir: str | Path, resume: bool | str | Path, before: float = 
         for step, folder in _step_folders(Path(output_dir) / "checkpoints"):
             if step >= before:
                 continue
-            problem = _damage(folder)
+            problem = _damage(folder) or _altered(folder)
             if problem is None:
                 return folder
             logger.warning("%s is passed over: %s", folder, problem)
@@ -205,12 +227,29 @@ def find_run(output_dir: str | Path, resume: bool | str | Path, before: float = 
         if newest is None:
             raise ValueError(f"{folder} is a run without a whole checkpoint")
         return newest
-    problem = _damage(folder)
+    problem = _damage(folder) or _altered(folder)
     if problem is not None:
         raise ValueError(
             f"cannot resume from {folder}: {problem}. Name a folder checkpoints/step_NNNNNNN of a run"
         )
     return folder
+
+
+def refuse_new_beginning(output_dir: str | Path) -> None:
+    """Refuse to begin anew in a folder with checkpoints, none of which is whole: that would throw the run away.
+
+    Raises:
+        ValueError: There are such; says what to do.
+    """
+    folders = _step_folders(Path(output_dir) / "checkpoints")
+    if folders:
+        reasons = "; ".join(
+            f"{folder.name}: {_damage(folder) or _altered(folder)}" for _, folder in folders[:3]
+        )
+        raise ValueError(
+            f"none of the checkpoints in {output_dir} is whole ({reasons}): bring one back from a copy, or move the "
+            "folder checkpoints away to begin anew"
+        )
 
 
 def _damage(folder: Path) -> str | None:
@@ -240,6 +279,21 @@ def _damage(folder: Path) -> str | None:
     named = _STEP_FOLDER.fullmatch(folder.name)
     if named and int(named[1]) != state["step"]:
         return f"its name says another step than its state, {state['step']}"
+    return None
+
+
+def _altered(folder: Path) -> str | None:
+    """Which file of a checkpoint is not as it was written, or None. Reads all of it; older checkpoints do not say."""
+    path = folder / CHECKSUMS
+    if not path.is_file():
+        return None
+    for line in path.read_text(errors="replace").splitlines():
+        value, _, name = line.partition("  ")
+        if name not in _FILES or not (folder / name).is_file() or _checksum(folder / name) != value:
+            return (
+                f"{name if name in _FILES else CHECKSUMS} is not as it was written ({CHECKSUMS}): the disk or a copy "
+                f"damaged it; if it was changed on purpose, remove {CHECKSUMS}"
+            )
     return None
 
 

@@ -20,7 +20,7 @@ import torch
 from accelerate.utils import gather_object
 
 from spark.assembly import build_model, choose_layout, resolve, summary, training_sizes, try_forward
-from spark.checkpoint import find_run
+from spark.checkpoint import refuse_new_beginning
 from spark.config import PretrainConfig, config_dict, parse_config, save_config
 from spark.continuation import start_from
 from spark.feed import FeedOptions, open_feed
@@ -52,7 +52,7 @@ from spark.run import (
 )
 from spark.seeding import derive_seed
 from spark.sharding import shard_average
-from spark.state import RunState, changes, read_extra
+from spark.state import RunState, changes, find_checkpoint, read_extra
 from spark.steps import MaskedBatches, StepPlan
 from spark.watching import Watch, build_monitor, fixed_batch
 
@@ -95,7 +95,9 @@ def pretrain(config: PretrainConfig) -> None:
     spark = build_model(config.model)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     spark.to(device).to(memory_format=memory_format)
-    checkpoint = find_run(config.output_dir, config.resume)
+    checkpoint = find_checkpoint(config.output_dir, config.resume)
+    if checkpoint is None and config.resume:
+        refuse_new_beginning(config.output_dir)
     if checkpoint is None and config.model.init is not None:
         for line in start_from(spark, config.model.init, config.model.name, config.model.init_decoder):
             accelerator.print(line)
@@ -332,6 +334,7 @@ def pretrain(config: PretrainConfig) -> None:
                 batches = batches_on()
                 # Interrupted from here on, the run is not to meet the same batches, nor to count anew.
                 save_due = False
+                saved_step = drawn_step = -1  # these steps come anew, with other weights
                 if writes:
                     outputs.keep_on("the checkpoint", outputs.save)
                 outputs.keep_on("the rows", partial(log.rewind, state.step, keep_events=True))

@@ -24,7 +24,12 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+)
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -596,9 +601,13 @@ def stop_run(
         checkpoint = save()
         if checkpoint is not None:
             kept = f"the state before this step is saved in {checkpoint}"
+    said = [kept]
+    broadcast_object_list(
+        said
+    )  # the main process knows; one whose main process ended first speaks for itself
     accelerator.wait_for_everyone()
     raise ValueError(
-        f"{reason} at step {step}, the run has stopped; {kept}. The images of this batch are listed in "
+        f"{reason} at step {step}, the run has stopped; {said[0]}. The images of this batch are listed in "
         f"{listing}. Look at these images, lower the learning rate or use precision fp32, then use --resume true"
     )
 

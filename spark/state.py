@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from spark.checkpoint import find_run, load_run, save_run, step_of
@@ -146,10 +147,10 @@ class RunState:
         It is the newest one. Where the run has gone back to that one already, it may itself be what fails: then the
         next older one, as far as there are any.
         """
-        newest, last = find_run(output_dir, True), self.guard.went_back_to
+        newest, last = find_checkpoint(output_dir, True), self.guard.went_back_to
         if newest is None or last is None or step_of(newest) > last:
             return newest
-        return find_run(output_dir, True, before=step_of(newest)) or newest
+        return find_checkpoint(output_dir, True, before=step_of(newest)) or newest
 
     def roll_back(self, checkpoint: Path) -> None:
         """Take over weights and moments of a checkpoint of this run; the stream goes on behind the batch that failed.
@@ -182,6 +183,19 @@ def _whole(sharded: SparK | None, whole: SparK | None) -> SparK | None:
     if whole is not None:
         whole.load_state_dict(tensors)
     return whole
+
+
+def find_checkpoint(output_dir: str | Path, resume: bool | str, before: float = math.inf) -> Path | None:
+    """What `spark.checkpoint.find_run` finds in the main process, in all processes, which call it together.
+
+    Network file systems may show other machines the folder as it was a minute ago, and a checkpoint that only some
+    processes find would tear the run apart.
+    """
+    if resume is not True:  # a path can be wrong, which all processes are to say
+        return find_run(output_dir, resume, before)
+    found = [find_run(output_dir, True, before) if PartialState().is_main_process else None]
+    broadcast_object_list(found)
+    return found[0]
 
 
 def read_extra(checkpoint: Path) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class Division:
         begun = [(state[4], state[5]) for state in states.tolist()]
         passes = [number for number, _ in begun]
         left: dict[int, list[int]] = {}
-        for number in range(min(passes), max(passes) + 1):
+        for number in range(min(passes), max([*passes, *self.left]) + 1):
             left[number] = [
                 shard
                 for reader, (current, turn) in enumerate(begun)

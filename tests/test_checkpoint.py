@@ -1,6 +1,7 @@
 """Run checkpoints, exported encoders, and the files of SparK's official code, rebuilt here from their description."""
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import pytest
 import timm
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -26,11 +28,12 @@ from spark.checkpoint import (
     read_encoder,
     save_encoder,
     save_run,
+    step_of,
 )
 from spark.encoder import build_encoder, pyramid
 from spark.folders import whole_folder, write_whole
 from spark.model import SparK
-from spark.official import Weights, encoder_name, timm_config
+from spark.official import Weights, encoder_name, read_torch_file, timm_config
 from spark.optim import build_optimizer, parameter_groups
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -648,7 +651,7 @@ def test_resuming_is_exact(tmp_path, name):
     }
     path = save_run(tmp_path, 3, model=model, optimizer=optimizer, extra=extra)
     assert path == tmp_path / "checkpoints" / "step_0000003"
-    assert sorted(file.name for file in path.iterdir()) == ["model.safetensors", "state.pt"]
+    assert sorted(file.name for file in path.iterdir()) == ["SHA256SUMS", "model.safetensors", "state.pt"]
     expected = train(model, optimizer, range(3, 8))
 
     again = training(name, seed=1)
@@ -706,6 +709,41 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path, caplog):
         find_run(tmp_path, str(checkpoints / "step_0000001"))
     with pytest.raises(ValueError, match="not a whole checkpoint"):
         load_run(checkpoints / "step_0000020", model=model, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "state.pt", "ema.safetensors"])
+def test_a_flipped_bit_is_noticed(tmp_path, caplog, file):
+    model, optimizer = training()
+    train(model, optimizer, range(1))
+    for step in (1, 2):
+        newest = save_run(tmp_path, step, model=model, optimizer=optimizer, ema=model)
+    content = bytearray((newest / file).read_bytes())
+    assert f"{hashlib.sha256(content).hexdigest()}  {file}\n" in (newest / "SHA256SUMS").read_text()
+    content[len(content) * 2 // 3] ^= 4  # in the numbers of a tensor: what reads it does not mind
+    (newest / file).write_bytes(content)
+    read_torch_file(newest / file) if file == "state.pt" else load_file(newest / file)
+    assert find_run(tmp_path, True).name == "step_0000001"
+    assert f"step_0000002 is passed over: {file} is not as it was written (SHA256SUMS)" in caplog.text
+    with pytest.raises(ValueError, match=rf"cannot resume from .*{file} is not as it .* remove SHA256SUMS"):
+        find_run(tmp_path, newest)
+    (newest / "SHA256SUMS").unlink()  # as in older checkpoints
+    assert find_run(tmp_path, True) == newest
+
+
+def test_a_checkpoint_that_was_being_replaced_is_found(tmp_path):
+    """Killed between the two renames, with the only checkpoint moved away for its successor."""
+    model, optimizer = training()
+    folder = save_run(tmp_path, 4, model=model, optimizer=optimizer)
+    retired = folder.rename(folder.with_name(".step_0000004.old-123"))
+    (folder.parent / ".step_0000004.new-123").mkdir()
+    assert find_run(tmp_path, True) == retired
+    assert step_of(retired) == 4
+    assert find_run(tmp_path, True, before=4) is None
+    again = training(seed=1)
+    assert load_run(retired, model=again[0], optimizer=again[1])["step"] == 4
+    assert same(again[0].state_dict(), model.state_dict())
+    save_run(tmp_path, 5, model=model, optimizer=optimizer, keep=1)
+    assert os.listdir(folder.parent) == ["step_0000005"]
 
 
 @pytest.mark.parametrize("content", [b"hello", b"]a.", b"\x80\x02}q\x00(X"])

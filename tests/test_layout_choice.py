@@ -357,6 +357,7 @@ def test_a_run_that_moved_to_another_device_chooses_again(table, train, tmp_path
     state = torch.load(folder / "state.pt", weights_only=True)
     state["extra"] |= {"layout": "triton", "device_type": "cuda"}
     torch.save(state, folder / "state.pt")
+    (folder / "SHA256SUMS").unlink()
     text = train(2, "--resume=true")
     assert "changed since that checkpoint: the layout was triton on cuda, is masked on cpu: from here" in text
     assert [row["layout"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == ["masked", "masked"]
@@ -372,6 +373,7 @@ def test_a_checkpoint_that_does_not_say_where_it_ran(train, tmp_path, named, cha
     for key in ("layout", "device_type"):
         del state["extra"][key]
     torch.save(state, folder / "state.pt")
+    (folder / "SHA256SUMS").unlink()
     text = train(2, "--resume=true", "--model.layout=packed")
     assert ("the layout was masked on cpu, is packed on cpu" in text) == changed
     assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [1, 2]

@@ -853,6 +853,43 @@ def test_a_rollback_never_finds_a_state_whose_next_steps_failed(command, tmp_pat
     assert names == ["step_0000005", "step_0000007"]
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(command, tmp_path, capsys):
+    run(command("--max_steps=2", "--checkpoint_every=1"))
+    folder = tmp_path / "run"
+    rows = (folder / "metrics.jsonl").read_text()
+    os.truncate(folder / "checkpoints" / "step_0000001" / "state.pt", 100)
+    flipped = folder / "checkpoints" / "step_0000002" / "model.safetensors"
+    content = bytearray(flipped.read_bytes())
+    content[-9] ^= 1
+    flipped.write_bytes(content)
+    text = error_of(capsys, command("--resume=true"))
+    assert "none of the checkpoints in" in text
+    assert "step_0000002: model.safetensors is not as it was written (SHA256SUMS)" in text
+    assert "step_0000001: state.pt is cut short or damaged" in text
+    assert (folder / "metrics.jsonl").read_text() == rows
+
+
+def test_a_step_that_comes_anew_is_saved_anew(command, tmp_path, monkeypatch, capsys):
+    """Back from step 6 by way of 4 to 6, which is skipped, so that no checkpoint is due, and the run is stopped."""
+    original = Guard.judge
+    calls = [0]
+
+    def judge(self, numbers):
+        calls[0] += 1
+        if calls[0] in (7, 8):
+            return original(self, {"the loss": float("nan")})
+        if calls[0] == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return self.skip("a spike", "spike")
+        return original(self, numbers)
+
+    monkeypatch.setattr(Guard, "judge", judge)
+    run(command("--guard.on_nonfinite=rollback", "--checkpoint_every=2", "--keep_checkpoints=9"))
+    assert "stopped and saved after step 6 of 8" in capsys.readouterr().out
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "step_0000006" / "state.pt", weights_only=True)
+    assert (saved["extra"]["offset"], saved["extra"]["guard"]["rollbacks"]) == (4, 2)
+
+
 def test_a_spike_can_stop_the_run(command, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         spoiled(patch, {6}, lambda loss: loss + 1)

@@ -141,6 +141,34 @@ def test_a_server_that_gives_up(server):  # noqa: F811
         list(stream.entries(2, 5000))
 
 
+def test_a_shard_that_changes_while_it_is_read(server, tmp_path):  # noqa: F811
+    """Its beginning and its end are not put together: the stream gives it up, and what is fetched begins anew."""
+    handler, address = server
+    shard = handler.folder / "01.tar"
+    old = shard.read_bytes()
+    write_shard(shard, {f"{n:03}.png": png(n) for n in range(20, 27)})
+    new = shard.read_bytes()
+    assert len(new) != len(old)
+
+    class Changes(list):
+        def pop(self, number):
+            shard.write_bytes(new)
+            return super().pop(number)
+
+    for source in ("streamed", "fetched"):
+        shard.write_bytes(old)
+        handler.limits["01.tar"] = Changes([3000])
+        if source == "streamed":
+            with pytest.raises(ShardError, match=rf"it changed .* \({len(old)} bytes then, {len(new)} now\)"):
+                list(open_stream(f"{address}/{{00..02}}.tar").entries(1))
+        else:
+            found, lost = open_source(f"{address}/01.tar", tmp_path / "cache")
+            assert not lost
+            assert [Image.open(io.BytesIO(found.read(n))).getpixel((0, 0))[0] for n in range(7)] == [
+                *range(20, 27)
+            ]
+
+
 def test_attempts_begin_anew_after_a_megabyte(monkeypatch):
     content, calls = bytes(5 << 20), []
 
@@ -247,7 +275,9 @@ def test_readers_in_different_passes_are_divided_again():
     assert again.first == 0
     assert sorted(again.left[0]) == sorted(division.share(0, 0)[1:])
     assert sorted(again.left[1]) == sorted(division.share(0, 1) + division.share(1, 1)[1:])
-    assert again.divide_again(again.start(), 2).left[0] == again.left[0], "nothing was read meanwhile"
+    once_more = again.divide_again(again.start(), 2)
+    assert once_more.left[0] == again.left[0], "nothing was read meanwhile"
+    assert sorted(once_more.left[1]) == sorted(again.left[1]), "nor is what was read of pass 1 read again"
 
 
 # ---------------------------------------------------------------------------------------------------------- batches

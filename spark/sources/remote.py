@@ -32,7 +32,7 @@ class DownloadError(OSError):
     """What is behind an address cannot be had, or not all of it; the message is the reason.
 
     Attributes:
-        stale: the server says that it has no such place, so that the file has become shorter.
+        stale: the file is another one than before: it has no such place, or another length.
     """
 
     def __init__(self, reason: str, stale: bool = False):
@@ -101,9 +101,14 @@ class Download(io.RawIOBase):
         answer = urllib.request.urlopen(urllib.request.Request(self._url, headers=headers), timeout=TIMEOUT)
         begin = self._place if answer.status == 206 else 0
         length = answer.headers.get("Content-Length")
-        self._end = None if length is None else begin + int(length)
+        before, self._end = self._end, None if length is None else begin + int(length)
         if self._end is not None and self._end < self._place:
             raise DownloadError(f"the server has {self._end} bytes only, fewer than before", stale=True)
+        if None not in (before, self._end) and before != self._end:
+            raise DownloadError(
+                f"it changed on the server while it was read ({before} bytes then, {self._end} now)",
+                stale=True,
+            )
         while begin < self._place:
             passed = len(answer.read(min(self._place - begin, _CHUNK)))
             if not passed:
@@ -159,9 +164,8 @@ def _fetch(url: str, path: Path) -> Path | str:
         fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the file, whatever ends the process
         if path.exists():
             return path
-        for _ in range(
-            2 if part.exists() else 1
-        ):  # what an earlier attempt left may be no beginning of the shard
+        for _ in range(2):
+            begun = part.exists()
             try:
                 with open(part, "ab") as file:
                     shutil.copyfileobj(Download(url, file.tell()), file, _CHUNK)
@@ -172,7 +176,8 @@ def _fetch(url: str, path: Path) -> Path | str:
             except (DownloadError, ValueError) as error:
                 part.unlink()
                 reason = str(error).replace(str(part), path.name)
-                if isinstance(error, DownloadError) and not error.stale:
+                # Once more from the beginning, if what was there may be that of another shard.
+                if not (error.stale if isinstance(error, DownloadError) else begun):
                     break
         return " ".join(reason.split()).replace(": ", ", ")
 
