@@ -475,7 +475,7 @@ def test_the_head_starts_alike_whatever_the_encoder_weights(tmp_path: Path) -> N
     save_encoder(build_encoder("test_resnet"), tmp_path / "encoder")
 
     def head_of(source: str, seed: int = 0) -> dict[str, torch.Tensor]:
-        config = DepthConfig(encoder=source, data=DepthDataConfig(root=""), output_dir="", seed=seed)
+        config = DepthConfig(encoder=source, data=DepthDataConfig(root="data"), output_dir="runs", seed=seed)
         return build_model(config)[0].head.state_dict()
 
     assert_same_weights(head_of("test_resnet"), head_of(str(tmp_path / "encoder")))
@@ -706,7 +706,7 @@ def test_the_border_of_other_frames_is_announced(
 def length_of(num_pairs: int, **options: Any) -> RunLength:
     optim = DepthOptimConfig(batch_size=32, frozen_epochs=2)
     return run_phases(
-        DepthConfig(encoder="", data=DepthDataConfig(root=""), output_dir="", optim=optim, **options),
+        DepthConfig(encoder="", data=DepthDataConfig(root="data"), output_dir="runs", optim=optim, **options),
         num_pairs,
     )
 
@@ -761,7 +761,7 @@ def test_two_processes_with_a_frozen_encoder(world: Path, tmp_path: Path, free_p
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert all(math.isfinite(loss) for loss in losses_of(rows))
     assert (tmp_path / "run" / "evaluation.json").exists()
-    config = DepthConfig(encoder="test_convnext", data=DepthDataConfig(root=""), output_dir="")
+    config = DepthConfig(encoder="test_convnext", data=DepthDataConfig(root="data"), output_dir="runs")
     start = {f"encoder.{name}": value for name, value in build_model(config)[0].encoder.state_dict().items()}
     frozen = load_file(tmp_path / "run" / "checkpoints" / "step_0000002" / "model.safetensors")
     assert_same_weights(start, {name: frozen[name] for name in start})
