@@ -790,7 +790,7 @@ def validation_samples(run: Run, count: int) -> list[DepthSample]:
 
 
 def masked_and_reconstructed(
-    run: Run, images: list[np.ndarray], encoder_name: str | None
+    run: Run, images: list[np.ndarray], encoder_name: str | None = None
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Image, masked image and reconstruction, uint8 each, of the newest checkpoint of a pretraining run.
 
