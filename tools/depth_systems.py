@@ -388,7 +388,8 @@ def markdown(rows: list[dict], options: argparse.Namespace) -> str:
         f"Protocol `{first['protocol']}` on {first['images']} validation images, white border filled. Every system:"
         f" {options.epochs:g} epochs on NYU at {first['size']} px, batch {options.batch_size};"
         f" a second stage adds {options.diw_epochs:g} on relations, and says nothing of metres."
-        f" SparK: {options.pretrain_epochs:g} epochs, one pretraining an encoder. Latency is that of one image on one thread, relative to the first system."
+        f" SparK: {options.pretrain_epochs:g} epochs, one pretraining an encoder. Latency is that of one image on one"
+        " thread, relative to the first system."
         f"{relations}",
         "",
         "| system | encoder | stage | start | parameters [M] | GMACs | latency | "
