@@ -118,6 +118,12 @@ class ModelConfig:
         require(self.decoder_width >= 1, "model.decoder_width", self.decoder_width, "at least 1")
         require(self.decoder_maps >= 1, "model.decoder_maps", self.decoder_maps, "at least 1")
         self.init = None if self.init is None else os.path.expanduser(self.init)
+        require(
+            self.init is not None or self.init_decoder == "auto",
+            "model.init_decoder",
+            self.init_decoder,
+            "auto where model.init names no weights",
+        )
 
 
 @dataclass

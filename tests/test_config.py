@@ -219,6 +219,10 @@ def test_unknown_key_in_file_names_path_and_nearest(capsys, tmp_path):
             ["--model.mask_ratio", "[0.7, 0.5]"],
             "two such numbers, [low, high] with low first, got [0.7, 0.5]",
         ),
+        (
+            ["--model.init_decoder", "keep"],
+            "model.init_decoder must be auto where model.init names no weights, got keep",
+        ),
         (["--seed", str(2**63)], "seed must be a whole number of at most 63 bits, got 9223372036854775808"),
     ],
 )
