@@ -325,7 +325,7 @@ def test_mean_depth_scores_like_the_mean_column_of_eigen(real_data):
     train, val = (NYUSync(real_data / "nyu", name) for name in ("nyu_train.txt", "nyu_val.txt"))
     total, count = np.zeros((480, 640)), np.zeros((480, 640))
     for index in range(0, len(train), 4):
-        depth = train[index].depth
+        depth = train[index].metres
         total += depth
         count += depth > 0
     mean = total / np.maximum(count, 1)
