@@ -237,11 +237,97 @@ _NYU_BTS = Protocol(
     expected_images=654,
 )
 
+_NYU_FILLED = replace(
+    _NYU_BTS,
+    depth="filled",
+    valid="positive",
+    crop=None,
+    min_depth=1e-3,
+    max_depth=10.0,
+    aggregation="pooled",
+)
+
+_KITTI = Protocol(
+    name="kitti-garg-full",
+    description="KITTI Eigen split, depth of the benchmark, 1e-3 < gt < 80 m, crop of Garg et al. 2016 on the whole"
+    " frame (rows 153:371, columns 44:1197 of 375x1242), as BTS.",
+    tables="BTS and NeWCRFs on KITTI",
+    data="kitti",
+    min_depth=1e-3,
+    max_depth=80.0,
+    crop_shares=(0.40810811, 0.99189189, 0.03594771, 0.96405229),
+    expected_images=652,
+)
+
 PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
     {
         protocol.name: protocol
         for protocol in (
             _NYU_BTS,
+            replace(
+                _NYU_BTS,
+                name="nyu-adabins",
+                description="nyu-bts as AdaBins (Bhat et al. 2021): flip average of predictions that are clipped each,"
+                " then enlarged with align_corners.",
+                tables="AdaBins, DPT as fine-tuned on NYU",
+                flip_average=True,
+                clip_before_average=True,
+                align_corners=True,
+            ),
+            replace(
+                _NYU_BTS,
+                name="nyu-zoedepth",
+                description="nyu-bts as ZoeDepth (Bhat et al. 2023): flip average, no clip before it, enlarged with"
+                " align_corners.",
+                tables="ZoeDepth, Depth Anything with metric heads",
+                flip_average=True,
+                align_corners=True,
+            ),
+            replace(
+                _NYU_BTS,
+                name="nyu-dorn",
+                description="nyu-bts with the crop of DORN (Fu et al. 2018): rows 21:460, columns 25:616, counted from"
+                " 1.",
+                tables="DORN",
+                crop=(20, 460, 24, 616),
+            ),
+            replace(
+                _NYU_FILLED,
+                name="nyu-densedepth",
+                description="NYU Depth V2 as DenseDepth (Alhashim and Wonka 2018): filled depth without a cap, crop"
+                " 20:460, 24:616, flip average of predictions clipped to 0.1 .. 10 m each, pixels pooled.",
+                tables="DenseDepth",
+                crop=(20, 460, 24, 616),
+                min_depth=0.1,
+                flip_average=True,
+                clip_before_average=True,
+            ),
+            replace(
+                _NYU_FILLED,
+                name="nyu-laina",
+                description="NYU Depth V2 as Laina et al. 2016: filled depth without a cap, no crop, no clip, pixels"
+                " pooled.",
+                tables="Laina et al. (FCRN)",
+                clip=False,
+            ),
+            replace(
+                _NYU_FILLED,
+                name="nyu-fastdepth",
+                description="NYU Depth V2 as FastDepth (Wofk et al. 2019): filled depth, reduced to 250x333, of that"
+                " the middle 228x304, scored at 224x224 (nearest neighbours); no cap, no clip, mean over images.",
+                tables="FastDepth",
+                view=(("resize", 250, 333), ("centre_crop", 228, 304), ("resize", 224, 224)),
+                clip=False,
+                aggregation="per_image",
+            ),
+            replace(
+                _NYU_BTS,
+                name="nyu-marigold",
+                description="nyu-bts as Marigold (Ke et al. 2024): scale and shift of each image fitted to depth by"
+                " least squares, then clipped.",
+                tables="Marigold, GeoWizard and other affine-invariant depth",
+                alignment="depth",
+            ),
             replace(
                 _NYU_BTS,
                 name="nyu-bts-scaled",
@@ -261,6 +347,33 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 scale_crop=True,
                 space="disparity",
                 alignment="disparity",
+            ),
+            replace(
+                _KITTI,
+                name="kitti-eigen",
+                description="kitti-garg-full with the crop of Eigen et al. 2014 instead, as Godard et al. 2017 wrote it"
+                " in shares.",
+                tables="Eigen et al. and tables that say Eigen crop",
+                crop_shares=(0.3324324, 0.91351351, 0.0359477, 0.96405229),
+            ),
+            _KITTI,
+            replace(
+                _KITTI,
+                name="kitti-garg-kb",
+                description="The same within the crop of the KITTI benchmark (352x1216, bottom, centre), of which"
+                " Garg's crop is rows 143:349, columns 43:1172, as AdaBins and ZoeDepth.",
+                tables="AdaBins and ZoeDepth on KITTI",
+                view=(("bottom_crop", 352, 1216),),
+            ),
+            replace(
+                _KITTI,
+                name="kitti-monodepth2",
+                description="KITTI Eigen split as Monodepth2 (Godard et al. 2019): projected laser points, 1e-3 < gt <"
+                " 80 m, Garg's crop of the whole frame, inverse depth is enlarged, medians of each image made equal.",
+                tables="Monodepth2 and other self-supervised depth",
+                space="disparity",
+                alignment="median",
+                expected_images=697,
             ),
             Protocol(
                 name="diw",

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from finetune.depth_data.base import DepthSet, OpenOptions, at_line, line_text
-from finetune.depth_data.folder import read_npy
+from finetune.depth_data.depth_files import read_npy
 from finetune.depth_data.nyu import existing_root, find_list, lists_text
 from finetune.depth_data.sample import (
     DepthSample,
