@@ -1,9 +1,8 @@
-"""A plain folder of images and depth maps, as of one's own camera; and ReDWeb, whose depth is relative."""
+"""A plain folder of images and depth maps, as of one's own camera."""
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 
@@ -12,12 +11,9 @@ from finetune.depth_data.depth_files import DEPTH_EXTENSIONS, read_npy, read_pfm
 from finetune.depth_data.nyu import SyncEntry, existing_root, find_list, parse_list, refuse_missing
 from finetune.depth_data.sample import (
     DepthSample,
-    Supervision,
     check_pair_headers,
     checked_metres,
-    file_error,
     read_depth_png,
-    read_grey,
     read_rgb,
 )
 from spark.decoding import EXTENSIONS
@@ -222,73 +218,3 @@ def find_pairs(root: Path, below: Path) -> list[SyncEntry]:
         )
     pairs = sorted((images[key], depths[key]) for key in images)
     return [SyncEntry(image, depth, None, 0) for image, depth in pairs]
-
-
-class ReDWeb(DepthSet):
-    """ReDWeb_V1: 3,600 photos `Imgs/*.jpg` with relative depth `RDs/*.png` from stereo.
-
-    Depth is 8-bit: near = 0, far up to 254, 255 = unknown. Samples hold it as a disparity, (254 - value) / 254, of
-    unknown scale and shift.
-
-    Args:
-        root: the folder that holds `Imgs` and `RDs`.
-
-    Raises:
-        ValueError: no photos, or photos without a map; a first pair that cannot be used.
-    """
-
-    supervision: ClassVar[Supervision] = "affine"
-
-    def __init__(self, root: str | Path):
-        self.root = existing_root(root)
-        self._names = sorted(path.name for path in (self.root / "Imgs").glob("*.jpg"))
-        missing = [name for name in self._names if not self._map(name).is_file()]
-        if missing or not self._names:
-            what = (
-                f"{len(missing)} photos have none, the first is {missing[0]}"
-                if missing
-                else "no photos are there"
-            )
-            raise ValueError(f"{root}: expected Imgs/NAME.jpg with RDs/NAME.png, but {what}")
-        self[0]
-
-    @classmethod
-    def recognises(cls, root: Path, list_file: str | Path | None) -> bool:
-        """Whether the two folders are there, and no list is given."""
-        return list_file is None and (root / "Imgs").is_dir() and (root / "RDs").is_dir()
-
-    @classmethod
-    def opened(cls, root: Path, options: OpenOptions) -> "ReDWeb":
-        """Open the folder; it has no splits."""
-        if options.list is not None or options.split != "train":
-            raise ValueError(f"redweb ({root}) is training data without lists: give --data.list null")
-        return cls(root)
-
-    def __repr__(self) -> str:
-        """What a run prints about its data."""
-        return f"ReDWeb layout, {len(self)} photos with relative depth under {self.root}"
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def names(self) -> list[str]:
-        """Names of the photos, in order."""
-        return self._names
-
-    def files(self) -> Iterator[Path]:
-        """Photo and map of each."""
-        for name in self._names:
-            yield from (self.root / "Imgs" / name, self._map(name))
-
-    def __getitem__(self, index: int) -> DepthSample:
-        name = self._names[index]
-        path = self._map(name)
-        values = read_grey(path)
-        if values.dtype != np.uint8:
-            raise file_error(path, f"relative depth of this layout has 8 bits, not {values.dtype}")
-        disparity = (254 - values.astype(np.float32)) / 254
-        disparity[values == 255] = np.nan
-        return DepthSample(read_rgb(self.root / "Imgs" / name), None, name, affine=disparity)
-
-    def _map(self, name: str) -> Path:
-        return (self.root / "RDs" / name).with_suffix(".png")
