@@ -140,7 +140,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     """Score the model, print the table, write results and figures; returns the results."""
     console = Console()
     protocol = get_protocol(config.protocol, flip_average=config.flip_average, threshold=config.threshold)
-    if config.figures and protocol.supervision == "ordinal":
+    if config.figures and protocol.family == "relations":
         raise ValueError(f"protocol {protocol.name} has no maps to draw: leave figures out")
     model = load_depth_model(config.model, config.encoder_name).to(chosen_device(config.device))
     check_protocol(model, protocol)

@@ -255,6 +255,7 @@ _KITTI = Protocol(
     data="kitti",
     min_depth=1e-3,
     max_depth=80.0,
+    sees="kb_crop",
     crop_shares=(0.40810811, 0.99189189, 0.03594771, 0.96405229),
     expected_images=652,
 )
@@ -371,6 +372,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 description="KITTI Eigen split as Monodepth2 (Godard et al. 2019): projected laser points, 1e-3 < gt <"
                 " 80 m, Garg's crop of the whole frame, inverse depth is enlarged, medians of each image made equal.",
                 tables="Monodepth2 and other self-supervised depth",
+                sees="frame",
                 space="disparity",
                 alignment="median",
                 expected_images=697,

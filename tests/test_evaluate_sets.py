@@ -1,0 +1,204 @@
+"""finetune/evaluate.py on KITTI, iBims-1, ReDWeb and pairs of NYU as they lie on disk."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from finetune import DepthModel, load_depth_model
+from finetune.depth_data import open_depth_data
+from finetune.evaluate import main
+from finetune.ibims import boundary_errors, planarity_errors
+from finetune.inference import transform_of
+from finetune.metrics import GEOMETRY_METRICS, METRICS
+from finetune.protocols import PROTOCOLS
+from tests import depth_layouts as write
+
+KITTI_SIZE, NYU_SIZE = (375, 1242), (480, 640)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    depth_model = DepthModel("test_resnet", decoder_channels=(16, 16, 8, 8, 8), image_size=(48, 64))
+    return depth_model.save(tmp_path_factory.mktemp("run") / "model")
+
+
+@pytest.fixture(scope="module")
+def kitti(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write.write_kitti(tmp_path_factory.mktemp("kitti"), 1, KITTI_SIZE)
+
+
+@pytest.fixture(scope="module")
+def ibims(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write.write_ibims(tmp_path_factory.mktemp("ibims"), 2, NYU_SIZE)
+
+
+def run(model: Path, root: Path, protocol: str, output: Path, *more: str) -> dict:
+    where = ["--model", str(model), "--data.root", str(root), "--protocol", protocol, "--device", "cpu"]
+    main([*where, "--output", str(output), *more])
+    return json.loads(output.read_text())
+
+
+def predicted(model: Path, image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """What the model says of an image, brought to `size`."""
+    depth_model = load_depth_model(model).eval()
+    with torch.no_grad():
+        depth = depth_model(transform_of(depth_model).prepare(image)[None]).depth
+    return F.interpolate(depth.double(), size=size, mode="bilinear", align_corners=False)[0, 0].numpy()
+
+
+# --- KITTI
+
+
+@pytest.mark.parametrize(
+    ("protocol", "rows", "columns"),
+    [
+        ("kitti-garg-full", (153, 371), (44, 1197)),
+        ("kitti-eigen", (124, 342), (44, 1197)),
+        ("kitti-garg-kb", (23 + 143, 23 + 349), (13 + 43, 13 + 1172)),
+    ],
+)
+def test_crops_of_kitti_by_hand(
+    model: Path, kitti: Path, tmp_path: Path, protocol: str, rows: tuple, columns: tuple
+) -> None:
+    results = run(model, kitti, protocol, tmp_path / "r.json", "--data.list", "eigen.txt")
+    sample = open_depth_data(kitti, "eigen.txt")[0]
+    depth = np.zeros(KITTI_SIZE)
+    # the model is shown 352x1216 at the bottom, in the middle
+    depth[23:, 13:1229] = predicted(model, np.ascontiguousarray(sample.image[23:, 13:1229]), (352, 1216))
+    counts = np.zeros(KITTI_SIZE, bool)
+    counts[slice(*rows), slice(*columns)] = True
+    counts &= (sample.metres > 1e-3) & (sample.metres < 80)
+    p, g = depth[counts].clip(1e-3, 80), sample.metres[counts].astype(np.float64)
+    (row,) = results["per_image"]
+    assert row["pixels"] == counts.sum()
+    assert row["abs_rel"] == pytest.approx((np.abs(p - g) / g).mean(), rel=1e-4)
+    assert row["rmse"] == pytest.approx(np.sqrt(((p - g) ** 2).mean()), rel=1e-4)
+
+
+def test_monodepth2_on_laser_points(model: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    points = np.stack([rng.uniform(5, 60, 4000), rng.uniform(-20, 20, 4000), rng.uniform(-3, 0, 4000)], 1)
+    root = write.write_kitti_laser(tmp_path / "kitti", points, KITTI_SIZE)
+    results = run(model, root, "kitti-monodepth2", tmp_path / "r.json", "--data.list", "list.txt")
+    sample = open_depth_data(root, "list.txt")[0]
+    (row,) = results["per_image"]
+    inside = sample.metres[153:371, 44:1197]
+    assert row["pixels"] == (inside > 0).sum() > 100
+    assert results["settings"]["alignment"] == "median"
+
+
+def test_frames_that_are_too_small(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write.write_kitti(tmp_path / "kitti", 1)
+    with pytest.raises(SystemExit, match="2"):
+        run(model, root, "kitti-garg-kb", tmp_path / "r.json", "--data.list", "eigen.txt")
+    assert "48x64 is too small" in capsys.readouterr().err
+    assert not (tmp_path / "r.json").exists()
+
+
+# --- iBims-1
+
+
+def test_ibims_official(model: Path, ibims: Path, tmp_path: Path) -> None:
+    results = run(model, ibims, "ibims-official", tmp_path / "r.json")
+    assert set(results["metrics"]) == {*METRICS, *GEOMETRY_METRICS}
+    data = open_depth_data(ibims)
+    flat, accuracy = [], []
+    for sample in (data[0], data[1]):
+        depth = predicted(model, sample.image, NYU_SIZE)
+        assert sample.geometry is not None
+        valid = sample.metres > 0
+        for plane in sample.geometry.planes:
+            errors = planarity_errors(depth, sample.metres, valid, plane, sample.geometry.camera)
+            flat += [errors["pe_fla"]] if errors else []
+        accuracy.append(boundary_errors(depth, sample.geometry.edges)["dbe_acc"])
+    assert results["planes"] == len(flat) == 2  # the floors; walls of 20x30 px are too small here
+    assert results["metrics"]["pe_fla"] == pytest.approx(np.mean(flat), rel=1e-3)
+    assert results["metrics"]["dbe_acc"] == pytest.approx(np.mean(accuracy), rel=1e-3)
+    for name in ("abs_rel", "dde_0"):
+        assert results["metrics"][name] == pytest.approx(np.mean([row[name] for row in results["per_image"]]))
+    assert results["unpredicted_pixels"] == 0
+    every = [row["dde_0"] + row["dde_m"] + row["dde_p"] for row in results["per_image"]]
+    assert every == pytest.approx([1, 1])
+
+
+def test_ibims_zoedepth(model: Path, ibims: Path, tmp_path: Path) -> None:
+    results = run(model, ibims, "ibims-zoedepth", tmp_path / "r.json")
+    counts = [(open_depth_data(ibims)[n].metres[45:471, 41:601] > 0).sum() for n in (0, 1)]
+    assert [row["pixels"] for row in results["per_image"]] == counts
+    assert results["settings"]["flip_average"]
+
+
+def test_ibims_needs_its_geometry(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write.write_ibims(tmp_path / "ibims", 1, geometry=False)
+    with pytest.raises(SystemExit, match="2"):
+        run(model, root, "ibims-official", tmp_path / "r.json")
+    said = capsys.readouterr().err
+    assert "unpack ibims1_core_mat.zip" in said
+    assert "ibims-zoedepth" in said
+    assert not (tmp_path / "r.json").exists()
+
+
+# --- relations
+
+
+def test_redweb(model: Path, tmp_path: Path) -> None:
+    root = write.write_redweb(tmp_path / "redweb", 3)
+    results = run(model, root, "redweb", tmp_path / "r.json")
+    assert results["images"] == 3
+    assert results["metrics"]["whdr"] == pytest.approx(1 - results["metrics"]["accuracy"])
+    assert results["pairs"]["equal"] + results["pairs"]["unequal"] == 30_000
+    assert results == run(model, root, "redweb", tmp_path / "r.json", "--batch_size", "1")
+
+
+@pytest.mark.parametrize("protocol", ["nyu-wkdr", "nyu-wkdr-sampled"])
+def test_wkdr(model: Path, tmp_path: Path, protocol: str) -> None:
+    if protocol == "nyu-wkdr":
+        root, where = write.write_nyu_pairs(tmp_path / "nyu"), ["--data.list", "points.csv"]
+    else:
+        root, where = write.write_sync(tmp_path / "nyu"), ["--data.list", "nyu_val.txt"]
+    chosen = run(model, root, protocol, tmp_path / "val.json", *where)
+    threshold = chosen["wkdr_threshold"]["value"]
+    assert 0.11 <= threshold <= 1.5
+    given = run(model, root, protocol, tmp_path / "test.json", *where, "--threshold", str(threshold))
+    assert given["metrics"] == chosen["metrics"]
+    assert "wkdr_threshold" not in given
+    data = open_depth_data(root, where[1])
+    if protocol == "nyu-wkdr":  # read at the points, with the border continued from what the model was shown
+        sample = data[0]
+        assert sample.pairs is not None
+        assert sample.relation is not None
+        top, bottom, left, right = PROTOCOLS[protocol].seen_at(write.SIZE)
+        assert (top, bottom, left, right) == (9, 38, 9, 54)
+        depth_model = load_depth_model(model).eval()
+        shown = np.ascontiguousarray(sample.image[top:bottom, left:right])
+        with torch.no_grad():
+            depth = depth_model(transform_of(depth_model).prepare(shown)[None]).depth
+        inner = F.interpolate(depth.double(), size=(29, 45), mode="bilinear", align_corners=True)[
+            0, 0
+        ].numpy()
+        whole = inner[np.ix_(np.arange(48).clip(9, 37) - 9, np.arange(64).clip(9, 53) - 9)]
+        ya, xa, yb, xb = sample.pairs.astype(int).T
+        difference = whole[ya, xa] - whole[yb, xb]
+        wrong = np.where(np.abs(difference) <= threshold, 0, np.sign(difference)) != sample.relation
+        assert chosen["per_image"][0]["wkdr"] == wrong.mean()
+
+
+def test_data_without_what_a_protocol_needs(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write.write_redweb(tmp_path / "redweb", 1)
+    for protocol, message in (
+        ("nyu-wkdr", "no relations of points"),
+        ("ibims-official", "no depth in metres"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            run(model, root, protocol, tmp_path / "r.json")
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        run(model, root, "redweb", tmp_path / "r.json", "--figures", str(tmp_path / "figures"))
+    assert "no maps to draw" in capsys.readouterr().err
