@@ -36,11 +36,7 @@ def chosen_device(name: str) -> torch.device:
 
 def check_protocol(model: DepthModel, protocol: Protocol) -> None:
     """Refuse to score a model without metres under a protocol that stands on them; ValueError says what to use."""
-    if (
-        protocol.supervision == "metric"
-        and protocol.alignment == "none"
-        and "depth" not in model.head.outputs
-    ):
+    if protocol.supervision == "metric" and protocol.alignment == "none" and "depth" not in model.outputs:
         raise ValueError(
             f"head {model.head_name} gives no metres, and protocol {protocol.name} compares metres: use --protocol"
             " nyu-affine, which fits scale and shift of each image"
@@ -90,7 +86,7 @@ def predict_depth(model: DepthModel, images: Tensor, protocol: Protocol | None =
     model.eval()
     try:
         images = images.to(next(model.parameters()).device)
-        inverse = "depth" not in model.head.outputs or (protocol is not None and protocol.alignment != "none")
+        inverse = "depth" not in model.outputs or (protocol is not None and protocol.alignment != "none")
         depth = _map(model, images, inverse)
         if protocol is not None and protocol.flip_average:
             mirrored = _map(model, images.flip(-1), inverse)
@@ -162,7 +158,7 @@ def score(
         predictions = predict_depth(model, torch.stack([image for _, image in pairs]), protocol)
         for (sample, _), prediction in zip(pairs, predictions, strict=True):
             if ordinal:
-                relations.add(sample, prediction, inverse="depth" not in model.head.outputs)
+                relations.add(sample, prediction, inverse="depth" not in model.outputs)
                 continue
             row = pixels.add(sample.name, prediction, sample.metres)
             if done in drawn:

@@ -20,7 +20,8 @@ from finetune.depth_data import (
     open_depth_data,
     recognise,
 )
-from finetune.depth_data.folder import find_pairs, read_pfm
+from finetune.depth_data.depth_files import read_pfm
+from finetune.depth_data.folder import find_pairs
 from finetune.depth_data.labels import NYU13_NAMES, NYU40_TO_13
 from tests import depth_layouts as write
 from tests.depth_layouts import class_map, put, scene

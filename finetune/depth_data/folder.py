@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from finetune.depth_data.base import BadDepth, DepthSet, OpenOptions, at_line, line_text
+from finetune.depth_data.depth_files import DEPTH_EXTENSIONS, read_npy, read_pfm
 from finetune.depth_data.nyu import SyncEntry, existing_root, find_list, parse_list, refuse_missing
 from finetune.depth_data.sample import (
     DepthSample,
@@ -18,11 +19,9 @@ from finetune.depth_data.sample import (
     read_depth_png,
     read_grey,
     read_rgb,
-    unreadable,
 )
 from spark.decoding import EXTENSIONS
 
-DEPTH_EXTENSIONS = (".png", ".npy", ".pfm")
 DEPTH_WORDS = {"depth", "depths", "sync", "gt", "groundtruth"}
 IMAGE_WORDS = {"rgb", "rgbs", "color", "colors", "colour", "colours", "image", "images", "img", "imgs"}
 SPLITS = {"train": ("train", "training"), "test": ("val", "validation", "test")}
@@ -223,42 +222,6 @@ def find_pairs(root: Path, below: Path) -> list[SyncEntry]:
         )
     pairs = sorted((images[key], depths[key]) for key in images)
     return [SyncEntry(image, depth, None, 0) for image, depth in pairs]
-
-
-def read_npy(path: Path) -> np.ndarray:
-    """A NumPy array from its file, never unpickled.
-
-    Raises:
-        DepthFileError: missing, damaged, or no array of numbers.
-    """
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise unreadable(path, "a depth map", error) from error
-
-
-def read_pfm(path: Path) -> np.ndarray:
-    """A grey portable float map, float32 `[H, W]`, first row on top.
-
-    Not by opencv, which divides by the header's scale: only its sign counts here, which is the byte order, as for the
-    readers of Middlebury and others.
-
-    Raises:
-        DepthFileError: missing, cut short, coloured, or no PFM.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise unreadable(path, "a depth map", error) from error
-    header = re.match(rb"(P[fF])\s+(\d+)\s+(\d+)\s+([-+.\deE]+)\s", content)
-    if header is None or header[1] != b"Pf":
-        raise file_error(path, "is no portable float map of one channel (its header begins with Pf)")
-    width, height = int(header[2]), int(header[3])
-    if len(content) - header.end() < 4 * width * height:
-        raise file_error(path, f"is cut short, {height}x{width} numbers were announced, copy the file again")
-    order = "<f4" if float(header[4]) < 0 else ">f4"
-    values = np.frombuffer(content, order, width * height, header.end()).reshape(height, width)
-    return values[::-1].astype(np.float32)
 
 
 class ReDWeb(DepthSet):
