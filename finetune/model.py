@@ -20,12 +20,11 @@ from finetune.heads import HEADS, DepthOutput, DepthRange
 from finetune.registry import construct
 from spark.checkpoint import read_encoder
 from spark.encoder import PyramidLevel, build_encoder, freeze_unreached, is_own, pyramid, pyramid_info
-from spark.export import description, name_of
+from spark.export import CARD, CONFIG, WEIGHTS, description, name_of
 from spark.folders import whole_folder, write_tensors, write_whole
+from spark.hub import PREFIX, download
 from spark.keys import KeyReport
 
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
 ENCODER_NAME = "encoder_name= (--encoder_name)"
 """How sentences call the argument and the option that name an encoder which a file does not say, or may not."""
 
@@ -157,8 +156,10 @@ class DepthModel(nn.Module):
             self.encoder.eval()
         return self
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, card: str | None = None) -> Path:
         """Write `config.json` and `model.safetensors`, whole or not at all; `load_depth_model` reads them.
+
+        With `card`, the text of a model card, README.md too.
 
         A decoder that only training has is left out; a calibration is part of config.json.
 
@@ -179,7 +180,9 @@ class DepthModel(nn.Module):
         }
         if self.calibration is not None:
             config["calibration"] = self.calibration.as_config()
-        with whole_folder(folder, (CONFIG, WEIGHTS)) as temporary:
+        with whole_folder(folder, (CONFIG, WEIGHTS, CARD)) as temporary:
+            if card is not None:
+                (temporary / CARD).write_text(card, encoding="utf-8")
             decoder, self.segmentation = self.segmentation, None
             try:
                 write_tensors(self, temporary / WEIGHTS, {})
@@ -283,15 +286,16 @@ def load_depth_model(folder: str | Path, encoder_name: str | None = None) -> Dep
     """Read a model that `DepthModel.save` wrote, in evaluation mode, on the CPU.
 
     Args:
-        folder: Of the model.
+        folder: Of the model, or "hf-hub:OWNER/NAME[@REVISION]" of the Hugging Face hub.
         encoder_name: "package.module:factory" of one's own encoder, which must be said: no file decides which code is
             run. Of timm's encoders the folder says which it is.
 
     Raises:
         ValueError: No such model, an encoder instead of one, a damaged one, weights that do not fit its configuration,
             or an own encoder that was not named, or another than that of the weights.
+        OSError: It could not be downloaded.
     """
-    folder = Path(folder)
+    folder = download(str(folder)) if str(folder).startswith(PREFIX) else Path(folder)
     tensors, config = _read(folder)
     try:
         built = config["encoder"]

@@ -8,7 +8,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+CARD = "README.md"
 STATE = "state.pt"
 EMA = "ema.safetensors"
 """Averaged weights in a checkpoint of a run, under the names of the model."""
@@ -76,6 +77,7 @@ def save_encoder(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     input_size: int | tuple[int, int] | None = None,
+    card: Callable[[dict[str, Any]], str] | None = None,
 ) -> Path:
     """Export an encoder; `timm.create_model("local-dir:FOLDER", pretrained=True)` loads timm's.
 
@@ -88,6 +90,7 @@ def save_encoder(
         mean: Of each channel, as the images were normalised. Default: what the model's `pretrained_cfg` says.
         std: Likewise.
         input_size: Training size [px], one number or (H, W), for the record: the encoder takes any.
+        card: Makes the model card of the content of config.json, which is then written as README.md.
 
     Returns:
         The folder.
@@ -100,8 +103,11 @@ def save_encoder(
     config = _encoder_config(encoder, mean, std, input_size)
     if "architecture" in config:
         _require_rebuildable(encoder, config)
-    with whole_folder(folder, (CONFIG, WEIGHTS)) as temporary:
+    text = None if card is None else card(config)
+    with whole_folder(folder, (CONFIG, WEIGHTS, CARD)) as temporary:
         write_tensors(encoder, temporary / WEIGHTS, {})
+        if text is not None:
+            (temporary / CARD).write_text(text, encoding="utf-8")
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return Path(folder)
 

@@ -1,14 +1,24 @@
-"""Turn any checkpoint into an encoder folder that plain timm loads.
+"""Turn any checkpoint into an encoder folder that plain timm loads, or into a graph for other runtimes.
 
 Reads a run (its newest checkpoint), one checkpoint folder of a run, an official SparK `.pth` file of any kind, or an
-encoder folder, and says what became of every key.
+encoder folder, and says what became of every key. The folder has Hugging Face's layout: config.json, model.safetensors
+and README.md, a model card from the run's own files. A FILE.onnx or FILE.pt2 takes images of any size, uint8, and
+gives the pyramid of feature maps (docs/export.md); it is written only if it computes what PyTorch does.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from spark.checkpoint import find_run, read_encoder, save_encoder
+from spark.encoder import pyramid_info
+from spark.export_options import add_graph_options, add_hub_options, check_options, publication
+from spark.graphs import OPSET, PROGRAM, TOLERANCE, EncoderGraph, Sizes, is_graph, write_graph
+from spark.hub import PRETRAINING_MARK, encoder_card, public_name, push, read_run
+from spark.official import timm_config
 from spark.run import one_line_errors
 
 
@@ -28,7 +38,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="take the averaged weights of a run's checkpoint (optim.ema_decay) instead of the last ones",
     )
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="encoder folder to write")
+    parser.add_argument(
+        "--output", required=True, metavar="PATH", help="folder to write, or FILE.onnx, or FILE.pt2"
+    )
     parser.add_argument(
         "--model_name",
         metavar="NAME",
@@ -51,27 +63,79 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="PX",
         help="training size for the record: one number, or H W",
     )
+    add_graph_options(parser)
+    add_hub_options(parser)
     args = parser.parse_args(argv)
     if args.input_size and len(args.input_size) > 2:
         parser.error("--input_size takes one number, or height and width")
+    check_options(parser, args)
     return args
 
 
 def export(args: argparse.Namespace) -> None:
-    """Read the checkpoint, write the encoder, print what happened."""
+    """Read the checkpoint, write encoder or graph, print what happened."""
     source = Path(args.checkpoint).expanduser()
     if not source.exists():
         raise FileNotFoundError(f"no checkpoint at {source}: give a run, a checkpoint folder or a .pth file")
     if (source / "checkpoints").is_dir():
         source = find_run(source, str(source)) or source
     encoder, report = read_encoder(source, model_name=args.model_name, averaged=args.ema)
+    if is_graph(args.output):
+        write_encoder_graph(encoder, args, str(source))
+        print(report)
+        return
+    run = read_run(source, PRETRAINING_MARK) if source.is_dir() else None
     size = None if args.input_size is None else (args.input_size[0], args.input_size[-1])
-    folder = save_encoder(encoder, args.output, args.mean, args.std, size)
+
+    def card(config: dict[str, Any]) -> str:
+        return encoder_card(config, run, str(source), publication(args))
+
+    folder = save_encoder(encoder, Path(args.output).expanduser(), args.mean, args.std, size, card)
     print(report)
     if args.model_name is not None and hasattr(encoder, "own_encoder"):
         print(f'written; load it with: spark.load_encoder("{folder}", model_name="{args.model_name}")')
     else:
         print(f'written; load it with: timm.create_model("local-dir:{folder}", pretrained=True)')
+    if args.push_to_hub:
+        print(f"uploaded to {push(folder, args.push_to_hub, args.private)}")
+
+
+def write_encoder_graph(encoder: nn.Module, args: argparse.Namespace, source: str) -> None:
+    """Write the pyramid of feature maps as a graph, and say how near it is to PyTorch."""
+    known = timm_config(encoder)
+    mean, std = args.mean or known.get("mean") or (), args.std or known.get("std") or ()
+    channels = known["input_size"][0]
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != channels:
+            raise ValueError(
+                f"the graph normalises its images, and {name} of the {channels} channels is not known: give --{name}"
+                f" with {channels} values, as the training images were normalised"
+            )
+    stride = pyramid_info(encoder)[-1].stride
+    fixed = None if args.size is None else (args.size[0], args.size[1])
+    onnx = Path(args.output).suffix.lower() != PROGRAM
+    graph = EncoderGraph(encoder, mean, std, pad=onnx or fixed is not None)
+    asked = args.input_size or known["input_size"][1:]
+    usual = (asked[0], asked[-1])
+    difference = write_graph(
+        graph,
+        graph.reference,
+        Path(args.output).expanduser(),
+        outputs=graph.outputs,
+        sizes=Sizes(stride, fixed, fixed or usual),
+        channels=channels,
+        metadata={
+            "output": "feature maps [B, C_i, h_i, w_i] of the padded image, the largest first",
+            "strides": [level.stride for level in graph.levels],
+            "channels": [level.channels for level in graph.levels],
+            "encoder": known.get("architecture") or getattr(encoder, "own_encoder", {}).get("own", "own"),
+            "source": public_name(source),
+            "normalisation": {"inside": True, "mean": list(mean), "std": list(std)},
+        },
+        opset=args.opset or OPSET,
+        tolerance=args.tolerance or TOLERANCE,
+    )
+    print(f"written to {args.output}; off from PyTorch by at most {difference:.1g} of the largest value")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,0 +1,249 @@
+"""The model card of a depth model, from what its run, the run of its encoder, and evaluations wrote."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from finetune.model import DepthModel
+from spark.hub import (
+    DEPTH_MARK,
+    NOT_MEASURED,
+    NOT_RECORDED,
+    PREFIX,
+    PRETRAINING_MARK,
+    Publication,
+    RunRecord,
+    compose,
+    pretraining,
+    public_name,
+    read_run,
+    results_of,
+    table,
+)
+
+EVALUATION = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of this model.
+
+    Args:
+        data: What they were taken on, by name.
+        results: What `results.json` holds.
+        before_calibration: The model was calibrated after them.
+    """
+
+    data: str
+    results: Mapping[str, Any]
+    before_calibration: bool = False
+
+
+def read_evaluations(
+    model: Path, run: RunRecord | None, files: Sequence[Path], calibrated: bool
+) -> list[Evaluation]:
+    """The evaluation that a run made of its own model, and those in the files of evaluate.py.
+
+    Args:
+        model: Folder of the model. `evaluation.json` of a run is of RUN/model only, not of RUN/best.
+        run: That trained it.
+        files: Written by evaluate.py.
+        calibrated: The model has a calibration, which a run's own evaluation knows nothing of.
+
+    Raises:
+        ValueError: A file holds no results, or those of another model.
+        OSError: It cannot be read.
+    """
+    found = []
+    if run is not None and model.resolve() == run.folder / "model" and (run.folder / EVALUATION).is_file():
+        place = run.option("data.val_root")
+        root = run.option("data.root") if place == NOT_RECORDED else place
+        held_out = run.option("data.val_list")
+        name = public_name(root) + ("" if held_out == NOT_RECORDED else f" {public_name(held_out)}")
+        found.append(Evaluation(name, _read_results(run.folder / EVALUATION), calibrated))
+    for file in files:
+        results = _read_results(file)
+        scored = Path(str(results.get("model", ""))).expanduser()
+        if scored.resolve() != model.resolve():
+            raise ValueError(
+                f"{file} holds scores of {scored}, not of {model}: score this model with finetune/evaluate.py, where"
+                " it lies, and from the same folder"
+            )
+        found.append(Evaluation(data_name(str(results.get("data", NOT_RECORDED))), results))
+    return found
+
+
+def data_name(described: str) -> str:
+    """What evaluate.py says of its data, with the last part only of every path in it."""
+    return " ".join(public_name(word) if "/" in word else word for word in described.split())
+
+
+def _read_results(file: Path) -> dict[str, Any]:
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(results["metrics"], dict) or "protocol" not in results:
+            raise KeyError("metrics")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} holds no results ({error!r}): name what finetune/evaluate.py wrote under one protocol"
+        ) from error
+    return results
+
+
+def depth_card(model: DepthModel, folder: Path, files: Sequence[Path], publication: Publication) -> str:
+    """The text of README.md.
+
+    Args:
+        model: As it is exported.
+        folder: That it was read from.
+        files: Results of evaluate.py on it.
+        publication: What only the publisher knows.
+
+    Raises:
+        ValueError: A file of the run is damaged, or results are of another model.
+        OSError: One cannot be read.
+    """
+    run = read_run(folder, DEPTH_MARK)
+    evaluations = read_evaluations(folder, run, files, model.calibration is not None)
+    origin = NOT_RECORDED if run is None else run.option("encoder")
+    network = _network(model)
+    body = [
+        f"# Monocular depth: {model.head_name} on {network}",
+        "Depth from one photo, trained with [SparK](https://arxiv.org/abs/2301.03580) tools. This card is written from"
+        " the run's own files.",
+        f"```python\n{_load(model, publication)}\n```",
+        "## Model",
+        table(_about(model, network)),
+        "## Training",
+        NOT_RECORDED + "." if run is None else table(_recipe(run)),
+        "## Encoder before it",
+        _before(run, origin),
+        "## Results",
+        "\n\n".join(_scores(evaluation) for evaluation in evaluations) or f"Scores: {NOT_MEASURED}.",
+    ]
+    first = next((one for one in evaluations if not one.before_calibration), None)
+    data = ModelCardData(
+        pipeline_tag="depth-estimation",
+        tags=["monocular-depth", "spark", model.head_name, network],
+        license=publication.license,
+        datasets=sorted(publication.datasets) or None,
+        base_model=publication.base_model or _base_model(run),
+        **(
+            results_of(
+                first.results["metrics"],
+                model_name=f"{model.head_name}-{network}",
+                data_name=first.data,
+                protocol=first.results["protocol"],
+            )
+            if first
+            else {}
+        ),
+    )
+    return compose(data, body)
+
+
+def _network(model: DepthModel) -> str:
+    own = getattr(model.encoder, "own_encoder", None)
+    return own["own"] if own else model.encoder.pretrained_cfg["architecture"]  # type: ignore[index, call-overload]
+
+
+def _load(model: DepthModel, publication: Publication) -> str:
+    where = f"{PREFIX}{publication.repo}" if publication.repo else "FOLDER"
+    own = getattr(model.encoder, "own_encoder", None)
+    more = f', encoder_name="{own["own"]}"' if own else ""
+    return "\n".join(
+        [
+            "import numpy as np",
+            "from PIL import Image",
+            "",
+            "from finetune import load_depth_model",
+            "from finetune.predict import predict_image",
+            "",
+            f'model = load_depth_model("{where}"{more})',
+            'depth = predict_image(model, np.asarray(Image.open("photo.jpg").convert("RGB")))',
+        ]
+    )
+
+
+def _about(model: DepthModel, network: str) -> dict[str, Any]:
+    metric = "depth" in model.outputs
+    return {
+        "encoder": network,
+        "head": model.head_name,
+        "head options": model.head_options,
+        "output": "depth [m]"
+        if metric
+        else "inverse depth up to scale and shift, larger is nearer; no metres",
+        "nearest and farthest depth [m]": [model.depth_range.min_depth, model.max_depth]
+        if metric
+        else "none",
+        "image size [px]": NOT_RECORDED if model.image_size is None else model.image_size,
+        "mean": model.mean,
+        "std": model.std,
+        "calibration": "none" if model.calibration is None else str(model.calibration),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+
+
+def _recipe(run: RunRecord) -> dict[str, Any]:
+    sets = run.option("data.sets")
+    return {
+        "data": public_name(run.option("data.root")),
+        "list": public_name(run.option("data.list")),
+        "further data": [public_name(one.get("root")) for one in sets] if isinstance(sets, list) else "none",
+        "frames [px]": run.option("data.image_size"),
+        "crops [px]": run.option("data.crop_size"),
+        "losses": run.option("losses"),
+        "optimizer": run.option("optim.name"),
+        "learning rate": run.option("optim.lr"),
+        "schedule": run.option("optim.schedule"),
+        "batch size": run.option("optim.batch_size"),
+        "epochs": run.option("epochs"),
+        "steps done": run.last("step"),
+        "loss of the last logged step": run.last("loss"),
+        "precision": run.option("precision"),
+        "seed": run.option("seed"),
+        "validated under": run.option("protocol"),
+    }
+
+
+def _before(run: RunRecord | None, origin: Any) -> str:
+    if run is None:
+        return f"{NOT_RECORDED}."
+    before = read_run(origin, PRETRAINING_MARK) if Path(str(origin)).is_dir() else None
+    if before is not None:
+        return "Pretrained with SparK on images without labels.\n\n" + pretraining(before)
+    if run.option("pretrained") is True:
+        return f"timm's published weights of {public_name(origin)}."
+    if "/" in str(origin) or Path(str(origin)).suffix == ".pth":
+        return f"Read from {public_name(origin)}; how it was trained is {NOT_RECORDED}."
+    return f"{origin} from random weights."
+
+
+def _base_model(run: RunRecord | None) -> str | None:
+    """timm's name on the hub, of a run that started from timm's weights."""
+    if run is None or run.option("pretrained") is not True:
+        return None
+    return f"timm/{run.option('encoder')}"
+
+
+def _scores(evaluation: Evaluation) -> str:
+    results = evaluation.results
+    settings = results.get("settings", {})
+    expected = settings.get("expected_images")
+    lines = [
+        f"Protocol `{results['protocol']}` on {results.get('images', NOT_RECORDED)} images ({evaluation.data})"
+        + (", averaged with the mirror image" if settings.get("flip_average") else "")
+        + (f". {settings['description']}" if settings.get("description") else ".")
+    ]
+    if evaluation.before_calibration:
+        lines.append("Measured before the calibration, which changes depth and scores.")
+    if expected and expected != results.get("images"):
+        lines.append(
+            f"The official list of this protocol has {expected} images: published numbers stand on those."
+        )
+    return "\n\n".join([*lines, table(results["metrics"])])

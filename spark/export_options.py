@@ -1,0 +1,67 @@
+"""The options that tools/export_encoder.py and tools/export_depth.py share."""
+
+import argparse
+from pathlib import Path
+
+from spark.graphs import OPSET, PROGRAM, TOLERANCE, is_graph
+from spark.hub import Publication
+
+
+def add_graph_options(parser: argparse.ArgumentParser) -> None:
+    """Options of a graph."""
+    graph = parser.add_argument_group("graph", "of FILE.onnx and FILE.pt2")
+    graph.add_argument(
+        "--size",
+        nargs=2,
+        type=int,
+        metavar=("H", "W"),
+        help="the only size of images that it is to take, in pixels (default: any; of .pt2: multiples of the stride)",
+    )
+    graph.add_argument("--opset", type=int, metavar="N", help=f"of ONNX (default: {OPSET})")
+    graph.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="X",
+        help=f"largest difference from PyTorch, as a share of the largest value (default: {TOLERANCE:g})",
+    )
+
+
+def add_hub_options(parser: argparse.ArgumentParser) -> None:
+    """Options of a folder in Hugging Face's layout."""
+    hub = parser.add_argument_group("hub", "of a folder: what only you can say on its model card, and upload")
+    hub.add_argument(
+        "--license", metavar="ID", help="of the weights, as the hub calls it: mit, cc-by-nc-4.0, ..."
+    )
+    hub.add_argument(
+        "--datasets", nargs="+", metavar="NAME", help="names that the training data has on the hub"
+    )
+    hub.add_argument(
+        "--base_model", metavar="NAME", help="name on the hub of the model that training began with"
+    )
+    hub.add_argument("--push_to_hub", metavar="OWNER/NAME", help="upload the folder to the hub, too")
+    hub.add_argument("--private", action="store_true", help="of --push_to_hub: nobody else sees it")
+
+
+def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse options of the other kind of output, and numbers that cannot be."""
+    graph, hub = (
+        ("size", "opset", "tolerance"),
+        ("license", "datasets", "base_model", "push_to_hub", "private"),
+    )
+    for name in hub if is_graph(args.output) else graph:
+        if getattr(args, name):
+            other = "a folder" if is_graph(args.output) else "FILE.onnx and FILE.pt2"
+            parser.error(f"--{name} is for {other}, and --output is {args.output}")
+    if args.private and not args.push_to_hub:
+        parser.error("--private is for --push_to_hub")
+    if args.opset is not None and Path(args.output).suffix.lower() == PROGRAM:
+        parser.error(f"--opset is of ONNX, and --output is {args.output}")
+    if args.size and min(args.size) < 1:
+        parser.error("--size takes two sides of at least 1 px")
+    if args.tolerance is not None and not args.tolerance > 0:
+        parser.error("--tolerance is above 0")
+
+
+def publication(args: argparse.Namespace) -> Publication:
+    """What the command line says of the publication."""
+    return Publication(args.license, tuple(args.datasets or ()), args.base_model, args.push_to_hub)

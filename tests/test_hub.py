@@ -1,0 +1,217 @@
+"""Hugging Face layout: model cards from what runs wrote, loading, upload and download without a network."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from huggingface_hub import ModelCard
+
+from finetune import DepthModel, load_depth_model
+from finetune.calibration import Calibration
+from finetune.model import write_calibration
+from finetune.predict import predict_image
+from spark import hub, load_encoder, save_encoder
+from spark.encoder import build_encoder
+from tools import export_depth, export_encoder
+
+SCORES = {"delta1": 0.4857493933431284, "abs_rel": 0.28522287240372085, "rmse": 0.9946786980305087}
+
+
+def pretraining_run(folder: Path, data: str = "/home/someone/photos") -> Path:
+    torch.manual_seed(0)
+    encoder = save_encoder(
+        build_encoder("test_resnet"), folder / "encoder", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 64
+    )
+    config = {
+        "model": {"name": "test_resnet", "input_size": 64, "mask_ratio": 0.6},
+        "data": {"train": data},
+        "optim": {"name": "lamb", "base_lr": 0.04, "batch_size": 64},
+        "epochs": 5.0,
+        "precision": "bf16",
+        "seed": 3,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    rows = [{"step": 450, "loss": 0.7, "knn": 0.3125}, {"step": 461, "loss": 0.67354}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return encoder
+
+
+def depth_run(folder: Path, encoder: Path) -> Path:
+    model = DepthModel(encoder, decoder_channels=(16, 16, 8, 8, 8), image_size=(48, 64)).save(
+        folder / "model"
+    )
+    config = {
+        "encoder": str(encoder),
+        "model": {"head": "unetpp"},
+        "data": {"root": "/data/secret/nyu", "list": "nyu_train.txt", "val_list": "nyu_val.txt", "sets": []},
+        "losses": {"silog": 1.0},
+        "optim": {"name": "adamw", "lr": 0.0005, "batch_size": 16, "schedule": "onecycle"},
+        "epochs": 15.0,
+        "protocol": "nyu-bts",
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 649, "loss": 2.46109}) + "\n")
+    settings = {"description": "NYU as BTS.", "expected_images": 654}
+    evaluation = {"protocol": "nyu-bts", "images": 103, "metrics": SCORES, "settings": settings}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    return model
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return depth_run(tmp_path / "depth", pretraining_run(tmp_path / "pretrain"))
+
+
+def error_of(capsys: pytest.CaptureFixture[str], main, *arguments: object) -> str:
+    with pytest.raises(SystemExit, match="2"):
+        main([str(argument) for argument in arguments])
+    return capsys.readouterr().err
+
+
+def rows_of(card: ModelCard) -> dict[str, str]:
+    lines = [line.strip("|").split("|") for line in card.text.splitlines() if line.startswith("| ")]
+    return {name.strip(): value.strip() for name, value in lines}
+
+
+def test_encoder_with_its_card(tmp_path: Path) -> None:
+    encoder, out = pretraining_run(tmp_path / "pretrain"), tmp_path / "out"
+    options = ["--license", "mit", "--datasets", "someone/photos"]
+    export_encoder.main(["--checkpoint", str(encoder), "--output", str(out), *options])
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    stock = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=0)
+    images = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(stock.eval()(images), load_encoder(encoder).eval()(images))
+    card = ModelCard.load(out / "README.md")
+    told = card.data.to_dict()
+    assert (told["library_name"], told["license"], told["datasets"]) == ("timm", "mit", ["someone/photos"])
+    assert "timm" in told["tags"]
+    rows = rows_of(card)
+    assert rows["images"] == "photos"
+    assert (rows["steps done"], rows["loss of the last logged step"]) == ("461", "0.67354")
+    assert (rows["epochs"], rows["mask ratio"], rows["seed"]) == ("5", "0.6", "3")
+    assert rows["frozen features"] == "knn: 0.3125"
+    assert "someone/photos" not in card.text  # no path of this machine
+    assert "not measured" in card.text
+
+
+def test_an_encoder_without_a_run_says_so(tmp_path: Path) -> None:
+    folder = save_encoder(build_encoder("test_resnet"), tmp_path / "mine")
+    export_encoder.main(["--checkpoint", str(folder), "--output", str(tmp_path / "out")])
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert "Read from mine; data and recipe: not recorded." in card.text
+    assert "license" not in card.data.to_dict()
+
+
+def test_data_of_the_hub_are_named_in_the_front_matter(tmp_path: Path) -> None:
+    encoder = pretraining_run(tmp_path / "pretrain", "hf:someone/rooms:train:image")
+    export_encoder.main(["--checkpoint", str(encoder), "--output", str(tmp_path / "out")])
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.to_dict()["datasets"] == ["someone/rooms"]
+
+
+def test_depth_model_with_its_card(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export_depth.main(["--model", str(model), "--output", str(out)])
+    export_depth.main(["--model", str(model), "--output", str(out)])  # replaces its own
+    photo = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    got, wanted = (predict_image(load_depth_model(folder), photo) for folder in (out, model))
+    np.testing.assert_array_equal(got, wanted)
+    card = ModelCard.load(out / "README.md")
+    told = card.data.to_dict()
+    assert told["pipeline_tag"] == "depth-estimation"
+    assert {"license", "base_model", "datasets", "library_name"}.isdisjoint(told)
+    (entry,) = told["model-index"][0]["results"]
+    assert {one["type"]: one["value"] for one in entry["metrics"]} == SCORES
+    assert "nyu-bts" in entry["dataset"]["name"]
+    rows = rows_of(card)
+    assert (rows["data"], rows["list"], rows["losses"]) == ("nyu", "nyu_train.txt", "silog: 1")
+    assert (rows["learning rate"], rows["validated under"]) == ("0.0005", "nyu-bts")
+    assert (rows["delta1"], rows["rmse"], rows["calibration"]) == ("0.485749", "0.994679", "none")
+    assert rows["mask ratio"] == "0.6"  # of the encoder's pretraining
+    assert "on 103 images (nyu nyu_val.txt). NYU as BTS." in card.text
+    assert "official list of this protocol has 654 images" in card.text
+    assert "secret" not in card.text
+    assert str(tmp_path) not in card.text
+
+
+def test_a_calibration_is_in_the_card_and_its_scores_are_not(model: Path, tmp_path: Path) -> None:
+    write_calibration(model, Calibration("depth", 1.5, 0.0, 0.001, 15.0, "two known distances"))
+    export_depth.main(["--model", str(model), "--output", str(tmp_path / "out")])
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert "two known distances" in rows_of(card)["calibration"]
+    assert "Measured before the calibration" in card.text
+    assert "model-index" not in card.data.to_dict()
+    assert load_depth_model(tmp_path / "out").calibration == load_depth_model(model).calibration
+
+
+def test_results_of_evaluate(model: Path, tmp_path: Path, capsys) -> None:
+    best = load_depth_model(model).save(model.parent / "best")
+    out, file = tmp_path / "out", tmp_path / "results.json"
+    results = {"protocol": "nyu-eigen", "images": 654, "metrics": {"abs_rel": 0.125}, "model": str(best)}
+    file.write_text(json.dumps({**results, "data": "NYU, 654 pairs of /data/nyu/test.txt under /data/nyu"}))
+    export_depth.main(["--model", str(best), "--output", str(out)])
+    assert "Scores: not measured." in (out / "README.md").read_text()  # evaluation.json is of model/
+    export_depth.main(["--model", str(best), "--output", str(out), "--results", str(file)])
+    card = ModelCard.load(out / "README.md")
+    assert "on 654 images (NYU, 654 pairs of test.txt under nyu)" in card.text
+    assert rows_of(card)["abs_rel"] == "0.125"
+
+    command = ("--model", model, "--output", tmp_path / "no", "--results", file)
+    assert f"holds scores of {best}, not of {model}" in error_of(capsys, export_depth.main, *command)
+    for content, words in (("{}", "holds no results"), ("{", "holds no results")):
+        file.write_text(content)
+        assert words in error_of(capsys, export_depth.main, *command)
+    (model.parent / "metrics.jsonl").write_text("{")
+    assert "one is damaged" in error_of(capsys, export_depth.main, *command[:4])
+    assert not (tmp_path / "no").exists()
+
+
+def test_upload(model: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    calls: list[tuple] = []
+
+    class Api:
+        def create_repo(self, repo_id, *, private, exist_ok):
+            calls.append(("create", repo_id, private, exist_ok))
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message):
+            if repo_id == "me/full":
+                raise OSError("403 Forbidden")
+            calls.append(("upload", repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
+
+    monkeypatch.setattr(hub, "HfApi", Api)
+    out = tmp_path / "out"
+    export_depth.main(["--model", str(model), "--output", str(out), "--push_to_hub", "me/depth", "--private"])
+    files = ["README.md", "config.json", "model.safetensors"]
+    assert calls == [("create", "me/depth", True, True), ("upload", "me/depth", files)]
+    assert "https://huggingface.co/me/depth" in capsys.readouterr().out
+    assert 'load_depth_model("hf-hub:me/depth")' in (out / "README.md").read_text()
+    encoder = tmp_path / "pretrain" / "encoder"
+    error = error_of(
+        capsys,
+        export_encoder.main,
+        "--checkpoint",
+        encoder,
+        "--output",
+        tmp_path / "e",
+        "--push_to_hub",
+        "me/full",
+    )
+    assert "is written, but was not uploaded as me/full (403 Forbidden)" in error
+    assert 'timm.create_model("hf-hub:me/full"' in (tmp_path / "e" / "README.md").read_text()
+
+
+def test_download(model: Path, monkeypatch) -> None:
+    def snapshot(repo, *, revision, allow_patterns):
+        if repo != "me/depth":
+            raise OSError("404 Client Error")
+        assert (revision, allow_patterns) == ("v1", ["config.json", "model.safetensors"])
+        return str(model)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    got = load_depth_model("hf-hub:me/depth@v1").state_dict()
+    assert all(torch.equal(got[key], value) for key, value in load_depth_model(model).state_dict().items())
+    with pytest.raises(OSError, match="hf-hub:me/none could not be downloaded .404 Client Error."):
+        load_depth_model("hf-hub:me/none")
