@@ -17,7 +17,7 @@ from rich.table import Table
 
 from finetune.config import expand_home
 from finetune.depth_data import Kind, open_depth_data
-from finetune.figures import save_figure, triptychs
+from finetune.figures import WorstRows, save_figure, triptychs
 from finetune.inference import (
     check_ground_truth,
     check_protocol,
@@ -104,8 +104,8 @@ class EvaluationConfig:
         image_size: size [height, width] in pixels at which the model sees an image; null is the size it was trained
             at.
         batch_size: images of one forward.
-        figures: folder for triptychs of input, ground truth and prediction; null draws none.
-        triptychs: how many images are drawn, spread evenly over the data.
+        figures: folder for triptychs of input, ground truth and prediction with its error; null draws none.
+        triptychs: how many images are drawn, spread evenly over the data; and as many of the worst.
         device: where to compute; auto takes a GPU if there is one.
         encoder_name: package.module:factory of the model's encoder where that is a convnet of your own
             (docs/options.md), for no file decides which code is run; null for timm's.
@@ -156,6 +156,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         bad_depth=config.data.bad_depth,
     )
     check_ground_truth(data, protocol)
+    worst = WorstRows(config.triptychs if config.figures else 0)
     console.print(f"{data}", highlight=False, markup=False, soft_wrap=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("scored", total=len(data))
@@ -167,17 +168,20 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
             batch_size=config.batch_size,
             workers=config.data.workers,
             draw=config.triptychs if config.figures else 0,
+            worst=worst,
             progress=lambda images: bar.advance(task, images),
         )
     print_results(console, results, protocol.expected_images)  # first: a full disk must not lose the scores
     write_results(config.output, {**results, "model": str(config.model), "data": repr(data)})
     console.print(f"written to {config.output}", highlight=False, markup=False, soft_wrap=True)
     if config.figures:
-        figure = triptychs(
-            rows, f"{protocol.name}   {results['images']} images   {summary(results['metrics'])}"
-        )
-        path = save_figure(figure, Path(config.figures) / "triptychs.png")
-        console.print(f"drawn in {path}", highlight=False, markup=False, soft_wrap=True)
+        title = f"{protocol.name}   {results['images']} images   {summary(results['metrics'])}"
+        for name, drawn, heading in (
+            ("triptychs", rows, title),
+            ("worst", worst.rows, f"worst AbsRel   {title}"),
+        ):
+            path = save_figure(triptychs(drawn, heading), Path(config.figures) / f"{name}.png")
+            console.print(f"drawn in {path}", highlight=False, markup=False, soft_wrap=True)
     return results
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from finetune.depth_data import DepthFileError, DepthSample, DepthSet, EvalTransform
-from finetune.figures import Triptych
+from finetune.figures import Triptych, WorstRows
 from finetune.heads import DepthOutput
 from finetune.model import DepthModel
 from finetune.ordinal import OrdinalEvaluator
@@ -116,6 +116,7 @@ def score(
     batch_size: int = 8,
     workers: int = 0,
     draw: int = 0,
+    worst: WorstRows | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> tuple[dict[str, Any], list[Triptych]]:
     """Evaluate a model on RGB-D pairs.
@@ -131,6 +132,7 @@ def score(
         batch_size: Images of one forward.
         workers: Processes that read pairs.
         draw: How many images to return for drawing, spread evenly over the data; relations are not drawn.
+        worst: Receives the rows with the largest AbsRel for drawing.
         progress: Called with the number of images of each batch done.
 
     Returns:
@@ -165,11 +167,16 @@ def score(
                 relations.add(sample, prediction, inverse="depth" not in model.head.outputs)
                 continue
             row = pixels.add(sample.name, prediction, sample.metres)
-            if done in drawn:
+            bad = row is not None and worst is not None and worst.wants(row["abs_rel"])
+            if done in drawn or bad:
                 caption = summary(row) if row else "no pixel of the ground truth counts"
                 if row and protocol.alignment != "none":
                     prediction = metric_prediction(protocol, prediction, sample.metres)[0]
-                rows.append(Triptych(sample.image, sample.metres, prediction, sample.name, caption))
+                triptych = Triptych(sample.image, sample.metres, prediction, sample.name, caption)
+                if done in drawn:
+                    rows.append(triptych)
+                if row and worst and bad:
+                    worst.add(row["abs_rel"], triptych)
             done += 1
         if progress is not None:
             progress(len(pairs))

@@ -34,6 +34,7 @@ LAYERS = [
     {"run"},
     {"feed"},
     {"assembly", "watching", "state"},
+    {"reporting"},
     {"outputs"},
     {"pretrain"},
 ]
