@@ -180,6 +180,8 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
             ("triptychs", rows, title),
             ("worst", worst.rows, f"worst AbsRel   {title}"),
         ):
+            if not drawn:  # no image has an AbsRel
+                continue
             path = save_figure(triptychs(drawn, heading), Path(config.figures) / f"{name}.png")
             console.print(f"drawn in {path}", highlight=False, markup=False, soft_wrap=True)
     return results

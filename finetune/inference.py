@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from finetune.depth_data import DepthFileError, DepthSample, DepthSet, EvalTransform
+from finetune.families import evaluator_of
 from finetune.figures import Triptych, WorstRows
 from finetune.heads import DepthOutput
 from finetune.model import DepthModel
-from finetune.ordinal import OrdinalEvaluator
-from finetune.protocols import Protocol, ProtocolEvaluator, merge_flipped, metric_prediction
+from finetune.protocols import Protocol
+from finetune.scoring import merge_flipped, metric_prediction
 from spark.run import ignore_stop_signals
 
 
@@ -38,7 +39,7 @@ def check_protocol(model: DepthModel, protocol: Protocol) -> None:
     """Refuse to score a model without metres under a protocol that stands on them; ValueError says what to use."""
     if (
         protocol.supervision == "metric"
-        and protocol.alignment == "none"
+        and protocol.alignment != "disparity"
         and "depth" not in model.head.outputs
     ):
         raise ValueError(
@@ -76,7 +77,7 @@ def check_ground_truth(data: DepthSet, protocol: Protocol) -> None:
 def predict_depth(model: DepthModel, images: Tensor, protocol: Protocol | None = None) -> np.ndarray:
     """Predict depth for images [B, 3, H, W] in evaluation mode; the model returns to the mode it was in.
 
-    Under a protocol that aligns, and for a model that gives no metres, it is inverse depth, larger is nearer.
+    Under a protocol whose space is inverse depth, and for a model that gives no metres, it is that, larger is nearer.
 
     Args:
         model: On any device; the images are moved to it.
@@ -90,7 +91,7 @@ def predict_depth(model: DepthModel, images: Tensor, protocol: Protocol | None =
     model.eval()
     try:
         images = images.to(next(model.parameters()).device)
-        inverse = "depth" not in model.head.outputs or (protocol is not None and protocol.alignment != "none")
+        inverse = gives_inverse(model, protocol)
         depth = _map(model, images, inverse)
         if protocol is not None and protocol.flip_average:
             mirrored = _map(model, images.flip(-1), inverse)
@@ -98,6 +99,11 @@ def predict_depth(model: DepthModel, images: Tensor, protocol: Protocol | None =
     finally:
         model.train(was_training)
     return depth
+
+
+def gives_inverse(model: DepthModel, protocol: Protocol | None) -> bool:
+    """Whether `predict_depth` gives inverse depth."""
+    return "depth" not in model.head.outputs or (protocol is not None and protocol.space == "disparity")
 
 
 def _map(model: DepthModel, images: Tensor, inverse: bool) -> np.ndarray:
@@ -131,21 +137,20 @@ def score(
         transform: Size and normalisation that the model was trained with.
         batch_size: Images of one forward.
         workers: Processes that read pairs.
-        draw: How many images to return for drawing, spread evenly over the data; relations are not drawn.
+        draw: How many images to return for drawing, spread evenly over the data; only maps of depth are drawn.
         worst: Receives the rows with the largest AbsRel for drawing.
         progress: Called with the number of images of each batch done.
 
     Returns:
-        The results as `ProtocolEvaluator.results` (of relations: `OrdinalEvaluator.results`) has them, with the
-        `image_size` that the model saw, and the triptychs.
+        The results as `Evaluator.results` has them, with the `image_size` that the model saw, and the triptychs.
 
     Raises:
         ValueError: A pair cannot be read (leaving it out would change what is measured), or no image has a valid
             pixel.
     """
-    pixels, relations = ProtocolEvaluator(protocol, skip_empty=True), OrdinalEvaluator(protocol)
-    ordinal = protocol.supervision == "ordinal"
-    evaluator = relations if ordinal else pixels
+    evaluator = evaluator_of(protocol, skip_empty=True)
+    inverse = gives_inverse(model, protocol)
+    draws = protocol.family == "depth"
     count = len(data)
     drawn = set(np.linspace(0, count - 1, min(draw, count)).round().astype(int).tolist())
     rows: list[Triptych] = []
@@ -163,20 +168,18 @@ def score(
                 raise pair
         predictions = predict_depth(model, torch.stack([image for _, image in pairs]), protocol)
         for (sample, _), prediction in zip(pairs, predictions, strict=True):
-            if ordinal:
-                relations.add(sample, prediction, inverse="depth" not in model.head.outputs)
-                continue
-            row = pixels.add(sample.name, prediction, sample.metres)
-            bad = row is not None and worst is not None and worst.wants(row["abs_rel"])
-            if done in drawn or bad:
+            row = evaluator.add(sample, prediction, inverse=inverse)
+            error = row.get("abs_rel") if row else None
+            bad = worst is not None and error is not None and worst.wants(error)
+            if draws and (done in drawn or bad):
                 caption = summary(row) if row else "no pixel of the ground truth counts"
                 if row and protocol.alignment != "none":
-                    prediction = metric_prediction(protocol, prediction, sample.metres)[0]
+                    prediction = metric_prediction(protocol, prediction, sample.metres, inverse=inverse)
                 triptych = Triptych(sample.image, sample.metres, prediction, sample.name, caption)
                 if done in drawn:
                     rows.append(triptych)
-                if row and worst and bad:
-                    worst.add(row["abs_rel"], triptych)
+                if worst is not None and error is not None:
+                    worst.add(error, triptych)
             done += 1
         if progress is not None:
             progress(len(pairs))

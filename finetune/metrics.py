@@ -1,138 +1,172 @@
-"""Depth metrics: one name, one formula, and the sums that they are made of.
+"""Metrics: one name, one formula, one unit and one direction each, in `METRIC`; and how those of images become one.
 
-With p the prediction and g the ground truth of the n pixels that count, both in metres, and d = ln p - ln g:
-
-| name | formula | unit |
-|---|---|---|
-| delta1, delta2, delta3 | share of pixels with max(p / g, g / p) < 1.25, 1.25^2, 1.25^3 | |
-| abs_rel | mean(abs(p - g) / g) | |
-| sq_rel | mean((p - g)^2 / g) | m |
-| rmse | sqrt(mean((p - g)^2)) | m |
-| rmse_log | sqrt(mean(d^2)) | natural logarithm |
-| log10 | mean(abs(log10 p - log10 g)) | |
-| silog | 100 sqrt(mean(d^2) - mean(d)^2) | |
-
-Sources: delta, abs_rel, sq_rel (its denominator is g, not g^2), rmse and rmse_log: Eigen et al. 2014, section
-    4.3; log10: Saxena
-et al. 2009 as in Laina et al. 2016; silog: BTS (Lee et al. 2019, `compute_errors` of its evaluation), which
-ZoeDepth and the KITTI benchmark share. Eigen's scale-invariant error is silog / 100.
+Of the pixels that count, p is the prediction, g the ground truth, both in metres, and d = ln p - ln g. Sources: delta,
+abs_rel, sq_rel (its denominator is g, not g^2), rmse and rmse_log: Eigen et al. 2014, section 4.3; log10: Saxena et al.
+2009 as in Laina et al. 2016; silog: BTS (Lee et al. 2019, `compute_errors` of its evaluation), which ZoeDepth and the
+KITTI benchmark share. Eigen's scale-invariant error is silog / 100. `finetune.ordinal` says more of pairs of points.
 """
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from spark.folders import write_whole
 
+
+@dataclass(frozen=True)
+class Metric:
+    """What a number is.
+
+    Args:
+        name: in results and options.
+        heading: in tables.
+        better: which way is better.
+        formula: in plain text; `finetune.metrics` and the module of its family say what the letters are.
+        unit: "" for none.
+    """
+
+    name: str
+    heading: str
+    better: Literal["higher", "lower"]
+    formula: str
+    unit: str = ""
+
+    @property
+    def column(self) -> str:
+        """Heading, unit and direction, as short as can be."""
+        unit = f" {self.unit}" if self.unit else ""
+        return f"{self.heading}{unit}{'↑' if self.better == 'higher' else '↓'}"
+
+
+METRIC: Mapping[str, Metric] = MappingProxyType(
+    {
+        metric.name: metric
+        for metric in (
+            Metric("delta1", "δ1", "higher", "share of pixels with max(p / g, g / p) < 1.25"),
+            Metric("delta2", "δ2", "higher", "share of pixels with max(p / g, g / p) < 1.25^2"),
+            Metric("delta3", "δ3", "higher", "share of pixels with max(p / g, g / p) < 1.25^3"),
+            Metric("abs_rel", "AbsRel", "lower", "mean(abs(p - g) / g)"),
+            Metric("sq_rel", "SqRel", "lower", "mean((p - g)^2 / g)", "m"),
+            Metric("rmse", "RMSE", "lower", "sqrt(mean((p - g)^2))", "m"),
+            Metric("rmse_log", "RMSElog", "lower", "sqrt(mean(d^2))"),
+            Metric("log10", "log10", "lower", "mean(abs(log10 p - log10 g))"),
+            Metric("silog", "SILog", "lower", "100 sqrt(mean(d^2) - mean(d)^2)"),
+            Metric("whdr", "WHDR", "lower", "share of unequal pairs ordered wrongly, ties wrong"),
+            Metric("accuracy", "accuracy", "higher", "1 - whdr"),
+            Metric("wkdr", "WKDR", "lower", "share of all pairs whose relation under the threshold is wrong"),
+            Metric("wkdr_unequal", "WKDR unequal", "lower", "wkdr among unequal pairs"),
+            Metric("wkdr_equal", "WKDR equal", "lower", "wkdr among equal pairs"),
+        )
+    }
+)
 METRICS = ("delta1", "delta2", "delta3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog")
 ORDINAL_METRICS = ("whdr", "accuracy", "wkdr")
 """Of pairs of points, `finetune.ordinal` has their formulas."""
 
-
-@dataclass(frozen=True)
-class ErrorSums:
-    """What a set of pixels contributes to every metric; the sums of two sets add up (`+`), so pixels can be
-    pooled.
-
-    Args:
-        pixels: n, how many pixels.
-        within1: how many have max(p / g, g / p) < 1.25.
-        within2: the same below 1.25^2.
-        within3: the same below 1.25^3.
-        relative: sum of abs(p - g) / g.
-        squared_relative: sum of (p - g)^2 / g [m].
-        squared: sum of (p - g)^2 [m^2].
-        log: sum of d = ln p - ln g.
-        log_spread: sum of (d - mean(d))^2. Kept about the mean, because the difference mean(d^2) - mean(d)^2
-            of two nearly equal numbers loses its digits, can turn negative, and then makes silog NaN.
-        absolute_log10: sum of abs(log10 p - log10 g).
-    """
-
-    pixels: int
-    within1: int
-    within2: int
-    within3: int
-    relative: float
-    squared_relative: float
-    squared: float
-    log: float
-    log_spread: float
-    absolute_log10: float
-
-    def __add__(self, other: "ErrorSums") -> "ErrorSums":
-        total = {field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)}
-        # Spreads about two means -> spread about the common mean (Chan, Golub, LeVeque 1983, equation 1.5).
-        shift = other.log / other.pixels - self.log / self.pixels
-        total["log_spread"] += shift**2 * self.pixels * other.pixels / total["pixels"]
-        return ErrorSums(**total)
-
-    def metrics(self) -> dict[str, float]:
-        """The metrics over these pixels, named as in `METRICS`."""
-        n = self.pixels
-        return {
-            "delta1": self.within1 / n,
-            "delta2": self.within2 / n,
-            "delta3": self.within3 / n,
-            "abs_rel": self.relative / n,
-            "sq_rel": self.squared_relative / n,
-            "rmse": math.sqrt(self.squared / n),
-            "rmse_log": math.sqrt((self.log_spread + self.log**2 / n) / n),
-            "log10": self.absolute_log10 / n,
-            "silog": 100.0 * math.sqrt(self.log_spread / n),
-        }
+Row: TypeAlias = dict[str, Any]
+"""Of one image: `name`, numbers, and None for a metric that is not defined for it."""
+Columns: TypeAlias = dict[str, np.ndarray]
+"""Rows the other way round: name of a number -> float64 [N], NaN where an image has none."""
 
 
-def error_sums(prediction: np.ndarray, ground_truth: np.ndarray) -> ErrorSums:
+def depth_errors(prediction: np.ndarray, ground_truth: np.ndarray) -> dict[str, float]:
     """Compare the pixels that count, in float64.
 
     Args:
         prediction: metres, any shape, finite and above 0.
         ground_truth: metres, the same shape, finite and above 0.
 
+    Returns:
+        the metrics of `METRICS`, `log_bias` = mean(d), from which those of many images can be pooled, and `pixels`.
+
     Raises:
         ValueError: no pixels, two shapes, or values that have no logarithm: such pixels must be dealt with
             before (see `finetune.protocols`); scored here they would turn into NaN, or vanish.
     """
-    p, g = np.asarray(prediction, np.float64), np.asarray(ground_truth, np.float64)
-    if p.shape != g.shape or p.size == 0:
+    p, g = (np.asarray(values, np.float64).ravel() for values in (prediction, ground_truth))
+    if np.shape(prediction) != np.shape(ground_truth) or p.size == 0:
         raise ValueError(
-            f"metrics need equally many pixels on both sides, at least one: got {p.shape} and {g.shape}"
+            "metrics need equally many pixels on both sides, at least one: got"
+            f" {np.shape(prediction)} and {np.shape(ground_truth)}"
         )
     for what, values in (("prediction", p), ("ground truth", g)):
-        if not (np.isfinite(values).all() and values.min() > 0):
+        if not (values.min() > 0 and values.max() < np.inf):  # NaN is neither
             raise ValueError(
                 f"the {what} holds depths that are not finite or not above 0: clip or mask them first"
             )
-    difference, ratio, d = p - g, np.maximum(p / g, g / p), np.log(p) - np.log(g)
-    return ErrorSums(
-        pixels=p.size,
-        within1=int((ratio < 1.25).sum()),
-        within2=int((ratio < 1.25**2).sum()),
-        within3=int((ratio < 1.25**3).sum()),
-        relative=float((np.abs(difference) / g).sum()),
-        squared_relative=float((difference**2 / g).sum()),
-        squared=float((difference**2).sum()),
-        log=float(d.sum()),
-        log_spread=float(((d - d.mean()) ** 2).sum()),
-        absolute_log10=float(np.abs(np.log10(p) - np.log10(g)).sum()),
-    )
+    n, ratio = p.size, p / g
+    difference, d = p - g, np.log(ratio)
+    squared, worst = difference**2, np.maximum(ratio, g / p)
+    # About the mean, because the difference mean(d^2) - mean(d)^2 of two nearly equal numbers loses its digits, can
+    # turn negative, and then makes silog NaN.
+    bias = float(d.mean())
+    spread = float(((d - bias) ** 2).mean())
+    return {
+        "delta1": int((worst < 1.25).sum()) / n,
+        "delta2": int((worst < 1.25**2).sum()) / n,
+        "delta3": int((worst < 1.25**3).sum()) / n,
+        "abs_rel": float((np.abs(difference) / g).mean()),
+        "sq_rel": float((squared / g).mean()),
+        "rmse": math.sqrt(squared.mean()),
+        "rmse_log": math.sqrt(spread + bias**2),
+        "log10": float(np.abs(d).mean()) / math.log(10),
+        "silog": 100.0 * math.sqrt(spread),
+        "log_bias": bias,
+        "pixels": n,
+    }
 
 
-def mean_metrics(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Mean over images of each metric; ValueError without images, or when a number is not finite."""
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> Columns:
+    """Rows of images as columns; ValueError without rows."""
     if not rows:
         raise ValueError("no image was scored, so there is no mean")
-    means = {name: math.fsum(row[name] for row in rows) / len(rows) for name in METRICS}
-    broken = [name for name, value in means.items() if not math.isfinite(value)]
-    if broken:
-        raise ValueError(
-            f"the mean of {', '.join(broken)} is not a finite number: an image was scored wrongly"
-        )
+    names = [name for name in rows[0] if name != "name"]
+    return {name: np.array([row[name] for row in rows], np.float64) for name in names}
+
+
+def mean_of_images(columns: Columns, counts: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Means over images, for several ways of counting them.
+
+    Args:
+        columns: of N images; an image at which a metric is NaN does not count for it.
+        counts: how often each image counts, `[R, N]`.
+        names: the metrics.
+
+    Returns:
+        each metric, `[R]`.
+    """
+    means = {}
+    for name in names:
+        defined = np.isfinite(columns[name])
+        with np.errstate(invalid="ignore"):  # no image at all: NaN
+            means[name] = counts[:, defined] @ columns[name][defined] / counts[:, defined].sum(1)
     return means
+
+
+def pooled_depth(columns: Columns, counts: np.ndarray) -> dict[str, np.ndarray]:
+    """The metrics of `METRICS` over the pixels of all images, as `mean_of_images` counts them, each `[R]`."""
+    weights = counts * columns["pixels"]
+    total = weights.sum(1)
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        return weights @ values / total
+
+    bias = mean(columns["log_bias"])
+    # Spreads about the images' means -> about the common mean (Chan, Golub, LeVeque 1983, equation 1.5).
+    between = (weights * (columns["log_bias"] - bias[:, None]) ** 2).sum(1) / total
+    spread = mean((columns["silog"] / 100.0) ** 2) + between
+    pooled = {
+        name: mean(columns[name]) for name in ("delta1", "delta2", "delta3", "abs_rel", "sq_rel", "log10")
+    }
+    pooled |= {"rmse": np.sqrt(mean(columns["rmse"] ** 2))}
+    pooled |= {"rmse_log": np.sqrt(spread + bias**2), "silog": 100.0 * np.sqrt(spread)}
+    return {name: pooled[name] for name in METRICS}
 
 
 def write_results(path: str | Path, results: Mapping) -> None:

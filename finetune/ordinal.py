@@ -13,19 +13,21 @@ is than B: in metres, or for a head without metres minus the difference of inver
 | wkdr_equal | the same | pairs that are as far |
 
 So whdr (Chen et al. 2016, arXiv 1604.03901) has no threshold and passes over equal pairs, of which Depth in the Wild
-has none; wkdr has the threshold of the protocol, in the unit of d, for data that has them. Ties are wrong. All pairs
-are pooled. A pair at which the prediction is NaN is wrong.
+has none; wkdr has the threshold of the protocol, in the unit of d, for data that has them. Ties are wrong. Pairs of all
+photos are pooled, or scores of photos averaged, as the protocol says. A pair at which the prediction is NaN is wrong.
 """
 
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import numpy as np
 
 from finetune.depth_data.sample import DepthSample
-from finetune.protocols import Protocol, resize
+from finetune.evaluator import Evaluator
+from finetune.metrics import Columns, Row, mean_of_images
+from finetune.scoring import resize
 
-SETTINGS = ("name", "description", "supervision", "threshold", "flip_average", "align_corners")
-"""Of a protocol, what bears on relations."""
+SCORES = ("wkdr", "whdr", "accuracy", "wkdr_unequal", "wkdr_equal")
 
 
 @dataclass(frozen=True)
@@ -46,22 +48,30 @@ class PairCounts:
     wrong_unequal: int
     wrong_equal: int
 
-    def __add__(self, other: "PairCounts") -> "PairCounts":
-        return PairCounts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
     def metrics(self) -> dict[str, float]:
         """Those that are defined: without unequal (equal) pairs, the scores of such pairs are left out."""
-        rows = {"wkdr": (self.wrong_unequal + self.wrong_equal) / (self.unequal + self.equal)}
-        if self.unequal:
-            whdr = self.misordered / self.unequal
-            rows |= {
-                "whdr": whdr,
-                "accuracy": 1 - whdr,
-                "wkdr_unequal": self.wrong_unequal / self.unequal,
-            }
-        if self.equal:
-            rows["wkdr_equal"] = self.wrong_equal / self.equal
-        return rows
+        columns = {name: np.array([value], np.float64) for name, value in asdict(self).items()}
+        scores = pooled_pairs(columns, np.ones((1, 1)))
+        return {name: float(values[0]) for name, values in scores.items() if not np.isnan(values[0])}
+
+
+def pooled_pairs(columns: Columns, counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Scores over the pairs of N images, each counted `counts` `[R, N]` times: name -> `[R]`, NaN where undefined.
+
+    Args:
+        columns: the fields of `PairCounts`, `[N]` each.
+        counts: how often each image counts.
+    """
+    total = {field.name: counts @ columns[field.name] for field in fields(PairCounts)}
+    with np.errstate(invalid="ignore"):
+        whdr = total["misordered"] / total["unequal"]
+        return {
+            "wkdr": (total["wrong_unequal"] + total["wrong_equal"]) / (total["unequal"] + total["equal"]),
+            "whdr": whdr,
+            "accuracy": 1 - whdr,
+            "wkdr_unequal": total["wrong_unequal"] / total["unequal"],
+            "wkdr_equal": total["wrong_equal"] / total["equal"],
+        }
 
 
 def count_pairs(difference: np.ndarray, relation: np.ndarray, threshold: float) -> PairCounts:
@@ -95,67 +105,47 @@ def count_pairs(difference: np.ndarray, relation: np.ndarray, threshold: float) 
     )
 
 
-class OrdinalEvaluator:
-    """Scores photos with annotated pairs one by one.
+class OrdinalEvaluator(Evaluator):
+    """Scores photos with annotated pairs."""
 
-    Args:
-        protocol: one of relations (`supervision` is "ordinal").
-    """
-
-    def __init__(self, protocol: Protocol):
-        self.protocol = protocol
-        self._rows: list[tuple[str, PairCounts, int]] = []
-
-    def add(self, sample: DepthSample, prediction: np.ndarray, *, inverse: bool) -> dict[str, float]:
-        """Score a photo.
-
-        Args:
-            sample: its pairs and relations.
-            prediction: depth `[h, w]` [m], any size.
-            inverse: the prediction is inverse depth instead.
-
-        Returns:
-            its metrics.
-
-        Raises:
-            ValueError: no prediction `[h, w]`, or a sample without pairs.
-        """
-        if prediction.ndim != 2 or sample.pairs is None or sample.relation is None:
-            raise ValueError(
-                f"{sample.name}: relations need a prediction [h, w] and annotated pairs, got {list(prediction.shape)}"
-            )
-        farness = resize(
-            np.asarray(prediction, np.float64), sample.image.shape[:2], self.protocol.align_corners
-        )
+    def score(self, sample: DepthSample, prediction: np.ndarray, inverse: bool) -> Row:
+        """Counts of pairs and the scores of them that are defined. ValueError: a sample without pairs."""
+        if sample.pairs is None or sample.relation is None:
+            raise ValueError("relations need annotated pairs, and the sample has none")
+        size = sample.image.shape[:2]
+        farness = resize(np.asarray(prediction, np.float64), size, self.protocol.align_corners)
         rows, columns = np.floor(sample.pairs.reshape(-1, 2, 2) + 0.5).astype(np.int64).transpose(2, 0, 1)
         read = farness[rows, columns]
         with np.errstate(invalid="ignore"):  # inf - inf is NaN, which is wrong
             difference = (read[:, 0] - read[:, 1]) * (-1 if inverse else 1)
         counts = count_pairs(difference, sample.relation, self.protocol.threshold)
-        self._rows.append((sample.name, counts, int((~np.isfinite(prediction)).sum())))
-        return counts.metrics()
+        scores = counts.metrics()
+        return {
+            **asdict(counts),
+            **{name: scores.get(name) for name in SCORES},
+            "nonfinite": int((~np.isfinite(prediction)).sum()),
+            "nonpositive": 0,
+        }
 
-    def results(self) -> dict:
-        """What results.json holds: as `ProtocolEvaluator.results`, with the numbers of pairs instead of crops.
+    @classmethod
+    def aggregate(cls, columns: Columns, counts: np.ndarray, aggregation: str) -> dict[str, np.ndarray]:
+        """Scores of all pairs, or means over images of those that are defined."""
+        if aggregation == "pooled":
+            return pooled_pairs(columns, counts)
+        return mean_of_images(columns, counts, SCORES)
 
-        Raises:
-            ValueError: no pair of which one point is farther was scored.
-        """
-        total = sum((counts for _, counts, _ in self._rows), start=PairCounts(0, 0, 0, 0, 0))
-        if not total.unequal:
+    def extras(self) -> dict[str, Any]:
+        """pairs: how many, by kind."""
+        return {
+            "pairs": {
+                field.name: sum(row[field.name] for row in self.rows.values()) for field in fields(PairCounts)
+            }
+        }
+
+    def results(self) -> dict[str, Any]:
+        """See `Evaluator.results`; ValueError: no pair of which one point is farther was scored."""
+        if not any(row["unequal"] for row in self.rows.values()):
             raise ValueError(
                 "no pair of which one point is farther was scored: name a file of annotations that has some"
             )
-        return {
-            "protocol": self.protocol.name,
-            "images": len(self._rows),
-            "metrics": total.metrics(),
-            "pairs": asdict(total),
-            "nonfinite_pixels": sum(bad for *_, bad in self._rows),
-            "nonfinite_images": sum(bad > 0 for *_, bad in self._rows),
-            "skipped": [],
-            "settings": {key: value for key, value in asdict(self.protocol).items() if key in SETTINGS},
-            "per_image": [
-                {"name": name, **asdict(counts), "nonfinite": bad} for name, counts, bad in self._rows
-            ],
-        }
+        return super().results()

@@ -8,9 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.metrics import METRICS, ORDINAL_METRICS
-
-HIGHER_IS_BETTER = ("delta1", "delta2", "delta3", "accuracy")
+from finetune.metrics import METRIC
 
 
 @dataclass
@@ -18,7 +16,7 @@ class Selection:
     """The validations of a run so far, judged by one metric.
 
     Args:
-        metric: One of `finetune.metrics.METRICS` or `ORDINAL_METRICS`.
+        metric: A name of `finetune.metrics.METRIC`.
         patience: Validations in a row without a better one after which a run ends; None: it never does.
         scores: (step, value) of each validation, in order.
 
@@ -31,9 +29,8 @@ class Selection:
     scores: list[tuple[int, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        known = METRICS + ORDINAL_METRICS
-        if self.metric not in known:
-            raise ValueError(f"select {self.metric!r} is no metric: use one of {', '.join(known)}.")
+        if self.metric not in METRIC:
+            raise ValueError(f"select {self.metric!r} is no metric: use one of {', '.join(METRIC)}.")
 
     def read(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Take over the validations of these rows of metrics.jsonl."""
@@ -49,7 +46,7 @@ class Selection:
     def best(self) -> tuple[int, float] | None:
         """(step, value) of the best validation, the first of equals; None before there is one."""
         numbers = [score for score in self.scores if score[1] == score[1]]
-        sign = -1 if self.metric in HIGHER_IS_BETTER else 1
+        sign = -1 if METRIC[self.metric].better == "higher" else 1
         return min(numbers, key=lambda score: sign * score[1], default=None)
 
     @property

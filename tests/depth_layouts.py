@@ -208,3 +208,73 @@ def write_folder(root: Path, kind: str = "png", train: int = 4, val: int = 2) ->
             else:
                 path.write_bytes(pfm(depth))
     return root
+
+
+DRIVE = "2011_09_26/2011_09_26_drive_0002_sync"
+
+
+def write_kitti(root: Path, count: int = 4, size: tuple[int, int] = SIZE) -> Path:
+    """Frames with maps of the depth benchmark, and eigen.txt as BTS has it, with one frame more that has no map."""
+    lines = []
+    for number in range(count + 1):
+        image, depth = scene(number, size)
+        text = f"{5 * number:010d}"
+        put(root / DRIVE / "image_02" / "data" / f"{text}.png", png(image))
+        depth_name = f"{Path(DRIVE).name}/proj_depth/groundtruth/image_02/{text}.png"
+        if number < count:
+            put(
+                root / "data_depth_annotated" / "val" / depth_name,
+                png(np.rint(depth * 256).astype(np.uint16)),
+            )
+        listed = depth_name if number < count else "None"
+        lines.append(f"{DRIVE}/image_02/data/{text}.png {listed} 721.5377\n")
+    (root / "eigen.txt").write_text("".join(lines))
+    return root
+
+
+def write_kitti_laser(root: Path, points: np.ndarray, size: tuple[int, int] = SIZE) -> Path:
+    """One frame with a laser scan of `points` (x ahead, y left, z up) [m], its calibration, and list.txt as Monodepth2
+    has it. The scanner looks along the camera and stands where it does; fx = fy = 32, and cx, cy the middle."""
+    image, _ = scene(0, size)
+    put(root / DRIVE / "image_02" / "data" / "0000000069.png", png(image))
+    scan = np.concatenate([points, np.full((len(points), 1), 0.3)], 1).astype("<f4")
+    put(root / DRIVE / "velodyne_points" / "data" / "0000000069.bin", scan.tobytes())
+    day = root / Path(DRIVE).parent
+    project = [32, 0, size[1] / 2, 0, 0, 32, size[0] / 2, 0, 0, 0, 1, 0]
+    cameras = {"R_rect_00": np.eye(3).ravel(), "S_rect_02": size[::-1], "P_rect_02": project}
+    scanner = {"R": [0, -1, 0, 0, 0, -1, 1, 0, 0], "T": [0, 0, 0]}
+    for name, lines in (("calib_cam_to_cam", cameras), ("calib_velo_to_cam", scanner)):
+        rows = [f"{key}: {' '.join(f'{value:.6e}' for value in values)}" for key, values in lines.items()]
+        (day / f"{name}.txt").write_text("\n".join(["calib_time: 09-Jan-2012 13:57:47", *rows]) + "\n")
+    (root / "list.txt").write_text(f"{DRIVE} 69 l\n")
+    return root
+
+
+def write_ibims(root: Path, count: int = 4, size: tuple[int, int] = SIZE, geometry: bool = True) -> Path:
+    """ibims1_core_raw with imagelist.txt, and ibims1_core_mat with edges and, of each kind, two walls and a floor."""
+    names = [f"room_{number:02d}" for number in range(count)]
+    raw, mats = root / "ibims1_core_raw", root / "ibims1_core_mat"
+    mats.mkdir(parents=True)
+    for number, name in enumerate(names):
+        image, depth = scene(number, size)
+        put(raw / "rgb" / f"{name}.png", png(image))
+        put(raw / "depth" / f"{name}.png", png(np.rint(depth * 65535 / 50).astype(np.uint16)))
+        put(raw / "calib" / f"{name}.txt", b"70.0,71.0,31.0,23.0")
+        for mask in ("mask_invalid", "mask_transp"):
+            put(raw / mask / f"{name}.png", png(np.full(size, 255, np.uint8)))
+        walls, floor, edges = (np.zeros(size, np.uint8) for _ in range(3))
+        walls[:20, :30], walls[:20, 30:], floor[30:], edges[:20, 30] = 1, 2, 1, 1
+        data = {
+            "edges": edges,
+            "calib": np.array([[70.0, 0, 0], [0, 71, 0], [31, 23, 1]]),
+            "mask_wall": walls,
+            "mask_wall_paras": np.array([[0, 0, 0, 0, 0, -1, 0, 3.0], [0, 0, 0, 0, 1, 0, 0, 3]]),
+            "mask_floor": floor,
+            "mask_floor_paras": np.array([[0, 0, 0, 0, 0, 0, 1, 1.5]]),
+            "mask_table": np.zeros(size, np.uint8),
+            "mask_table_paras": np.zeros((0, 0)),
+        }
+        if geometry:
+            savemat(mats / f"{name}.mat", {"data": data})
+    (raw / "imagelist.txt").write_text("\n".join(names) + "\n")
+    return root

@@ -19,7 +19,8 @@ from finetune.losses import WeightedLoss
 from finetune.model import start_from
 from finetune.phases import run_phases
 from finetune.predict import main as predict
-from finetune.protocols import get_protocol, metric_prediction, score_pair
+from finetune.protocols import get_protocol
+from finetune.scoring import metric_prediction, score_pair
 from finetune.segmentation import attach_segmentation
 from spark.config import parse_config
 from spark.encoder import build_encoder
@@ -181,15 +182,16 @@ def test_alignment_undoes_scale_and_shift_of_inverse_depth() -> None:
     truth[:5, :5] = 0  # no reading
     protocol = get_protocol("nyu-affine")
     prediction = 3 / np.where(truth > 0, truth, 2.0) - 0.7
-    row = score_pair(protocol, prediction, truth).row()
+    row = score_pair(protocol, prediction, truth, inverse=True)
     assert row["abs_rel"] == pytest.approx(0, abs=1e-6)
     assert row["delta1"] == 1
     prediction[20, 20] = np.nan
-    metric, nonfinite = metric_prediction(protocol, prediction, truth)
-    assert nonfinite == 1
+    metric = metric_prediction(protocol, prediction, truth, inverse=True)
     assert np.isfinite(metric).all()
-    assert score_pair(protocol, prediction, truth).row()["abs_rel"] < 0.01
-    constant = score_pair(protocol, np.ones((24, 32)), truth).row()
+    with_nan = score_pair(protocol, prediction, truth, inverse=True)
+    assert with_nan["nonfinite"] == 1
+    assert with_nan["abs_rel"] < 0.01
+    constant = score_pair(protocol, np.ones((24, 32)), truth, inverse=True)
     inside = truth[truth > 0]
     assert constant["abs_rel"] == pytest.approx(
         np.mean(np.abs(1 / np.mean(1 / inside) - inside) / inside), rel=0.05

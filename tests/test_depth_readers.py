@@ -20,7 +20,8 @@ from finetune.depth_data import (
     open_depth_data,
     recognise,
 )
-from finetune.depth_data.folder import find_pairs, read_pfm
+from finetune.depth_data.depth_files import read_pfm
+from finetune.depth_data.folder import find_pairs
 from finetune.depth_data.labels import NYU13_NAMES, NYU40_TO_13
 from tests import depth_layouts as write
 from tests.depth_layouts import class_map, put, scene
@@ -36,7 +37,10 @@ LAYOUTS: dict[str, tuple[Any, dict[str, Any], float]] = {
     "folder png": (write.write_folder, {"depth_scale": 1 / 256}, 0.5 / 256 + 1e-6),
     "folder npy": (lambda root: write.write_folder(root, "npy"), {}, 1e-6),
     "folder pfm": (lambda root: write.write_folder(root, "pfm"), {}, 1e-6),
+    "kitti": (write.write_kitti, {"list": "eigen.txt"}, 0.5 / 256 + 1e-6),
+    "ibims": (write.write_ibims, {}, 25 / 65535 + 1e-6),
 }
+WITHOUT_TEST_SPLIT = ("nyu_sync", "nyu_labeled", "kitti", "ibims")
 
 
 def still(**options: Any) -> TrainTransform:
@@ -77,7 +81,7 @@ def test_pairs_in_metres(tmp_path: Path, layout: str) -> None:
     np.testing.assert_array_equal(again[-1].metres, data[len(data) - 1].metres)
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in ("nyu_sync", "nyu_labeled")])
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in WITHOUT_TEST_SPLIT])
 def test_the_other_split(tmp_path: Path, layout: str) -> None:
     written, options, _ = LAYOUTS[layout]
     root = written(tmp_path / "data")
@@ -163,7 +167,7 @@ def test_an_unknown_layout_lists_those_that_are_known(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nyu_labeled, densedepth, .*docs/depth_data\.md"):
         open_depth_data(tmp_path)
     with pytest.raises(ValueError, match="must be one of nyu_labeled"):
-        open_depth_data(tmp_path, kind="kitti")  # type: ignore[arg-type]
+        open_depth_data(tmp_path, kind="make3d")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"no train or.*h5|no \.h5 file of the split train"):
         open_depth_data(tmp_path, kind="fastdepth")
     with pytest.raises(ValueError, match="has no class labels, only nyu_labeled, nyu_sync"):

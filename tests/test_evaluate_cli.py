@@ -24,7 +24,8 @@ from finetune.figures import (
 )
 from finetune.inference import predict_depth, score, transform_of
 from finetune.metrics import METRICS
-from finetune.protocols import evaluate_pair, get_protocol
+from finetune.protocols import get_protocol
+from finetune.scoring import score_pair
 from tests.depth_world import make_depth_world
 
 
@@ -72,7 +73,7 @@ def test_numbers_are_those_of_the_protocol_by_hand(model: Path, world: Path, tmp
         mean, std = (torch.tensor(values)[:, None, None] for values in (depth_model.mean, depth_model.std))
         with torch.no_grad():
             depth = depth_model(((image - mean) / std).float()[None]).depth[0, 0].numpy()
-        expected = evaluate_pair(protocol, depth, sample.depth)
+        expected = score_pair(protocol, depth, sample.depth)
         assert row["rmse"] == pytest.approx(expected["rmse"], rel=1e-4)
         assert row["delta1"] == pytest.approx(expected["delta1"], abs=1e-3)
 

@@ -43,24 +43,29 @@ def photo(pairs: list[list[float]], relation: list[int]) -> DepthSample:
     return DepthSample(image, None, "a", pairs=np.array(pairs, np.float64), relation=np.array(relation))
 
 
+def score_of(sample: DepthSample, prediction: np.ndarray, inverse: bool = False) -> dict:
+    return OrdinalEvaluator(DIW).score(sample, prediction, inverse)
+
+
 def test_points_are_row_first_and_read_at_the_size_of_the_photo():
     depth = np.arange(24, dtype=np.float32).reshape(4, 6)  # row 1, column 0 is farther than row 0, column 5
     sample = photo([[1, 0, 0, 5], [0, 1, 1, 0]], [1, -1])
     evaluator = OrdinalEvaluator(DIW)
-    assert evaluator.add(sample, depth, inverse=False)["whdr"] == 0
-    assert OrdinalEvaluator(DIW).add(sample, depth, inverse=True)["whdr"] == 1
-    assert (
-        OrdinalEvaluator(DIW).add(sample, depth.T.copy(), inverse=False)["whdr"] == 1
-    )  # transposed: resized first
+    assert score_of(sample, depth, inverse=True)["whdr"] == 1
+    assert score_of(sample, depth.T.copy())["whdr"] == 1  # transposed: resized first
     # A map of a sixth of the columns is read through the same bilinear resize as depth is scored.
     halves = np.array([[0.0, 10.0]], np.float32)
-    assert OrdinalEvaluator(DIW).add(photo([[3, 5, 0, 0]], [1]), halves, inverse=False)["accuracy"] == 1
+    assert score_of(photo([[3, 5, 0, 0]], [1]), halves)["accuracy"] == 1
+    row = evaluator.add(sample, depth)
+    assert row is not None
+    assert row["whdr"] == 0
     evaluator.add(replace(sample, name="b"), np.full((2, 3), 7.0), inverse=False)
     results = evaluator.results()
     assert results["metrics"]["whdr"] == 0.5  # pooled: 0 of 2, and two ties
     assert results["pairs"]["misordered"] == 2
-    assert results["settings"]["threshold"] == 0
-    assert "max_depth" not in results["settings"]
+    assert results["settings"] == DIW.record()
+    assert results["per_image"][0]["wkdr_equal"] is None
+    assert results["undefined"] == {}
 
 
 def test_what_has_no_score_is_refused():
@@ -68,7 +73,7 @@ def test_what_has_no_score_is_refused():
     evaluator.add(photo([[0, 0, 1, 1]], [0]), np.ones((4, 6)), inverse=False)
     with pytest.raises(ValueError, match="no pair of which one point is farther"):
         evaluator.results()
-    with pytest.raises(ValueError, match="need a prediction"):
+    with pytest.raises(ValueError, match="need annotated pairs"):
         evaluator.add(DepthSample(np.zeros((4, 6, 3), np.uint8), None, "b"), np.ones((4, 6)), inverse=False)
     for difference, relation in (([], []), ([1.0], [1, 1]), ([1.0], [2])):
         with pytest.raises(ValueError, match=r"expected as many|must be -1, 0 or 1"):

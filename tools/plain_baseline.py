@@ -30,7 +30,8 @@ from torch import Tensor
 
 from finetune.depth_data import open_depth_data
 from finetune.metrics import write_results
-from finetune.protocols import ProtocolEvaluator, get_protocol
+from finetune.protocols import get_protocol
+from finetune.scoring import DepthEvaluator
 from spark.folders import write_whole
 
 SIZE = (128, 160)
@@ -81,14 +82,14 @@ def run_plain(folder: Path, seed: int, options: argparse.Namespace) -> None:
     model = smp.UnetPlusPlus("resnet18", encoder_weights=None, classes=1)
     train_plain(model, read_pairs(options.data, "nyu_train.txt"), options.epochs, options.precision)
     print(f"({(time.time() - begin) / 60:.1f} minutes)", flush=True)
-    evaluator = ProtocolEvaluator(get_protocol("nyu-bts"))
+    evaluator = DepthEvaluator(get_protocol("nyu-bts"))
     model.eval()
     held_out = open_depth_data(options.data, "nyu_val.txt", "test")
     for i in range(len(held_out)):
         sample = held_out[i]
         with torch.inference_mode():
             depth = predict(model, resized(sample.image)[None])
-        evaluator.add(sample.name, depth[0, 0].numpy(), sample.metres)
+        evaluator.add(sample, depth[0, 0].numpy())
     folder.mkdir(parents=True, exist_ok=True)
     write_results(folder / "results.json", {**evaluator.results(), "epochs": options.epochs})
 

@@ -182,9 +182,12 @@ class CachedSet(DepthSet):
             with temporary.open("wb") as file:
                 for place, index in enumerate(indices):
                     try:
-                        row, arrays = pack(self.data[index])
+                        sample = self.data[index]
                     except DepthFileError:
                         continue  # its row stays zero
+                    if sample.geometry is not None:
+                        continue  # likewise: it is there to be tested on, and read from its own files each time
+                    row, arrays = pack(sample)
                     rows[place] = (file.tell(), *row)
                     for array in arrays:
                         file.write(np.ascontiguousarray(array).data)

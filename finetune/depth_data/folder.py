@@ -1,28 +1,23 @@
-"""A plain folder of images and depth maps, as of one's own camera; and ReDWeb, whose depth is relative."""
+"""A plain folder of images and depth maps, as of one's own camera."""
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 
 from finetune.depth_data.base import BadDepth, DepthSet, OpenOptions, at_line, line_text
+from finetune.depth_data.depth_files import DEPTH_EXTENSIONS, read_npy, read_pfm
 from finetune.depth_data.nyu import SyncEntry, existing_root, find_list, parse_list, refuse_missing
 from finetune.depth_data.sample import (
     DepthSample,
-    Supervision,
     check_pair_headers,
     checked_metres,
-    file_error,
     read_depth_png,
-    read_grey,
     read_rgb,
-    unreadable,
 )
 from spark.decoding import EXTENSIONS
 
-DEPTH_EXTENSIONS = (".png", ".npy", ".pfm")
 DEPTH_WORDS = {"depth", "depths", "sync", "gt", "groundtruth"}
 IMAGE_WORDS = {"rgb", "rgbs", "color", "colors", "colour", "colours", "image", "images", "img", "imgs"}
 SPLITS = {"train": ("train", "training"), "test": ("val", "validation", "test")}
@@ -223,109 +218,3 @@ def find_pairs(root: Path, below: Path) -> list[SyncEntry]:
         )
     pairs = sorted((images[key], depths[key]) for key in images)
     return [SyncEntry(image, depth, None, 0) for image, depth in pairs]
-
-
-def read_npy(path: Path) -> np.ndarray:
-    """A NumPy array from its file, never unpickled.
-
-    Raises:
-        DepthFileError: missing, damaged, or no array of numbers.
-    """
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise unreadable(path, "a depth map", error) from error
-
-
-def read_pfm(path: Path) -> np.ndarray:
-    """A grey portable float map, float32 `[H, W]`, first row on top.
-
-    Not by opencv, which divides by the header's scale: only its sign counts here, which is the byte order, as for the
-    readers of Middlebury and others.
-
-    Raises:
-        DepthFileError: missing, cut short, coloured, or no PFM.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise unreadable(path, "a depth map", error) from error
-    header = re.match(rb"(P[fF])\s+(\d+)\s+(\d+)\s+([-+.\deE]+)\s", content)
-    if header is None or header[1] != b"Pf":
-        raise file_error(path, "is no portable float map of one channel (its header begins with Pf)")
-    width, height = int(header[2]), int(header[3])
-    if len(content) - header.end() < 4 * width * height:
-        raise file_error(path, f"is cut short, {height}x{width} numbers were announced, copy the file again")
-    order = "<f4" if float(header[4]) < 0 else ">f4"
-    values = np.frombuffer(content, order, width * height, header.end()).reshape(height, width)
-    return values[::-1].astype(np.float32)
-
-
-class ReDWeb(DepthSet):
-    """ReDWeb_V1: 3,600 photos `Imgs/*.jpg` with relative depth `RDs/*.png` from stereo.
-
-    Depth is 8-bit: near = 0, far up to 254, 255 = unknown. Samples hold it as a disparity, (254 - value) / 254, of
-    unknown scale and shift.
-
-    Args:
-        root: the folder that holds `Imgs` and `RDs`.
-
-    Raises:
-        ValueError: no photos, or photos without a map; a first pair that cannot be used.
-    """
-
-    supervision: ClassVar[Supervision] = "affine"
-
-    def __init__(self, root: str | Path):
-        self.root = existing_root(root)
-        self._names = sorted(path.name for path in (self.root / "Imgs").glob("*.jpg"))
-        missing = [name for name in self._names if not self._map(name).is_file()]
-        if missing or not self._names:
-            what = (
-                f"{len(missing)} photos have none, the first is {missing[0]}"
-                if missing
-                else "no photos are there"
-            )
-            raise ValueError(f"{root}: expected Imgs/NAME.jpg with RDs/NAME.png, but {what}")
-        self[0]
-
-    @classmethod
-    def recognises(cls, root: Path, list_file: str | Path | None) -> bool:
-        """Whether the two folders are there, and no list is given."""
-        return list_file is None and (root / "Imgs").is_dir() and (root / "RDs").is_dir()
-
-    @classmethod
-    def opened(cls, root: Path, options: OpenOptions) -> "ReDWeb":
-        """Open the folder; it has no splits."""
-        if options.list is not None or options.split != "train":
-            raise ValueError(f"redweb ({root}) is training data without lists: give --data.list null")
-        return cls(root)
-
-    def __repr__(self) -> str:
-        """What a run prints about its data."""
-        return f"ReDWeb layout, {len(self)} photos with relative depth under {self.root}"
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def names(self) -> list[str]:
-        """Names of the photos, in order."""
-        return self._names
-
-    def files(self) -> Iterator[Path]:
-        """Photo and map of each."""
-        for name in self._names:
-            yield from (self.root / "Imgs" / name, self._map(name))
-
-    def __getitem__(self, index: int) -> DepthSample:
-        name = self._names[index]
-        path = self._map(name)
-        values = read_grey(path)
-        if values.dtype != np.uint8:
-            raise file_error(path, f"relative depth of this layout has 8 bits, not {values.dtype}")
-        disparity = (254 - values.astype(np.float32)) / 254
-        disparity[values == 255] = np.nan
-        return DepthSample(read_rgb(self.root / "Imgs" / name), None, name, affine=disparity)
-
-    def _map(self, name: str) -> Path:
-        return (self.root / "RDs" / name).with_suffix(".png")

@@ -9,7 +9,9 @@ from finetune.depth_data.base import DepthSet, OpenOptions
 from finetune.depth_data.densedepth import DenseDepth
 from finetune.depth_data.diw import DIW
 from finetune.depth_data.fastdepth import FastDepth, HubTars
-from finetune.depth_data.folder import PlainFolder, ReDWeb
+from finetune.depth_data.folder import PlainFolder
+from finetune.depth_data.ibims import IBims
+from finetune.depth_data.kitti import KITTI
 from finetune.depth_data.nyu import (
     LABELED_MAT,
     WITHOUT_LISTS,
@@ -18,9 +20,19 @@ from finetune.depth_data.nyu import (
     existing_root,
     lists_text,
 )
+from finetune.depth_data.redweb import ReDWeb
 
 Kind: TypeAlias = Literal[
-    "nyu_labeled", "densedepth", "hub_tars", "fastdepth", "diw", "redweb", "folder", "nyu_sync"
+    "nyu_labeled",
+    "densedepth",
+    "hub_tars",
+    "fastdepth",
+    "diw",
+    "redweb",
+    "ibims",
+    "kitti",
+    "folder",
+    "nyu_sync",
 ]
 
 KINDS: Mapping[Kind, type[DepthSet]] = MappingProxyType(
@@ -31,6 +43,8 @@ KINDS: Mapping[Kind, type[DepthSet]] = MappingProxyType(
         "fastdepth": FastDepth,
         "diw": DIW,
         "redweb": ReDWeb,
+        "ibims": IBims,
+        "kitti": KITTI,
         "folder": PlainFolder,
         "nyu_sync": NYUSync,
     }

@@ -63,6 +63,36 @@ def unreadable(path: str | Path, what: str, error: Exception) -> DepthFileError:
 
 
 @dataclass(frozen=True)
+class Plane:
+    """A flat surface of a scene.
+
+    Args:
+        surface: what it is, such as "wall".
+        mask: its pixels, bool `[H, W]`.
+        normal: its unit normal, float64 `[3]`: x right, y ahead, z up; of either sign.
+    """
+
+    surface: str
+    mask: np.ndarray
+    normal: np.ndarray
+
+
+@dataclass(frozen=True)
+class SceneGeometry:
+    """What is known of a scene besides its depth, for the scores of iBims-1 (`finetune.ibims`).
+
+    Args:
+        edges: where depth jumps, bool `[H, W]`.
+        planes: its flat surfaces.
+        camera: fx, fy, cx, cy [px], the middle of the first pixel at (1, 1).
+    """
+
+    edges: np.ndarray
+    planes: tuple[Plane, ...]
+    camera: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
 class DepthSample:
     """One image with what is known of its depth: `depth`, `affine` or `pairs`, and perhaps the class of each pixel.
 
@@ -74,6 +104,7 @@ class DepthSample:
         pairs: float64 `[N, 4]`, points (yA, xA, yB, xB) [px], the middle of the first pixel at (0, 0).
         relation: int64 `[N]`, +1: A is farther than B, -1: A is closer, 0: as far.
         labels: uint8 `[H, W]`, class of each pixel from 0 on; 255 = void.
+        geometry: edges, planes and camera of a scene that is there to be tested on.
 
     Raises:
         DepthFileError: sizes that differ, an image that is none, a point outside the image.
@@ -86,6 +117,7 @@ class DepthSample:
     pairs: np.ndarray | None = None
     relation: np.ndarray | None = None
     labels: np.ndarray | None = None
+    geometry: SceneGeometry | None = None
 
     def __post_init__(self):
         if self.image.ndim != 3 or self.image.shape[2] != 3 or self.image.dtype != np.uint8:

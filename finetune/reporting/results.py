@@ -7,40 +7,26 @@ from typing import Any
 
 import numpy as np
 
+from finetune.metrics import METRIC
 from spark.reporting.charts import number
 from spark.reporting.page import Cell, Table, Text
 from spark.reporting.sections import plain_path
 
 Results = dict[str, Any]
 
-# name in results.json -> heading, and whether larger is better
-HEADINGS = {
-    "delta1": ("δ1", True),
-    "delta2": ("δ2", True),
-    "delta3": ("δ3", True),
-    "abs_rel": ("AbsRel", False),
-    "sq_rel": ("SqRel [m]", False),
-    "rmse": ("RMSE [m]", False),
-    "rmse_log": ("RMSE log", False),
-    "log10": ("log10", False),
-    "silog": ("SILog", False),
-    "whdr": ("WHDR", False),
-    "accuracy": ("accuracy", True),
-    "wkdr": ("WKDR", False),
-    "wkdr_unequal": ("WKDR unequal", False),
-    "wkdr_equal": ("WKDR equal", False),
-}
 FEW_IMAGES = 300  # with fewer, or with one seed, the page says how little it measures
 FEW_SCENES = 5  # under which no interval is given
 RESAMPLES = 4000  # of the bootstrap
 
 
 def heading(name: str) -> str:
-    """Heading of a metric with its direction; one that is not known here keeps its name."""
-    if name not in HEADINGS:
-        return name
-    text, up = HEADINGS[name]
-    return f"{text} {'↑' if up else '↓'}"
+    """Heading of a metric with unit and direction; one that is not known here keeps its name."""
+    return METRIC[name].column if name in METRIC else name
+
+
+def is_better(name: str, one: float, other: float) -> bool:
+    """Whether a value of a known metric is better than another one."""
+    return one > other if METRIC[name].better == "higher" else one < other
 
 
 def results_blocks(scored: Mapping[str, list[Results]]) -> list[Any]:
@@ -82,7 +68,7 @@ def table(scored: Mapping[str, list[Results]]) -> Table:
             spread = ""
             if len(results) > 1:
                 spread = f"± {statistics.stdev(r['metrics'][name] for r in results):.3f}"
-            is_best = len(means) > 1 and name in HEADINGS and means[label][name] == _best(name, means)
+            is_best = len(means) > 1 and name in METRIC and means[label][name] == _best(name, means)
             cells.append(Cell(f"{means[label][name]:.3f}", spread, "best" if is_best else ""))
         rows.append(cells)
     base, *others = scored
@@ -101,8 +87,8 @@ def difference(name: str, base: list[Results], other: list[Results]) -> Cell:
     if interval is None:
         return Cell(f"{delta:+.3f}")
     low, high = interval
-    clear = name in HEADINGS and not low <= 0 <= high
-    mark = ("better" if (delta > 0) == HEADINGS[name][1] else "worse") if clear else ""
+    clear = name in METRIC and not low <= 0 <= high
+    mark = ("better" if is_better(name, delta, 0.0) else "worse") if clear else ""
     return Cell(f"{delta:+.3f}", f"{low:+.3f} … {high:+.3f}", mark)
 
 
@@ -203,7 +189,7 @@ def worst_table(result: Results, count: int = 8) -> Table | None:
         [Cell(str(row["name"]), head=True), *(Cell(_number(row.get(name))) for name in shown)]
         for row in worst
     ]
-    caption = f"The {len(worst)} of {len(rows)} images with the largest {heading(key)[:-2]}."
+    caption = f"The {len(worst)} of {len(rows)} images with the largest {METRIC[key].heading}."
     return Table(["image", *(heading(name) for name in shown)], body, caption=caption)
 
 
@@ -214,7 +200,7 @@ def _everywhere(name: str, scored: Mapping[str, list[Results]]) -> bool:
 
 
 def _best(name: str, means: Mapping[str, Mapping[str, float]]) -> float:
-    return (max if HEADINGS[name][1] else min)(mean[name] for mean in means.values())
+    return (max if METRIC[name].better == "higher" else min)(mean[name] for mean in means.values())
 
 
 def _number(value: Any) -> str:

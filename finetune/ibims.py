@@ -1,0 +1,114 @@
+"""Scores of iBims-1 that look at the geometry of a prediction (Koch et al. 2018, arXiv 1805.01328, section 3).
+
+| name | what it is | unit |
+|---|---|---|
+| dde_0 | share of pixels that are predicted on their side of a plane at 3 m | |
+| dde_m | share of pixels that are predicted before it and lie behind it: too near | |
+| dde_p | share of pixels that are predicted behind it and lie before it: too far | |
+| dbe_acc | mean distance to the nearest true edge, of predicted edges that are less than 10 px from one | px |
+| dbe_com | mean distance to the nearest predicted edge, of all true edges | px |
+| pe_fla | flatness: deviation of the predicted points of a true plane from the plane fitted to them | cm |
+| pe_ori | orientation: angle between that fitted plane and the true one | degrees |
+
+The paper leaves open how edges are found and planes fitted; here it is as in the Python scripts that come with the data
+(`evaluate_ibims_error_metrics.py`), whose authors note that their edges are not those of the MATLAB code of the paper.
+So DBE stands beside tables that were made with these scripts, not beside those of the paper.
+"""
+
+import math
+
+import numpy as np
+from scipy.ndimage import distance_transform_edt
+from skimage.feature import canny
+
+from finetune.depth_data.sample import Plane
+
+PLANE_SHARE = 0.05
+"""Least share of the image that a plane must cover with pixels that count."""
+EDGE_REACH = 10.0
+"""Distance [px] from a true edge from which on an edge of the prediction is another one; the score without edges."""
+SIGMA, LOW, HIGH = math.sqrt(2), 0.1, 0.2
+"""Of the Canny edges of a prediction that fills [0, 1]."""
+
+
+def directed_errors(prediction: np.ndarray, ground_truth: np.ndarray, plane: float = 3.0) -> dict[str, float]:
+    """DDE of the pixels that count.
+
+    Args:
+        prediction: metres, any shape.
+        ground_truth: metres, the same shape, not empty.
+        plane: distance of the plane [m]; what lies in it is before it.
+    """
+    before, truly = prediction <= plane, ground_truth <= plane
+    return {
+        "dde_0": float((before == truly).mean()),
+        "dde_m": float((before & ~truly).mean()),
+        "dde_p": float((~before & truly).mean()),
+    }
+
+
+def boundary_errors(prediction: np.ndarray, edges: np.ndarray) -> dict[str, float]:
+    """DBE of a whole prediction, whichever of its pixels count otherwise.
+
+    Args:
+        prediction: metres `[H, W]`; 0 and NaN are no prediction.
+        edges: true edges, bool `[H, W]`.
+
+    Returns:
+        both NaN where there is no true edge; both `EDGE_REACH` where no edge of the prediction is near a true one.
+    """
+    if not edges.any():
+        return {"dbe_acc": math.nan, "dbe_com": math.nan}
+    found = depth_edges(prediction)
+    to_truth = np.asarray(distance_transform_edt(~edges))
+    near = found & (to_truth < EDGE_REACH)
+    if not near.any():
+        return {"dbe_acc": EDGE_REACH, "dbe_com": EDGE_REACH}
+    to_found = np.asarray(distance_transform_edt(~found))
+    return {"dbe_acc": float(to_truth[near].mean()), "dbe_com": float(to_found[edges].mean())}
+
+
+def depth_edges(prediction: np.ndarray) -> np.ndarray:
+    """Canny edges of a prediction `[H, W]` brought to [0, 1], bool `[H, W]`; a flat one has none."""
+    values = np.where(prediction == 0, np.nan, prediction).astype(np.float32)
+    known = np.isfinite(values)
+    if not known.any() or (span := values[known].max() - (nearest := values[known].min())) == 0:
+        return np.zeros(prediction.shape, bool)
+    return canny((values - nearest) / span, sigma=SIGMA, low_threshold=LOW, high_threshold=HIGH)
+
+
+def planarity_errors(
+    prediction: np.ndarray,
+    ground_truth: np.ndarray,
+    valid: np.ndarray,
+    plane: Plane,
+    camera: tuple[float, float, float, float],
+) -> dict[str, float] | None:
+    """PE of a plane: the prediction, scaled to the median depth of the plane, is projected back and a plane fitted.
+
+    Args:
+        prediction: metres `[H, W]`, above 0 where valid.
+        ground_truth: metres `[H, W]`.
+        valid: pixels that count, bool `[H, W]`.
+        plane: the plane.
+        camera: fx, fy, cx, cy [px], the middle of the first pixel at (1, 1).
+
+    Returns:
+        None for a plane of which less than `PLANE_SHARE` of the image counts.
+    """
+    inside = plane.mask & valid
+    if inside.sum() / inside.size < PLANE_SHARE:
+        return None
+    depth = prediction[inside].astype(np.float64)
+    depth = depth * (np.median(ground_truth[inside]) / np.median(depth))
+    fx, fy, cx, cy = camera
+    row, column = np.nonzero(inside)
+    # x right, y ahead, z up, as the normals of the data set have them
+    points = np.stack([(column + 1 - cx) * depth / fx, depth, -(row + 1 - cy) * depth / fy])
+    spreads, axes = np.linalg.eigh(np.cov(points, bias=True))
+    fitted = axes[:, 0]  # the direction in which the points spread least
+    across, along = np.linalg.norm(np.cross(plane.normal, fitted)), abs(plane.normal @ fitted)
+    return {
+        "pe_fla": 100.0 * math.sqrt(max(spreads[0], 0.0)),
+        "pe_ori": math.degrees(math.atan2(across, along)),
+    }
