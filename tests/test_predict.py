@@ -11,7 +11,8 @@ from PIL import Image
 
 from finetune import DepthModel
 from finetune.figures import colourise, depth_map, save_figure, shortened
-from finetune.predict import fitted_size, main, output_stems, predict_image, to_millimetres
+from finetune.predict import main, output_stems, predict_image
+from finetune.whole_images import fitted_size
 
 
 @pytest.fixture(scope="module")
@@ -183,17 +184,13 @@ def test_proportions_are_kept(
     assert fitted_size(image, wanted) == expected
 
 
-def test_millimetres_saturate_and_say_so() -> None:
-    depth = np.array([[0.0004, 0.0006, 1.2343, 65.534, 65.535, 70.0, np.nan]], np.float32)
-    millimetres, saturated = to_millimetres(depth)
-    assert millimetres.tolist() == [[0, 1, 1234, 65534, 65535, 65535, 0]]
-    assert saturated == 2
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--input", "{tmp}/clip.mp4"], "is a video"),
+        (["--input", "{tmp}/*.tif"], "no image and no video fits"),
+        (["--camera", "lens"], "camera 'lens' is neither nyu"),
+        (["--camera", "500"], "field of view is between 1 and 170"),
+        (["--formats", "[ply,stl]"], "formats"),
         (["--input", "{tmp}/nothing"], "there is no image folder"),
         (["--input", "{tmp}/empty"], "no image in"),
         (["--model", "{tmp}"], "is not a depth model"),
@@ -206,7 +203,6 @@ def test_user_errors_are_sentences(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     photo(tmp_path / "x.png")
-    (tmp_path / "clip.mp4").touch()
     (tmp_path / "empty").mkdir()
     given = [argument.format(tmp=tmp_path) for argument in arguments]
     with pytest.raises(SystemExit, match="2"):
