@@ -195,7 +195,7 @@ def read_camera(path: str | Path, size: tuple[int, int] | None = None) -> Intrin
         )
     try:
         text = path.read_text(encoding="utf-8")
-        stored: Any = _file_storage(path) if text.startswith(("%YAML:1.0", "<?xml")) else None
+        stored: Any = _file_storage(path) if "<?xml" in text[:99] or "opencv-matrix" in text else None
         if stored is None:
             stored = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
         matrix = next((stored[key] for key in ("camera_matrix", "K") if key in stored), None)
@@ -209,19 +209,19 @@ def read_camera(path: str | Path, size: tuple[int, int] | None = None) -> Intrin
         height = stored.get("height", stored.get("image_height", size and size[0]))
         if width is None or height is None:
             raise KeyError("width and height")
-        return Intrinsics(float(fx), float(fy), float(cx), float(cy), int(height), int(width), str(path))
+        numbers = (float(fx), float(fy), float(cx), float(cy), int(height), int(width))
     except (
         KeyError,
         TypeError,
         AttributeError,
-        UnicodeDecodeError,
-        json.JSONDecodeError,
+        ValueError,  # of JSON, of text that is none, of words in place of numbers, of a matrix that is not 3x3
         yaml.YAMLError,
     ) as error:
         missing = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise ValueError(
             f"{path} holds no intrinsics ({missing}): write fx, fy, cx, cy, width and height [px] as JSON or YAML"
         ) from error
+    return Intrinsics(*numbers, path.name)
 
 
 def _file_storage(path: Path) -> dict[str, Any]:

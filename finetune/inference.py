@@ -9,12 +9,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from finetune.depth_data import DepthFileError, DepthSample, DepthSet, EvalTransform
+from finetune.depth_data.sample import file_error
 from finetune.families import evaluator_of
 from finetune.figures import Triptych, WorstRows
 from finetune.heads import DepthOutput
 from finetune.model import DepthModel
 from finetune.protocols import Protocol
-from finetune.scoring import merge_flipped, metric_prediction
+from finetune.scoring import merge_flipped, metric_prediction, resize
 from spark.run import ignore_stop_signals
 
 
@@ -39,6 +40,7 @@ def check_protocol(model: DepthModel, protocol: Protocol) -> None:
     """Refuse to score a model without metres under a protocol that stands on them; ValueError says what to use."""
     if (
         protocol.supervision == "metric"
+        and protocol.family != "relations"
         and protocol.alignment != "disparity"
         and "depth" not in model.outputs
     ):
@@ -56,11 +58,10 @@ def check_ground_truth(data: DepthSet, protocol: Protocol) -> None:
             that a file cannot be used.
     """
     if data.supervision != protocol.supervision:
-        has = {"metric": "depth in metres", "ordinal": "relations of points"}
-        wanted, other = has[protocol.supervision], has.get(data.supervision, "relative depth")
+        has = {"metric": "depth in metres", "ordinal": "relations of points", "affine": "relative depth"}
         raise ValueError(
-            f"{data} has no {wanted} to validate on or score against, only {other}: name data that has it, or a"
-            " protocol for what it has (diw for relations)"
+            f"{data} has no {has[protocol.supervision]} to validate on or score against, only {has[data.supervision]}:"
+            " name data that has it, or a protocol for what it has (diw for relations, redweb for relative depth)"
         )
     first: dict[str, int] = {}
     for index, name in enumerate(data.names()):
@@ -69,8 +70,10 @@ def check_ground_truth(data: DepthSet, protocol: Protocol) -> None:
                 f"{name}{data.origin(before)} is to be scored a second time{data.origin(index)}: name each pair once"
             )
     data.check_headers()  # these refuse now, not after the first epoch
+    first_sample = data[0]
+    protocol.seen_at((first_sample.image.shape[0], first_sample.image.shape[1]))
     if protocol.supervision == "metric":
-        protocol.crop_at(data[0].metres.shape)
+        protocol.crop_at(first_sample.metres.shape)
 
 
 @torch.inference_mode()
@@ -127,8 +130,9 @@ def score(
 ) -> tuple[dict[str, Any], list[Triptych]]:
     """Evaluate a model on RGB-D pairs.
 
-    Every image is resized to the size of `transform`, predicted, and handed to the protocol, which resizes the
-    prediction to the ground truth. Images without a pixel that counts are left out and listed in the results.
+    Every image, or what the protocol shows of it, is resized to the size of `transform`, predicted, and handed to the
+    protocol, which resizes the prediction to the ground truth. Images without a pixel that counts are left out and
+    listed in the results.
 
     Args:
         model: The model.
@@ -150,12 +154,12 @@ def score(
     """
     evaluator = evaluator_of(protocol, skip_empty=True)
     inverse = gives_inverse(model, protocol)
-    draws = protocol.family == "depth"
+    draws = protocol.family != "relations"
     count = len(data)
     drawn = set(np.linspace(0, count - 1, min(draw, count)).round().astype(int).tolist())
     rows: list[Triptych] = []
     loader = DataLoader(
-        _Prepared(data, transform),
+        _Prepared(data, transform, protocol),
         batch_size,
         num_workers=workers,
         collate_fn=list,
@@ -168,6 +172,7 @@ def score(
                 raise pair
         predictions = predict_depth(model, torch.stack([image for _, image in pairs]), protocol)
         for (sample, _), prediction in zip(pairs, predictions, strict=True):
+            prediction = whole_frame(protocol, prediction, sample.image.shape[:2])
             row = evaluator.add(sample, prediction, inverse=inverse)
             error = row.get("abs_rel") if row else None
             bad = worst is not None and error is not None and worst.wants(error)
@@ -186,6 +191,16 @@ def score(
     return {**evaluator.results(), "image_size": list(transform.image_size)}, rows
 
 
+def whole_frame(protocol: Protocol, prediction: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """The prediction for an image of (H, W) `size`, of which the model saw what the protocol shows: continued by its
+    edge over the rest of the frame, `[H, W]`; as it is where the model saw all of it."""
+    if protocol.sees == "frame":
+        return prediction
+    top, bottom, left, right = protocol.seen_at((size[0], size[1]))
+    inner = resize(prediction.astype(np.float64), (bottom - top, right - left), protocol.align_corners)
+    return np.pad(inner, ((top, size[0] - bottom), (left, size[1] - right)), "edge")
+
+
 def summary(metrics: dict[str, float]) -> str:
     """The numbers that the field quotes, in one line."""
     if "whdr" in metrics:
@@ -197,8 +212,8 @@ class _Prepared(Dataset):
     """Pairs with their network input; an unreadable pair comes as its error (raised in a worker it is a
     traceback)."""
 
-    def __init__(self, data: DepthSet, transform: EvalTransform) -> None:
-        self.data, self.transform = data, transform
+    def __init__(self, data: DepthSet, transform: EvalTransform, protocol: Protocol) -> None:
+        self.data, self.transform, self.protocol = data, transform, protocol
 
     def __len__(self) -> int:
         return len(self.data)  # type: ignore[arg-type]
@@ -206,6 +221,9 @@ class _Prepared(Dataset):
     def __getitem__(self, index: int) -> tuple[DepthSample, Tensor] | DepthFileError:
         try:
             sample = self.data[index]
-            return sample, self.transform(sample)["image"]
+            top, bottom, left, right = self.protocol.seen_at((sample.image.shape[0], sample.image.shape[1]))
+            return sample, self.transform.prepare(np.ascontiguousarray(sample.image[top:bottom, left:right]))
         except DepthFileError as error:
             return error
+        except ValueError as error:
+            return file_error(self.data.names()[index], str(error))

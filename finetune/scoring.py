@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from finetune.alignment import Alignment, fit
@@ -89,10 +90,7 @@ def view_of(protocol: Protocol, values: np.ndarray) -> np.ndarray:
     for step, height, width in protocol.view:
         h, w = values.shape
         if step == "resize":
-            rows, columns = (
-                ((np.arange(new) + 0.5) * old / new).astype(np.int64)
-                for new, old in ((height, h), (width, w))
-            )
+            rows, columns = nearest(h, height), nearest(w, width)
             values = values[np.ix_(rows, columns)]
             continue
         if h < height or w < width:
@@ -106,6 +104,13 @@ def view_of(protocol: Protocol, values: np.ndarray) -> np.ndarray:
             top, left = round((h - height) / 2), round((w - width) / 2)  # halves to even, as Python rounds
         values = values[top : top + height, left : left + width]
     return values
+
+
+def nearest(old: int, new: int) -> np.ndarray:
+    """Which of `old` pixels in a row stand for each of `new` ones, by Pillow: the codes that resize with it get what
+    it chooses where two are as near."""
+    index = Image.fromarray(np.arange(old, dtype=np.int32)[None])
+    return np.asarray(index.resize((new, 1), Image.Resampling.NEAREST))[0]
 
 
 def valid_pixels(protocol: Protocol, ground_truth: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Protocols: which pixels count, what happens to a prediction, what is averaged, and what is refused."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import warnings
@@ -353,3 +354,162 @@ def test_mean_depth_scores_like_the_mean_column_of_eigen(real_data):
     assert (
         per_image["rmse"][0] < 0.95 * metrics["rmse"]
     )  # what makes pooled and per-image numbers incomparable
+
+
+# --- every protocol, restated in plain NumPy
+# ---------------------------------------------------------------------------
+
+
+def enlarged(values: np.ndarray, size: tuple[int, int], corners: bool) -> np.ndarray:
+    """Bilinear interpolation by its definition: rows, then columns."""
+    for axis, new in enumerate(size):
+        old = values.shape[axis]
+        at = np.linspace(0, old - 1, new) if corners else (np.arange(new) + 0.5) * old / new - 0.5
+        at = at.clip(0, old - 1)
+        low = np.floor(at).astype(int)
+        high = np.minimum(low + 1, old - 1)
+        weight = np.expand_dims(at - low, 1 - axis)
+        values = values.take(low, axis) * (1 - weight) + values.take(high, axis) * weight
+    return values
+
+
+def bts_errors(p: np.ndarray, g: np.ndarray) -> dict[str, float]:
+    worst, d = np.maximum(p / g, g / p), np.log(p) - np.log(g)
+    return {
+        "delta1": (worst < 1.25).mean(),
+        "delta2": (worst < 1.25**2).mean(),
+        "delta3": (worst < 1.25**3).mean(),
+        "abs_rel": (abs(p - g) / g).mean(),
+        "sq_rel": ((p - g) ** 2 / g).mean(),
+        "rmse": np.sqrt(((p - g) ** 2).mean()),
+        "rmse_log": np.sqrt((d**2).mean()),
+        "log10": abs(np.log10(p) - np.log10(g)).mean(),
+        "silog": 100 * np.sqrt((d**2).mean() - d.mean() ** 2),
+    }
+
+
+def metric_pixels(name: str, first: np.ndarray, mirrored: np.ndarray, g: np.ndarray):
+    """Prediction and ground truth of the pixels that count, each protocol in words of its own."""
+    nyu = name.startswith("nyu")
+    cap = 10 if nyu else 80
+    if name in ("nyu-adabins", "nyu-zoedepth", "nyu-densedepth"):
+        back = mirrored[:, ::-1]
+        if name != "nyu-zoedepth":
+            first, back = (x.clip(0.1 if "dense" in name else 1e-3, 10) for x in (first, back))
+        first = (first + back) / 2
+    if name == "kitti-monodepth2":
+        p = 1 / enlarged(1 / first, g.shape, False)
+    else:
+        p = enlarged(first, g.shape, name in ("nyu-adabins", "nyu-zoedepth"))
+    if name == "nyu-fastdepth":
+        from PIL import Image
+
+        def seen(x):
+            image = Image.fromarray(x.astype(np.float32)).resize((333, 250), Image.Resampling.NEAREST)
+            box = image.crop((14, 11, 14 + 304, 11 + 228))
+            return np.asarray(box.resize((224, 224), Image.Resampling.NEAREST)).astype(np.float64)
+
+        p, g = seen(p), seen(g)
+    if name == "kitti-garg-kb":
+        top, left = g.shape[0] - 352, (g.shape[1] - 1216) // 2
+        p, g = (x[top : top + 352, left : left + 1216] for x in (p, g))
+    inside = np.zeros(g.shape, bool)
+    rows, columns = {
+        "nyu-bts": ((45, 471), (41, 601)),
+        "nyu-adabins": ((45, 471), (41, 601)),
+        "nyu-zoedepth": ((45, 471), (41, 601)),
+        "nyu-marigold": ((45, 471), (41, 601)),
+        "nyu-dorn": ((20, 460), (24, 616)),
+        "nyu-densedepth": ((20, 460), (24, 616)),
+        "nyu-laina": ((0, 480), (0, 640)),
+        "nyu-fastdepth": ((0, 224), (0, 224)),
+        "kitti-eigen": ((124, 342), (44, 1197)),
+        "kitti-garg-full": ((153, 371), (44, 1197)),
+        "kitti-garg-kb": ((143, 349), (43, 1172)),
+        "kitti-monodepth2": ((153, 371), (44, 1197)),
+    }[name]
+    inside[slice(*rows), slice(*columns)] = True
+    filled = name in ("nyu-densedepth", "nyu-laina", "nyu-fastdepth")
+    inside &= (g > 0) if filled else (g > 1e-3) & (g < cap)
+    p, g = p[inside], g[inside].astype(np.float64)
+    if name == "nyu-marigold":
+        p = np.polyval(np.polyfit(p, g, 1), p)
+    if name == "kitti-monodepth2":
+        p = p * np.median(g) / np.median(p)
+    return p if filled else p.clip(1e-3, cap), g
+
+
+RESTATED = [
+    name
+    for name, protocol in PROTOCOLS.items()
+    if protocol.family == "depth" and protocol.data in ("nyu", "kitti") and protocol.supervision == "metric"
+]
+
+
+@pytest.mark.parametrize("name", RESTATED)
+def test_every_protocol_against_a_plain_restatement(name):
+    generator = np.random.default_rng(7)
+    protocol = PROTOCOLS[name]
+    nyu = protocol.data == "nyu"
+    size, small, far = ((480, 640), (30, 40), 12.0) if nyu else ((375, 1242), (24, 80), 90.0)
+    evaluator, pixels, rows = DepthEvaluator(protocol), [], []
+    for number in range(2):
+        truth = generator.uniform(0.4, far, size).astype(np.float32)
+        truth[generator.random(size) < 0.4] = 0.0
+        first, mirrored = generator.uniform(-0.5 if protocol.clip else 0.4, far, (2, *small))
+        if protocol.space == "disparity" or protocol.alignment != "none":
+            first = np.abs(first) + 0.2
+        merged = merge_flipped(protocol, first, mirrored) if protocol.flip_average else first
+        evaluator.add(sample(str(number), truth), merged)
+        pixels.append(metric_pixels(name, first, mirrored, truth))
+        rows.append(bts_errors(*pixels[-1]))
+    metrics = evaluator.results()["metrics"]
+    if protocol.aggregation == "pooled":
+        expected = bts_errors(*(np.concatenate(part) for part in zip(*pixels, strict=True)))
+    else:
+        expected = {key: (rows[0][key] + rows[1][key]) / 2 for key in METRICS}
+    assert metrics == {key: pytest.approx(expected[key], rel=1e-5) for key in METRICS}
+
+
+def test_non_positive_predictions_are_counted_not_dropped():
+    truth = np.full((2, 2), 2.0, np.float32)
+    row = score_pair(SMALL, np.array([[-1.0, 0.0], [2.0, np.nan]]), truth)
+    assert (row["nonpositive"], row["nonfinite"], row["pixels"]) == (2, 1, 4)
+    assert row["delta1"] == 1 / 4
+    unclipped = dataclasses.replace(SMALL, clip=False)
+    assert score_pair(unclipped, np.array([[-1.0, 99.0]]), truth[:1])["rmse"] == pytest.approx(
+        math.sqrt((1.999**2 + 97**2) / 2)
+    )
+
+
+def test_valid_depths_strict_closed_and_positive():
+    truth = np.array([[0.0, 1.0, 5.0, 10.0, 11.0]], np.float32)
+    small = dataclasses.replace(SMALL, min_depth=1.0)
+    for valid, expected in (("strict", [2]), ("closed", [1, 2, 3]), ("positive", [1, 2, 3, 4])):
+        counts = valid_pixels(dataclasses.replace(small, valid=valid), truth)
+        assert np.flatnonzero(counts).tolist() == expected
+
+
+def test_a_frame_too_small_for_its_view():
+    with pytest.raises(ValueError, match=r"kitti-garg-kb takes 352x1216 of the frame, and this is 300x1242"):
+        score_pair(PROTOCOLS["kitti-garg-kb"], np.ones((300, 1242)), np.ones((300, 1242), np.float32))
+
+
+# --- the hash of a record
+# ----------------------------------------------------------------------------------------------
+
+
+def test_the_hash_is_of_what_bears_on_numbers():
+    assert (
+        BTS.hash()
+        == dataclasses.replace(BTS, description="in other words", tables="", expected_images=1).hash()
+    )
+    others = [
+        dataclasses.replace(BTS, **{field: value})
+        for field, value in {"flip_average": True, "crop": (45, 471, 41, 600), "max_depth": 80.0}.items()
+    ]
+    assert len({BTS.hash(), *(other.hash() for other in others)}) == 4
+    assert len({protocol.hash() for protocol in PROTOCOLS.values()}) == len(PROTOCOLS)
+    # Canonical JSON by hand: results written today must stay comparable.
+    text = '{"crop":[45,471,41,601],"data":"nyu","frame":[480,640],"max_depth":10.0,"min_depth":0.001,"name":"nyu-bts"}'
+    assert BTS.hash() == hashlib.sha256(text.encode()).hexdigest()
