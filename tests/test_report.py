@@ -263,6 +263,17 @@ def test_results_that_cannot_be_compared_have_tables_of_their_own(runs, tmp_path
         assert page.count("<th>δ1↑</th><th>δ2↑</th>") == 2
 
 
+def test_several_protocols_of_a_run_have_a_table_each(tmp_path):
+    first, second = scores(1, intervals={"rmse": [0.4, 0.6]}), scores(2, protocol="nyu-affine", missing=["a"])
+    run = make_run(tmp_path / "run", depth_config(), {"protocols": [first, second]})
+    page = write(tmp_path, run)
+    assert page.count("<th>δ1↑</th><th>δ2↑</th>") == 2
+    assert f"{second['metrics']['rmse']:.3f}" in page
+    assert "1 predictions were missing" in page
+    alone = write(tmp_path, make_run(tmp_path / "alone", depth_config(), first))
+    assert "0.400 … 0.600" in alone
+
+
 def test_damaged_files_are_said_and_the_rest_is_shown(tmp_path, capsys):
     run = make_run(tmp_path / "run", depth_config(), scores(1))
     rows = (run / "metrics.jsonl").read_text().splitlines()

@@ -41,11 +41,22 @@ def results_blocks(scored: Mapping[str, list[Results]]) -> list[Any]:
             alike.setdefault(measured_as(result), {}).setdefault(label, []).append(result)
     blocks: list[Any] = []
     if len(alike) > 1:
-        said = "These runs were not all scored alike (protocol, its settings, images): a table for each way. Do not"
-        blocks.append(Text(f"{said} compare numbers of different tables.", note=True))
+        said = "Not all was scored alike (protocol, its settings, images): a table for each way. Do not compare numbers"
+        blocks.append(Text(f"{said} of different tables.", note=True))
     for group in alike.values():
         blocks += [table(group), *reading(group)]
     return blocks
+
+
+def result_tiles(result: Results) -> list[tuple[str, str, str]]:
+    """The metrics of one result, with their bootstrap intervals over images where it has them."""
+    intervals = result.get("intervals") or {}
+    tiles = []
+    for name, value in result["metrics"].items():
+        if isinstance(value, int | float):
+            ends = intervals.get(name)
+            tiles.append((heading(name), f"{value:.3f}", "{:.3f} … {:.3f}".format(*ends) if ends else ""))
+    return tiles
 
 
 def measured_as(result: Results) -> str:
@@ -152,6 +163,8 @@ def reading(scored: Mapping[str, list[Results]]) -> list[Text]:
     if result["images"] < FEW_IMAGES:
         few = f"{result['images']} images are few"
         caution.append(f"{few}: this shows that the path works, not what a method is worth.")
+    if result.get("missing"):
+        caution.append(f"{len(result['missing'])} predictions were missing.")
     if result.get("skipped"):
         caution.append(f"{len(result['skipped'])} images without a pixel that counts were left out.")
     if result.get("nonfinite_images"):

@@ -3,7 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from finetune.reporting.results import heading, protocol_table, reading, results_blocks, worst_table
+from finetune.reporting.results import (
+    heading,
+    protocol_table,
+    reading,
+    result_tiles,
+    results_blocks,
+    worst_table,
+)
 from spark.reporting.charts import number
 from spark.reporting.page import Folded, Section, Text, Tiles, picture
 from spark.reporting.runs import Run
@@ -57,23 +64,20 @@ def facts(run: Run) -> list[Fact]:
 
 
 def _results(arms: dict[str, list[Run]]) -> list[Any]:
-    without = [label for label, runs in arms.items() if any(run.results is None for run in runs)]
+    without = [label for label, runs in arms.items() if not all(run.results for run in runs)]
     blocks: list[Any] = [Text(f"{NO_RESULTS}: {', '.join(without)}.", note=True)] if without else []
-    scored = {label: [run.results for run in runs if run.results] for label, runs in arms.items()}
+    scored = {label: [result for run in runs for result in run.results] for label, runs in arms.items()}
     scored = {label: results for label, results in scored.items() if results}
     if len(scored) == 1 and len(next(iter(scored.values()))) == 1:
         (result,) = next(iter(scored.values()))
-        numbers = {n: v for n, v in result["metrics"].items() if isinstance(v, int | float)}
-        blocks += [
-            Tiles([(heading(n), f"{v:.3f}", "") for n, v in numbers.items()]),
-            *reading({"": [result]}),
-        ]
+        blocks += [Tiles(result_tiles(result)), *reading({"": [result]})]
     else:
         blocks += results_blocks(scored)
     for label, results in scored.items():
-        if settings := protocol_table(results[0]):
-            which = f"How {label} was scored" if len(scored) > 1 else "How it was scored"
-            blocks.append(Folded(f"{which}: all settings of {results[0]['protocol']}", [settings]))
+        for result in {result["protocol"]: result for result in results}.values():
+            if settings := protocol_table(result):
+                which = f"How {label} was scored" if len(scored) > 1 else "How it was scored"
+                blocks.append(Folded(f"{which}: all settings of {result['protocol']}", [settings]))
     return blocks
 
 
@@ -95,7 +99,7 @@ def _worst(arms: dict[str, list[Run]]) -> list[Any]:
     for label, same in arms.items():
         run = same[0]
         drawn = [path for path in run.pictures if path.name.startswith("worst")]
-        table = worst_table(run.results) if run.results else None
+        table = worst_table(run.results[0]) if run.results else None
         if (table or drawn) and len(arms) > 1:
             blocks.append(Text(label))
         blocks += [table] if table else []

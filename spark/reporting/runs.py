@@ -46,7 +46,7 @@ class Run:
         events: rows of metrics.jsonl that have an `event`, the last `MOST_EVENTS` of them.
         steps: optimizer steps that the log reaches to.
         pictures: images in figures/, in the order of their names.
-        results: results.json or evaluation.json of a depth run.
+        results: of results.json or evaluation.json of a depth run, one for each protocol it was scored under.
         sessions: environment.json: what each start of the run ran on.
         problems: sentences about what could not be read.
     """
@@ -59,7 +59,7 @@ class Run:
     events: list[dict[str, Any]] = field(default_factory=list)
     steps: int = 0
     pictures: list[Path] = field(default_factory=list)
-    results: dict[str, Any] | None = None
+    results: list[dict[str, Any]] = field(default_factory=list)
     sessions: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -68,7 +68,7 @@ class Run:
         """Whether it is a run of finetune/depth.py; else it is one of spark/pretrain.py."""
         if self.config:
             return "encoder" in self.config
-        return self.results is not None or any(name.startswith("val_") for name in self.series)
+        return bool(self.results) or any(name.startswith("val_") for name in self.series)
 
     def option(self, path: str, default: Any = None) -> Any:
         """An option of the configuration by its dotted name."""
@@ -172,25 +172,30 @@ def _read_config(path: Path, problems: list[str]) -> dict[str, Any]:
     return config
 
 
-def _read_results(folder: Path, problems: list[str]) -> dict[str, Any] | None:
-    """results.json of a run folder, or else the evaluation.json that training wrote; None without either."""
+def _read_results(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """Of results.json of a run folder, or else of the evaluation.json that training wrote; nothing without either."""
     for name in ("results.json", "evaluation.json"):
-        results = _read_json(folder / name, problems)
-        if results is None:
+        content = _read_json(folder / name, problems)
+        if content is None:
             continue
-        whole = (
-            isinstance(results, dict)
-            and isinstance(results.get("metrics"), dict)
-            and isinstance(results.get("per_image"), list)
-            and all(isinstance(row, dict) and "name" in row for row in results["per_image"])
-            and {"protocol", "images"} <= set(results)
-        )
-        if whole:
-            return results
+        several = content.get("protocols") if isinstance(content, dict) else None
+        found = several if isinstance(several, list) else [content]
+        if found and all(_is_results(one) for one in found):
+            return found
         problems.append(
             f"{name} has not the protocol, images, metrics and per_image of finetune/evaluate.py's files"
         )
-    return None
+    return []
+
+
+def _is_results(content: Any) -> bool:
+    return (
+        isinstance(content, dict)
+        and {"protocol", "images"} <= set(content)
+        and isinstance(content.get("metrics"), dict)
+        and isinstance(content.get("per_image"), list)
+        and all(isinstance(row, dict) and "name" in row for row in content["per_image"])
+    )
 
 
 def _read_json(path: Path, problems: list[str]) -> Any:
