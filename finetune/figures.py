@@ -158,8 +158,8 @@ def triptychs(
             drawn = _draw_depth(axes, depth, near, far)
         axes = page.axes(left + 3 * (panel + gap), y, panel, picture)
         error = np.ma.masked_invalid(relative_error(row.truth, row.prediction))
-        limits = {"vmin": -ERROR_LIMIT, "vmax": ERROR_LIMIT}
-        wrong = axes.imshow(error, cmap=error_colours(), **limits, aspect="auto", interpolation="nearest")
+        scale = Normalize(-ERROR_LIMIT, ERROR_LIMIT)
+        wrong = axes.imshow(error, cmap=error_colours(), norm=scale, aspect="auto", interpolation="nearest")
     bar_left, bar_top = left + 4 * panel + 3 * gap + 0.16, top + label
     bar_bottom = page.height - bottom - 0.30
     _colour_bar(page.figure, page.axes(bar_left, bar_top, 0.17, bar_bottom - bar_top), drawn)

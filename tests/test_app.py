@@ -168,6 +168,7 @@ def browser():
     driver.quit()
 
 
+@pytest.mark.timeout(900)  # where the machine is busy, starting a server and a browser takes its time
 def test_the_page_in_a_browser(address, browser, model, photo, tmp_path):
     from selenium.webdriver import ActionChains
     from selenium.webdriver.common.by import By

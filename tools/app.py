@@ -372,7 +372,7 @@ def launch(page: Any, host: str, port: int | None, max_megabytes: float, browser
     Raises:
         OSError: the port is taken.
     """
-    import gradio as gr
+    from gradio.themes import Default
     from starlette.middleware import Middleware
 
     _, address, _ = page.launch(
@@ -389,7 +389,7 @@ def launch(page: Any, host: str, port: int | None, max_megabytes: float, browser
         pwa=False,
         footer_links=[],
         app_kwargs={"middleware": [Middleware(Policy)]},
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        theme=Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     )
     return address
 
