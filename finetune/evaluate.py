@@ -324,10 +324,13 @@ def print_results(console: Console, every: Sequence[dict[str, Any]], left_out: d
         print_one(console, every[0])
     else:
         print_side_by_side(console, every)
+    said: dict[str, list[str]] = {}
     for results in every:
-        name = f"{results['protocol']}: " if len(every) > 1 else ""
         for sentence in reservations(results):
-            console.print(f"{name}{sentence}", highlight=False, markup=False, soft_wrap=True)
+            said.setdefault(sentence, []).append(results["protocol"])
+    for sentence, names in said.items():
+        of = f"{', '.join(names)}: " if len(names) < len(every) else ""
+        console.print(f"{of}{sentence}", highlight=False, markup=False, soft_wrap=True)
     for name, reason in left_out.items():
         console.print(
             f"{name} left out: {reason}", style="dim", highlight=False, markup=False, soft_wrap=True
