@@ -255,6 +255,7 @@ _KITTI = Protocol(
     data="kitti",
     min_depth=1e-3,
     max_depth=80.0,
+    sees="kb_crop",
     crop_shares=(0.40810811, 0.99189189, 0.03594771, 0.96405229),
     expected_images=652,
 )
@@ -354,6 +355,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 description="kitti-garg-full with the crop of Eigen et al. 2014 instead, as Godard et al. 2017 wrote it"
                 " in shares.",
                 tables="Eigen et al. and tables that say Eigen crop",
+                sees="frame",
                 crop_shares=(0.3324324, 0.91351351, 0.0359477, 0.96405229),
             ),
             _KITTI,
@@ -371,6 +373,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 description="KITTI Eigen split as Monodepth2 (Godard et al. 2019): projected laser points, 1e-3 < gt <"
                 " 80 m, Garg's crop of the whole frame, inverse depth is enlarged, medians of each image made equal.",
                 tables="Monodepth2 and other self-supervised depth",
+                sees="frame",
                 space="disparity",
                 alignment="median",
                 expected_images=697,
