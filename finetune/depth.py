@@ -24,12 +24,12 @@ from torch.utils.data import DataLoader
 from finetune.assembly import add_segmentation, build_model, cached, open_data
 from finetune.config import DepthConfig
 from finetune.depth_data import MixedSampler, check_room, collate_depth, fill
-from finetune.inference import check_protocol
 from finetune.losses import NoGroundTruth, WeightedLoss, nothing
 from finetune.model import start_from
 from finetune.outputs import Outputs
 from finetune.overview import describe
 from finetune.phases import learning_rate, momentum, run_phases
+from finetune.predictions import check_protocol
 from finetune.protocols import get_protocol
 from finetune.selection import Selection
 from finetune.state import RunState, changes, fingerprint, refuse_empty
@@ -37,6 +37,7 @@ from spark.checkpoint import find_run, refuse_new_beginning
 from spark.config import config_dict, parse_config, save_config
 from spark.images import UnreadableImages
 from spark.optim import build_optimizer, parameter_groups, set_hyperparameters, update_average
+from spark.reporting import record_environment
 from spark.run import (
     RunLog,
     StopRequest,
@@ -156,6 +157,7 @@ def train(config: DepthConfig) -> None:
     selection.read(read_rows(log.path) if main_process else [])
     if main_process:
         save_config(config, output / "config.yaml")
+        record_environment(output, state.step, world)
         print(
             describe(config, depth_model, report, start, pairs, held_out, length, world, device), flush=True
         )
@@ -372,6 +374,7 @@ def train(config: DepthConfig) -> None:
                 )
             if state.empty:
                 bar.say(f"{state.empty} micro-batches had no pixel with a ground truth and taught nothing")
+            outputs.report()
     accelerator.wait_for_everyone()
     log.close()
 

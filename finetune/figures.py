@@ -5,6 +5,7 @@ threads. Near is red, far is blue (matplotlib's `turbo_r`, which tells more dept
 is no reading.
 """
 
+import heapq
 import io
 import math
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,6 +21,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import PercentFormatter
 
 from spark.folders import write_whole
 
@@ -26,6 +29,8 @@ HOLE_COLOUR = (0.75, 0.75, 0.75)
 """RGB of pixels without a reading: a grey, which the colour map does not contain."""
 
 INK = "#22272b"
+ERROR_LIMIT = 0.5
+"""Relative error at the ends of the colours of an error map."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,51 @@ def depth_colours() -> Colormap:
     return matplotlib.colormaps["turbo_r"].with_extremes(bad=HOLE_COLOUR)
 
 
+class WorstRows:
+    """The rows with the largest errors of many that come one by one.
+
+    Args:
+        count: How many to keep.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._heap: list[tuple[float, int, Triptych]] = []
+        self._seen = 0
+
+    def wants(self, error: float) -> bool:
+        """Whether a row of this error would be kept now."""
+        return len(self._heap) < self.count or (self.count > 0 and error > self._heap[0][0])
+
+    def add(self, error: float, row: Triptych) -> None:
+        """Keep a row if it is among the worst."""
+        self._seen += 1
+        heapq.heappush(self._heap, (error, -self._seen, row))  # of equal errors the earlier one stays
+        if len(self._heap) > self.count:
+            heapq.heappop(self._heap)
+
+    @property
+    def rows(self) -> list[Triptych]:
+        """The worst first."""
+        return [row for _, _, row in sorted(self._heap, key=lambda entry: entry[:2], reverse=True)]
+
+
+def error_colours() -> Colormap:
+    """Return the colour map of relative errors: red is too near, blue too far, as in `depth_colours`."""
+    return matplotlib.colormaps["RdBu"].with_extremes(bad=HOLE_COLOUR)
+
+
+def relative_error(truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """Return (prediction - truth) / truth at the size of the truth [h, w], NaN where there is no reading.
+
+    The absolute value averaged over the pixels that count is AbsRel.
+    """
+    if prediction.shape != truth.shape:
+        prediction = cv2.resize(prediction, (truth.shape[1], truth.shape[0]), interpolation=cv2.INTER_LINEAR)
+    measured = _has_reading(truth)
+    return np.where(measured, prediction / np.where(measured, truth, 1) - 1, np.nan)
+
+
 def shared_range(depths: Sequence[np.ndarray], floor: float = 0.0) -> tuple[float, float]:
     """Return a colour range (near, far) [m] for these maps together: `floor` to their 99th percentile, rounded up.
 
@@ -75,7 +125,9 @@ def colourise(depth: np.ndarray, near: float, far: float) -> np.ndarray:
 def triptychs(
     rows: Sequence[Triptych], title: str = "", near_far: tuple[float, float] | None = None
 ) -> Figure:
-    """Draw input, ground truth and prediction, a row for each image, all depths on one colour scale in metres.
+    """Draw input, ground truth, prediction and its relative error, a row for each image.
+
+    All depths are on one colour scale in metres, all errors on one from -50 % (too near) to 50 %.
 
     Args:
         rows: What to draw, at least one.
@@ -86,15 +138,16 @@ def triptychs(
         raise ValueError("there is nothing to draw: give at least one triptych.")
     near, far = near_far or shared_range([row.truth for row in rows])
     height, width = rows[0].image.shape[:2]
-    panel, gap, label = 3.0, 0.08, 0.24  # inches: width of a picture, space between two, line above a row
+    panel, gap, label = 2.7, 0.08, 0.24  # inches: width of a picture, space between two, line above a row
     picture = panel * height / width
-    left, right, bottom, top = 0.12, 1.05, 0.14, 0.30 + (0.30 if title else 0.0)
-    page = Page(left + 3 * panel + 2 * gap + right, top + len(rows) * (label + picture) + bottom, dpi=130)
+    left, right, bottom, top = 0.12, 1.9, 0.14, 0.30 + (0.30 if title else 0.0)
+    page = Page(left + 4 * panel + 3 * gap + right, top + len(rows) * (label + picture) + bottom, dpi=130)
     if title:
         page.text(left, 0.12, title, fontsize=11, weight="bold")
-    for column, heading in enumerate(("input", "ground truth", "prediction")):
+    for column, heading in enumerate(("input", "ground truth", "prediction", "relative error")):
         page.text(left + column * (panel + gap), top - 0.18, heading, fontsize=9.5, weight="bold")
     drawn: Any = None
+    wrong: Any = None
     for number, row in enumerate(rows):
         y = top + number * (label + picture) + label
         page.text(left, y - 0.16, shortened(row.name, 2 * panel + gap, fontsize=8), fontsize=8)
@@ -103,9 +156,18 @@ def triptychs(
         for column, depth in ((1, row.truth), (2, row.prediction)):
             axes = page.axes(left + column * (panel + gap), y, panel, picture)
             drawn = _draw_depth(axes, depth, near, far)
-    bar_left, bar_top = left + 3 * panel + 2 * gap + 0.16, top + label
+        axes = page.axes(left + 3 * (panel + gap), y, panel, picture)
+        error = np.ma.masked_invalid(relative_error(row.truth, row.prediction))
+        scale = Normalize(-ERROR_LIMIT, ERROR_LIMIT)
+        wrong = axes.imshow(error, cmap=error_colours(), norm=scale, aspect="auto", interpolation="nearest")
+    bar_left, bar_top = left + 4 * panel + 3 * gap + 0.16, top + label
     bar_bottom = page.height - bottom - 0.30
     _colour_bar(page.figure, page.axes(bar_left, bar_top, 0.17, bar_bottom - bar_top), drawn)
+    errors = page.axes(bar_left + 0.85, bar_top, 0.17, bar_bottom - bar_top)
+    errors.set_axis_on()
+    page.figure.colorbar(wrong, cax=errors, extend="both", format=PercentFormatter(1, 0))
+    errors.tick_params(labelsize=8, colors=INK, width=0.6, length=3)
+    errors.set_ylabel("too near  ←  relative error  →  too far", fontsize=8.5, color=INK)
     swatch = page.axes(bar_left, page.height - bottom - 0.17, 0.17, 0.17)
     swatch.imshow([[HOLE_COLOUR]], aspect="auto")
     page.text(bar_left + 0.25, page.height - bottom - 0.15, "no reading", fontsize=8)

@@ -7,11 +7,13 @@ import torch
 
 from finetune.config import DepthConfig
 from finetune.depth_data import DepthSet
-from finetune.figures import save_figure, triptychs
+from finetune.figures import WorstRows, save_figure, triptychs
 from finetune.inference import score, summary, transform_of
+from finetune.intervals import with_intervals
 from finetune.metrics import write_results
 from finetune.model import load_depth_model
 from finetune.protocols import Protocol
+from finetune.reporting import depth_page
 from finetune.selection import Selection
 from finetune.state import RunState
 
@@ -106,6 +108,7 @@ class Outputs:
         scored = self.state.shown
         if finished:
             scored = load_depth_model(self.folder / "model", self.config.own_encoder()).to(self.device)
+        worst = WorstRows(self.config.triptychs if finished else 0)
         results, rows = score(
             scored,
             self.held_out,
@@ -113,6 +116,7 @@ class Outputs:
             transform_of(self.state.model),
             workers=self.workers,
             draw=self.config.triptychs,
+            worst=worst,
         )
         if results["skipped"] and not self._told_skipped:
             self._told_skipped = True  # they are the same each time
@@ -120,18 +124,32 @@ class Outputs:
                 f"{len(results['skipped'])} of {len(self.held_out)} images to validate on have no pixel that counts and"
                 f" are left out, the first is {results['skipped'][0]}"
             )
-        if rows:
-            title = f"step {step}   {self.protocol.name}   {results['images']} images   {summary(results['metrics'])}"
+        title = (
+            f"step {step}   {self.protocol.name}   {results['images']} images   {summary(results['metrics'])}"
+        )
+        for name, drawn, heading in (
+            ("triptychs", rows, title),
+            ("worst", worst.rows, f"worst AbsRel   {title}"),
+        ):
+            if not drawn:
+                continue
             try:
                 save_figure(
-                    triptychs(rows, title), self.folder / "figures" / f"triptychs_step_{step:07d}.png"
+                    triptychs(drawn, heading), self.folder / "figures" / f"{name}_step_{step:07d}.png"
                 )
             except OSError as error:  # pictures are no reason to stop
-                self.say(f"no triptychs of step {step}, the run goes on: {error}")
+                self.say(f"no {name} of step {step}, the run goes on: {error}")
         if finished:
             about = {"model": str(self.folder / "model"), "data": repr(self.held_out), "step": step}
-            write_results(self.folder / "evaluation.json", {**results, **about})
+            write_results(self.folder / "evaluation.json", {**with_intervals(results), **about})
         return results["metrics"]
+
+    def report(self) -> None:
+        """Write report.html; where the disk refuses, that is told, and tools/report.py can do it later."""
+        try:
+            depth_page(self.folder)
+        except (ValueError, OSError) as error:
+            self.say(f"report.html was not written: {error}")
 
     def note(self, metrics: dict[str, float]) -> dict[str, float]:
         """Keep the model if this validation is the best so far; its part of a row.

@@ -11,6 +11,7 @@ from spark.checkpoint import save_encoder
 from spark.config import PretrainConfig
 from spark.images import Normalise
 from spark.monitor import reconstruction_panels, save_panels
+from spark.reporting import pretraining_page
 from spark.sharding import on_device
 from spark.state import RunState
 
@@ -82,6 +83,10 @@ class Outputs:
             return None
         folder = Path(self.config.output_dir) / "encoder"
         return save_encoder(trained.encoder, folder, mean, std, self.state.spark.input_size)
+
+    def report(self) -> Path:
+        """Write report.html from what is in the folder."""
+        return pretraining_page(self.config.output_dir)
 
     def attempt(self, what: str, write: Callable[[], Path | None]) -> Path | None:
         """Write what the run can do without: a failure is told, and the run goes on."""

@@ -35,6 +35,7 @@ from spark.optim import (
     weight_decay_at,
 )
 from spark.outputs import Outputs
+from spark.reporting import record_environment
 from spark.run import (
     RunLog,
     StopRequest,
@@ -198,6 +199,7 @@ def pretrain(config: PretrainConfig) -> None:
     log = RunLog(config.output_dir, accelerator, None if checkpoint is None else state.step)
     if main_process:
         save_config(config, Path(config.output_dir) / "config.yaml")
+        record_environment(config.output_dir, state.step, world)
         print(
             summary(
                 config,
@@ -411,6 +413,7 @@ def pretrain(config: PretrainConfig) -> None:
                     f"{len(unreadable)} unreadable images{shards} were skipped, see skipped_images.txt in the same "
                     "folder"
                 )
+            outputs.attempt("report.html", outputs.report)
     accelerator.wait_for_everyone()
     log.close()
 

@@ -36,6 +36,7 @@ LAYERS = [
     {"run"},
     {"feed"},
     {"assembly", "watching", "state"},
+    {"reporting"},
     {"outputs"},
     {"pretrain"},
 ]

@@ -15,6 +15,7 @@ from spark.config import PretrainConfig, parse_config
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))  # as when a tool is run as a script
 
 import demo
+import demo_figure
 import render_rooms
 import report
 
@@ -41,8 +42,11 @@ def test_every_command_is_understood_by_its_script(steps):
         )
         assert evaluation.model == f"runs/demo/{name}/model"
         assert evaluation.data.list == "test.txt"
-    page = report.parse_arguments(arguments(demo.report_step("runs/demo", "a.png"), "tools/report.py"))
+    page = report.parse_arguments(arguments(demo.report_step("runs/demo"), "tools/report.py"))
     assert page.steps == f"runs/demo/{demo.RECORD}"
+    figure = demo.figure_step("runs/demo", "a.png")
+    drawn = demo_figure.parse_arguments(arguments(figure, "tools/demo_figure.py"))
+    assert (drawn.output, drawn.pretrain) == ("a.png", "runs/demo/pretrain")
 
 
 def test_the_two_trainings_differ_in_their_encoder_only(steps):
@@ -82,7 +86,8 @@ def short(monkeypatch, tmp_path):
     monkeypatch.setattr(
         demo, "demo_steps", lambda output, seed: [[say("first")], [middle, beside], [say(f"last{seed}")]]
     )
-    monkeypatch.setattr(demo, "report_step", lambda output, figure: say("report"))
+    monkeypatch.setattr(demo, "report_step", lambda output: say("report"))
+    monkeypatch.setattr(demo, "figure_step", lambda output, figure: say("figure"))
     monkeypatch.setattr(demo, "is_finished", lambda name, folder: (tmp_path / "said").exists())
     return tmp_path
 
@@ -100,7 +105,7 @@ def test_it_goes_on_where_it_failed(short, capsys):
     (short / "order.py").write_text("print('better')")
     assert demo.main(command) == 0
     assert "done before" in capsys.readouterr().out
-    assert (short / "said").read_text().split() == ["first", "last0", "report"]
+    assert (short / "said").read_text().split() == ["first", "last0", "report", "figure"]
     entries = json.loads((short / "demo" / demo.RECORD).read_text())
     names = ["first", "middle", "beside", "last0"]
     assert [(entry["name"], entry["group"]) for entry in entries] == list(

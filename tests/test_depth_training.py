@@ -170,9 +170,11 @@ def test_a_run_writes_everything_and_learns(world: Path, tmp_path: Path) -> None
         "model",
         "evaluation.json",
         "best",
+        "environment.json",
+        "report.html",
     }
     figures = sorted(path.name for path in (output / "figures").iterdir())
-    assert figures == ["triptychs_step_0000009.png", "triptychs_step_0000018.png"]
+    assert figures == ["triptychs_step_0000009.png", "triptychs_step_0000018.png", "worst_step_0000018.png"]
     results = json.loads((output / "evaluation.json").read_text())
     assert (results["protocol"], results["images"], results["step"]) == ("nyu-bts-scaled", 2, 18)
     assert len(results["per_image"]) == 2

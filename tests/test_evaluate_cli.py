@@ -13,7 +13,15 @@ from PIL import Image
 from finetune import DepthModel, load_depth_model
 from finetune.depth_data import open_depth_data
 from finetune.evaluate import main
-from finetune.figures import HOLE_COLOUR, Triptych, colourise, shared_range, triptychs
+from finetune.figures import (
+    HOLE_COLOUR,
+    Triptych,
+    WorstRows,
+    colourise,
+    relative_error,
+    shared_range,
+    triptychs,
+)
 from finetune.inference import predict_depth, score, transform_of
 from finetune.metrics import METRICS
 from finetune.protocols import get_protocol
@@ -137,6 +145,22 @@ def test_figures_draw_holes_apart(model: Path, world: Path, tmp_path: Path) -> N
         pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
     hole = np.round(np.array(HOLE_COLOUR) * 255)
     assert (np.abs(pixels - hole).max(1) <= 1).sum() > 1000
+
+
+def test_the_worst_rows_are_kept_in_their_order() -> None:
+    worst, depth = WorstRows(3), np.ones((2, 2), np.float32)
+    for name, error in zip("abcdef", (0.3, 0.9, 0.1, 0.9, 0.2, 0.5), strict=True):
+        assert worst.wants(error) == (name not in "e")
+        worst.add(error, Triptych(np.zeros((2, 2, 3), np.uint8), depth, depth, name))
+    assert [row.name for row in worst.rows] == ["b", "d", "f"]
+    assert not WorstRows(0).wants(1.0)
+
+
+def test_the_error_map_averages_to_abs_rel() -> None:
+    truth = np.array([[2.0, 4.0], [0.0, np.nan]])
+    error = relative_error(truth, np.array([[1.0, 5.0], [3.0, 3.0]]))
+    np.testing.assert_array_equal(error, [[-0.5, 0.25], [np.nan, np.nan]])
+    assert relative_error(np.full((4, 6), 2.0), np.full((2, 3), 3.0)) == pytest.approx(np.full((4, 6), 0.5))
 
 
 def test_colours_have_one_stated_range() -> None:

@@ -1,47 +1,54 @@
-"""The HTML report: what it shows, what it says when something is missing, and what it refuses."""
+"""Pages about runs: what they show, what they say where something is missing or damaged, and that nothing escapes."""
 
 import json
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
-from safetensors.torch import save_file
 
-from finetune import DepthModel
 from finetune.metrics import METRICS
-from spark import SparK
-from spark.assembly import build_model
-from spark.config import ModelConfig
-from tests.depth_world import make_depth_world
+from finetune.reporting import depth_page
+from finetune.reporting.results import difference, paired_interval, worst_table
+from spark.reporting import pretraining_page, read_run, record_environment
+from spark.reporting.charts import Line, draw, number, running_mean, thinned, ticks
+from spark.reporting.pretraining import panel_caption, task
+from spark.reporting.runs import Run, Series
 from tools import report
 
 
 class Page(HTMLParser):
-    """Checks that tags close in order, and collects text and images."""
+    """Checks that tags close in order, and collects text, images and drawings."""
 
-    VOID = frozenset({"meta", "img", "br", "link"})
+    VOID = frozenset({"meta", "img", "br"})
+    DRAWN = frozenset({"path", "polyline", "circle"})
 
     def __init__(self, text: str):
         super().__init__()
         self.open: list[str] = []
         self.text = ""
         self.images: list[str] = []
+        self.charts: list[str] = []
         self.feed(text)
         assert self.open == []
 
     def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        assert tag != "script"
+        assert not any(name.startswith("on") for name in attributes)
         if tag == "img":
-            self.images.append(dict(attrs)["src"])
-            assert dict(attrs)["alt"]
+            self.images.append(attributes["src"])
+            assert attributes["alt"]
+        if tag == "svg":
+            self.charts.append(attributes["aria-label"].removesuffix(" over optimizer steps"))
         if tag not in self.VOID:
             self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        assert tag in self.DRAWN
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -66,41 +73,46 @@ def scores(seed: int = 0, better: float = 0.0, scenes: int = 8, views: int = 4, 
     for row in rows:
         for name in METRICS:
             row[name] += better if name.startswith("delta") else -better
-    metrics = {name: float(np.mean([row[name] for row in rows])) for name in METRICS}
     settings = {
         "aggregation": "per_image",
         "flip_average": False,
         "description": "A protocol.",
-        "expected_images": None,
+        "crop": [1, 2],
     }
-    result = {
+    return {
         "protocol": "nyu-bts",
         "images": len(rows),
-        "metrics": metrics,
+        "metrics": {name: float(np.mean([row[name] for row in rows])) for name in METRICS},
         "per_image": rows,
         "settings": settings,
+        "skipped": [],
+        "nonfinite_images": 0,
+        **changes,
     }
-    return {**result, "skipped": [], "nonfinite_images": 0, **changes}
 
 
 def make_run(
-    folder: Path, config: dict, *, results: dict | None = None, figures: int = 1, steps: int = 40
+    folder: Path, config: dict, results: dict | None = None, figures: int = 1, steps: int = 40
 ) -> Path:
     """A run folder as the training scripts leave it."""
     (folder / "figures").mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     rows = [
-        {"step": step, "loss": 1.0 / step, "lr": 1e-3, "images_per_second": 12.5}
+        {"step": step, "loss": 1.0 / step, "lr": 1e-3 / step, "images_per_second": 12.5, "layout": "packed"}
         for step in range(1, steps + 1, 3)
     ]
     rows[-1] = {**rows[-1], "step": steps, "val_abs_rel": 0.2, "loss": None}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for number in range(figures):
-        shade = np.full((30, 90, 3), 60 * number, np.uint8)
-        Image.fromarray(shade).save(folder / "figures" / f"panels_{100 * (number + 1):07d}.png")
+    for position in range(figures):
+        shade = np.full((30, 90, 3), 60 * position, np.uint8)
+        Image.fromarray(shade).save(folder / "figures" / f"panels_{100 * (position + 1):07d}.png")
     if results is not None:
         (folder / "results.json").write_text(json.dumps(results))
     return folder
+
+
+def pretrain_config(**model) -> dict:
+    return {"model": {"name": "resnet10t", "input_size": [96, 128], "mask_ratio": 0.6, **model}, "seed": 3}
 
 
 def depth_config(**changes) -> dict:
@@ -109,13 +121,11 @@ def depth_config(**changes) -> dict:
 
 @pytest.fixture
 def runs(tmp_path) -> dict[str, Path]:
-    pretraining = {"model": {"name": "resnet10t", "input_size": [96, 128], "mask_ratio": 0.6}, "seed": 3}
+    spark = depth_config(encoder="pretrain/encoder")
     return {
-        "pretrain": make_run(tmp_path / "pretrain", pretraining, figures=3),
-        "scratch": make_run(tmp_path / "scratch", depth_config(), results=scores(1)),
-        "spark": make_run(
-            tmp_path / "spark", depth_config(encoder="pretrain/encoder"), results=scores(2, 0.05)
-        ),
+        "pretrain": make_run(tmp_path / "pretrain", pretrain_config(), figures=3),
+        "scratch": make_run(tmp_path / "scratch", depth_config(), scores(1)),
+        "spark": make_run(tmp_path / "spark", spark, scores(2, 0.05)),
     }
 
 
@@ -125,53 +135,55 @@ def write(tmp_path: Path, *arguments: str | Path) -> str:
     return output.read_text(encoding="utf-8")
 
 
-def depth(label: str, folder: Path) -> tuple[str, str]:
-    return "--depth", f"{label}={folder}"
+def cells_of(page: str, label: str) -> list[str]:
+    """Classes of the cells in the row of the results that has a label at its head."""
+    row = re.search(rf"<tr><th>{label}</th>(.*?)</tr>", page.split("<h2>Results")[1])
+    assert row is not None
+    return re.findall(r"<td(?: class=\"(\w+)\")?>", row[1])
 
 
 def test_the_page_is_whole_and_needs_nothing_from_outside(runs, tmp_path):
-    steps = [
-        {
-            "name": "pretrain",
-            "command": "python spark/pretrain.py --x '<1>'",
-            "seconds": 61.2,
-            "cpu_seconds": 100,
-        }
-    ]
+    steps = [{"name": "pretrain", "command": "python x.py --x '<1>'", "seconds": 61.2, "cpu_seconds": 100}]
     (tmp_path / "steps.json").write_text(json.dumps(steps))
-    text = write(
-        tmp_path, "--pretrain", runs["pretrain"], *depth("scratch", runs["scratch"]), *depth("SparK", runs["spark"]),
-        "--steps", tmp_path / "steps.json", "--title", "Rooms & depth", "--lead", "Small.",
-    )  # fmt: skip
+    named = [f"scratch={runs['scratch']}", f"SparK={runs['spark']}", f"pretraining={runs['pretrain']}"]
+    extra = ["--steps", tmp_path / "steps.json", "--title", "Rooms & depth", "--lead", "Small."]
+    text = write(tmp_path, *named, *extra)
     page = Page(text)
     assert not re.search(r"https?://|<script|<link|@import|url\(", text)
     assert all(re.match(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+$", src) for src in page.images)
-    # loss and lr; first and last panels; loss and validation error; a triptych each
-    assert len(page.images) == 2 + 2 + 2 + 2
-    for words in (
-        "Rooms & depth",
-        "Small.",
-        "96 × 128",
-        "60%",
-        "after step 100",
-        "after step 300",
-        "32 images of 8",
-    ):
+    assert len(page.images) == 2 + 2  # first and last panels; a picture of each label
+    assert {"Training loss", "Validation AbsRel↓", "Learning rate", "Images per second", "Loss"} <= set(
+        page.charts
+    )
+    for words in ("Rooms & depth", "Small.", "96 × 128", "60%", "after step 100", "after step 300", "packed"):
         assert words in page.text
-    assert "python spark/pretrain.py --x '<1>'" in page.text
+    assert "32 images of 8 scenes" in page.text
+    assert "python x.py --x '<1>'" in page.text
     assert "0:01:01" in page.text
     assert "prefers-color-scheme: dark" in text
     assert "@media print" in text
 
 
+def test_a_run_has_its_own_page(runs):
+    assert report.main([str(runs["spark"])]) == 0
+    page = Page((runs["spark"] / "report.html").read_text(encoding="utf-8"))
+    scored = scores(2, 0.05)
+    for name in METRICS:
+        assert f"{scored['metrics'][name]:.3f}" in page.text
+    worst = max(scored["per_image"], key=lambda row: row["abs_rel"])
+    assert page.text.index("Worst images") < page.text.index(worst["name"])
+    assert "crop1 × 2" in page.text  # of the protocol's settings
+    assert depth_page(runs["spark"]).read_text(encoding="utf-8").count("<section") >= 5
+    assert "Reconstructions" in Page(pretraining_page(runs["pretrain"]).read_text(encoding="utf-8")).text
+
+
 def test_differences_are_to_the_first_label_with_paired_intervals(runs, tmp_path):
-    text = write(tmp_path, *depth("scratch", runs["scratch"]), *depth("SparK", runs["spark"]))
-    assert "SparK − scratch" in text
-    row = text.split("SparK − scratch")[1].split("</tr>")[0]
-    assert row.count('class="better"') == len(METRICS)  # 0.05 better everywhere, noise 0.01
-    other = write(tmp_path, *depth("SparK", runs["spark"]), *depth("scratch", runs["scratch"]))
-    row = other.split("scratch − SparK")[1].split("</tr>")[0]
-    assert row.count('class="worse"') == len(METRICS)
+    page = write(tmp_path, f"scratch={runs['scratch']}", f"SparK={runs['spark']}")
+    assert cells_of(page, "SparK − scratch") == ["", *["better"] * len(METRICS)]  # 0.05 better, noise 0.01
+    assert cells_of(page, "SparK") == ["", *["best"] * len(METRICS)]
+    other = write(tmp_path, f"SparK={runs['spark']}", f"scratch={runs['scratch']}")
+    assert cells_of(other, "scratch − SparK") == ["", *["worse"] * len(METRICS)]
+    assert cells_of(other, "scratch") == [""] * (1 + len(METRICS))
 
 
 def test_an_interval_draws_whole_scenes():
@@ -179,201 +191,177 @@ def test_an_interval_draws_whole_scenes():
     # The whole difference sits in one scene of eight: over 32 images it would look certain, over scenes it is not.
     for row in other["per_image"][:4]:
         row["rmse"] -= 0.4
-    low, high = report.paired_interval("rmse", [base], [other])
+    low, high = paired_interval("rmse", [base], [other])
     assert low < -0.05
     assert high == 0
-    for row in other["per_image"]:
-        row["rmse"] = base["per_image"][0]["rmse"]
-    low, high = report.paired_interval("abs_rel", [base], [scores(1, 0.02)])
-    assert (low, high) == pytest.approx((-0.02, -0.02))
+    assert paired_interval("abs_rel", [base], [scores(1, 0.02)]) == pytest.approx((-0.02, -0.02))
 
 
 def test_no_interval_where_it_would_mean_nothing():
     few = scores(scenes=3)
-    assert report.paired_interval("rmse", [few], [few]) is None
+    assert paired_interval("rmse", [few], [few]) is None
     pooled = scores(settings={"aggregation": "pooled"})
-    assert report.paired_interval("rmse", [pooled], [pooled]) is None
-    assert report.difference("rmse", [few], [few]) == "+0.000"
+    assert paired_interval("rmse", [pooled], [pooled]) is None
+    cell = difference("rmse", [few], [few])
+    assert (cell.text, cell.small, cell.mark) == ("+0.000", "", "")
 
 
 def test_runs_of_one_label_are_seeds(runs, tmp_path):
-    second = make_run(tmp_path / "second", depth_config(seed=1), results=scores(7))
-    page = write(
-        tmp_path,
-        *depth("scratch", runs["scratch"]),
-        *depth("scratch", second),
-        *depth("SparK", runs["spark"]),
-    )
-    table = page.split("<tbody>")[1]
+    second = make_run(tmp_path / "second", depth_config(seed=1), scores(7))
+    page = write(tmp_path, f"scratch={runs['scratch']}", f"scratch={second}", f"SparK={runs['spark']}")
     first, other = (results["metrics"]["rmse"] for results in (scores(1), scores(7)))
-    assert f"{(first + other) / 2:.3f}<br>" in table
-    assert f"± {abs(first - other) / 2**0.5:.3f}" in table
+    assert f"{(first + other) / 2:.3f}<small>± {abs(first - other) / 2**0.5:.3f}" in page
+    assert "scratch, seed 1" in page
     assert "One seed each" not in page
 
 
 def test_smallness_is_said(runs, tmp_path):
-    page = write(tmp_path, *depth("scratch", runs["scratch"]))
+    page = write(tmp_path, runs["scratch"], runs["spark"])
     assert "One seed each" in page
     assert "32 images are few" in page
-    full = make_run(tmp_path / "full", depth_config(), results=scores(scenes=60, views=8))
-    assert "are few" not in write(tmp_path, *depth("full", full))
+    full = make_run(tmp_path / "full", depth_config(), scores(scenes=60, views=8))
+    assert "are few" not in write(tmp_path, full)
     official = scores(settings={"aggregation": "per_image", "expected_images": 654})
-    run = make_run(tmp_path / "official", depth_config(), results=official)
-    assert "stand on 654 images" in write(tmp_path, *depth("a", run))
+    run = make_run(tmp_path / "official", depth_config(), official)
+    assert "stand on 654 images" in write(tmp_path, run)
 
 
 def test_what_differs_between_configurations_is_listed(runs, tmp_path):
-    page = write(tmp_path, *depth("scratch", runs["scratch"]), *depth("SparK", runs["spark"]))
+    page = write(tmp_path, runs["scratch"], runs["spark"])
     assert "Equal length, 40 optimizer steps" in page
-    table = page.split('class="options"')[1].split("<tbody>")[1].split("</table>")[0]
-    assert re.findall(r"<th>([a-z._]+)</th>", table) == ["encoder"]
-    longer = make_run(tmp_path / "longer", depth_config(), results=scores(1), steps=80)
-    page = write(tmp_path, *depth("scratch", runs["scratch"]), *depth("longer", longer))
+    options = page.split("<th>option</th>")[1].split("</table>")[0]
+    assert re.findall(r"<tr><th>([a-z._]+)</th>", options) == ["encoder"]
+    longer = make_run(tmp_path / "longer", depth_config(), scores(1), steps=80)
+    page = write(tmp_path, runs["scratch"], longer)
     assert "scratch: 40 optimizer steps; longer: 80 optimizer steps; the configurations do not differ" in page
 
 
 def test_what_is_missing_is_said_in_the_page(tmp_path):
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    (bare / "config.yaml").write_text("encoder: resnet18\n")
-    text = write(tmp_path, "--pretrain", bare, *depth("bare", bare))
-    page = Page(text)
-    assert page.images == []
+    for name, option in (("bare", "encoder: resnet18"), ("other", "model: {name: resnet18}")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(option)
+    page = Page(write(tmp_path, tmp_path / "bare", tmp_path / "other"))
+    assert page.images == page.charts == []
     assert page.text.count("No loss was logged") == 2
-    assert "has drawn no reconstructions yet" in page.text
+    assert "other has drawn no reconstructions yet" in page.text
     assert "bare has drawn no depth yet" in page.text
     assert "Not scored yet (no results.json or evaluation.json): bare" in page.text
 
 
-def test_evaluation_of_the_training_run_stands_in_for_results(tmp_path):
-    run = make_run(tmp_path / "run", depth_config())
-    (run / "evaluation.json").write_text(json.dumps(scores(3)))
-    assert "32 images of 8 scenes" in write(tmp_path, *depth("run", run))
+def test_results_that_cannot_be_compared_have_tables_of_their_own(runs, tmp_path):
+    for changes in (
+        {"protocol": "nyu-bts-scaled"},
+        {"settings": {"flip_average": True}},
+        {"per_image": scores(scenes=2)["per_image"], "images": 8},
+    ):
+        other = make_run(
+            tmp_path / f"other{len(list(tmp_path.iterdir()))}", depth_config(), scores(4, **changes)
+        )
+        page = write(tmp_path, f"scratch={runs['scratch']}", f"other={other}")
+        assert "Do not compare numbers of different tables" in page
+        assert "other − scratch" not in page
+        assert page.count("<th>δ1↑</th><th>δ2↑</th>") == 2
 
 
-def test_labels_and_settings_are_escaped(tmp_path):
-    run = make_run(tmp_path / "run", depth_config(encoder="<script>alert(1)</script>"), results=scores(1))
-    text = write(tmp_path, *depth("a<b>&", run), *depth("c", run))
-    Page(text)
-    assert "<script" not in text
-    assert "a&lt;b&gt;&amp;" in text
+def test_several_protocols_of_a_run_have_a_table_each(tmp_path):
+    first, second = scores(1, intervals={"rmse": [0.4, 0.6]}), scores(2, protocol="nyu-affine", missing=["a"])
+    run = make_run(tmp_path / "run", depth_config(), {"protocols": [first, second]})
+    page = write(tmp_path, run)
+    assert page.count("<th>δ1↑</th><th>δ2↑</th>") == 2
+    assert f"{second['metrics']['rmse']:.3f}" in page
+    assert "1 predictions were missing" in page
+    alone = write(tmp_path, make_run(tmp_path / "alone", depth_config(), first))
+    assert "0.400 … 0.600" in alone
 
 
-def test_no_path_of_this_machine_gets_into_the_page(runs, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    config = depth_config(
-        data={"root": str(tmp_path / "rooms"), "list": str(Path.home() / "lists" / "a.txt")}
+def test_damaged_files_are_said_and_the_rest_is_shown(tmp_path, capsys):
+    run = make_run(tmp_path / "run", depth_config(), scores(1))
+    rows = (run / "metrics.jsonl").read_text().splitlines()
+    rows[3:3] = [
+        "[1, 2]",
+        '{"loss": 1}',
+        "\x00\x01",
+        '{"step": 5, "loss": NaN, "event": "skip", "reason": "<b>"}',
+    ]
+    (run / "metrics.jsonl").write_text("\n".join(rows) + '\n{"step": 43, "lo')
+    (run / "evaluation.json").write_text("{}")
+    (run / "results.json").write_text("{")
+    (run / "environment.json").write_text("[3")
+    (run / "figures" / "zzz.png").write_bytes(b"no picture")
+    page = Page(write(tmp_path, run))
+    for words in (
+        "metrics.jsonl: 4 lines that are not rows",
+        "results.json cannot be read",
+        "evaluation.json has not the protocol",
+        "environment.json cannot be read",
+        "The picture zzz.png cannot be shown",
+        "skip<b>",
+    ):
+        assert words in page.text, words
+    assert "Training loss" in page.charts
+    assert "results.json cannot be read" in capsys.readouterr().err
+    (run / "config.yaml").write_text("a: [")
+    assert "config.yaml cannot be read" in Page(write(tmp_path, run)).text
+
+
+def test_hostile_text_stays_text(tmp_path):
+    evil = "</style><script>alert(1)</script><img src=x onerror=alert(1)>"
+    results = scores(1, protocol=evil)
+    results["per_image"][0]["name"] = f"{evil}/x"
+    results["metrics"][evil] = 1.0
+    run = make_run(
+        tmp_path / "run", depth_config(encoder=evil, model={"head": evil}, **{evil: evil}), results
     )
-    run = make_run(tmp_path / "run", config, results=scores(1))
-    steps = [{"name": "x", "command": f"python {tmp_path}/a.py", "seconds": 1}]
-    (tmp_path / "steps.json").write_text(json.dumps(steps))
-    text = write(tmp_path, *depth("run", run), "--steps", tmp_path / "steps.json")
+    (run / "metrics.jsonl").open("a").write(
+        json.dumps({"step": 50, "loss": 1, evil: 2, "event": evil}) + "\n"
+    )
+    (run / "metrics.jsonl").open("a").write(json.dumps({"step": 51, evil: 3}) + "\n")
+    for text in (
+        write(tmp_path, f"a<script>b={run}", f"c={run}"),
+        depth_page(run).read_text(encoding="utf-8"),
+    ):
+        Page(text)
+        assert "<script" not in text
+        assert "<img src=x" not in text
+
+
+def test_no_path_of_this_machine_gets_into_the_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = {"root": str(tmp_path / "rooms"), "list": str(Path.home() / "lists" / "a.txt")}
+    run = make_run(
+        tmp_path / "run", depth_config(data=data), scores(1, model=str(tmp_path / "run" / "model"))
+    )
+    (tmp_path / "steps.json").write_text(json.dumps([{"command": f"python {tmp_path}/a.py", "seconds": 1}]))
+    text = write(tmp_path, run, "--steps", tmp_path / "steps.json")
     assert str(tmp_path) not in text
     assert "~/lists/a.txt" in text
     assert "python a.py" in text
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"protocol": "nyu-bts-scaled"}, "numbers of two protocols cannot stand in one table"),
-        ({"settings": {"flip_average": True}}, "different settings"),
-        ({"per_image": scores(scenes=2)["per_image"], "images": 8}, "different images"),
-    ],
-)
-def test_results_that_cannot_be_compared_are_refused(runs, tmp_path, capsys, changes, words):
-    other = make_run(tmp_path / "other", depth_config(), results=scores(4, **changes))
-    output = tmp_path / "report.html"
-    arguments = [*depth("scratch", runs["scratch"]), *depth("other", other), "--output", str(output)]
-    assert report.main(arguments) == 2
-    assert words in capsys.readouterr().err
-    assert not output.exists()
-
-
-@pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "nothing to report"),
-        (["--pretrain", "nowhere"], "there is no folder nowhere"),
-        (["--depth", "nowhere"], "LABEL=DIR"),
-        (["--depth", "=x"], "LABEL=DIR"),
-        (["--pretrain", "."], "is not the folder of a run"),
-        (["--pretrain", "run", "--steps", "none.json"], "there is no file none.json"),
-        (["--pretrain", "run", "--steps", "run/config.yaml"], "is not a JSON list"),
-        (["--pretrain", "run", "--figure", "x.png"], "needs a depth run"),
-        (["--pretrain", "run", "--figure_images", "0"], "at least 1"),
+        (["nowhere"], "there is no folder nowhere"),
+        (["a=nowhere"], "there is no folder nowhere"),
+        (["."], "is not the folder of a run"),
+        (["run", "run"], "several runs are called run"),
+        (["a=run", "b=run"], "say where with --output"),
+        (["a=run", "a=pre", "--output", "x.html"], "a stands for pretraining and depth"),
+        (["run", "--output", "run"], "is a folder: name the file"),
+        (["run", "--steps", "none.json"], "there is no file none.json"),
+        (["run", "--steps", "run/config.yaml"], "is not a JSON list"),
     ],
 )
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "run", depth_config())
-    assert report.main([*arguments, "--output", "report.html"]) == 2
+    make_run(tmp_path / "pre", pretrain_config())
+    before = sorted(tmp_path.rglob("*"))
+    assert report.main(arguments) == 2
     error = capsys.readouterr().err
     assert words in error
     assert error.startswith("error: ")
-
-
-def test_damaged_files_are_named(tmp_path, capsys):
-    for name, content in (("results.json", "{"), ("results.json", "{}"), ("config.yaml", "a: [")):
-        run = make_run(tmp_path / f"run{len(list(tmp_path.iterdir()))}", depth_config())
-        (run / name).write_text(content)
-        assert report.main([*depth("x", run), "--output", str(tmp_path / "r.html")]) == 2
-        assert str(run / name) in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_the_figure_shows_reconstructions_and_every_label(tmp_path, monkeypatch, count):
-    monkeypatch.chdir(tmp_path)
-    make_depth_world(tmp_path / "rooms", train=1, val=4, size=(48, 64))
-    spark = SparK("resnet10t", (64, 96), decoder_width=32)
-    pretrain = make_run(
-        tmp_path / "pretrain", {"model": {"name": "resnet10t", "input_size": [64, 96], "decoder_width": 32}}
-    )
-    checkpoint = pretrain / "checkpoints" / "step_0000001"
-    checkpoint.mkdir(parents=True)
-    weights = {name: value.contiguous() for name, value in spark.state_dict().items()}
-    save_file(weights, checkpoint / "model.safetensors")
-    torch.save({"step": 1, "optimizer": {}, "extra": {}}, checkpoint / "state.pt")
-    data = {"root": "rooms", "list": "nyu_train.txt", "val_list": "nyu_val.txt"}
-    config = depth_config(data=data, protocol="nyu-bts-scaled")
-    for label in ("scratch", "spark"):
-        make_run(tmp_path / label, config, results=scores(1))
-        DepthModel("resnet10t", decoder_channels=(16, 16, 8, 8, 4), image_size=(48, 64)).save(
-            tmp_path / label / "model"
-        )
-    figure = tmp_path / "docs" / "demo.png"
-    write(
-        tmp_path, "--pretrain", pretrain, *depth("scratch", tmp_path / "scratch"), *depth("SparK", tmp_path / "spark"),
-        "--figure", figure, "--figure_images", str(count),
-    )  # fmt: skip
-    with Image.open(figure) as image:
-        assert 800 < image.width < 1200
-        assert np.asarray(image).std() > 20
-    samples = report.validation_samples(report.read_run(tmp_path / "spark", "x"), count)
-    assert len(samples) == count
-    triples = report.masked_and_reconstructed(
-        report.read_run(pretrain, "x"), [sample.image for sample in samples]
-    )
-    for shown, masked, made in triples:
-        assert shown.shape == masked.shape == made.shape == (64, 96, 3)
-        hidden = (masked == 128).all(-1)
-        assert 0.4 < hidden.mean() < 0.8
-        np.testing.assert_array_equal(shown[~hidden], masked[~hidden])
-        assert (
-            np.abs(made[~hidden].astype(int) - shown[~hidden]).max() <= 1
-        )  # visible patches are as they were
-
-
-def pretrained(folder: Path, **options) -> report.Run:
-    """A pretraining run of a tiny model with a whole checkpoint."""
-    options = {"name": "test_resnet", "input_size": 64, "decoder_width": 32, **options}
-    make_run(folder, {"model": options})
-    model = build_model(ModelConfig(**options))
-    checkpoint = folder / "checkpoints" / "step_0000001"
-    checkpoint.mkdir(parents=True)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, checkpoint / "model.safetensors")
-    torch.save({"step": 1, "optimizer": {}, "extra": {}}, checkpoint / "state.pt")
-    return report.read_run(folder, "pretraining")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
@@ -386,47 +374,94 @@ def pretrained(folder: Path, **options) -> report.Run:
             "The loss is the mean squared error of all patches, each",
         ),
         (
-            {"masked_pixels": "zero", "target": "pixels", "decoder_stages": 4, "densify_kernel": 1},
+            {"masked_pixels": "zero", "target": "pixels"},
             "hidden patches in the mean colour; the decoder gets its features of the visible ones. "
             "The loss is the mean squared error of the hidden patches, in the standard deviations of the data set.",
         ),
-        ({"in_chans": 1, "stride": 16}, "<dt>channels</dt><dd>1</dd>"),
+        ({"target": "hog", "loss_on": "all"}, "error of histograms of oriented gradients in all patches."),
     ],
 )
-def test_ablations_and_grey_runs_are_described_and_drawn(tmp_path, options, words):
-    run = pretrained(tmp_path / "run", **options)
-    assert words in report.pretraining_section(run)
-    colour = np.random.default_rng(0).integers(0, 256, (80, 90, 3), dtype=np.uint8)
-    mean = [0.4] if options.get("in_chans") else [0.4] * 3
-    run.config["data"] = {"mean": mean, "std": [0.2] * len(mean)}
-    ((shown, masked, made),) = report.masked_and_reconstructed(run, [colour])
-    assert shown.shape == masked.shape == made.shape == (64, 64, 3)
-    seen = ~(masked == 128).all(-1)
-    assert np.abs(made[seen].astype(int) - shown[seen]).max() <= 1
-    assert ((shown == shown[..., :1]).all()) == ("in_chans" in options)
+def test_ablations_are_described(options, words):
+    run = Run("x", Path("x"), {"model": options})
+    assert words in task(run)
+    caption = panel_caption(Path("panels_0000100.png"), run)
+    assert ("histograms of oriented gradients" in caption) == (options.get("target") == "hog")
+    assert "after step 100" in caption
 
 
-def test_histograms_have_their_caption_and_other_channels_no_figure(tmp_path):
-    page = report.pretraining_section(pretrained(tmp_path / "hog", target="hog", loss_on="all"))
-    assert "the mean squared error of histograms of oriented gradients in all patches." in page
-    assert "Input, masked input, histograms of oriented gradients, and the same with predicted ones" in page
-    with pytest.raises(ValueError, match="was trained on images of 5 channels"):
-        report.masked_and_reconstructed(pretrained(tmp_path / "five", in_chans=5), [])
+def test_a_long_log_is_thinned_without_losing_a_spike(tmp_path):
+    values = np.random.default_rng(0).normal(1, 0.1, 20_000)
+    values[12_345] = 40.0
+    series = Series(np.arange(20_000.0), values)
+    few = thinned(series)
+    assert len(few.steps) <= 602
+    assert few.values.max() == 40.0
+    assert few.values.min() == values.min()
+    assert (np.diff(few.steps) > 0).all()
+    smooth = running_mean(series)
+    at = int(smooth.steps[100])
+    assert smooth.values[100] == pytest.approx(values[at - 250 : at + 251].mean())
+    lines = "".join(json.dumps({"step": n + 1, "loss": v}) + "\n" for n, v in enumerate(values.tolist()))
+    run = make_run(tmp_path / "run", pretrain_config())
+    (run / "metrics.jsonl").write_text(lines)
+    assert read_run(run).steps == 20_000
+    assert pretraining_page(run).stat().st_size < 60_000
 
 
-def test_a_long_list_of_images_is_sampled_evenly(tmp_path):
-    make_depth_world(tmp_path, train=1, val=9)
-    run = report.Run(
-        "x", tmp_path, {"data": {"root": str(tmp_path), "val_list": "nyu_val.txt"}}, [], [], None
-    )
-    names = [sample.name for sample in report.validation_samples(run, 3)]
-    assert [re.search(r"(\d+)\.png", name)[1] for name in names] == ["0001", "0004", "0007"]
+def test_of_a_step_that_was_repeated_the_last_row_counts(tmp_path):
+    run = make_run(tmp_path / "run", pretrain_config())
+    rows = [(1, 1.0), (2, 2.0), (3, 3.0), (2, 20.0), (3, 30.0)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps({"step": s, "loss": v}) + "\n" for s, v in rows))
+    series = read_run(run).series["loss"]
+    assert series.steps.tolist() == [1, 2, 3]
+    assert series.values.tolist() == [1, 20, 30]
 
 
-def test_module_runs_as_a_script(tmp_path):
-    path = Path(report.__file__)
-    done = subprocess.run(
-        [sys.executable, str(path), "--help"], capture_output=True, text=True, cwd=path.parents[1]
-    )
-    assert done.returncode == 0, done.stderr
-    assert "--figure FILE.png" in done.stdout
+def test_charts_put_values_where_they_belong():
+    drawing = draw([Line("a", Series(np.array([0.0, 50.0, 100.0]), np.array([1.0, 2.0, 3.0])), 2)], steps=100)
+    (points, color, style), (left, middle, right) = drawing.paths[0], drawing.dots
+    assert (color, style) == (2, "line")
+    assert points == " ".join(f"{x:.1f},{y:.1f}" for x, y, *_ in drawing.dots)
+    assert middle[0] == pytest.approx((left[0] + right[0]) / 2)
+    assert left[1] > middle[1] > right[1]  # down is less
+    assert left[3] == "a, step 0: 1"
+    marks = {text: y for y, text in drawing.y_ticks}
+    assert marks["2"] == middle[1]
+    logarithmic = draw([Line("a", Series(np.arange(5.0), np.array([1.0, 1.0, 1.0, 1.0, 1e4])), 0)], steps=5)
+    assert [text for _, text in logarithmic.y_ticks] == ["1", "10", "100", "1,000", "10,000"]
+    assert ticks(0, 460, 5) == [0, 100, 200, 300, 400]
+    assert ticks(0.9, 1.13, 5) == [0.9, 0.95, 1.0, 1.05, 1.1]
+    assert [number(v) for v in (0, 1234.5, 0.28522, 5e-8, -2.5e9)] == [
+        "0",
+        "1,234",
+        "0.2852",
+        "5e-8",
+        "-2.5e9",
+    ]
+    flat = draw([Line("a", Series(np.array([7.0]), np.array([0.0])), 0)], steps=7)
+    assert np.isfinite([flat.dots[0][:2]]).all()
+
+
+def test_worst_images_are_those_with_the_largest_error():
+    table = worst_table(scores(3))
+    assert table is not None
+    named = {row["name"]: row["abs_rel"] for row in scores(3)["per_image"]}
+    assert [row[0].text for row in table.rows] == sorted(named, key=lambda name: -named[name])[:8]
+    relations = {
+        "per_image": [{"name": "a", "whdr": 0.2}, {"name": "b", "whdr": 0.7}, {"name": "c", "whdr": None}]
+    }
+    table = worst_table(relations)
+    assert table is not None
+    assert [row[0].text for row in table.rows] == ["b", "a"]
+
+
+def test_every_start_of_a_run_is_recorded(tmp_path):
+    record_environment(tmp_path, 0, 1)
+    record_environment(tmp_path, 20, 2)
+    first, second = json.loads((tmp_path / "environment.json").read_text())
+    assert (first["step"], second["step"], second["processes"]) == (0, 20, 2)
+    assert first["torch"] == second["torch"]
+    record_environment(tmp_path, 0, 1)  # begun anew in the same folder
+    assert len(json.loads((tmp_path / "environment.json").read_text())) == 1
+    (tmp_path / "config.yaml").write_text("model: {name: resnet18}")
+    assert first["torch"] in Page(pretraining_page(tmp_path).read_text()).text

@@ -9,7 +9,8 @@ Runs the project's own scripts, exactly as they are run by hand, and prints ever
     3. timm       plain timm loads the exported encoder                  timm.create_model("local-dir:...")
     4. train      UNet++ from scratch and from that encoder, alike       finetune/depth.py, twice
     5. evaluate   both on rooms that no training saw                     finetune/evaluate.py, twice
-    6. report     OUTPUT_DIR/report.html and OUTPUT_DIR/figure.png       tools/report.py
+    6. report     OUTPUT_DIR/report.html                                tools/report.py
+    7. figure     OUTPUT_DIR/figure.png                                 tools/demo_figure.py
 
 The two trainings run side by side on half of the cores each, and so do the two evaluations. The output of every step is
 also in OUTPUT_DIR/logs. A demo that was stopped goes on where it was when the same command is given again: finished
@@ -74,7 +75,7 @@ class Step:
 
 
 def demo_steps(output: str, seed: int) -> list[list[Step]]:
-    """All steps but the report, for an output folder given relative to the repository; those of a list run together."""
+    """All steps but page and figure, for an output folder relative to the repository; those of a list run together."""
     rooms, pretrain = f"{output}/rooms", f"{output}/pretrain"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     half = max(1, cores // 2)
@@ -173,8 +174,8 @@ def demo_steps(output: str, seed: int) -> list[list[Step]]:
     ]
 
 
-def report_step(output: str, figure: str) -> Step:
-    """The step that writes the page and the figure."""
+def report_step(output: str) -> Step:
+    """The step that writes the page."""
     lead = (
         f"A demonstration on rendered rooms: {UNLABELED} images of {SIZE[0]}×{SIZE[1]} to pretrain on, {SCENES} rooms"
         " with exact depth to train and test on, and a few minutes of training. It shows every part at work; what"
@@ -185,12 +186,18 @@ def report_step(output: str, figure: str) -> Step:
         "Write the report",
         (
             "tools/report.py",
-            *("--pretrain", f"{output}/pretrain"),
-            *("--depth", f"scratch={output}/scratch", "--depth", f"SparK={output}/spark"),
+            *(f"scratch={output}/scratch", f"SparK={output}/spark", f"pretraining={output}/pretrain"),
             *("--steps", f"{output}/{RECORD}", "--title", "SparK demo", "--lead", lead),
-            *("--output", f"{output}/report.html", "--figure", figure),
+            *("--output", f"{output}/report.html"),
         ),
     )
+
+
+def figure_step(output: str, figure: str) -> Step:
+    """The step that draws the figure."""
+    depth = ("--depth", f"scratch={output}/scratch", "--depth", f"SparK={output}/spark")
+    arguments = ("tools/demo_figure.py", "--pretrain", f"{output}/pretrain", *depth, "--output", figure)
+    return Step("figure", "Draw the figure", arguments)
 
 
 class Record:
@@ -348,12 +355,13 @@ def run_demo(folder: Path, seed: int, figure: Path | None) -> int:
     output = os.path.relpath(folder, ROOT)
     if output.startswith(os.pardir):
         output = str(folder)
-    groups = [*demo_steps(output, seed), [report_step(output, str(figure or f"{output}/figure.png"))]]
+    pages = [[report_step(output)], [figure_step(output, str(figure or f"{output}/figure.png"))]]
+    groups = [*demo_steps(output, seed), *pages]
     for number, group in enumerate(groups, start=1):
         missing = []
         for step in group:
             print(f"\n[{number}/{len(groups)}] {step.title}\n\n  $ {step.command}\n", flush=True)
-            found = record.find(step) if step.name != "report" else None
+            found = record.find(step) if step.name not in ("report", "figure") else None
             if found and found["done"]:
                 print(f"    done before, in {found['seconds']:.0f} s", flush=True)
             else:
@@ -367,7 +375,7 @@ def run_demo(folder: Path, seed: int, figure: Path | None) -> int:
             # A training that was asked to stop has saved and reports success: its result tells if it came to its end.
             finished = outcome.status == 0 and is_finished(step.name, folder)
             stopped |= not finished
-            if step.name != "report":
+            if step.name not in ("report", "figure"):
                 record.add(step, number, outcome, finished)
             print(
                 f"    {step.name}: {outcome.seconds:.0f} s, {outcome.cpu_seconds:.0f} s of processor time",

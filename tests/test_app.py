@@ -1,0 +1,235 @@
+"""The page: what it computes, what it refuses, and all of it in a real browser, once."""
+
+import json
+import re
+import shutil
+import tempfile
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from finetune import DepthModel
+from finetune.camera import from_view
+from finetune.whole_images import predict_image
+from spark.decoding import read_image
+from tools import app
+
+SIZE = (60, 80)
+
+
+@pytest.fixture(scope="module")
+def model() -> DepthModel:
+    return DepthModel("test_resnet", decoder_channels=(16, 16, 8, 8, 4), image_size=(48, 64)).eval()
+
+
+@pytest.fixture
+def photo(tmp_path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    path = tmp_path / "my room <1>.png"
+    Image.fromarray(pixels.repeat(10, 0).repeat(10, 1)).save(path)
+    return path
+
+
+@pytest.fixture
+def session(tmp_path) -> app.Session:
+    predicted = np.linspace(1, 5, SIZE[0] * SIZE[1], dtype=np.float32).reshape(SIZE)
+    image = np.full((*SIZE, 3), 90, np.uint8)
+    folder = tempfile.TemporaryDirectory(dir=tmp_path)
+    return app.Session("a room.jpg", image, predicted, from_view(60, SIZE), folder)
+
+
+def test_a_photo_is_deleted_when_it_is_read(model, photo, tmp_path):
+    expected = predict_image(model, np.asarray(read_image(photo)))
+    opened = app.open_photo(model, str(photo), 10_000, str(tmp_path))
+    np.testing.assert_array_equal(opened.predicted, expected)
+    assert not photo.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"no image", "cannot be read"), (None, "more than max_pixels = 100; photos of up to")],
+)
+def test_what_cannot_be_read_is_said_and_deleted_too(model, photo, tmp_path, content, words):
+    if content:
+        photo.write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        app.open_photo(model, str(photo), 100, str(tmp_path))
+    assert not photo.exists()
+
+
+def test_points_calibrate_by_a_scale(model, session):
+    first = app.add_point(app.pick(session, 10, 20), 2 * float(session.predicted[20, 10]))
+    second = app.add_point(app.pick(first, 70, 50), 2 * float(session.predicted[50, 70]))
+    done = app.calibrate(second, model, "scale")
+    np.testing.assert_allclose(done.depth, 2 * session.predicted, rtol=1e-5)
+    shifted = app.add_point(app.pick(session, 10, 20), float(session.predicted[20, 10]) + 0.5)
+    shifted = app.add_point(app.pick(shifted, 70, 50), float(session.predicted[50, 70]) + 0.5)
+    done = app.calibrate(shifted, model, "scale and shift")
+    np.testing.assert_allclose(done.depth, session.predicted + 0.5, rtol=1e-3)
+    said = app.words(done, "runs/x/model")
+    assert f"--points '10,20,{shifted.points[0].metres:g}; 70,50,{shifted.points[1].metres:g}'" in said
+    assert "--space depth --fit scale_shift" in said
+    again = app.add_point(app.pick(shifted, 10, 20), 4.0)  # the same pixel: its distance is corrected
+    assert [(p.x, p.metres) for p in again.points] == [(70, shifted.points[1].metres), (10, 4.0)]
+
+
+def test_mistakes_are_sentences(model, session):
+    for x, y in ((-1, 0), (80, 0), (0, 60), (0.5, 1), ("1", 1), (None, None)):
+        with pytest.raises(ValueError, match="has no pixel at"):
+            app.pick(session, x, y)
+    with pytest.raises(ValueError, match="click on the photo first"):
+        app.add_point(session, 2.0)
+    for metres in (None, 0, -1, float("nan"), 1e9):
+        with pytest.raises(ValueError, match="number of metres above 0"):
+            app.add_point(app.pick(session, 1, 1), metres)
+    with pytest.raises(ValueError, match="no known distance yet"):
+        app.calibrate(session, model, "scale")
+    one = app.add_point(app.pick(session, 1, 1), 2.0)
+    with pytest.raises(ValueError, match="two known distances"):
+        app.calibrate(one, model, "scale and shift")
+
+
+def test_files_hold_what_is_shown(session):
+    np.testing.assert_array_equal(np.load(app.file_of(session, "npy")), session.predicted)
+    with Image.open(app.file_of(session, "png")) as picture:
+        np.testing.assert_allclose(np.asarray(picture) / 1000, session.predicted, atol=0.000501)
+    cloud = Path(app.file_of(session, "ply")).read_bytes()
+    assert cloud.startswith(b"ply\n")
+    assert f"element vertex {SIZE[0] * SIZE[1]}\n".encode() in cloud
+    assert Path(app.file_of(session, "npy")).name == "a_room_depth.npy"
+    session.folder.cleanup()
+    assert not Path(session.folder.name).exists()
+
+
+def test_names_are_no_markup(session):
+    evil = app.replace(session, name="`<img src=x>`", points=(app.Point(1, 1, 2.0),))
+    done = app.calibrate(evil, DepthModel("test_resnet", decoder_channels=(16, 16, 8, 8, 4)), "scale")
+    outside = re.sub(r"`[^`]*`", "", app.words(done, "m"))
+    assert "<img" not in outside
+
+
+@pytest.mark.parametrize(
+    ("host", "warned"),
+    [("127.0.0.1", False), ("::1", False), ("localhost", False), ("0.0.0.0", True), ("a.b", True)],
+)
+def test_other_machines_are_warned_of(host, warned):
+    assert bool(app.check_host(host)) == warned
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--model", "nowhere"], "is not a depth model"), (["--model", "x", "--max_megabytes", "0"], "above 0")],
+)
+def test_wrong_options_are_one_sentence(capsys, arguments, words):
+    assert app.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert words in error
+
+
+@pytest.fixture
+def address(model, tmp_path, monkeypatch):
+    """The page, served."""
+    pytest.importorskip("gradio", reason="gradio is not installed (extra: app)")
+    folder = tmp_path / "page"
+    folder.mkdir()
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(folder))
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    page = app.build(model, "runs/x/model", 100_000, str(folder))
+    yield app.launch(page, "127.0.0.1", None, 1.0)
+    page.close()
+
+
+@pytest.fixture
+def browser():
+    """Headless Chromium of the system."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    paths = shutil.which("chromium"), shutil.which("chromedriver")
+    if None in paths:
+        pytest.skip("chromium and chromedriver are not installed (Debian: chromium, chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = paths[0]
+    for argument in (
+        "headless=new",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-dev-shm-usage",
+        "window-size=1200,1100",
+    ):
+        options.add_argument(f"--{argument}")
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=paths[1]))
+    driver.set_script_timeout(120)
+    yield driver
+    driver.quit()
+
+
+@pytest.mark.timeout(900)  # where the machine is busy, starting a server and a browser takes its time
+def test_the_page_in_a_browser(address, browser, model, photo, tmp_path):
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    def find(selector: str):
+        return WebDriverWait(browser, 120).until(
+            lambda b: next((e for e in b.find_elements(By.CSS_SELECTOR, selector)), None)
+        )
+
+    def until(selector: str, pattern: str) -> str:
+        seen = lambda b: re.search(pattern, find(selector).text)  # noqa: E731
+        return WebDriverWait(browser, 120).until(seen)[0]
+
+    def point_at(x: int, y: int) -> ActionChains:
+        pane = find("#viewer .pane")
+        box = pane.size
+        across, down = (x + 0.5) / 80 * box["width"], (y + 0.5) / 60 * box["height"]
+        return ActionChains(browser).move_to_element_with_offset(
+            pane, round(across - box["width"] / 2), round(down - box["height"] / 2)
+        )
+
+    expected = predict_image(model, np.asarray(read_image(photo)))
+    browser.get(address)
+    find("input[type=file]").send_keys(str(photo))
+    until("#said", r"Depth from \d")
+    WebDriverWait(browser, 60).until(
+        lambda b: b.execute_script("return document.querySelector('#viewer .colours').naturalWidth") == 80
+    )
+
+    point_at(20, 30).perform()  # reading under the pointer
+    until("#viewer .reading", rf"{expected[30, 20]:.2f} m at column 20, row 30")
+    for x, y in ((20, 30), (60, 10)):  # twice as far, both
+        point_at(x, y).click().perform()
+        until("#viewer .mark.chosen", rf"{expected[y, x]:.2f} m\?")
+        known = round(2 * float(expected[y, x]), 3)
+        find("#metres input").send_keys(f"{known}\t")
+        find("#add").click()
+        until("#viewer .marks", rf"{known:g} m")
+        WebDriverWait(browser, 60).until(lambda b: find("#metres input").get_attribute("value") == "")
+    find("#calibrate").click()
+    until("#said", "calibrated")
+    point_at(20, 30).perform()
+    until("#viewer .reading", rf"{2 * expected[30, 20]:.2f} m at column 20, row 30")
+    browser.save_screenshot(str(tmp_path / "page.png"))
+
+    find("#npy").click()
+    link = find("#download a[href*='depth.npy']").get_attribute("href")
+    with urllib.request.urlopen(link) as answer:
+        assert answer.headers["cache-control"] == "no-store"
+        assert "default-src 'self'" in answer.headers["content-security-policy"]
+        (tmp_path / "depth.npy").write_bytes(answer.read())
+    np.testing.assert_allclose(np.load(tmp_path / "depth.npy"), 2 * expected, rtol=1e-3)
+
+    (tmp_path / "text.png").write_text("no image")
+    find("input[type=file]").send_keys(str(tmp_path / "text.png"))
+    until("body", "text.png cannot be read")
+
+    kept = [p for p in (tmp_path / "page").rglob("*") if p.is_file() and p.suffix == ".png"]
+    assert kept == []  # the photo and the other file are gone; the folder goes with the program
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    hosts = {urlsplit(url).hostname for url in asked if not url.startswith(("data:", "blob:"))}
+    assert hosts == {"127.0.0.1"}
