@@ -62,8 +62,7 @@ def fitted(image: Tensor, wanted: tuple[int, int]) -> Tensor:
 
     It is `wanted` [px] for images of its proportions, within 1 %, else its long side at the image's proportions.
     """
-    # A tensor, not two numbers: tracing keeps what is computed from it, choices between two sizes above all.
-    size = torch._shape_as_tensor(image)[-2:].double()  # pyright: ignore[reportPrivateImportUsage]
+    size = _size(image).double()
     goal = torch.tensor(wanted, dtype=torch.float64)
     ratio = goal / size
     scaled = (size * (goal.max() / size.max())).round().clamp(min=1)
@@ -78,27 +77,34 @@ def resample(image: Tensor, size: Tensor) -> Tensor:
     to whole levels as Pillow does. Pillow's weights have 22 bits, these 15: where a sum lies about half-way between two
     levels the other one may come out (of noise at odd sizes, up to 3 % of the pixels).
     """
-    x = image.float()
-    x = _whole(x @ triangle_weights(image.shape[-1], size[1]).t())
-    return _whole(triangle_weights(image.shape[-2], size[0]) @ x).to(torch.uint8)
+    before = _size(image)
+    x = _whole(image.float() @ triangle_weights(before[1], size[1]).t())
+    return _whole(triangle_weights(before[0], size[0]) @ x).to(torch.uint8)
+
+
+def _size(image: Tensor) -> Tensor:
+    """(H, W) as int64 [2]: of a tensor, unlike two numbers, tracing keeps what is computed, choices above all."""
+    return torch._shape_as_tensor(image)[-2:]  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _whole(levels: Tensor) -> Tensor:
     return (levels + 0.5).floor()
 
 
-def triangle_weights(before: Any, after: Tensor) -> Tensor:
+def triangle_weights(before: Tensor, after: Tensor) -> Tensor:
     """Weights [after, before] of a triangle filter as wide as one new pixel, or one old pixel where that is wider.
 
-    Source: Pillow's `precompute_coeffs` (src/libImaging/Resample.c), in words: a new pixel is the mean of the old ones,
-    weighted by the triangle around its centre, and those outside the image count as nothing.
+    A new pixel is the mean of the old ones weighted by the triangle around its centre (what is outside the image counts
+    as nothing), as in `precompute_coeffs` of Pillow's Resample.c. With centres in units of 1 / (2 after) of an old
+    pixel all of it is integers, and the weights are multiples of 2^-15: so they are the same in every runtime, and so
+    are their products with levels and the sums of these in fp32, whoever adds them up in what order.
     """
-    scale = before / after.double()
-    centre = (torch.arange(after) + 0.5).double() * scale  # pyright: ignore[reportArgumentType, reportCallIssue]
-    place = (torch.arange(before) + 0.5).double()
-    weights = (1 - (place[None] - centre[:, None]).abs() / scale.clamp(min=1)).clamp(min=0)
-    # Multiples of 2^-15: then levels times weights, and all sums of them, are exact in fp32 whoever adds them up.
-    return ((weights / weights.sum(1, keepdim=True) * 2**15).round() / 2**15).float()
+    new, old = 2 * torch.arange(after) + 1, 2 * torch.arange(before) + 1  # pyright: ignore[reportArgumentType, reportCallIssue]
+    distance = (old[None] * after - new[:, None] * before).abs()
+    height = (2 * torch.maximum(before, after) - distance).clamp(min=0)
+    total = height.sum(1, keepdim=True)
+    weights = torch.div(2**16 * height + total, 2 * total, rounding_mode="floor")
+    return weights.float() / 2**15
 
 
 def describe(model: DepthModel, fit: tuple[int, int] | None, protocol: str) -> dict[str, Any]:

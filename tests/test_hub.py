@@ -213,5 +213,5 @@ def test_download(model: Path, monkeypatch) -> None:
     monkeypatch.setattr(hub, "snapshot_download", snapshot)
     got = load_depth_model("hf-hub:me/depth@v1").state_dict()
     assert all(torch.equal(got[key], value) for key, value in load_depth_model(model).state_dict().items())
-    with pytest.raises(OSError, match="hf-hub:me/none could not be downloaded .404 Client Error."):
+    with pytest.raises(OSError, match="hf-hub:me/none could not be downloaded"):
         load_depth_model("hf-hub:me/none")
