@@ -94,7 +94,7 @@ class EvaluationConfig:
     """Evaluation: model, protocol and outputs.
 
     Attributes:
-        model: folder of a depth model, such as OUTPUT_DIR/model of a training run.
+        model: folder of a depth model, such as OUTPUT_DIR/model of a training run, or hf-hub:OWNER/NAME.
         data: the pairs to score on.
         output: JSON file for the results.
         protocol: name of the evaluation protocol.
