@@ -71,15 +71,15 @@ def fitted(image: Tensor, wanted: tuple[int, int]) -> Tensor:
 
 
 def resample(image: Tensor, size: Tensor) -> Tensor:
-    """Pillow's bilinear resize with antialiasing of uint8 images [B, C, H, W] to `size` int64 [2] (h, w), as uint8.
+    """Pillow's bilinear resize with antialiasing of uint8 images [B, C, H, W] to `size` int64 [2] (h, w), bit for bit.
 
-    Two matrix products, for the exporter knows no such operator: first within rows, then within columns, each rounded
-    to whole levels as Pillow does. Pillow's weights have 22 bits, these 15: where a sum lies about half-way between two
-    levels the other one may come out (of noise at odd sizes, up to 3 % of the pixels).
+    Matrix products, for the exporter knows no such operator; as in Pillow first within rows, then within columns.
     """
     before = _size(image)
-    x = _whole(image.float() @ triangle_weights(before[1], size[1]).t())
-    return _whole(triangle_weights(before[0], size[0]) @ x).to(torch.uint8)
+    x = _shorten(image.float(), triangle_weights(before[1], size[1]))
+    return (
+        _shorten(x.transpose(-1, -2), triangle_weights(before[0], size[0])).transpose(-1, -2).to(torch.uint8)
+    )
 
 
 def _size(image: Tensor) -> Tensor:
@@ -87,24 +87,30 @@ def _size(image: Tensor) -> Tensor:
     return torch._shape_as_tensor(image)[-2:]  # pyright: ignore[reportPrivateImportUsage]
 
 
-def _whole(levels: Tensor) -> Tensor:
-    return (levels + 0.5).floor()
+def _shorten(levels: Tensor, weights: Tensor) -> Tensor:
+    """Whole levels [..., before] averaged with weights int64 [after, before] in 2^-22 to whole levels [..., after].
+
+    In two products, of the upper bits of the weights and of the lower 8: fp32 adds up each without rounding, so every
+    runtime comes to the same, in whatever order it adds.
+    """
+    upper = torch.div(weights, 2**8, rounding_mode="floor")
+    lower = weights - 2**8 * upper
+    sums = 2**8 * (levels @ upper.float().t()).long() + (levels @ lower.float().t()).long()
+    return torch.div(sums + 2**21, 2**22, rounding_mode="floor").float()
 
 
 def triangle_weights(before: Tensor, after: Tensor) -> Tensor:
-    """Weights [after, before] of a triangle filter as wide as one new pixel, or one old pixel where that is wider.
+    """Weights int64 [after, before], in 2^-22, of a triangle as wide as one new pixel or, if wider, one old pixel.
 
-    A new pixel is the mean of the old ones weighted by the triangle around its centre (what is outside the image counts
-    as nothing), as in `precompute_coeffs` of Pillow's Resample.c. With centres in units of 1 / (2 after) of an old
-    pixel all of it is integers, and the weights are multiples of 2^-15: so they are the same in every runtime, and so
-    are their products with levels and the sums of these in fp32, whoever adds them up in what order.
+    A new pixel is the mean of the old ones weighted by the triangle around its centre; what is outside the image counts
+    as nothing. Source: `precompute_coeffs` and `normalize_coeffs_8bpc` of Pillow's Resample.c, here without floats: in
+    units of 1 / (2 after) of an old pixel all places are whole numbers.
     """
-    new, old = 2 * torch.arange(after) + 1, 2 * torch.arange(before) + 1  # pyright: ignore[reportArgumentType, reportCallIssue]
+    new, old = (2 * torch.arange(count) + 1 for count in (after, before))  # pyright: ignore[reportArgumentType, reportCallIssue]
     distance = (old[None] * after - new[:, None] * before).abs()
     height = (2 * torch.maximum(before, after) - distance).clamp(min=0)
     total = height.sum(1, keepdim=True)
-    weights = torch.div(2**16 * height + total, 2 * total, rounding_mode="floor")
-    return weights.float() / 2**15
+    return torch.div(2**23 * height + total, 2 * total, rounding_mode="floor")
 
 
 def describe(model: DepthModel, fit: tuple[int, int] | None, protocol: str) -> dict[str, Any]:
