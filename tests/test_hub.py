@@ -21,7 +21,7 @@ from tools import export_depth, export_encoder
 SCORES = {"delta1": 0.4857493933431284, "abs_rel": 0.28522287240372085, "rmse": 0.9946786980305087}
 
 
-def pretraining_run(folder: Path, data: str = "/home/someone/photos") -> Path:
+def pretraining_run(folder: Path, data: str = "/pictures/someone/photos") -> Path:
     torch.manual_seed(0)
     encoder = save_encoder(
         build_encoder("test_resnet"), folder / "encoder", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 64
