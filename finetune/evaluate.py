@@ -94,7 +94,7 @@ class EvaluationConfig:
     Attributes:
         data: the pairs to score on.
         output: JSON file for the results.
-        model: folder of a depth model, such as OUTPUT_DIR/model of a training run.
+        model: folder of a depth model, such as OUTPUT_DIR/model of a training run, or hf-hub:OWNER/NAME.
         predictions: folder of predictions instead, of the whole frames, named after the images as predict.py does
             (SCENE/rgb_1.npy, .pfm, .png or _mm.png for SCENE/rgb_1.jpg).
         scale: metres of one unit of the files in predictions; null is what a PNG says itself, 0.001 for _mm.png, and 1

@@ -62,8 +62,7 @@ def fitted(image: Tensor, wanted: tuple[int, int]) -> Tensor:
 
     It is `wanted` [px] for images of its proportions, within 1 %, else its long side at the image's proportions.
     """
-    # A tensor, not two numbers: tracing keeps what is computed from it, choices between two sizes above all.
-    size = torch._shape_as_tensor(image)[-2:].double()  # pyright: ignore[reportPrivateImportUsage]
+    size = _size(image).double()
     goal = torch.tensor(wanted, dtype=torch.float64)
     ratio = goal / size
     scaled = (size * (goal.max() / size.max())).round().clamp(min=1)
@@ -72,33 +71,46 @@ def fitted(image: Tensor, wanted: tuple[int, int]) -> Tensor:
 
 
 def resample(image: Tensor, size: Tensor) -> Tensor:
-    """Pillow's bilinear resize with antialiasing of uint8 images [B, C, H, W] to `size` int64 [2] (h, w), as uint8.
+    """Pillow's bilinear resize with antialiasing of uint8 images [B, C, H, W] to `size` int64 [2] (h, w), bit for bit.
 
-    Two matrix products, for the exporter knows no such operator: first within rows, then within columns, each rounded
-    to whole levels as Pillow does. Pillow's weights have 22 bits, these 15: where a sum lies about half-way between two
-    levels the other one may come out (of noise at odd sizes, up to 3 % of the pixels).
+    Matrix products, for the exporter knows no such operator; as in Pillow first within rows, then within columns.
     """
-    x = image.float()
-    x = _whole(x @ triangle_weights(image.shape[-1], size[1]).t())
-    return _whole(triangle_weights(image.shape[-2], size[0]) @ x).to(torch.uint8)
+    before = _size(image)
+    x = _shorten(image.float(), triangle_weights(before[1], size[1]))
+    return (
+        _shorten(x.transpose(-1, -2), triangle_weights(before[0], size[0])).transpose(-1, -2).to(torch.uint8)
+    )
 
 
-def _whole(levels: Tensor) -> Tensor:
-    return (levels + 0.5).floor()
+def _size(image: Tensor) -> Tensor:
+    """(H, W) as int64 [2]: of a tensor, unlike two numbers, tracing keeps what is computed, choices above all."""
+    return torch._shape_as_tensor(image)[-2:]  # pyright: ignore[reportPrivateImportUsage]
 
 
-def triangle_weights(before: Any, after: Tensor) -> Tensor:
-    """Weights [after, before] of a triangle filter as wide as one new pixel, or one old pixel where that is wider.
+def _shorten(levels: Tensor, weights: Tensor) -> Tensor:
+    """Whole levels [..., before] averaged with weights int64 [after, before] in 2^-22 to whole levels [..., after].
 
-    Source: Pillow's `precompute_coeffs` (src/libImaging/Resample.c), in words: a new pixel is the mean of the old ones,
-    weighted by the triangle around its centre, and those outside the image count as nothing.
+    In two products, of the upper bits of the weights and of the lower 8: fp32 adds up each without rounding, so every
+    runtime comes to the same, in whatever order it adds.
     """
-    scale = before / after.double()
-    centre = (torch.arange(after) + 0.5).double() * scale  # pyright: ignore[reportArgumentType, reportCallIssue]
-    place = (torch.arange(before) + 0.5).double()
-    weights = (1 - (place[None] - centre[:, None]).abs() / scale.clamp(min=1)).clamp(min=0)
-    # Multiples of 2^-15: then levels times weights, and all sums of them, are exact in fp32 whoever adds them up.
-    return ((weights / weights.sum(1, keepdim=True) * 2**15).round() / 2**15).float()
+    upper = torch.div(weights, 2**8, rounding_mode="floor")
+    lower = weights - 2**8 * upper
+    sums = 2**8 * (levels @ upper.float().t()).long() + (levels @ lower.float().t()).long()
+    return torch.div(sums + 2**21, 2**22, rounding_mode="floor").float()
+
+
+def triangle_weights(before: Tensor, after: Tensor) -> Tensor:
+    """Weights int64 [after, before], in 2^-22, of a triangle as wide as one new pixel or, if wider, one old pixel.
+
+    A new pixel is the mean of the old ones weighted by the triangle around its centre; what is outside the image counts
+    as nothing. Source: `precompute_coeffs` and `normalize_coeffs_8bpc` of Pillow's Resample.c, here without floats: in
+    units of 1 / (2 after) of an old pixel all places are whole numbers.
+    """
+    new, old = (2 * torch.arange(count) + 1 for count in (after, before))  # pyright: ignore[reportArgumentType, reportCallIssue]
+    distance = (old[None] * after - new[:, None] * before).abs()
+    height = (2 * torch.maximum(before, after) - distance).clamp(min=0)
+    total = height.sum(1, keepdim=True)
+    return torch.div(2**23 * height + total, 2 * total, rounding_mode="floor")
 
 
 def describe(model: DepthModel, fit: tuple[int, int] | None, protocol: str) -> dict[str, Any]:

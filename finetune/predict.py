@@ -59,7 +59,7 @@ class PredictConfig:
     """Prediction of depth for images and videos.
 
     Attributes:
-        model: folder of a depth model, such as OUTPUT_DIR/model of a training run.
+        model: folder of a depth model, such as OUTPUT_DIR/model of a training run, or hf-hub:OWNER/NAME.
         input: an image, a video, a folder (searched recursively), a pattern in quotes ("clips/*.mp4"), a text file with
             one path a line, or the number of a camera (0 is the first).
         output: folder that everything is written to.

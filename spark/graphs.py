@@ -7,11 +7,12 @@ batches beside PyTorch, and writes the file only if the results agree.
 
 import contextlib
 import copy
-import io
 import json
+import os
+import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -290,7 +291,7 @@ class _Onnx:
         with (
             tempfile.TemporaryDirectory() as folder,
             warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),  # torch prints the whole graph where it fails
+            _silence(),
             torch.no_grad(),
         ):
             warnings.simplefilter(
@@ -311,9 +312,10 @@ class _Onnx:
             except (
                 Exception
             ) as error:  # torch's own kinds, RuntimeError, ValueError, KeyError, as the operator has it
+                newer = f"--opset {OPSET}" if opset != OPSET else "a newer --opset, up to 20"
                 raise ValueError(
-                    f"ONNX opset {opset} cannot express this network ({_first_line(error)}): use --opset {OPSET} or a"
-                    " newer one that your torch knows, another head or encoder, or a .pt2 file"
+                    f"ONNX opset {opset} cannot express this network ({_first_line(error)}): use {newer}, another head"
+                    " or encoder, or a .pt2 file"
                 ) from error
             self._model = onnx.load(file)
         onnx.checker.check_model(self._model)
@@ -339,6 +341,20 @@ class _Onnx:
 
         onnx.helper.set_model_props(self._model, {key: _text(value) for key, value in about.items()})
         return self._model.SerializeToString()
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Nothing on standard output: torch prints the whole graph, from C++, where an export fails."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _with_weights(network: nn.Module) -> nn.Module:

@@ -21,7 +21,7 @@ from tools import export_depth, export_encoder
 SCORES = {"delta1": 0.4857493933431284, "abs_rel": 0.28522287240372085, "rmse": 0.9946786980305087}
 
 
-def pretraining_run(folder: Path, data: str = "/home/someone/photos") -> Path:
+def pretraining_run(folder: Path, data: str = "/pictures/someone/photos") -> Path:
     torch.manual_seed(0)
     encoder = save_encoder(
         build_encoder("test_resnet"), folder / "encoder", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 64
@@ -213,5 +213,5 @@ def test_download(model: Path, monkeypatch) -> None:
     monkeypatch.setattr(hub, "snapshot_download", snapshot)
     got = load_depth_model("hf-hub:me/depth@v1").state_dict()
     assert all(torch.equal(got[key], value) for key, value in load_depth_model(model).state_dict().items())
-    with pytest.raises(OSError, match="hf-hub:me/none could not be downloaded .404 Client Error."):
+    with pytest.raises(OSError, match="hf-hub:me/none could not be downloaded"):
         load_depth_model("hf-hub:me/none")
