@@ -42,7 +42,7 @@ def check_protocol(model: DepthModel, protocol: Protocol) -> None:
         protocol.supervision == "metric"
         and protocol.family != "relations"
         and protocol.alignment != "disparity"
-        and "depth" not in model.head.outputs
+        and "depth" not in model.outputs
     ):
         raise ValueError(
             f"head {model.head_name} gives no metres, and protocol {protocol.name} compares metres: use --protocol"
@@ -106,7 +106,7 @@ def predict_depth(model: DepthModel, images: Tensor, protocol: Protocol | None =
 
 def gives_inverse(model: DepthModel, protocol: Protocol | None) -> bool:
     """Whether `predict_depth` gives inverse depth."""
-    return "depth" not in model.head.outputs or (protocol is not None and protocol.space == "disparity")
+    return "depth" not in model.outputs or (protocol is not None and protocol.space == "disparity")
 
 
 def _map(model: DepthModel, images: Tensor, inverse: bool) -> np.ndarray:

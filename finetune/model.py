@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from finetune.calibration import Calibration
 from finetune.heads import HEADS, DepthOutput, DepthRange
 from finetune.registry import construct
 from spark.checkpoint import read_encoder
 from spark.encoder import PyramidLevel, build_encoder, freeze_unreached, is_own, pyramid, pyramid_info
 from spark.export import description, name_of
-from spark.folders import whole_folder, write_tensors
+from spark.folders import whole_folder, write_tensors, write_whole
 from spark.keys import KeyReport
 
 CONFIG = "config.json"
@@ -93,6 +94,7 @@ class DepthModel(nn.Module):
         self.mean = _three("mean", mean, encoder)
         self.std = _three("std", std, encoder)
         self.segmentation: nn.Module | None = None  # of training only, see finetune.segmentation
+        self.calibration: Calibration | None = None  # of evaluation only, losses see what the head says
         freeze_unreached(encoder, self.levels, in_chans=3)
         if getattr(self.head, "frozen_encoder", False):
             self.encoder.requires_grad_(False)
@@ -102,7 +104,7 @@ class DepthModel(nn.Module):
         """Predict depth for images [B, 3, H, W] normalised with `mean` and `std`, at their size, whatever it is.
 
         Sides that are no multiple of the encoder's stride are padded right and below with the edge pixels; the
-        padding is cut off the result.
+        padding is cut off the result. In evaluation a calibration is applied (`finetune.calibration`).
         """
         if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
             raise ValueError(f"images must be [B, 3, H, W] and not empty, got {list(images.shape)}.")
@@ -114,7 +116,30 @@ class DepthModel(nn.Module):
         output: DepthOutput = self.head(padded, features)
         if self.segmentation is not None and self.training:
             output = output._replace(segmentation=self.segmentation(padded, output.scales))
-        return output.cut(height, width)
+        output = output.cut(height, width)
+        if self.calibration is not None and not self.training:
+            output = self.calibration.apply(output)
+        return output
+
+    def calibrate(self, calibration: Calibration | None) -> None:
+        """Take a calibration in place of any other, or none; ValueError for a space that the head has nothing in."""
+        if calibration is not None and calibration.space != "disparity" and "depth" not in self.head.outputs:
+            raise ValueError(
+                f"head {self.head_name} gives no metres: it is calibrated in space disparity, not {calibration.space}"
+            )
+        self.calibration = calibration
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What `forward` gives in evaluation: what the head does, and `depth` of a head without metres once it is
+        calibrated."""
+        own: tuple[str, ...] = self.head.outputs
+        return own if self.calibration is None or "depth" in own else (*own, "depth")
+
+    @property
+    def max_depth(self) -> float:
+        """The farthest depth that it says in evaluation [m]."""
+        return self.depth_range.max_depth if self.calibration is None else self.calibration.max_depth
 
     def freeze_encoder(self, frozen: bool = True) -> None:
         """Hold the encoder still, or let it learn again: no gradients, and batch norm uses its stored statistics.
@@ -135,7 +160,7 @@ class DepthModel(nn.Module):
     def save(self, folder: str | Path) -> Path:
         """Write `config.json` and `model.safetensors`, whole or not at all; `load_depth_model` reads them.
 
-        A decoder that only training has is left out.
+        A decoder that only training has is left out; a calibration is part of config.json.
 
         Raises:
             ValueError: The folder holds something else, or the encoder was built with what no file can hold.
@@ -152,6 +177,8 @@ class DepthModel(nn.Module):
             "mean": self.mean,
             "std": self.std,
         }
+        if self.calibration is not None:
+            config["calibration"] = self.calibration.as_config()
         with whole_folder(folder, (CONFIG, WEIGHTS)) as temporary:
             decoder, self.segmentation = self.segmentation, None
             try:
@@ -288,6 +315,14 @@ def load_depth_model(folder: str | Path, encoder_name: str | None = None) -> Dep
         )
     except (KeyError, TypeError) as error:
         raise ValueError(_undescribed(folder, error)) from error
+    if (stored := config.get("calibration")) is not None:
+        try:
+            model.calibrate(Calibration(**stored))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"the calibration in {folder / CONFIG} cannot be used ({error}): calibrate the model again with"
+                " tools/calibrate.py, from a whole copy of it"
+            ) from error
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
@@ -298,6 +333,18 @@ def load_depth_model(folder: str | Path, encoder_name: str | None = None) -> Dep
             ) from error
         raise ValueError(_unfitting(folder, error)) from error
     return model.eval()
+
+
+def write_calibration(folder: str | Path, calibration: Calibration) -> None:
+    """Put a calibration into the config.json of a model folder, in place of any that it has; all else stays.
+
+    Raises:
+        ValueError: It is no folder of a depth model.
+        OSError: It cannot be written.
+    """
+    _, config = _read(Path(folder))
+    config["calibration"] = calibration.as_config()
+    write_whole(Path(folder) / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
 def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,60 +1,88 @@
-"""Predict depth for an image or a folder of images.
+"""Predict depth for images and videos.
 
     python finetune/predict.py --model RUN/model --input PHOTOS --output DEPTH
 
 For every image, under its own name and subfolder: NAME.npy (float32, metres, the image's own size), NAME_mm.png
 (uint16, millimetres; 0 = no prediction, 65535 = 65.535 m or more) and NAME_colour.png (a picture with a colour bar in
-metres). predictions.json says what was written and what could not be read. A model without metres (head fusion) writes
-NAME_disparity.npy, float32 inverse depth up to scale and shift, and NAME_colour.png from its nearest to its farthest.
+metres); for every video NAME_colour.mp4. `--formats` asks for others. predictions.json says what was written and what
+could not be read. A model without metres (head fusion) writes NAME_disparity.npy, float32 inverse depth up to scale and
+shift, and NAME_colour.png from its nearest to its farthest, until it is calibrated (tools/calibrate.py).
 """
 
-import io
+import glob
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 import cv2
 import numpy as np
-import torch
 from rich.console import Console
-from rich.progress import track
-from torch.nn import functional as F
+from rich.progress import Progress
 
+from finetune.camera import Intrinsics, camera_for, known_camera
 from finetune.config import expand_home
-from finetune.figures import colourise, depth_map, save_figure
-from finetune.inference import chosen_device, predict_depth, transform_of
+from finetune.depth_data.depth_files import MILLIMETRE, npy_bytes, pfm_bytes, png_bytes
+from finetune.figures import depth_map, save_figure
+from finetune.inference import chosen_device, transform_of
 from finetune.model import DepthModel, load_depth_model
-from finetune.protocols import Protocol
+from finetune.pointcloud import mesh, point_cloud
+from finetune.video import EXTENSIONS as VIDEO
+from finetune.video import ColourRange, VideoError, VideoFrames, VideoWriter, legend, paint
+from finetune.whole_images import fitted_size, predict_image, predict_images
 from spark.config import parse_config, require
-from spark.decoding import describe_failure, read_image
+from spark.decoding import EXTENSIONS as IMAGE
+from spark.decoding import MAX_PIXELS, describe_failure, read_image
 from spark.folders import write_whole
 from spark.run import one_line_errors
-from spark.sources import list_images
+from spark.sources.files import list_images, walk
 
-DESCRIPTION = """Predict depth for an image or a folder of images: for each NAME.npy (metres), NAME_mm.png (16-bit
-millimetres) and NAME_colour.png, and predictions.json with what was written and what could not be read."""
+DESCRIPTION = """Predict depth for images and videos: for each image NAME.npy (metres), NAME_mm.png (16-bit millimetres)
+and NAME_colour.png, for each video NAME_colour.mp4, others by --formats; and predictions.json with what was written and
+what could not be read."""
 
-VIDEO = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
-MOST_MM = np.iinfo(np.uint16).max
+Format: TypeAlias = Literal["npy", "pfm", "png", "colour", "side", "ply", "mesh"]
+NEED_METRES: tuple[Format, ...] = ("png", "ply", "mesh")
+LONGEST_PICTURE = 4096
+"""Long side of pictures for people [px]; larger images are shown by every second, third, ... pixel."""
+MOST_BATCH_PIXELS = 64_000_000
+"""Pixels of images that wait for one forward."""
 
 
 @dataclass
 class PredictConfig:
-    """Prediction of depth for images.
+    """Prediction of depth for images and videos.
 
     Attributes:
         model: folder of a depth model, such as OUTPUT_DIR/model of a training run.
-        input: an image, a folder of images (searched recursively), or a text file with one path a line.
+        input: an image, a video, a folder (searched recursively), a pattern in quotes ("clips/*.mp4"), a text file with
+            one path a line, or the number of a camera (0 is the first).
         output: folder that everything is written to.
+        formats: what to write of each image or frame; npy and pfm are float32 metres, png is 16-bit with its scale in
+            the file, colour a picture (for a video a video), side the same beside the image, ply a point cloud, mesh a
+            surface (PLY). null is npy, png and colour for images and colour for videos.
         image_size: size [height, width] in pixels at which the model sees an image; null is the size it was trained
             at. Only the long side counts where an image has other proportions, which are kept.
+        tiles: how many overlapping tiles along the long side show the model more detail of large images; they are
+            fitted to the prediction for the whole image. 1 is the whole image alone.
         flip_average: average with the prediction of the mirror image.
+        batch_size: images or frames of one forward; images must be equally large, or are taken alone.
         colour_near: depth in metres at the near end of the colours.
-        colour_far: depth in metres at the far end of the colours; null is the model's max_depth.
+        colour_far: depth in metres at the far end of the colours; null is the farthest that the model says.
+        video_range: colours of a video from colour_near to colour_far (fixed), or following the frames slowly (smooth,
+            the only one for a model without metres).
+        frames: most frames of a video or camera; null is all, from a camera until Ctrl-C.
+        camera: intrinsics for ply and mesh, a file (JSON, YAML or opencv's, with fx, fy, cx, cy, width, height), nyu,
+            or the field of view across in degrees; null is what the image's EXIF says, else an assumption, which is
+            said.
+        png_scale: metres of one unit of the 16-bit PNG; other than 0.001 the file is NAME_depth.png. 65535 units are
+            the farthest, 0.00390625 (1/256, as KITTI) reaches 256 m.
+        max_pixels: images with more pixels are not read (a damaged or hostile file may claim any number).
         device: where to compute; auto takes a GPU if there is one.
         encoder_name: package.module:factory of the model's encoder where that is a convnet of your own
             (docs/options.md), for no file decides which code is run; null for timm's.
@@ -63,189 +91,354 @@ class PredictConfig:
     model: str
     input: str
     output: str
+    formats: list[Format] | None = None
     image_size: tuple[int, int] | None = None
+    tiles: int = 1
     flip_average: bool = False
+    batch_size: int = 4
     colour_near: float = 0.0
     colour_far: float | None = None
+    video_range: Literal["fixed", "smooth"] = "fixed"
+    frames: int | None = None
+    camera: str | None = None
+    png_scale: float = MILLIMETRE
+    max_pixels: int = MAX_PIXELS
     device: Literal["auto", "cpu", "cuda"] = "auto"
     encoder_name: str | None = None
 
     def __post_init__(self) -> None:
         expand_home(self, "model", "input", "output")
-        require(
-            self.image_size is None or min(self.image_size) >= 1,
-            "image_size",
-            self.image_size,
-            "two sizes of at least 1",
-        )
+        size = self.image_size
+        require(size is None or min(size) >= 1, "image_size", size, "two sizes of at least 1")
+        require(1 <= self.tiles <= 16, "tiles", self.tiles, "from 1 to 16")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        require(self.frames is None or self.frames >= 1, "frames", self.frames, "at least 1")
+        require(self.png_scale > 0, "png_scale", self.png_scale, "above 0")
+        require(self.max_pixels >= 1, "max_pixels", self.max_pixels, "at least 1")
+        require(self.formats is None or bool(self.formats), "formats", self.formats, "one format at least")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0, or 1 if no image could be read."""
+    """Run the command line; returns 0, 1 if nothing could be read, or 130 after Ctrl-C."""
     with one_line_errors():
         return predict(parse_config(PredictConfig, argv, DESCRIPTION))
 
 
 def predict(config: PredictConfig) -> int:
-    """Predict every image of `config.input`; returns 0, or 1 if none could be read."""
+    """Predict every image and video of `config.input`; returns what `main` does."""
     console = Console()
     model = load_depth_model(config.model, config.encoder_name)
-    far = model.depth_range.max_depth if config.colour_far is None else config.colour_far
-    require(
-        0 <= config.colour_near < far,
-        "colour_near",
-        config.colour_near,
-        f"at least 0 and below colour_far, {far}",
-    )
+    job = Job(model, config)
     output = Path(config.output)
     present = next(place for place in (output, *output.parents) if place.exists())
     if not present.is_dir():
         raise ValueError(f"output {output} cannot be a folder, {present} is a file: choose another --output")
-    images = output_stems(config.input, output)
+    inputs = find_inputs(config.input, output)
     model.to(chosen_device(config.device))
+    say(console, str(model.calibration) if model.calibration else "")
 
-    written, failed = [], []
-    for path, stem in track(images.items(), "depth", console=console, disable=not console.is_terminal):
+    images = {source: stem for source, stem in inputs.items() if not is_video(source)}
+    videos = {source: stem for source, stem in inputs.items() if is_video(source)}
+    interrupted = False
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         try:
-            image = np.asarray(read_image(path))
-        except Exception as error:  # Pillow raises a dozen kinds for a damaged file
-            _, _, reason = describe_failure(path, error).rpartition(": ")
-            failed.append({"image": str(path), "reason": reason})
-            continue
-        depth = predict_image(model, image, config.image_size, config.flip_average)
-        if "depth" not in model.head.outputs:
-            written.append({"image": str(path), "output": stem, **write_relative(output / stem, depth)})
-            continue
-        millimetres, saturated = to_millimetres(depth)
-        array = io.BytesIO()
-        np.save(array, depth)
-        write_whole(output / f"{stem}.npy", array.getvalue())
-        write_whole(output / f"{stem}_mm.png", cv2.imencode(".png", millimetres)[1].tobytes())
-        save_figure(depth_map(depth, config.colour_near, far, path.name), output / f"{stem}_colour.png")
-        written.append(
-            {
-                "image": str(path),
-                "output": stem,
-                "size": list(depth.shape),
+            task = bar.add_task("images", total=len(images), visible=bool(images))
+            for count in job.predict_images(images):
+                bar.advance(task, count)
+            for source, stem in videos.items():
+                task = bar.add_task(Path(stem).name, total=None)
+                for count, total in job.predict_video(source, stem):
+                    bar.update(task, advance=count, total=total)
+        except KeyboardInterrupt:
+            interrupted = True
+    report = {
+        "model": str(config.model),
+        "calibration": model.calibration.as_config() if model.calibration else None,
+        "colour_range_m": list(job.limits) if job.metric else None,
+        "png_scale_m": config.png_scale,
+        "predicted": job.written,
+        "videos": job.videos,
+        "failed": job.failed,
+        "interrupted": interrupted,
+    }
+    write_whole(output / "predictions.json", (json.dumps(report, indent=1) + "\n").encode())
+    job.tell(console, images, videos, interrupted)
+    return 130 if interrupted else 0 if job.written or any(video["frames"] for video in job.videos) else 1
+
+
+class Job:
+    """What is asked of every image and frame, and the record of what came of it.
+
+    Args:
+        model: with its weights; it may be moved to a device later.
+        config: the options.
+
+    Raises:
+        ValueError: options that do not go together, or with the model.
+    """
+
+    def __init__(self, model: DepthModel, config: PredictConfig) -> None:
+        self.model, self.config, self.output = model, config, Path(config.output)
+        self.metric = "depth" in model.outputs
+        far = model.max_depth if config.colour_far is None else config.colour_far
+        require(
+            0 <= config.colour_near < far,
+            "colour_near",
+            config.colour_near,
+            f"at least 0 and below colour_far, {far}",
+        )
+        self.limits = config.colour_near, far
+        usual: tuple[Format, ...] = ("npy", "png", "colour") if self.metric else ("npy", "colour")
+        self.image_formats: tuple[Format, ...] = tuple(config.formats or usual)
+        self.video_formats: tuple[Format, ...] = tuple(config.formats or ("colour",))
+        if not self.metric and (wrong := [name for name in self.image_formats if name in NEED_METRES]):
+            raise ValueError(
+                f"formats {', '.join(wrong)} need metres, which head {model.head_name} does not give: leave them out,"
+                " or calibrate the model with a few known distances (tools/calibrate.py)"
+            )
+        if config.camera is not None:
+            known_camera(config.camera)  # a wrong one is refused before anything is written
+        self.wanted = transform_of(model, config.image_size).image_size
+        self.written: list[dict[str, Any]] = []
+        self.videos: list[dict[str, Any]] = []
+        self.failed: list[dict[str, str]] = []
+
+    def predict_images(self, images: dict[Path | int, str]) -> Iterator[int]:
+        """Predict and write all; yields how many images are done with, batch by batch."""
+        for group in self._batches(images):
+            depths = self._depths([image for _, _, image in group])
+            for (path, stem, image), depth in zip(group, depths, strict=True):
+                entry = {"image": str(path), "output": stem, "size": list(depth.shape)}
+                self.written.append(entry | self._write(stem, path, image, depth, self.image_formats))
+            yield len(group)
+
+    def _batches(self, images: dict[Path | int, str]) -> Iterator[list[tuple[Path, str, np.ndarray]]]:
+        """Images that are presented at one size, in order; those that cannot be read are recorded as failed."""
+        group: list[tuple[Path, str, np.ndarray]] = []
+        for path, stem in images.items():
+            assert isinstance(path, Path)
+            try:
+                image = np.asarray(read_image(path, self.config.max_pixels))
+            except Exception as error:  # Pillow raises a dozen kinds for a damaged file
+                _, _, reason = describe_failure(path, error).rpartition(": ")
+                self.failed.append({"image": str(path), "reason": reason})
+                continue
+            full = len(group) == self.config.batch_size or (
+                sum(other.size for _, _, other in group) + image.size > 3 * MOST_BATCH_PIXELS
+            )
+            if group and (full or self._presented(group[0][2]) != self._presented(image)):
+                yield group
+                group = []
+            group.append((path, stem, image))
+        if group:
+            yield group
+
+    def _presented(self, image: np.ndarray) -> tuple[int, int]:
+        return fitted_size((image.shape[0], image.shape[1]), self.wanted)
+
+    def _depths(self, images: list[np.ndarray]) -> list[np.ndarray]:
+        size, flip, tiles = self.config.image_size, self.config.flip_average, self.config.tiles
+        if tiles > 1:
+            return [predict_image(self.model, image, size, flip, tiles) for image in images]
+        return predict_images(self.model, images, size, flip)
+
+    def _write(
+        self, stem: str, path: Path | None, image: np.ndarray, depth: np.ndarray, formats: Iterable[Format]
+    ) -> dict[str, Any]:
+        """Write the files of one image or frame; what to report of it."""
+        place = self.output / stem
+        kind = "" if self.metric else "_disparity"
+        entry: dict[str, Any] = {"unit": "m" if self.metric else "inverse depth up to scale and shift"}
+        if self.metric:
+            entry |= {
                 "nearest_m": float(depth.min()),
                 "median_m": float(np.median(depth)),
                 "farthest_m": float(depth.max()),
-                "saturated_pixels": saturated,
             }
-        )
+        camera: Intrinsics | None = None
+        for name in formats:
+            if name == "npy":
+                write_whole(place.with_name(f"{place.name}{kind}.npy"), npy_bytes(depth))
+            elif name == "pfm":
+                write_whole(place.with_name(f"{place.name}{kind}.pfm"), pfm_bytes(depth))
+            elif name == "png":
+                content, entry["saturated_pixels"] = png_bytes(depth, self.config.png_scale)
+                unit = "mm" if self.config.png_scale == MILLIMETRE else "depth"
+                write_whole(place.with_name(f"{place.name}_{unit}.png"), content)
+            elif name == "colour" and self.metric:
+                picture = depth_map(_thinned(depth), *self.limits, place.name)
+                save_figure(picture, place.with_name(f"{place.name}_colour.png"))
+            elif name in ("colour", "side"):
+                shown = _thinned(depth)
+                limits = self.limits if self.metric else (float(shown.min()), float(shown.max()))
+                picture = paint(shown, limits, not self.metric)
+                picture = picture if name == "colour" else self._beside(_thinned(image), picture, limits)
+                encoded = cv2.imencode(".png", np.ascontiguousarray(picture[..., ::-1]))[1]
+                write_whole(place.with_name(f"{place.name}_{name}.png"), encoded.tobytes())
+            else:
+                camera = camera or camera_for(self.config.camera, path, (depth.shape[0], depth.shape[1]))
+                entry["camera"] = asdict(camera)
+                make, end = (point_cloud, ".ply") if name == "ply" else (mesh, "_mesh.ply")
+                write_whole(place.with_name(f"{place.name}{end}"), make(image, depth, camera))
+        return entry
 
-    report = {
-        "model": str(config.model),
-        "colour_range_m": [config.colour_near, far],
-        "predicted": written,
-        "failed": failed,
-    }
-    write_whole(output / "predictions.json", (json.dumps(report, indent=1) + "\n").encode())
-    for failure in failed:
-        console.print(
-            f"skipped {failure['image']}: {failure['reason']}",
-            style="yellow",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
-    if "depth" in model.head.outputs:
-        what = f".npy in metres, _mm.png in millimetres, _colour.png from {config.colour_near:g} to {far:g} m"
-    else:
-        what = "_disparity.npy up to scale and shift, no metres"
-    console.print(
-        f"{len(written)} of {len(images)} images predicted into {output}: {what}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
-    if saturated := sum(entry.get("saturated_pixels", 0) for entry in written):
-        console.print(
-            f"{saturated} pixels are at 65.535 m or beyond: in _mm.png they are 65535, .npy has their depth"
-        )
-    return 0 if written else 1
+    def _beside(self, image: np.ndarray, picture: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
+        """An image and the colours of its depth, with what they mean if that is metres."""
+        return np.hstack([image, picture, *([legend(len(image), limits)] if self.metric else [])])
+
+    def predict_video(self, source: Path | int, stem: str) -> Iterator[tuple[int, int | None]]:
+        """Predict and write a video; yields how many frames were done and how many there should be, if that is known.
+
+        After Ctrl-C the videos of depth so far are whole, and the record says how many frames they have.
+        """
+        try:
+            frames = VideoFrames(source)
+        except VideoError as error:
+            self.failed.append({"image": str(source), "reason": str(error)})
+            return
+        config, most = self.config, self.config.frames
+        total = min((n for n in (frames.announced, most) if n is not None), default=None)
+        follow = config.video_range == "smooth" or not self.metric
+        colours = ColourRange(None if follow else self.limits, frames.rate)
+        entry: dict[str, Any] = {
+            "video": str(source),
+            "output": stem,
+            "frames": 0,
+            "frames_announced": frames.announced,
+            "frames_per_second": frames.rate,
+            "colour_range": "smooth" if follow else "fixed",
+            "files": [],
+        }
+        self.videos.append(entry)
+        each: list[Format] = [name for name in self.video_formats if name not in ("colour", "side")]
+        writers = {
+            name: VideoWriter(self.output / f"{stem}_{name}", frames.rate)
+            for name in self.video_formats
+            if name in ("colour", "side")
+        }
+        try:
+            with ExitStack() as stack:
+                for writer in writers.values():
+                    stack.enter_context(writer)
+                for group in _groups(frames, 1 if isinstance(source, int) else config.batch_size, most):
+                    for image, depth in zip(group, self._depths(group), strict=True):
+                        limits = colours.next(depth)
+                        picture = paint(depth, limits, not self.metric)
+                        for name, writer in writers.items():
+                            both = name == "side"
+                            writer.write(self._beside(image, picture, limits) if both else picture)
+                        if each:
+                            self._write(f"{stem}_frames/{entry['frames']:06d}", None, image, depth, each)
+                        entry["frames"] += 1
+                    yield len(group), total
+        finally:
+            frames.close()
+            entry["files"] = [writer.path.name for writer in writers.values() if writer.path is not None]
+        if total is not None and entry["frames"] < total:
+            entry["ends_early"] = (
+                f"{entry['frames']} of {total} frames could be decoded, the rest is damaged or missing"
+            )
+
+    def tell(self, console: Console, images: dict, videos: dict, interrupted: bool) -> None:
+        """Print what was written and what was not."""
+        for failure in self.failed:
+            say(console, f"skipped {failure['image']}: {failure['reason']}", "yellow")
+        if images:
+            done = ", ".join(self.image_formats)
+            unit = f"in metres, colours from {self.limits[0]:g} to {self.limits[1]:g} m"
+            unit = unit if self.metric else "up to scale and shift, no metres"
+            say(
+                console,
+                f"{len(self.written)} of {len(images)} images predicted into {self.output}: {done}; {unit}",
+            )
+        for video in self.videos:
+            say(
+                console,
+                f"{video['frames']} frames of {video['video']}: {', '.join(video['files'])} in {self.output}",
+            )
+            if "ends_early" in video:
+                say(console, f"{video['video']} ends early: {video['ends_early']}", "yellow")
+        if saturated := sum(entry.get("saturated_pixels", 0) for entry in self.written):
+            far = 65535 * self.config.png_scale
+            say(
+                console,
+                f"{saturated} pixels are at {far:g} m or beyond: in PNG they are 65535, .npy has their depth",
+            )
+        assumed = sum(entry.get("camera", {}).get("assumed", False) for entry in self.written)
+        if assumed or (
+            self.videos and self.config.camera is None and {"ply", "mesh"} & set(self.video_formats)
+        ):
+            what = f"of {assumed} images " if assumed else ""
+            say(
+                console,
+                f"the camera {what}is not known, 60 degrees of view along the long side were ASSUMED: point clouds are"
+                " stretched where that is wrong; give --camera",
+                "yellow",
+            )
+        if interrupted:
+            say(console, "interrupted: what was written is whole, predictions.json says what it is", "yellow")
 
 
-def write_relative(stem: Path, disparity: np.ndarray) -> dict[str, object]:
-    """Write inverse depth [H, W] without scale and shift as STEM_disparity.npy and a picture; what to report of it."""
-    array = io.BytesIO()
-    np.save(array, disparity)
-    write_whole(stem.with_name(f"{stem.name}_disparity.npy"), array.getvalue())
-    low, high = float(disparity.min()), float(disparity.max())
-    colours = colourise(1 + (high - disparity) / max(high - low, 1e-12), 1.0, 2.0)
-    picture = cv2.imencode(".png", np.ascontiguousarray(colours[..., ::-1]))[1]
-    write_whole(stem.with_name(f"{stem.name}_colour.png"), picture.tobytes())
-    return {"size": list(disparity.shape), "unit": "inverse depth up to scale and shift"}
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """Print one line of text as it is, if there is any."""
+    if text:
+        console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
-def predict_image(
-    model: DepthModel,
-    image: np.ndarray,
-    image_size: tuple[int, int] | None = None,
-    flip_average: bool = False,
-) -> np.ndarray:
-    """Predict depth [H, W] [m] float32 for an image, uint8 [H, W, 3], of any size; inverse depth without metres.
+def is_video(source: Path | int) -> bool:
+    """Whether an input is a camera, or by its extension a video."""
+    return isinstance(source, int) or source.suffix.lower() in VIDEO
 
-    The image is presented at the size the model was trained at. If it has other proportions they are kept and the
-    long sides are matched, so a photo held upright is seen as large as one held across. The depth is resized back
-    bilinearly.
+
+def _thinned(values: np.ndarray) -> np.ndarray:
+    """Every n-th row and column, such that the long side is at most `LONGEST_PICTURE`."""
+    step = -(-max(values.shape[:2]) // LONGEST_PICTURE)
+    return values[::step, ::step]
+
+
+def _groups(frames: Iterable[np.ndarray], size: int, most: int | None) -> Iterator[list[np.ndarray]]:
+    """Lists of `size` frames, the last one shorter; `most` frames in all."""
+    group: list[np.ndarray] = []
+    for count, frame in enumerate(frames, 1):
+        group.append(frame)
+        last = count == most
+        if len(group) == size or last:
+            yield group
+            group = []
+        if last:
+            return
+    if group:
+        yield group
+
+
+def find_inputs(text: str, output: Path) -> dict[Path | int, str]:
+    """What an input names: images, videos, the index of a camera; each with the stem of its outputs.
+
+    See `output_stems`.
     """
-    transform = transform_of(model, image_size)
-    size = fitted_size((image.shape[0], image.shape[1]), transform.image_size)
-    prepared = transform_of(model, size).prepare(image)
-    plain = Protocol(
-        "predict", "", model.depth_range.min_depth, model.depth_range.max_depth, flip_average=flip_average
-    )
-    depth = torch.from_numpy(predict_depth(model, prepared[None], plain))[None]
-    return (
-        F.interpolate(depth, size=image.shape[:2], mode="bilinear", align_corners=False)[0, 0].float().numpy()
-    )
-
-
-def fitted_size(image: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int]:
-    """The size (H, W) to present an image of `image` (H, W) at: `wanted`, or its long side at the image's
-    proportions.
-
-    Proportions within 1 % count as equal, so that 640x480 at 192x144 is not turned into 192x143 by rounding.
-    """
-    stretch = (wanted[0] / image[0]) / (wanted[1] / image[1])
-    if abs(stretch - 1) <= 0.01:
-        return wanted
-    scale = max(wanted) / max(image)
-    return max(1, round(image[0] * scale)), max(1, round(image[1] * scale))
-
-
-def to_millimetres(depth: np.ndarray) -> tuple[np.ndarray, int]:
-    """Depth [m] as uint16 millimetres, and how many pixels are too far for that and were set to 65535.
-
-    Values that are not finite become 0, which readers of such files take for no reading.
-    """
-    millimetres = np.rint(np.nan_to_num(depth.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0) * 1000)
-    return millimetres.clip(0, MOST_MM).astype(np.uint16), int((millimetres >= MOST_MM).sum())
+    if text.isdecimal() and not Path(text).exists():
+        return {int(text): f"camera_{text}"}
+    return {**output_stems(text, output)}
 
 
 def output_stems(source: str | Path, output: Path) -> dict[Path, str]:
-    """Find the images and decide, for each, the path inside the output folder that its files are named after.
+    """Find images and videos and decide, for each, the path inside the output folder that its files are named after.
 
-    Subfolders are kept, and the extension is dropped unless another image of the folder has the same name without it,
-    so no two images share a name. Images inside `output` (of an earlier prediction) are left out.
+    Subfolders are kept, and the extension is dropped unless another file of the folder has the same name without it,
+    so no two share a name. What is inside `output` (of an earlier prediction) is left out.
 
     Raises:
-        ValueError: A video, nothing there, or no image in it.
+        ValueError: Nothing there, or no image and no video in it.
     """
     source = Path(source)
-    if source.suffix.lower() in VIDEO:
-        raise ValueError(
-            f"{source} is a video, which this command does not read: extract its frames into a folder and give that"
-        )
     if source.is_file() and source.suffix.lower() != ".txt":
         return {source: source.stem}
     inside = output.resolve()
-    absolute = {os.path.abspath(path): path for path in list_images(source)}  # a list may name a file twice
+    absolute = {os.path.abspath(path): path for path in _listed(source)}  # a list may name a file twice
     images = {name: path for name, path in absolute.items() if inside not in path.resolve().parents}
     if not images:
         raise ValueError(
-            f"{source} holds no image outside the output folder {output}: choose another output folder."
+            f"{source} holds no image and no video outside the output folder {output}: choose another output folder."
         )
     folders = [os.path.dirname(name) for name in images]
     root = os.path.abspath(source) if source.is_dir() else os.path.commonpath(folders)
@@ -255,6 +448,30 @@ def output_stems(source: str | Path, output: Path) -> dict[Path, str]:
     if len(set(chosen)) < len(chosen):  # a.jpg and a.png beside a.jpg.png
         chosen = names
     return {path: name.as_posix() for path, name in zip(images.values(), chosen, strict=True)}
+
+
+def _listed(source: Path) -> list[Path]:
+    """The files of a folder, list or pattern; ValueError if there are none."""
+    if not source.exists() and re.search(r"[*?\[]", str(source)):
+        fitting = [Path(name) for name in sorted(glob.glob(str(source), recursive=True))]
+        found = [path for path in fitting if path.suffix.lower() in (*IMAGE, *VIDEO) and path.is_file()]
+        if not found:
+            raise ValueError(f"no image and no video fits {source}: check the pattern, and put it in quotes")
+        return found
+    videos: list[Path] = []
+    if source.is_dir():
+        videos = sorted(
+            Path(folder, name)
+            for folder, names in walk(source)
+            for name in names
+            if Path(name).suffix.lower() in VIDEO
+        )
+    try:
+        return [*list_images(source), *videos]
+    except ValueError:
+        if not videos:
+            raise
+        return videos
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 
 from finetune import DepthModel
+from finetune.depth_data.depth_files import read_depth_file
 from finetune.figures import colourise, depth_map, save_figure, shortened
-from finetune.predict import fitted_size, main, output_stems, predict_image, to_millimetres
+from finetune.predict import main, output_stems, predict_image
+from finetune.whole_images import fitted_size
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +158,53 @@ def test_options(model: Path, tmp_path: Path) -> None:
     assert report["colour_range_m"] == [0.0, 5.0]
 
 
+def test_every_format(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = photo(tmp_path / "x.png"), tmp_path / "out"
+    formats = "[npy,pfm,png,colour,side,ply,mesh]"
+    assert run(model, source, out, "--formats", formats, "--png_scale", "0.002", "--tiles", "2") == 0
+    names = [
+        "predictions.json",
+        "x.npy",
+        "x.pfm",
+        "x.ply",
+        "x_colour.png",
+        "x_depth.png",
+        "x_mesh.ply",
+        "x_side.png",
+    ]
+    assert sorted(path.name for path in out.iterdir()) == names
+    depth = np.load(out / "x.npy")
+    np.testing.assert_array_equal(read_depth_file(out / "x.pfm"), depth)
+    np.testing.assert_allclose(read_depth_file(out / "x_depth.png"), depth, atol=0.00101)
+    side = cv2.imread(str(out / "x_side.png"))
+    np.testing.assert_array_equal(side[:, :40], cv2.imread(str(source)))
+    assert side.shape == (30, 40 + 40 + 72, 3)
+    report = json.loads((out / "predictions.json").read_text())
+    assert report["predicted"][0]["camera"]["assumed"]
+    assert "60 degrees of view along the long side were ASSUMED" in " ".join(capsys.readouterr().out.split())
+    assert b"element vertex 1200\n" in (out / "x.ply").read_bytes()
+    assert run(model, source, out, "--formats", "[ply]", "--camera", "50") == 0
+    assert "ASSUMED" not in capsys.readouterr().out
+    assert b"fx 42.9 px, 50 degrees across, the stated field of view" in (out / "x.ply").read_bytes()
+
+
+def test_images_of_one_size_go_together_and_come_out_the_same(model: Path, tmp_path: Path) -> None:
+    for number, size in enumerate([(30, 40), (30, 40), (40, 30), (30, 40), (30, 40), (60, 80)]):
+        photo(tmp_path / "photos" / f"{number}.png", *size, seed=number)
+    assert run(model, tmp_path / "photos", tmp_path / "one", "--batch_size", "1", "--formats", "[npy]") == 0
+    assert run(model, tmp_path / "photos", tmp_path / "four", "--batch_size", "4", "--formats", "[npy]") == 0
+    for number in range(6):
+        one, four = (np.load(tmp_path / name / f"{number}.npy") for name in ("one", "four"))
+        np.testing.assert_allclose(one, four, rtol=1e-4)
+
+
+def test_images_of_too_many_pixels_are_not_read(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(model, photo(tmp_path / "x.png"), tmp_path / "out", "--max_pixels", "1000") == 1
+    assert "40 x 30 pixels are more than max_pixels = 1000" in " ".join(capsys.readouterr().out.split())
+
+
 def test_flip_average_of_an_image_and_its_mirror_agree(model: Path) -> None:
     from finetune import load_depth_model
 
@@ -183,17 +232,13 @@ def test_proportions_are_kept(
     assert fitted_size(image, wanted) == expected
 
 
-def test_millimetres_saturate_and_say_so() -> None:
-    depth = np.array([[0.0004, 0.0006, 1.2343, 65.534, 65.535, 70.0, np.nan]], np.float32)
-    millimetres, saturated = to_millimetres(depth)
-    assert millimetres.tolist() == [[0, 1, 1234, 65534, 65535, 65535, 0]]
-    assert saturated == 2
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--input", "{tmp}/clip.mp4"], "is a video"),
+        (["--input", "{tmp}/*.tif"], "no image and no video fits"),
+        (["--camera", "lens"], "camera 'lens' is neither nyu"),
+        (["--camera", "500"], "field of view is between 1 and 170"),
+        (["--formats", "[ply,stl]"], "formats"),
         (["--input", "{tmp}/nothing"], "there is no image folder"),
         (["--input", "{tmp}/empty"], "no image in"),
         (["--model", "{tmp}"], "is not a depth model"),
@@ -206,7 +251,6 @@ def test_user_errors_are_sentences(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     photo(tmp_path / "x.png")
-    (tmp_path / "clip.mp4").touch()
     (tmp_path / "empty").mkdir()
     given = [argument.format(tmp=tmp_path) for argument in arguments]
     with pytest.raises(SystemExit, match="2"):

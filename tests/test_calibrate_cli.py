@@ -1,0 +1,148 @@
+"""tools/calibrate.py: points, pairs and cameras; and that prediction applies what it found."""
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from finetune import DepthModel, load_depth_model
+from finetune.predict import main as predict
+from finetune.whole_images import predict_image
+from tests.depth_world import make_depth_world
+from tools.calibrate import main
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data and two models, one of them without metres."""
+    root = tmp_path_factory.mktemp("calibrate")
+    make_depth_world(root / "data")
+    torch.manual_seed(0)
+    DepthModel("test_resnet", head="linear", image_size=(48, 64)).save(root / "metric")
+    relative = DepthModel("test_resnet", head="fusion", width=8, image_size=(48, 64))
+    torch.nn.init.normal_(relative.head.core.relative.weight, std=3.0)  # so that it says something
+    relative.save(root / "relative")
+    return root
+
+
+def run(world: Path, *options: str, model: str = "metric") -> None:
+    main([f"--model={world / model}", "--device=cpu", *options])
+
+
+def image_of(world: Path) -> Path:
+    return world / "data" / "val_scene" / "rgb_0000.png"
+
+
+def test_points_scale_what_predict_writes(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = image_of(world)
+    predicted = predict_image(load_depth_model(world / "metric"), cv2.imread(str(image))[..., ::-1].copy())
+    places = [(5, 40), (60, 3), (31, 24)]
+    points = "; ".join(f"{x},{y},{2.5 * predicted[y, x]}" for x, y in places)
+    run(world, f"--image={image}", f"--points={points}", f"--output={tmp_path / 'model'}")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "3 known distances in rgb_0000.png" in printed
+    assert "mean relative error before: 0.600" in printed  # (2.5 - 1) / 2.5
+    assert "of what was left out of the fit: 0.000" in printed
+    assert predict([f"--model={tmp_path / 'model'}", f"--input={image}", f"--output={tmp_path / 'out'}"]) == 0
+    np.testing.assert_allclose(np.load(tmp_path / "out" / "rgb_0000.npy"), 2.5 * predicted, rtol=1e-4)
+    report = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert report["calibration"]["space"] == "log_depth"
+    assert report["colour_range_m"][1] == pytest.approx(25.0)
+    assert "calibration" not in json.loads((world / "metric" / "config.json").read_text())
+
+    # once more, from a file, in place: the earlier calibration is neither kept nor multiplied
+    (tmp_path / "points.csv").write_text(f"image,x,y,metres\n{image},5,40,{3 * predicted[40, 5]}\n")
+    main(
+        [
+            f"--model={tmp_path / 'model'}",
+            f"--points={tmp_path / 'points.csv'}",
+            "--in_place=true",
+            "--device=cpu",
+        ]
+    )
+    assert "takes the place of: calibrated" in capsys.readouterr().out
+    again = load_depth_model(tmp_path / "model").calibration
+    assert again is not None
+    assert again.shift == pytest.approx(np.log(3))
+
+
+def test_pairs_give_metres_to_a_head_without(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = [f"--data.root={world / 'data'}", "--data.list=nyu_train.txt", "--pairs=4"]
+    run(world, *data, f"--output={tmp_path / 'metric'}", "--fit=scale_shift", "--space=depth")
+    try:
+        run(world, *data, f"--output={tmp_path / 'relative'}", model="relative")
+    except SystemExit:  # random weights may take near for far, which no scale above 0 mends
+        assert "no scale above 0 fits" in capsys.readouterr().err
+        return
+    model = load_depth_model(tmp_path / "relative")
+    assert model.outputs == ("disparity_affine", "depth")
+    assert (
+        predict(
+            [f"--model={tmp_path / 'relative'}", f"--input={image_of(world)}", f"--output={tmp_path / 'o'}"]
+        )
+        == 0
+    )
+    assert np.load(tmp_path / "o" / "rgb_0000.npy").min() > 0
+
+
+def test_a_longer_lens_sees_things_nearer_than_they_are(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "phone.json").write_text(
+        json.dumps({"fx": 3000, "fy": 3000, "cx": 0, "cy": 0, "width": 3000, "height": 4000})
+    )
+    run(world, f"--camera={tmp_path / 'phone.json'}", f"--output={tmp_path / 'model'}")
+    found = load_depth_model(tmp_path / "model").calibration
+    assert found is not None
+    assert found.scale == pytest.approx((3000 / 4000) / (518.858 / 640))
+    assert found.max_depth == pytest.approx(10 * found.scale)
+
+
+@pytest.mark.parametrize(
+    ("options", "model", "message"),
+    [
+        (["--points=1,1,2"], "metric", "does not say in which image"),
+        (["--points=1,1", "--image={image}"], "metric", "point 1 of 1,1 is not x, y and metres"),
+        (["--points=;", "--image={image}"], "metric", "hold no known distance"),
+        (["--points=64,1,2", "--image={image}"], "metric", "lies outside"),
+        (["--points=1,1,-2", "--image={image}"], "metric", "distances are above 0"),
+        (["--points=1,1,1; 2,2,9", "--image={image}"], "metric", "2 of 2 points contradict"),
+        (
+            ["--points=1,1,2", "--image={image}", "--fit=scale_shift"],
+            "metric",
+            "two known distances at least",
+        ),
+        (["--points=1,1,2", "--image={image}", "--fit=scale"], "relative", "needs scale and shift"),
+        (["--points=1,1,2; 3,3,3", "--image={image}", "--space=depth"], "relative", "space disparity"),
+        (["--points=1,1,2", "--image={image}x"], "metric", "give one that can be read"),
+        (["--points=gone.csv"], "metric", "no file of points"),
+        (["--camera=nyu"], "relative", "gives no metres to correct"),
+        (
+            ["--camera=nyu", "--data.root={image}"],
+            "metric",
+            "one of points, data.root and camera must be given",
+        ),
+        (["--camera=nyu", "--in_place=true"], "metric", "in_place true instead"),
+        (["--data.root={data}", "--data.list=nyu_val.txt"], "metric", "has 2 pairs, 10 were asked for"),
+    ],
+)
+def test_bad_input_is_a_sentence_and_writes_nothing(
+    world: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    model: str,
+    message: str,
+) -> None:
+    given = [option.format(image=image_of(world), data=world / "data") for option in options]
+    with pytest.raises(SystemExit, match="2"):
+        run(world, *given, f"--output={tmp_path / 'model'}", model=model)
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ")
+    assert message in errors
+    assert not (tmp_path / "model").exists()
