@@ -355,6 +355,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 description="kitti-garg-full with the crop of Eigen et al. 2014 instead, as Godard et al. 2017 wrote it"
                 " in shares.",
                 tables="Eigen et al. and tables that say Eigen crop",
+                sees="frame",
                 crop_shares=(0.3324324, 0.91351351, 0.0359477, 0.96405229),
             ),
             _KITTI,
