@@ -135,6 +135,30 @@ def test_ibims_zoedepth(model: Path, ibims: Path, tmp_path: Path) -> None:
     assert results["settings"]["flip_average"]
 
 
+def test_pixels_without_a_prediction_are_left_out_of_ibims_and_told(
+    ibims: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = open_depth_data(ibims)
+    for sample in (data[0], data[1]):
+        depth = sample.metres.copy()
+        depth[100:110, 300:320], depth[200, 300:310] = np.nan, -1
+        depth[depth == 0] = 5  # of the hole
+        np.save(tmp_path / f"{sample.name}.npy", depth)
+    main(
+        [
+            *("--predictions", str(tmp_path), "--data.root", str(ibims), "--protocol", "ibims-official"),
+            *("--output", str(tmp_path / "r.json")),
+        ]
+    )
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert results["unpredicted_pixels"] == 2 * 210
+    assert (results["nonfinite_pixels"], results["nonpositive_pixels"]) == (400, 20)
+    assert results["metrics"]["rmse"] == 0
+    said = capsys.readouterr().out
+    assert "420 pixels without a prediction above 0 were left out" in said
+    assert "scored as" not in said
+
+
 def test_ibims_needs_its_geometry(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write.write_ibims(tmp_path / "ibims", 1, geometry=False)
     with pytest.raises(SystemExit, match="2"):
@@ -158,7 +182,7 @@ def test_redweb(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("protocol", ["nyu-wkdr", "nyu-wkdr-sampled"])
-def test_wkdr(model: Path, tmp_path: Path, protocol: str) -> None:
+def test_wkdr(model: Path, tmp_path: Path, protocol: str, capsys: pytest.CaptureFixture[str]) -> None:
     if protocol == "nyu-wkdr":
         root, where = write.write_nyu_pairs(tmp_path / "nyu"), ["--data.list", "points.csv"]
     else:
@@ -166,9 +190,11 @@ def test_wkdr(model: Path, tmp_path: Path, protocol: str) -> None:
     chosen = run(model, root, protocol, tmp_path / "val.json", *where)
     threshold = chosen["wkdr_threshold"]["value"]
     assert 0.11 <= threshold <= 1.5
+    assert f"points {threshold:g}, chosen on these very images" in capsys.readouterr().out
     given = run(model, root, protocol, tmp_path / "test.json", *where, "--threshold", str(threshold))
     assert given["metrics"] == chosen["metrics"]
     assert "wkdr_threshold" not in given
+    assert "chosen" not in capsys.readouterr().out
     data = open_depth_data(root, where[1])
     if protocol == "nyu-wkdr":  # read at the points, with the border continued from what the model was shown
         sample = data[0]

@@ -138,11 +138,17 @@ def compare(base: dict[str, Any], other: dict[str, Any]) -> list[dict[str, Any]]
                 "images": len(differences),
                 "images_better": better,
                 "images_worse": changed - better,
-                "wilcoxon_p": float(wilcoxon(differences).pvalue) if changed else 1.0,
+                "wilcoxon_p": wilcoxon_p(differences) if changed else 1.0,
                 "sign_p": float(binomtest(better, changed).pvalue) if changed else 1.0,
             }
         )
     return compared
+
+
+def wilcoxon_p(differences: np.ndarray) -> float:
+    """p value of Wilcoxon's signed-rank test, two-sided."""
+    _, p = wilcoxon(differences)
+    return float(p)
 
 
 def per_image(base: dict[str, Any], other: dict[str, Any], name: str) -> np.ndarray:
