@@ -1,6 +1,7 @@
 """finetune/evaluate.py on KITTI, iBims-1, ReDWeb and pairs of NYU as they lie on disk."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -220,13 +221,15 @@ def test_data_without_what_a_protocol_needs(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = write.write_redweb(tmp_path / "redweb", 1)
-    for protocol, message in (
-        ("nyu-wkdr", "no relations of points"),
-        ("ibims-official", "no depth in metres"),
+    sync = write.write_sync(tmp_path / "sync", 1, 1)
+    for data, protocol, message in (
+        ([str(sync), "--data.list", "nyu_val.txt"], "nyu-wkdr", "no relations of points .*nyu-wkdr-sampled"),
+        ([str(root)], "nyu-wkdr", "protocol nyu-wkdr is of nyu, and this is redweb"),
+        ([str(root)], "ibims-official", "protocol ibims-official is of ibims, and this is redweb"),
     ):
         with pytest.raises(SystemExit, match="2"):
-            run(model, root, protocol, tmp_path / "r.json")
-        assert message in capsys.readouterr().err
+            run(model, Path(data[0]), protocol, tmp_path / "r.json", *data[1:])
+        assert re.search(message, capsys.readouterr().err)
     with pytest.raises(SystemExit, match="2"):
         run(model, root, "redweb", tmp_path / "r.json", "--figures", str(tmp_path / "figures"))
     assert "no maps to draw" in capsys.readouterr().err
