@@ -35,7 +35,7 @@ from spark.run import one_line_errors
 DESCRIPTION = """Evaluate depth predictions (of a model, a folder or a baseline) on RGB-D pairs under named protocols:
 print a table, and write it with every setting and the metrics of every image to the output file."""
 
-BENCHMARKS: dict[Kind, str] = {
+BENCHMARKS: dict[str, str] = {
     "nyu_labeled": "nyu",
     "nyu_sync": "nyu",
     "nyu_pairs": "nyu",
@@ -163,7 +163,10 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     protocols = asked_protocols(config)
     if config.figures and len(protocols) == 1 and protocols[0].family == "relations":
         raise ValueError(f"protocol {protocols[0].name} has no maps to draw: leave figures out")
-    sets = {depth: open_data(config, depth) for depth in sorted({protocol.depth for protocol in protocols})}
+    sets: dict[str, DepthSet] = {}
+    for protocol in protocols:
+        if protocol.depth not in sets:
+            sets[protocol.depth] = open_data(config, protocol.depth)
     if len(set(map(repr, sets.values()))) == 1:  # layouts that have one kind of depth alone
         sets = dict.fromkeys(sets, next(iter(sets.values())))
     data = next(iter(sets.values()))
@@ -248,9 +251,7 @@ def open_source(config: EvaluationConfig, data: DepthSet, protocols: Sequence[Pr
     """
     if config.model is not None:
         model = load_depth_model(config.model, config.encoder_name).to(chosen_device(config.device))
-        return ModelSource(
-            model, transform_of(model, config.image_size), protocols, {"model": str(config.model)}
-        )
+        return ModelSource(model, transform_of(model, config.image_size), {"model": str(config.model)})
     if config.predictions is not None:
         return FolderSource(
             config.predictions, data, scale=config.scale, holds=config.holds, missing=config.missing
@@ -323,10 +324,13 @@ def print_results(console: Console, every: Sequence[dict[str, Any]], left_out: d
         print_one(console, every[0])
     else:
         print_side_by_side(console, every)
+    said: dict[str, list[str]] = {}
     for results in every:
-        name = f"{results['protocol']}: " if len(every) > 1 else ""
         for sentence in reservations(results):
-            console.print(f"{name}{sentence}", highlight=False, markup=False, soft_wrap=True)
+            said.setdefault(sentence, []).append(results["protocol"])
+    for sentence, names in said.items():
+        of = f"{', '.join(names)}: " if len(names) < len(every) else ""
+        console.print(f"{of}{sentence}", highlight=False, markup=False, soft_wrap=True)
     for name, reason in left_out.items():
         console.print(
             f"{name} left out: {reason}", style="dim", highlight=False, markup=False, soft_wrap=True

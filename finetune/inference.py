@@ -100,7 +100,7 @@ def score(
 ) -> tuple[dict[str, Any], list[Triptych]]:
     """Evaluate a model under one protocol; see `score_all`. The model sees each image, or what the protocol shows of
     it, at the size of `transform`."""
-    source = ModelSource(model, transform, [protocol], {})
+    source = ModelSource(model, transform, {})
     return score_all(source, [data], [protocol], batch_size=batch_size, workers=workers, draw=draw)[0]
 
 
@@ -142,7 +142,7 @@ def score_all(
     evaluators = [evaluator_of(protocol, skip_empty=True) for protocol in protocols]
     unique = list({id(data): data for data in sets}.values())
     place = [next(i for i, one in enumerate(unique) if one is data) for data in sets]
-    prepared = _Prepared(unique, source)
+    prepared = _Prepared(unique, source, protocols)
     chosen = range(len(unique[0])) if indices is None else indices
     drawn = set(np.linspace(0, len(chosen) - 1, min(draw, len(chosen))).round().astype(int).tolist())
     rows: list[list[Triptych]] = [[] for _ in protocols]
@@ -206,8 +206,8 @@ class _Prepared(Dataset):
     """Samples of several data sets with what the source of predictions needs of them; an unreadable one comes as its
     error (raised in a worker it is a traceback)."""
 
-    def __init__(self, sets: Sequence[DepthSet], source: Source) -> None:
-        self.sets, self.prepare = sets, source.prepare
+    def __init__(self, sets: Sequence[DepthSet], source: Source, protocols: Sequence[Protocol]) -> None:
+        self.sets, self.source, self.protocols = sets, source, protocols
 
     def __len__(self) -> int:
         return len(self.sets[0])
@@ -215,7 +215,7 @@ class _Prepared(Dataset):
     def __getitem__(self, index: int) -> tuple[list[DepthSample], Any] | DepthFileError:
         try:
             samples = [data[index] for data in self.sets]
-            return samples, self.prepare(samples[0])
+            return samples, self.source.prepare(samples[0], self.protocols)
         except DepthFileError as error:
             return error
         except ValueError as error:

@@ -73,8 +73,8 @@ class Source(ABC):
         """ValueError where it gives nothing that `protocol` can score, with what to do."""
 
     @abstractmethod
-    def prepare(self, sample: DepthSample) -> Any:
-        """What is needed of a sample; pickled if the loader has processes."""
+    def prepare(self, sample: DepthSample, protocols: Sequence[Protocol]) -> Any:
+        """What is needed of a sample to predict it under `protocols`; pickled if the loader has processes."""
 
     @abstractmethod
     def predict(self, prepared: Sequence[Any], protocols: Sequence[Protocol]) -> list[list[Prediction]]:
@@ -87,29 +87,21 @@ class ModelSource(Source):
     Args:
         model: The model.
         transform: Size and normalisation that it was trained with.
-        protocols: All that will be asked for.
         about: What results say of it.
     """
 
-    def __init__(
-        self,
-        model: DepthModel,
-        transform: EvalTransform,
-        protocols: Sequence[Protocol],
-        about: dict[str, Any],
-    ) -> None:
+    def __init__(self, model: DepthModel, transform: EvalTransform, about: dict[str, Any]) -> None:
         self.model, self.transform = model, transform
         self.about = {**about, "image_size": list(transform.image_size)}
-        self.shown = {_part(protocol): protocol for protocol in protocols}
 
     def check(self, protocol: Protocol) -> None:
         """See `check_protocol`."""
         check_protocol(self.model, protocol)
 
-    def prepare(self, sample: DepthSample) -> list[Tensor]:
+    def prepare(self, sample: DepthSample, protocols: Sequence[Protocol]) -> list[Tensor]:
         """Network input of each part of the image that a protocol shows. ValueError: the image is too small."""
         inputs = []
-        for protocol in self.shown.values():
+        for protocol in _parts(protocols).values():
             top, bottom, left, right = protocol.seen_at((sample.image.shape[0], sample.image.shape[1]))
             inputs.append(self.transform.prepare(np.ascontiguousarray(sample.image[top:bottom, left:right])))
         return inputs
@@ -117,7 +109,7 @@ class ModelSource(Source):
     def predict(self, prepared: Sequence[Any], protocols: Sequence[Protocol]) -> list[list[Prediction]]:
         """One forward for each part of the images that a protocol shows, and one of its mirror image if asked."""
         by_part = {}
-        for number, part in enumerate(self.shown):
+        for number, part in enumerate(_parts(protocols)):
             asking = [protocol for protocol in protocols if _part(protocol) == part]
             wanted = {gives_inverse(self.model, protocol) for protocol in asking}
             images = torch.stack([inputs[number] for inputs in prepared])
@@ -138,6 +130,10 @@ class ModelSource(Source):
             ]
             for index in range(len(prepared))
         ]
+
+
+def _parts(protocols: Sequence[Protocol]) -> dict[tuple[str, float], Protocol]:
+    return {_part(protocol): protocol for protocol in protocols}
 
 
 def _part(protocol: Protocol) -> tuple[str, float]:
@@ -257,7 +253,7 @@ class FolderSource(Source):
                 " nyu-affine, which fits scale and shift of each image"
             )
 
-    def prepare(self, sample: DepthSample) -> tuple[bool, np.ndarray]:
+    def prepare(self, sample: DepthSample, protocols: Sequence[Protocol]) -> tuple[bool, np.ndarray]:
         """Read the prediction of a sample.
 
         Raises:
@@ -294,7 +290,7 @@ class BaselineSource(Source):
     def check(self, protocol: Protocol) -> None:
         """Metres can be scored by anything."""
 
-    def prepare(self, sample: DepthSample) -> None:
+    def prepare(self, sample: DepthSample, protocols: Sequence[Protocol]) -> None:
         """Nothing is needed."""
 
     def predict(self, prepared: Sequence[Any], protocols: Sequence[Protocol]) -> list[list[Prediction]]:

@@ -21,6 +21,7 @@ from finetune.scoring import (
     score_pair,
     valid_pixels,
 )
+from tools.protocol_table import PAGE, page
 
 BTS = PROTOCOLS["nyu-bts"]
 SMALL = Protocol(name="small", description="a test", min_depth=1e-3, max_depth=10.0)  # any size, no crop
@@ -513,3 +514,9 @@ def test_the_hash_is_of_what_bears_on_numbers():
     # Canonical JSON by hand: results written today must stay comparable.
     text = '{"crop":[45,471,41,601],"data":"nyu","frame":[480,640],"max_depth":10.0,"min_depth":0.001,"name":"nyu-bts"}'
     assert BTS.hash() == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_the_table_in_the_documents_is_that_of_the_records():
+    text = PAGE.read_text(encoding="utf-8")
+    assert page(text) == text, "run python tools/protocol_table.py"
+    assert all(f"`{name}`" in text for name in PROTOCOLS)

@@ -147,8 +147,7 @@ def compare(base: dict[str, Any], other: dict[str, Any]) -> list[dict[str, Any]]
 
 def wilcoxon_p(differences: np.ndarray) -> float:
     """p value of Wilcoxon's signed-rank test, two-sided."""
-    _, p = wilcoxon(differences)
-    return float(p)
+    return float(np.asarray(wilcoxon(differences))[1])
 
 
 def per_image(base: dict[str, Any], other: dict[str, Any], name: str) -> np.ndarray:
