@@ -403,12 +403,20 @@ def reservations(results: dict[str, Any]) -> list[str]:
         said.append(
             f"{len(results['missing'])} images without a prediction were left out, the first is {results['missing'][0]}"
         )
-    if results["nonfinite_pixels"]:
+    if "wkdr_threshold" in results:
+        said.append(
+            f"threshold of equally far points {results['wkdr_threshold']['value']:g}, chosen on these very images: give"
+            " it as --threshold to score others"
+        )
+    if results.get("unpredicted_pixels"):
+        said.append(f"{results['unpredicted_pixels']} pixels without a prediction above 0 were left out")
+    replaced = "unpredicted_pixels" not in results
+    if replaced and results["nonfinite_pixels"]:
         said.append(
             f"{results['nonfinite_pixels']} predicted pixels, in {results['nonfinite_images']} images, were not finite"
             " and scored as the nearest or farthest depth"
         )
-    if results["nonpositive_pixels"]:
+    if replaced and results["nonpositive_pixels"]:
         said.append(
             f"{results['nonpositive_pixels']} predicted pixels, in {results['nonpositive_images']} images, were 0 or"
             " negative and scored as the nearest depth"

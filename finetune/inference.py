@@ -51,7 +51,8 @@ def check_ground_truth(data: DepthSet, protocol: Protocol) -> None:
         has = {"metric": "depth in metres", "ordinal": "relations of points", "affine": "relative depth"}
         raise ValueError(
             f"{data} has no {has[protocol.supervision]} to validate on or score against, only {has[data.supervision]}:"
-            " name data that has it, or a protocol for what it has (diw for relations, redweb for relative depth)"
+            " name data that has it, or a protocol for what it has (diw for relations, redweb for relative depth,"
+            " nyu-wkdr-sampled for relations drawn from NYU's depth)"
         )
     first: dict[str, int] = {}
     for index, name in enumerate(data.names()):

@@ -97,6 +97,39 @@ def test_relative_depth_is_compared_with_its_image_too(tmp_path: Path) -> None:
     assert faults(root, None) == ["transposed"]
 
 
+@pytest.mark.parametrize(
+    ("written", "list_file"),
+    [(write.write_kitti, "eigen.txt"), (write.write_ibims, None), (write.write_nyu_pairs, "points.csv")],
+)
+def test_benchmark_sets_are_healthy_and_their_depth_is_compared(
+    tmp_path: Path, written: Any, list_file: str | None
+) -> None:
+    root = written(tmp_path)
+    assert faults(root, list_file) == []
+    maps = [path for path in root.rglob("*.png") if {"proj_depth", "depth"} & set(path.parts)]
+    for path in maps:
+        path.write_bytes(png(cv2.imread(str(path), cv2.IMREAD_UNCHANGED)[:, ::-1]))
+    assert faults(root, list_file) == (["mirrored"] if maps else [])
+
+
+def test_drives_of_kitti_in_both_lists_and_frames_without_depth(tmp_path: Path) -> None:
+    root = write.write_kitti(tmp_path)
+    lines = (root / "eigen.txt").read_text().splitlines(keepends=True)
+    (root / "val.txt").write_text(lines[2])
+    (root / "train.txt").write_text("".join(lines[:2] + lines[4:]))
+    found = diagnose(root, "train.txt", val_list="val.txt")
+    texts = [finding.text for finding in found.findings]
+    assert any(text.startswith("1 of the 3 listed frames have no depth") for text in texts)
+    assert [f.fault for f in found.findings if f.fault] == ["test in training"]
+    assert any("2011_09_26_drive_0002_sync" in text for text in texts)
+
+
+def test_ibims_without_edges_and_planes_is_told(tmp_path: Path) -> None:
+    found = diagnose(write.write_ibims(tmp_path, geometry=False))
+    assert found.healthy
+    assert any("ibims-official" in finding.text for finding in found.findings)
+
+
 def test_a_folder_may_be_called_filled(tmp_path: Path) -> None:
     """What the fault is called must not be sought in the path."""
     root = sync(

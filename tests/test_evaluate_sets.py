@@ -1,6 +1,7 @@
 """finetune/evaluate.py on KITTI, iBims-1, ReDWeb and pairs of NYU as they lie on disk."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -68,8 +69,10 @@ def test_crops_of_kitti_by_hand(
     results = run(model, kitti, protocol, tmp_path / "r.json", "--data.list", "eigen.txt")
     sample = open_depth_data(kitti, "eigen.txt")[0]
     depth = np.zeros(KITTI_SIZE)
-    # the model is shown 352x1216 at the bottom, in the middle
-    depth[23:, 13:1229] = predicted(model, np.ascontiguousarray(sample.image[23:, 13:1229]), (352, 1216))
+    if protocol == "kitti-eigen":
+        depth = predicted(model, sample.image, KITTI_SIZE)
+    else:  # the model is shown 352x1216 at the bottom, in the middle
+        depth[23:, 13:1229] = predicted(model, np.ascontiguousarray(sample.image[23:, 13:1229]), (352, 1216))
     counts = np.zeros(KITTI_SIZE, bool)
     counts[slice(*rows), slice(*columns)] = True
     counts &= (sample.metres > 1e-3) & (sample.metres < 80)
@@ -133,6 +136,30 @@ def test_ibims_zoedepth(model: Path, ibims: Path, tmp_path: Path) -> None:
     assert results["settings"]["flip_average"]
 
 
+def test_pixels_without_a_prediction_are_left_out_of_ibims_and_told(
+    ibims: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = open_depth_data(ibims)
+    for sample in (data[0], data[1]):
+        depth = sample.metres.copy()
+        depth[100:110, 300:320], depth[200, 300:310] = np.nan, -1
+        depth[depth == 0] = 5  # of the hole
+        np.save(tmp_path / f"{sample.name}.npy", depth)
+    main(
+        [
+            *("--predictions", str(tmp_path), "--data.root", str(ibims), "--protocol", "ibims-official"),
+            *("--output", str(tmp_path / "r.json")),
+        ]
+    )
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert results["unpredicted_pixels"] == 2 * 210
+    assert (results["nonfinite_pixels"], results["nonpositive_pixels"]) == (400, 20)
+    assert results["metrics"]["rmse"] == 0
+    said = capsys.readouterr().out
+    assert "420 pixels without a prediction above 0 were left out" in said
+    assert "scored as" not in said
+
+
 def test_ibims_needs_its_geometry(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write.write_ibims(tmp_path / "ibims", 1, geometry=False)
     with pytest.raises(SystemExit, match="2"):
@@ -156,7 +183,7 @@ def test_redweb(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("protocol", ["nyu-wkdr", "nyu-wkdr-sampled"])
-def test_wkdr(model: Path, tmp_path: Path, protocol: str) -> None:
+def test_wkdr(model: Path, tmp_path: Path, protocol: str, capsys: pytest.CaptureFixture[str]) -> None:
     if protocol == "nyu-wkdr":
         root, where = write.write_nyu_pairs(tmp_path / "nyu"), ["--data.list", "points.csv"]
     else:
@@ -164,9 +191,11 @@ def test_wkdr(model: Path, tmp_path: Path, protocol: str) -> None:
     chosen = run(model, root, protocol, tmp_path / "val.json", *where)
     threshold = chosen["wkdr_threshold"]["value"]
     assert 0.11 <= threshold <= 1.5
+    assert f"points {threshold:g}, chosen on these very images" in capsys.readouterr().out
     given = run(model, root, protocol, tmp_path / "test.json", *where, "--threshold", str(threshold))
     assert given["metrics"] == chosen["metrics"]
     assert "wkdr_threshold" not in given
+    assert "chosen" not in capsys.readouterr().out
     data = open_depth_data(root, where[1])
     if protocol == "nyu-wkdr":  # read at the points, with the border continued from what the model was shown
         sample = data[0]
@@ -192,13 +221,15 @@ def test_data_without_what_a_protocol_needs(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = write.write_redweb(tmp_path / "redweb", 1)
-    for protocol, message in (
-        ("nyu-wkdr", "no relations of points"),
-        ("ibims-official", "no depth in metres"),
+    sync = write.write_sync(tmp_path / "sync", 1, 1)
+    for data, protocol, message in (
+        ([str(sync), "--data.list", "nyu_val.txt"], "nyu-wkdr", "no relations of points .*nyu-wkdr-sampled"),
+        ([str(root)], "nyu-wkdr", "protocol nyu-wkdr is of nyu, and this is redweb"),
+        ([str(root)], "ibims-official", "protocol ibims-official is of ibims, and this is redweb"),
     ):
         with pytest.raises(SystemExit, match="2"):
-            run(model, root, protocol, tmp_path / "r.json")
-        assert message in capsys.readouterr().err
+            run(model, Path(data[0]), protocol, tmp_path / "r.json", *data[1:])
+        assert re.search(message, capsys.readouterr().err)
     with pytest.raises(SystemExit, match="2"):
         run(model, root, "redweb", tmp_path / "r.json", "--figures", str(tmp_path / "figures"))
     assert "no maps to draw" in capsys.readouterr().err

@@ -86,12 +86,12 @@ def own_options(text: str) -> str:
 
 def draw(samples: Sequence[DepthSample]) -> Figure:
     """A row a sample: image, what is known of its depth, and both together."""
-    figure = Figure((9.6, 2.5 * len(samples)), dpi=100, layout="constrained")
-    for row, (axes, sample) in enumerate(
-        zip(figure.subplots(len(samples), 3, squeeze=False), samples, strict=True)
-    ):
+    heights = [3.1 * sample.image.shape[0] / sample.image.shape[1] + 0.3 for sample in samples]  # [inch]
+    figure = Figure((9.6, sum(heights) + 0.3), dpi=100, layout="constrained")
+    grid = figure.subplots(len(samples), 3, squeeze=False, height_ratios=heights)
+    for row, (axes, sample) in enumerate(zip(grid, samples, strict=True)):
         axes[0].imshow(sample.image)
-        axes[0].set_ylabel(sample.name[-40:], fontsize=6)
+        axes[0].set_ylabel(sample.name[-int(16 * heights[row]) :], fontsize=6)
         if sample.pairs is not None and sample.relation is not None:
             for place in (0, 1):
                 axes[place].imshow(sample.image)

@@ -9,9 +9,11 @@ from typing import Any
 import cv2
 import numpy as np
 
+from finetune.depth_data import kitti
 from finetune.depth_data.base import DepthSet
 from finetune.depth_data.densedepth import DenseDepth
 from finetune.depth_data.folder import PlainFolder, pair_lists
+from finetune.depth_data.ibims import MAT, IBims
 from finetune.depth_data.nyu import NYULabeled, NYUSync, read_split
 from finetune.depth_data.opening import Kind, open_depth_data, recognise
 from finetune.depth_data.sample import DepthFileError, DepthSample
@@ -126,6 +128,14 @@ def diagnose(
             "PNG is taken for millimetres: where the scenes are 3.9 times as deep as the median says, it is in units of"
             " 1/256 m, as KITTI's (depth_scale 0.00390625)"
         )
+    if isinstance(data, IBims) and data.geometry_folder is None:
+        found.note(
+            f"edges and planes ({MAT}) are not there, which protocol ibims-official scores; ibims-zoedepth does not"
+        )
+    if isinstance(data, kitti.KITTI) and len(data) < data.listed:
+        found.note(
+            f"{data.listed - len(data)} of the {data.listed} listed frames have no depth and are left out"
+        )
     if found.kind in NYU_KINDS:
         check_frames(found, read, str(reading.get("white_border", "keep")))
     check_splits(found, data, Path(root), list_file, val_list)
@@ -151,7 +161,7 @@ def other_unit(median: float, data: DepthSet) -> str:
     """In which unit the depth files may be if their median is not `median` [m], for the end of a sentence."""
     if isinstance(data, DenseDepth):
         return ""  # 8 bits have no unit
-    unit = 0.001 if isinstance(data, NYUSync) else 1.0
+    unit = 0.001 if isinstance(data, NYUSync) else kitti.SCALE if isinstance(data, kitti.KITTI) else 1.0
     if isinstance(data, PlainFolder):
         unit = data.scale(Path(data.entries[0].depth).suffix)
     taken = {metres: name for name, metres in UNITS.items()}.get(unit, f"units of {unit:g} m")
@@ -343,8 +353,10 @@ def check_splits(
 
 
 def scene_of(name: str) -> str:
-    """The scene of a NYU-like name, kitchen_0004 of kitchen_0004/rgb_0001.jpg; "" where the folder is no scene."""
-    folders = [part for part in PurePosixPath(name).parts[:-1] if re.search(r"_\d{4}[a-z]?(_out)?$", part)]
+    """The scene of a NYU-like name, kitchen_0004 of kitchen_0004/rgb_0001.jpg, or the drive of KITTI; "" where the
+    folder is no scene."""
+    scene = re.compile(r"_\d{4}[a-z]?(_out|_sync)?$")
+    folders = [part for part in PurePosixPath(name).parts[:-1] if scene.search(part)]
     return folders[-1] if folders else ""
 
 
