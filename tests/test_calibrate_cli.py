@@ -71,25 +71,31 @@ def test_points_scale_what_predict_writes(
     assert again.shift == pytest.approx(np.log(3))
 
 
-def test_pairs_give_metres_to_a_head_without(
-    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pairs_give_a_factor(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = [f"--data.root={world / 'data'}", "--data.list=nyu_train.txt", "--pairs=4"]
-    run(world, *data, f"--output={tmp_path / 'metric'}", "--fit=scale_shift", "--space=depth")
-    try:
-        run(world, *data, f"--output={tmp_path / 'relative'}", model="relative")
-    except SystemExit:  # random weights may take near for far, which no scale above 0 mends
-        assert "no scale above 0 fits" in capsys.readouterr().err
-        return
-    model = load_depth_model(tmp_path / "relative")
-    assert model.outputs == ("disparity_affine", "depth")
-    assert (
-        predict(
-            [f"--model={tmp_path / 'relative'}", f"--input={image_of(world)}", f"--output={tmp_path / 'o'}"]
-        )
-        == 0
-    )
-    assert np.load(tmp_path / "o" / "rgb_0000.npy").min() > 0
+    run(world, *data, f"--output={tmp_path / 'model'}", "--space=depth")
+    assert "scale in depth fitted to 4 pairs of nyu_train.txt" in " ".join(capsys.readouterr().out.split())
+    found = load_depth_model(tmp_path / "model").calibration
+    assert found is not None
+    # An untrained model says the same everywhere, so the best factor brings that near to the middle of the readings.
+    truth = [
+        cv2.imread(str(path), cv2.IMREAD_UNCHANGED) / 1000
+        for path in sorted((world / "data" / "train_scene").glob("sync_depth_*.png"))
+    ]
+    middle = np.median(np.concatenate([depth[depth > 0] for depth in truth]))
+    assert 2.7 * found.scale == pytest.approx(middle, rel=0.2)
+
+
+def test_points_give_metres_to_a_head_without(world: Path, tmp_path: Path) -> None:
+    image = image_of(world)
+    inverse = predict_image(load_depth_model(world / "relative"), cv2.imread(str(image))[..., ::-1].copy())
+    places = [(int(at) % 64, int(at) // 64) for at in np.argsort(inverse.ravel())[[0, 1000, 2000, -1]]]
+    truth = 1 / (inverse / inverse.max() + 0.125)  # from 0.9 to 8 m
+    points = "; ".join(f"{x},{y},{truth[y, x]}" for x, y in places)
+    run(world, f"--image={image}", f"--points={points}", f"--output={tmp_path / 'model'}", model="relative")
+    assert load_depth_model(tmp_path / "model").outputs == ("disparity_affine", "depth")
+    assert predict([f"--model={tmp_path / 'model'}", f"--input={image}", f"--output={tmp_path / 'o'}"]) == 0
+    np.testing.assert_allclose(np.load(tmp_path / "o" / "rgb_0000.npy"), truth, rtol=0.01)
 
 
 def test_a_longer_lens_sees_things_nearer_than_they_are(world: Path, tmp_path: Path) -> None:
