@@ -24,12 +24,12 @@ from torch.utils.data import DataLoader
 from finetune.assembly import add_segmentation, build_model, cached, open_data
 from finetune.config import DepthConfig
 from finetune.depth_data import MixedSampler, check_room, collate_depth, fill
-from finetune.inference import check_protocol
 from finetune.losses import NoGroundTruth, WeightedLoss, nothing
 from finetune.model import start_from
 from finetune.outputs import Outputs
 from finetune.overview import describe
 from finetune.phases import learning_rate, momentum, run_phases
+from finetune.predictions import check_protocol
 from finetune.protocols import get_protocol
 from finetune.selection import Selection
 from finetune.state import RunState, changes, fingerprint, refuse_empty

@@ -1,58 +1,56 @@
-"""Evaluate a depth model on RGB-D pairs under a named protocol.
+"""Evaluate depth predictions under named protocols: of a model, of a folder of files, or of a baseline.
 
     python finetune/evaluate.py --model RUN/model --data.root NYU --data.list nyu_val.txt --output results.json
+    python finetune/evaluate.py --predictions DEPTH --protocol all ...
+    python finetune/evaluate.py --baseline mean --baseline_list nyu_train.txt --protocol nyu-bts,nyu-laina ...
 
-Prints a table and writes it, with every setting and the metrics of every image, to the output file.
+Predictions are made once, whatever the number of protocols. Prints a table and writes it, with every setting, the
+metrics of every image and bootstrap intervals, to the output file: of one protocol its results, of several
+{"protocols": [results, ...]}.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from finetune.config import expand_home
-from finetune.depth_data import Kind, open_depth_data
+from finetune.depth_data import KINDS, DepthFileError, DepthSet, Kind, open_depth_data
 from finetune.figures import save_figure, triptychs
-from finetune.inference import (
-    check_ground_truth,
-    check_protocol,
-    chosen_device,
-    score,
-    summary,
-    transform_of,
-)
-from finetune.metrics import write_results
+from finetune.inference import check_ground_truth, chosen_device, score_all, summary, transform_of
+from finetune.intervals import LEVEL, with_intervals
+from finetune.metrics import METRIC, write_results
 from finetune.model import load_depth_model
-from finetune.protocols import get_protocol
+from finetune.predictions import BaselineSource, FolderSource, ModelSource, Source, mean_depth
+from finetune.protocols import PROTOCOLS, Protocol, get_protocol
 from spark.config import parse_config, require
 from spark.run import one_line_errors
 
-DESCRIPTION = """Evaluate a depth model on RGB-D pairs under a named protocol: print a table, and write it with every
-setting and the metrics of every image to the output file."""
+DESCRIPTION = """Evaluate depth predictions (of a model, a folder or a baseline) on RGB-D pairs under named protocols:
+print a table, and write it with every setting and the metrics of every image to the output file."""
 
-COLUMNS = {
-    "delta1": ("δ1", "↑"),
-    "delta2": ("δ2", "↑"),
-    "delta3": ("δ3", "↑"),
-    "abs_rel": ("AbsRel", "↓"),
-    "sq_rel": ("SqRel m", "↓"),
-    "rmse": ("RMSE m", "↓"),
-    "rmse_log": ("RMSElog", "↓"),
-    "log10": ("log10", "↓"),
-    "silog": ("SILog", "↓"),
+BENCHMARKS: dict[Kind, str] = {
+    "nyu_labeled": "nyu",
+    "nyu_sync": "nyu",
+    "nyu_pairs": "nyu",
+    "densedepth": "nyu",
+    "hub_tars": "nyu",
+    "fastdepth": "nyu",
+    "diw": "diw",
+    "redweb": "redweb",
+    "ibims": "ibims",
+    "kitti": "kitti",
 }
-ORDINAL_COLUMNS = {
-    "whdr": ("WHDR", "↓"),
-    "accuracy": ("accuracy", "↑"),
-    "wkdr": ("WKDR", "↓"),
-    "wkdr_unequal": ("WKDR unequal", "↓"),
-    "wkdr_equal": ("WKDR equal", "↓"),
-}
+"""Layout -> the `Protocol.data` that it is of; a plain folder may be of any."""
+assert set(BENCHMARKS) | {"folder"} == set(get_args(Kind)), "every layout is of some benchmark"
+SIDE_BY_SIDE = ("delta1", "delta2", "delta3", "abs_rel", "rmse", "log10", "silog")
+"""Columns of several protocols, as many as fit beside their names."""
 
 
 @dataclass
@@ -91,13 +89,24 @@ class EvaluationDataConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Evaluation: model, protocol and outputs.
+    """Evaluation: predictions, protocols and outputs. Give one of model, predictions and baseline.
 
     Attributes:
-        model: folder of a depth model, such as OUTPUT_DIR/model of a training run.
         data: the pairs to score on.
         output: JSON file for the results.
-        protocol: name of the evaluation protocol.
+        model: folder of a depth model, such as OUTPUT_DIR/model of a training run.
+        predictions: folder of predictions instead, of the whole frames, named after the images as predict.py does
+            (SCENE/rgb_1.npy, .pfm, .png or _mm.png for SCENE/rgb_1.jpg).
+        scale: metres of one unit of the files in predictions; null is what a PNG says itself, 0.001 for _mm.png, and 1
+            for NPY and PFM.
+        holds: what the files in predictions hold, depth or disparity (inverse depth); files named _disparity always
+            hold that.
+        missing: what to do about images without a prediction, refuse or skip; skipped ones are listed in the results.
+        baseline: constant:METRES, or mean, which is the mean of each pixel over training depths.
+        baseline_list: list of the training pairs of baseline mean, a name inside data.root or a path; null is the
+            training split of the layout.
+        protocol: name of the evaluation protocol, several separated by commas, or all, which is all that fit
+            (docs/protocols.md).
         flip_average: average predictions with those of the mirror image; null is the protocol's own choice.
         threshold: of protocol diw, largest difference between the predictions at two points that counts as equally far
             (metres, or the unit of inverse depth of head fusion); it bears on WKDR only; null is the protocol's own.
@@ -111,9 +120,15 @@ class EvaluationConfig:
             (docs/options.md), for no file decides which code is run; null for timm's.
     """
 
-    model: str
     data: EvaluationDataConfig
     output: str
+    model: str | None = None
+    predictions: str | None = None
+    scale: float | None = None
+    holds: Literal["depth", "disparity"] = "depth"
+    missing: Literal["refuse", "skip"] = "refuse"
+    baseline: str | None = None
+    baseline_list: str | None = None
     protocol: str = "nyu-bts"
     flip_average: bool | None = None
     threshold: float | None = None
@@ -125,7 +140,13 @@ class EvaluationConfig:
     encoder_name: str | None = None
 
     def __post_init__(self) -> None:
-        expand_home(self, "model", "output", "figures")
+        expand_home(self, "model", "predictions", "baseline_list", "output", "figures")
+        given = [name for name in ("model", "predictions", "baseline") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give one of --model, --predictions and --baseline, not {' and '.join(given) or 'none of them'}"
+            )
+        require(self.scale is None or self.scale > 0, "scale", self.scale, "above 0")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         require(self.triptychs >= 1, "triptychs", self.triptychs, "at least 1")
 
@@ -137,74 +158,257 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def evaluate(config: EvaluationConfig) -> dict[str, Any]:
-    """Score the model, print the table, write results and figures; returns the results."""
+    """Score the predictions, print the table, write results and figures; returns what is written."""
     console = Console()
-    protocol = get_protocol(config.protocol, flip_average=config.flip_average, threshold=config.threshold)
-    if config.figures and protocol.supervision == "ordinal":
-        raise ValueError(f"protocol {protocol.name} has no maps to draw: leave figures out")
-    model = load_depth_model(config.model, config.encoder_name).to(chosen_device(config.device))
-    check_protocol(model, protocol)
-    data = open_depth_data(
-        config.data.root,
-        config.data.list,
-        config.data.split,
-        kind=config.data.kind,
-        depth=config.data.depth or protocol.depth,
-        white_border=config.data.white_border,
-        polarity=config.data.polarity,
-        depth_scale=config.data.depth_scale,
-        bad_depth=config.data.bad_depth,
-    )
-    check_ground_truth(data, protocol)
+    protocols = asked_protocols(config)
+    if config.figures and len(protocols) == 1 and protocols[0].family == "relations":
+        raise ValueError(f"protocol {protocols[0].name} has no maps to draw: leave figures out")
+    sets = {depth: open_data(config, depth) for depth in sorted({protocol.depth for protocol in protocols})}
+    if len(set(map(repr, sets.values()))) == 1:  # layouts that have one kind of depth alone
+        sets = dict.fromkeys(sets, next(iter(sets.values())))
+    data = next(iter(sets.values()))
+    source = open_source(config, data, protocols)
+    protocols, left_out = fitting(config, protocols, source, sets)
     console.print(f"{data}", highlight=False, markup=False, soft_wrap=True)
+    present = source.paths if isinstance(source, FolderSource) else None
+    indices = [index for index, name in enumerate(data.names()) if present is None or name in present]
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("scored", total=len(data))
-        results, rows = score(
-            model,
-            data,
-            protocol,
-            transform_of(model, config.image_size),
+        task = bar.add_task("scored", total=len(indices))
+        scored = score_all(
+            source,
+            [sets[protocol.depth] for protocol in protocols],
+            protocols,
+            indices=indices,
             batch_size=config.batch_size,
             workers=config.data.workers,
             draw=config.triptychs if config.figures else 0,
             progress=lambda images: bar.advance(task, images),
         )
-    print_results(console, results, protocol.expected_images)  # first: a full disk must not lose the scores
-    write_results(config.output, {**results, "model": str(config.model), "data": repr(data)})
+    every = [
+        {**with_intervals(results), "data": repr(sets[protocol.depth])}
+        for protocol, (results, _) in zip(protocols, scored, strict=True)
+    ]
+    print_results(console, every, left_out)  # first: a full disk must not lose the scores
+    several = config.protocol == "all" or len(every) > 1
+    written = {"protocols": every, "left_out": left_out} if several else every[0]
+    write_results(config.output, written)
     console.print(f"written to {config.output}", highlight=False, markup=False, soft_wrap=True)
-    if config.figures:
-        figure = triptychs(
-            rows, f"{protocol.name}   {results['images']} images   {summary(results['metrics'])}"
+    for results, (_, rows) in zip(every, scored, strict=True):
+        if rows:
+            title = f"{results['protocol']}   {results['images']} images   {summary(results['metrics'])}"
+            name = f"triptychs_{results['protocol']}.png" if several else "triptychs.png"
+            path = save_figure(triptychs(rows, title), Path(config.figures or "") / name)
+            console.print(f"drawn in {path}", highlight=False, markup=False, soft_wrap=True)
+    return written
+
+
+def asked_protocols(config: EvaluationConfig) -> list[Protocol]:
+    """The protocols that `--protocol` names, with the settings that the options change.
+
+    Raises:
+        ValueError: No such protocol, one named twice, or a threshold of none that has one.
+    """
+    names = [name.strip() for name in config.protocol.split(",") if name.strip()]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"protocol {config.protocol!r} must name protocols, each once: {', '.join(PROTOCOLS)}, or all"
         )
-        path = save_figure(figure, Path(config.figures) / "triptychs.png")
-        console.print(f"drawn in {path}", highlight=False, markup=False, soft_wrap=True)
-    return results
+    every = list(PROTOCOLS) if names == ["all"] else names
+    relations = [name for name in every if name in PROTOCOLS and PROTOCOLS[name].family == "relations"]
+    return [
+        get_protocol(
+            name,
+            flip_average=config.flip_average,
+            threshold=config.threshold if name in relations or not relations else None,
+        )
+        for name in every
+    ]
 
 
-def print_results(console: Console, results: dict[str, Any], expected_images: int | None) -> None:
-    """Print the metrics as a table, and below it whatever makes them less than the protocol's full measurement."""
-    settings = results["settings"]
-    title = f"{results['protocol']}{', flip average' if settings['flip_average'] else ''}: {results['images']} images"
-    table = Table(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True
-    )  # fits 80 columns
-    columns = ORDINAL_COLUMNS if "pairs" in results else COLUMNS
-    columns = {name: heading for name, heading in columns.items() if name in results["metrics"]}
-    for heading, better in columns.values():
-        table.add_column(f"{heading}{better}", justify="right", no_wrap=True)
-    table.add_row(*(f"{results['metrics'][name]:.3f}" for name in columns))
-    console.print(table)
-    if expected_images is not None and results["images"] != expected_images:
+def open_data(config: EvaluationConfig, depth: Literal["raw", "filled"]) -> DepthSet:
+    """The pairs to score on, with ground truth of this kind unless the options say which."""
+    return open_depth_data(
+        config.data.root,
+        config.data.list,
+        config.data.split,
+        kind=config.data.kind,
+        depth=config.data.depth or depth,
+        white_border=config.data.white_border,
+        polarity=config.data.polarity,
+        depth_scale=config.data.depth_scale,
+        bad_depth=config.data.bad_depth,
+    )
+
+
+def open_source(config: EvaluationConfig, data: DepthSet, protocols: Sequence[Protocol]) -> Source:
+    """Where the predictions come from.
+
+    Raises:
+        ValueError: It is not there, or not what it should be.
+    """
+    if config.model is not None:
+        model = load_depth_model(config.model, config.encoder_name).to(chosen_device(config.device))
+        return ModelSource(
+            model, transform_of(model, config.image_size), protocols, {"model": str(config.model)}
+        )
+    if config.predictions is not None:
+        return FolderSource(
+            config.predictions, data, scale=config.scale, holds=config.holds, missing=config.missing
+        )
+    kind, _, value = str(config.baseline).partition(":")
+    about = {"baseline": config.baseline}
+    if kind == "constant":
+        try:
+            metres = float(value)
+        except ValueError:
+            metres = 0.0
+        if 0 < metres < float("inf"):
+            return BaselineSource(np.full((2, 2), metres), about)
+    elif config.baseline == "mean":
+        training = open_depth_data(
+            config.data.root,
+            config.baseline_list,
+            "train",
+            kind=config.data.kind,
+            depth=config.data.depth or protocols[0].depth,
+            depth_scale=config.data.depth_scale,
+            bad_depth=config.data.bad_depth,
+        )
+        return BaselineSource(mean_depth(training), {**about, "baseline_data": repr(training)})
+    raise ValueError(
+        f"baseline must be constant:METRES with a depth above 0, or mean, not {config.baseline!r}"
+    )
+
+
+def fitting(
+    config: EvaluationConfig,
+    protocols: Sequence[Protocol],
+    source: Source,
+    sets: dict[str, DepthSet],
+) -> tuple[list[Protocol], dict[str, str]]:
+    """The protocols that fit the data and the predictions, and of the others why not; asked by name, they must fit.
+
+    Raises:
+        ValueError: One that was asked for by name does not fit, or none does.
+    """
+    fit, left_out = [], {}
+    for protocol in protocols:
+        try:
+            check_benchmark(sets[protocol.depth], protocol)
+            source.check(protocol)
+            check_ground_truth(sets[protocol.depth], protocol)
+            fit.append(protocol)
+        except DepthFileError:
+            raise
+        except ValueError as error:
+            if config.protocol != "all":
+                raise
+            left_out[protocol.name] = str(error)
+    if not fit:
+        raise ValueError(f"no protocol fits {next(iter(sets.values()))}: " + "; ".join(left_out.values()))
+    return fit, left_out
+
+
+def check_benchmark(data: DepthSet, protocol: Protocol) -> None:
+    """Refuse a protocol of another benchmark: ValueError."""
+    kind = next(kind for kind, layout in KINDS.items() if isinstance(data, layout))
+    of = BENCHMARKS.get(kind, "any")
+    if "any" not in (of, protocol.data) and of != protocol.data:
+        raise ValueError(f"protocol {protocol.name} is of {protocol.data}, and this is {of} (layout {kind})")
+
+
+def print_results(console: Console, every: Sequence[dict[str, Any]], left_out: dict[str, str]) -> None:
+    """Print the metrics as tables, and below them whatever makes them less than the protocols' full measurements."""
+    if len(every) == 1:
+        print_one(console, every[0])
+    else:
+        print_side_by_side(console, every)
+    for results in every:
+        name = f"{results['protocol']}: " if len(every) > 1 else ""
+        for sentence in reservations(results):
+            console.print(f"{name}{sentence}", highlight=False, markup=False, soft_wrap=True)
+    for name, reason in left_out.items():
         console.print(
-            f"the official list of this protocol has {expected_images} images: published numbers stand on those"
+            f"{name} left out: {reason}", style="dim", highlight=False, markup=False, soft_wrap=True
         )
+
+
+def print_one(console: Console, results: dict[str, Any]) -> None:
+    """A table of one protocol, with the ends of the intervals below the metrics; it fits 80 columns."""
+    flips = ", flip average" if results["settings"]["flip_average"] else ""
+    below = f"; below: {LEVEL:.0%} bootstrap interval" if results["images"] > 1 else ""
+    names = [name for name in METRIC if name in results["metrics"]]
+    for some in (names[:9], names[9:]):
+        if not some:
+            continue
+        table = Table(
+            title=f"{results['protocol']}{flips}: {results['images']} images{below}"
+            if some == names[:9]
+            else None,
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            collapse_padding=True,
+        )
+        for name in some:
+            table.add_column(METRIC[name].column, justify="right", no_wrap=True)
+        table.add_row(*(f"{results['metrics'][name]:.3f}" for name in some))
+        for end in (0, 1):
+            ends = [results["intervals"][name] for name in some]
+            if any(ends):
+                table.add_row(*(f"{one[end]:.3f}" if one else "" for one in ends), style="dim")
+        console.print(table)
+
+
+def print_side_by_side(console: Console, every: Sequence[dict[str, Any]]) -> None:
+    """A table of the protocols of depth, one row each, and one of those of relations."""
+    depth = [results for results in every if "delta1" in results["metrics"]]
+    relations = [results for results in every if results not in depth]
+    for group, names in ((depth, SIDE_BY_SIDE), (relations, ("whdr", "accuracy", "wkdr"))):
+        if not group:
+            continue
+        table = Table(box=box.SIMPLE_HEAD, collapse_padding=True)
+        table.add_column("protocol", no_wrap=True)
+        for name in names:
+            table.add_column(METRIC[name].column, justify="right", no_wrap=True)
+        for results in group:
+            values = [results["metrics"].get(name) for name in names]
+            table.add_row(results["protocol"], *("" if value is None else f"{value:.3f}" for value in values))
+        console.print(table)
+
+
+def reservations(results: dict[str, Any]) -> list[str]:
+    """Sentences on what a reader of the metrics must know."""
+    said = []
+    expected, settings = results["settings"]["expected_images"], results["settings"]
+    if expected is not None and results["images"] != expected:
+        said.append(
+            f"the official list of this protocol has {expected} images, here are {results['images']}: published"
+            " numbers stand on those"
+        )
+    if settings["alignment"] != "none":
+        said.append(f"fitted to the ground truth of each image (alignment {settings['alignment']})")
+    if settings["flip_average"] and "predictions" in results:
+        said.append("averages over flips, which files are taken to have been")
     if results["skipped"]:
-        console.print(f"{len(results['skipped'])} images without a pixel that counts were left out")
+        said.append(f"{len(results['skipped'])} images without a pixel that counts were left out")
+    if results.get("missing"):
+        said.append(
+            f"{len(results['missing'])} images without a prediction were left out, the first is {results['missing'][0]}"
+        )
     if results["nonfinite_pixels"]:
-        console.print(
+        said.append(
             f"{results['nonfinite_pixels']} predicted pixels, in {results['nonfinite_images']} images, were not finite"
             " and scored as the nearest or farthest depth"
         )
+    if results["nonpositive_pixels"]:
+        said.append(
+            f"{results['nonpositive_pixels']} predicted pixels, in {results['nonpositive_images']} images, were 0 or"
+            " negative and scored as the nearest depth"
+        )
+    said += [
+        f"{number} images have no {METRIC[name].heading}" for name, number in results["undefined"].items()
+    ]
+    return said
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from finetune.evaluator import Evaluator
+from finetune.ibims import IBimsEvaluator
 from finetune.ordinal import OrdinalEvaluator
 from finetune.protocols import Protocol
 from finetune.scoring import DepthEvaluator
 
 EVALUATORS: Mapping[str, type[Evaluator]] = MappingProxyType(
-    {"depth": DepthEvaluator, "relations": OrdinalEvaluator}
+    {"depth": DepthEvaluator, "relations": OrdinalEvaluator, "ibims": IBimsEvaluator}
 )
 """`Protocol.family` -> class."""
 

@@ -16,12 +16,16 @@ So DBE stands beside tables that were made with these scripts, not beside those 
 """
 
 import math
+from typing import Any
 
 import numpy as np
 from scipy.ndimage import distance_transform_edt
 from skimage.feature import canny
 
-from finetune.depth_data.sample import Plane
+from finetune.depth_data.sample import DepthSample, Plane
+from finetune.evaluator import Evaluator, NoValidPixels
+from finetune.metrics import METRICS, PLANE_METRICS, Columns, Row, depth_errors, mean_of_images
+from finetune.scoring import resize
 
 PLANE_SHARE = 0.05
 """Least share of the image that a plane must cover with pixels that count."""
@@ -112,3 +116,63 @@ def planarity_errors(
         "pe_fla": 100.0 * math.sqrt(max(spreads[0], 0.0)),
         "pe_ori": math.degrees(math.atan2(across, along)),
     }
+
+
+class IBimsEvaluator(Evaluator):
+    """Scores iBims-1: the metrics of depth over the pixels that count, with PE, DBE and DDE.
+
+    A pixel counts where there is ground truth and a prediction: one that is finite and above 0. Others are left out, as
+    the official scripts do with 0 and NaN, and counted (`unpredicted`). Nothing is clipped. DBE looks at the whole
+    prediction. The means are over the images that have a score, of PE over all planes of all images.
+    """
+
+    def score(self, sample: DepthSample, prediction: np.ndarray, inverse: bool) -> Row:
+        """Of an image; PE is the mean over its `planes`. ValueError: edges and planes are not known."""
+        if sample.geometry is None:
+            raise ValueError(
+                f"protocol {self.protocol.name} needs edges and planes: unpack ibims1_core_mat.zip of iBims-1 beside"
+                " ibims1_core_raw, or use --protocol ibims-zoedepth, which scores depth alone"
+            )
+        truth, geometry = sample.metres, sample.geometry
+        values = np.asarray(prediction, np.float64)
+        nonfinite, nonpositive = int((~np.isfinite(values)).sum()), int((values <= 0).sum())
+        if inverse:
+            with np.errstate(divide="ignore"):
+                values = 1 / values
+        known = np.isfinite(values) & (values > 0)
+        depth = resize(np.where(known, values, 0), truth.shape, self.protocol.align_corners)
+        # A pixel that a missing value was resized into is missing, too.
+        predicted = resize(known.astype(np.float64), truth.shape, self.protocol.align_corners) > 1 - 1e-6
+        depth = np.where(predicted, depth, 0)
+        valid = (truth > 0) & predicted
+        if not valid.any():
+            raise NoValidPixels("no pixel has both ground truth and a prediction above 0")
+        p, g = depth[valid], truth[valid].astype(np.float64)
+        row: Row = {**depth_errors(p, g), **directed_errors(p, g)}
+        row |= boundary_errors(depth, geometry.edges)
+        planes = [
+            errors
+            for plane in geometry.planes
+            if (errors := planarity_errors(depth, truth, valid, plane, geometry.camera)) is not None
+        ]
+        for name in ("pe_fla", "pe_ori"):
+            row[name] = sum(errors[name] for errors in planes) / len(planes) if planes else None
+        row = {
+            name: None if value is not None and math.isnan(value) else value for name, value in row.items()
+        }
+        unpredicted = int(((truth > 0) & ~predicted).sum())
+        counts = {"planes": len(planes), "unpredicted": unpredicted}
+        return {**row, **counts, "nonfinite": nonfinite, "nonpositive": nonpositive}
+
+    @classmethod
+    def aggregate(cls, columns: Columns, counts: np.ndarray, aggregation: str) -> dict[str, np.ndarray]:
+        """Means over images, of PE over planes."""
+        means = mean_of_images(columns, counts, (*METRICS, "dde_0", "dde_m", "dde_p", "dbe_acc", "dbe_com"))
+        return means | mean_of_images(columns, counts * columns["planes"], PLANE_METRICS)
+
+    def extras(self) -> dict[str, Any]:
+        """planes: how many were scored; unpredicted_pixels: pixels with ground truth that were left out."""
+        return {
+            "planes": sum(row["planes"] for row in self.rows.values()),
+            "unpredicted_pixels": sum(row["unpredicted"] for row in self.rows.values()),
+        }

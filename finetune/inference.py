@@ -1,21 +1,26 @@
 """From images to depth, and from a data set to scores: what validation, evaluation and prediction share."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from finetune.depth_data import DepthFileError, DepthSample, DepthSet, EvalTransform
+from finetune.depth_data.sample import file_error
 from finetune.families import evaluator_of
 from finetune.figures import Triptych
-from finetune.heads import DepthOutput
+from finetune.metrics import Row
 from finetune.model import DepthModel
+from finetune.predictions import ModelSource, Source, gives_inverse, predicted_maps
 from finetune.protocols import Protocol
 from finetune.scoring import merge_flipped, metric_prediction
 from spark.run import ignore_stop_signals
+
+T = TypeVar("T")
 
 
 def transform_of(model: DepthModel, image_size: tuple[int, int] | None = None) -> EvalTransform:
@@ -35,19 +40,6 @@ def chosen_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def check_protocol(model: DepthModel, protocol: Protocol) -> None:
-    """Refuse to score a model without metres under a protocol that stands on them; ValueError says what to use."""
-    if (
-        protocol.supervision == "metric"
-        and protocol.alignment != "disparity"
-        and "depth" not in model.outputs
-    ):
-        raise ValueError(
-            f"head {model.head_name} gives no metres, and protocol {protocol.name} compares metres: use --protocol"
-            " nyu-affine, which fits scale and shift of each image"
-        )
-
-
 def check_ground_truth(data: DepthSet, protocol: Protocol) -> None:
     """Refuse to score on data without the ground truth that a protocol compares with.
 
@@ -56,11 +48,10 @@ def check_ground_truth(data: DepthSet, protocol: Protocol) -> None:
             that a file cannot be used.
     """
     if data.supervision != protocol.supervision:
-        has = {"metric": "depth in metres", "ordinal": "relations of points"}
-        wanted, other = has[protocol.supervision], has.get(data.supervision, "relative depth")
+        has = {"metric": "depth in metres", "ordinal": "relations of points", "affine": "relative depth"}
         raise ValueError(
-            f"{data} has no {wanted} to validate on or score against, only {other}: name data that has it, or a"
-            " protocol for what it has (diw for relations)"
+            f"{data} has no {has[protocol.supervision]} to validate on or score against, only {has[data.supervision]}:"
+            " name data that has it, or a protocol for what it has (diw for relations, redweb for relative depth)"
         )
     first: dict[str, int] = {}
     for index, name in enumerate(data.names()):
@@ -69,11 +60,12 @@ def check_ground_truth(data: DepthSet, protocol: Protocol) -> None:
                 f"{name}{data.origin(before)} is to be scored a second time{data.origin(index)}: name each pair once"
             )
     data.check_headers()  # these refuse now, not after the first epoch
+    first_sample = data[0]
+    protocol.seen_at((first_sample.image.shape[0], first_sample.image.shape[1]))
     if protocol.supervision == "metric":
-        protocol.crop_at(data[0].metres.shape)
+        protocol.crop_at(first_sample.metres.shape)
 
 
-@torch.inference_mode()
 def predict_depth(model: DepthModel, images: Tensor, protocol: Protocol | None = None) -> np.ndarray:
     """Predict depth for images [B, 3, H, W] in evaluation mode; the model returns to the mode it was in.
 
@@ -87,30 +79,12 @@ def predict_depth(model: DepthModel, images: Tensor, protocol: Protocol | None =
     Returns:
         Depth [B, H, W] [m] (or inverse depth, see above), float32, or float64 where two predictions were averaged.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        images = images.to(next(model.parameters()).device)
-        inverse = gives_inverse(model, protocol)
-        depth = _map(model, images, inverse)
-        if protocol is not None and protocol.flip_average:
-            mirrored = _map(model, images.flip(-1), inverse)
-            depth = np.stack([merge_flipped(protocol, *pair) for pair in zip(depth, mirrored, strict=True)])
-    finally:
-        model.train(was_training)
+    inverse = gives_inverse(model, protocol)
+    depth = predicted_maps(model, images, {inverse})[inverse]
+    if protocol is not None and protocol.flip_average:
+        mirrored = predicted_maps(model, images.flip(-1), {inverse})[inverse]
+        depth = np.stack([merge_flipped(protocol, *pair) for pair in zip(depth, mirrored, strict=True)])
     return depth
-
-
-def gives_inverse(model: DepthModel, protocol: Protocol | None) -> bool:
-    """Whether `predict_depth` gives inverse depth."""
-    return "depth" not in model.outputs or (protocol is not None and protocol.space == "disparity")
-
-
-def _map(model: DepthModel, images: Tensor, inverse: bool) -> np.ndarray:
-    output: DepthOutput = model(images)
-    values = output.disparity() if inverse else output.depth
-    assert values is not None
-    return values[:, 0].float().cpu().numpy()
 
 
 def score(
@@ -122,60 +96,102 @@ def score(
     batch_size: int = 8,
     workers: int = 0,
     draw: int = 0,
-    progress: Callable[[int], Any] | None = None,
 ) -> tuple[dict[str, Any], list[Triptych]]:
-    """Evaluate a model on RGB-D pairs.
+    """Evaluate a model under one protocol; see `score_all`. The model sees each image, or what the protocol shows of
+    it, at the size of `transform`."""
+    source = ModelSource(model, transform, [protocol], {})
+    return score_all(source, [data], [protocol], batch_size=batch_size, workers=workers, draw=draw)[0]
 
-    Every image is resized to the size of `transform`, predicted, and handed to the protocol, which resizes the
-    prediction to the ground truth. Images without a pixel that counts are left out and listed in the results.
+
+def score_all(
+    source: Source,
+    sets: Sequence[DepthSet],
+    protocols: Sequence[Protocol],
+    *,
+    indices: Sequence[int] | None = None,
+    batch_size: int = 8,
+    workers: int = 0,
+    draw: int = 0,
+    progress: Callable[[int], Any] | None = None,
+) -> list[tuple[dict[str, Any], list[Triptych]]]:
+    """Score predictions, made once, under several protocols.
+
+    Pairs are read, and what the source needs is prepared, while the batch before is predicted and scored. Images
+    without a pixel that counts are left out and listed in the results.
 
     Args:
-        model: The model.
-        data: Pairs with their ground truth at its native size.
-        protocol: What counts and how, flip averaging included.
-        transform: Size and normalisation that the model was trained with.
+        source: Of the predictions.
+        sets: The data of each protocol, ground truth at its native size: the same images in the same order, of which
+            only the ground truth may differ.
+        protocols: What counts and how.
+        indices: Which samples; None: all.
         batch_size: Images of one forward.
-        workers: Processes that read pairs.
+        workers: Processes that read pairs; 0 is a thread.
         draw: How many images to return for drawing, spread evenly over the data; only maps of depth are drawn.
         progress: Called with the number of images of each batch done.
 
     Returns:
-        The results as `Evaluator.results` has them, with the `image_size` that the model saw, and the triptychs.
+        Of each protocol the results as `Evaluator.results` has them, with what the source says of itself, and the
+        triptychs.
 
     Raises:
-        ValueError: A pair cannot be read (leaving it out would change what is measured), or no image has a valid
-            pixel.
+        ValueError: A pair or a prediction cannot be read (leaving it out would change what is measured), or no image
+            has a valid pixel.
     """
-    evaluator = evaluator_of(protocol, skip_empty=True)
-    inverse = gives_inverse(model, protocol)
-    draws = protocol.family == "depth"
-    count = len(data)
-    drawn = set(np.linspace(0, count - 1, min(draw, count)).round().astype(int).tolist())
-    rows: list[Triptych] = []
+    evaluators = [evaluator_of(protocol, skip_empty=True) for protocol in protocols]
+    unique = list({id(data): data for data in sets}.values())
+    place = [next(i for i, one in enumerate(unique) if one is data) for data in sets]
+    prepared = _Prepared(unique, source)
+    chosen = range(len(unique[0])) if indices is None else indices
+    drawn = set(np.linspace(0, len(chosen) - 1, min(draw, len(chosen))).round().astype(int).tolist())
+    rows: list[list[Triptych]] = [[] for _ in protocols]
     loader = DataLoader(
-        _Prepared(data, transform),
+        Subset(prepared, chosen),
         batch_size,
         num_workers=workers,
         collate_fn=list,
         worker_init_fn=ignore_stop_signals,
     )
     done = 0
-    for pairs in loader:
-        for pair in pairs:
-            if isinstance(pair, DepthFileError):
-                raise pair
-        predictions = predict_depth(model, torch.stack([image for _, image in pairs]), protocol)
-        for (sample, _), prediction in zip(pairs, predictions, strict=True):
-            row = evaluator.add(sample, prediction, inverse=inverse)
-            if draws and done in drawn:
-                caption = summary(row) if row else "no pixel of the ground truth counts"
-                if row and protocol.alignment != "none":
-                    prediction = metric_prediction(protocol, prediction, sample.metres, inverse=inverse)
-                rows.append(Triptych(sample.image, sample.metres, prediction, sample.name, caption))
+    for batch in loader if workers else ahead(loader):
+        for entry in batch:
+            if isinstance(entry, DepthFileError):
+                raise entry
+        predictions = source.predict([ready for _, ready in batch], protocols)
+        for (samples, _), predicted in zip(batch, predictions, strict=True):
+            for number, (evaluator, prediction) in enumerate(zip(evaluators, predicted, strict=True)):
+                sample = samples[place[number]]
+                values, inverse = prediction.under(evaluator.protocol, sample.image.shape[:2])
+                row = evaluator.add(sample, values, inverse=inverse)
+                if done in drawn and evaluator.protocol.family != "relations":
+                    rows[number].append(_triptych(evaluator.protocol, sample, values, inverse, row))
             done += 1
         if progress is not None:
-            progress(len(pairs))
-    return {**evaluator.results(), "image_size": list(transform.image_size)}, rows
+            progress(len(batch))
+    return [
+        ({**evaluator.results(), **source.about}, drawings)
+        for evaluator, drawings in zip(evaluators, rows, strict=True)
+    ]
+
+
+def _triptych(
+    protocol: Protocol, sample: DepthSample, values: np.ndarray, inverse: bool, row: Row | None
+) -> Triptych:
+    caption = summary(row) if row else "no pixel of the ground truth counts"
+    if row and (inverse or protocol.alignment != "none"):
+        values = metric_prediction(protocol, values, sample.metres, inverse=inverse)
+    return Triptych(sample.image, sample.metres, values, sample.name, caption)
+
+
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """The items, each made in a thread while the one before is used (decoding and NumPy leave the others running)."""
+    end: Any = object()
+    iterator: Iterator[Any] = iter(items)
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, iterator, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, iterator, end)
+            yield item
 
 
 def summary(metrics: dict[str, float]) -> str:
@@ -186,18 +202,20 @@ def summary(metrics: dict[str, float]) -> str:
 
 
 class _Prepared(Dataset):
-    """Pairs with their network input; an unreadable pair comes as its error (raised in a worker it is a
-    traceback)."""
+    """Samples of several data sets with what the source of predictions needs of them; an unreadable one comes as its
+    error (raised in a worker it is a traceback)."""
 
-    def __init__(self, data: DepthSet, transform: EvalTransform) -> None:
-        self.data, self.transform = data, transform
+    def __init__(self, sets: Sequence[DepthSet], source: Source) -> None:
+        self.sets, self.prepare = sets, source.prepare
 
     def __len__(self) -> int:
-        return len(self.data)  # type: ignore[arg-type]
+        return len(self.sets[0])
 
-    def __getitem__(self, index: int) -> tuple[DepthSample, Tensor] | DepthFileError:
+    def __getitem__(self, index: int) -> tuple[list[DepthSample], Any] | DepthFileError:
         try:
-            sample = self.data[index]
-            return sample, self.transform(sample)["image"]
+            samples = [data[index] for data in self.sets]
+            return samples, self.prepare(samples[0])
         except DepthFileError as error:
             return error
+        except ValueError as error:
+            return file_error(self.sets[0].names()[index], str(error))

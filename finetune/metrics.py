@@ -62,12 +62,35 @@ METRIC: Mapping[str, Metric] = MappingProxyType(
             Metric("wkdr", "WKDR", "lower", "share of all pairs whose relation under the threshold is wrong"),
             Metric("wkdr_unequal", "WKDR unequal", "lower", "wkdr among unequal pairs"),
             Metric("wkdr_equal", "WKDR equal", "lower", "wkdr among equal pairs"),
+            Metric(
+                "pe_fla",
+                "PE flat",
+                "lower",
+                "deviation of a predicted plane from the plane fitted to it",
+                "cm",
+            ),
+            Metric(
+                "pe_ori", "PE orie", "lower", "angle between the plane fitted to it and the true one", "°"
+            ),
+            Metric("dbe_acc", "DBE acc", "lower", "distance of near predicted edges to true ones", "px"),
+            Metric("dbe_com", "DBE com", "lower", "distance of true edges to predicted ones", "px"),
+            Metric("dde_0", "DDE0", "higher", "share of pixels on their side of a plane at 3 m"),
+            Metric(
+                "dde_m", "DDE-", "lower", "share of pixels predicted before that plane and lying behind it"
+            ),
+            Metric(
+                "dde_p", "DDE+", "lower", "share of pixels predicted behind that plane and lying before it"
+            ),
         )
     }
 )
 METRICS = ("delta1", "delta2", "delta3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog")
 ORDINAL_METRICS = ("whdr", "accuracy", "wkdr")
+WKDR_METRICS = ("wkdr", "wkdr_equal", "wkdr_unequal")
 """Of pairs of points, `finetune.ordinal` has their formulas."""
+PLANE_METRICS = ("pe_fla", "pe_ori")
+GEOMETRY_METRICS = (*PLANE_METRICS, "dbe_acc", "dbe_com", "dde_0", "dde_m", "dde_p")
+"""Of iBims-1, `finetune.ibims` has their formulas."""
 
 Row: TypeAlias = dict[str, Any]
 """Of one image: `name`, numbers, and None for a metric that is not defined for it."""

@@ -17,14 +17,17 @@ has none; wkdr has the threshold of the protocol, in the unit of d, for data tha
 photos are pooled, or scores of photos averaged, as the protocol says. A pair at which the prediction is NaN is wrong.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 
 from finetune.depth_data.sample import DepthSample
-from finetune.evaluator import Evaluator
+from finetune.evaluator import Evaluator, NoValidPixels
 from finetune.metrics import Columns, Row, mean_of_images
+from finetune.pairs import sample_pairs
+from finetune.protocols import Protocol
 from finetune.scoring import resize
 
 SCORES = ("wkdr", "whdr", "accuracy", "wkdr_unequal", "wkdr_equal")
@@ -105,27 +108,89 @@ def count_pairs(difference: np.ndarray, relation: np.ndarray, threshold: float) 
     )
 
 
+def choose_threshold(
+    differences: Sequence[np.ndarray], relations: Sequence[np.ndarray], thresholds: np.ndarray
+) -> tuple[float, list[list[float]]]:
+    """The threshold of WKDR, as Chen et al. 2016 choose it on a validation set: at which the larger of wkdr_equal and
+    wkdr_unequal, means over images, is smallest; of several the smallest one.
+
+    Args:
+        differences: how much farther A is than B, `[N]` for each image.
+        relations: of the same pairs.
+        thresholds: to choose among, `[T]`.
+
+    Returns:
+        the threshold, and rows (threshold, wkdr, wkdr_equal, wkdr_unequal).
+
+    Raises:
+        ValueError: no pair is equally far, or all are: nothing is to be weighed.
+    """
+    scores = np.full((len(differences), 3, len(thresholds)), np.nan)
+    for image, (difference, relation) in enumerate(zip(differences, relations, strict=True)):
+        d, r = difference[:, None], relation[:, None]
+        said = np.where(d > thresholds, 1, np.where(d < -thresholds, -1, 0))
+        wrong = (said != r) | np.isnan(d)
+        for row, chosen in enumerate((slice(None), relation == 0, relation != 0)):
+            if len(wrong[chosen]):
+                scores[image, row] = wrong[chosen].mean(0)
+    defined = ~np.isnan(scores[:, :, 0])
+    if not defined.any(0).all():
+        raise ValueError(
+            "a threshold of WKDR is chosen on pairs of which some are equally far and some are not; give"
+            " one (threshold)"
+        )
+    means = np.nansum(scores, 0) / defined.sum(0)[:, None]
+    best = int(np.argmin(means[1:].max(0)))
+    curve = [[float(value) for value in row] for row in np.vstack([thresholds, means]).T]
+    return float(thresholds[best]), curve
+
+
 class OrdinalEvaluator(Evaluator):
-    """Scores photos with annotated pairs."""
+    """Scores photos by pairs of points: annotated ones, or under a protocol with `pairs` among its options drawn from
+    the map of depth (`finetune.pairs`).
+
+    Under a protocol with `thresholds` among its options (how many, from 0.11 in steps of 0.01) and no threshold given,
+    the one of these that suits the scored images best is chosen, and results say so: right for a validation set, whose
+    threshold is then to be given for the test set.
+    """
+
+    def __init__(self, protocol: Protocol, *, skip_empty: bool = False):
+        super().__init__(protocol, skip_empty=skip_empty)
+        self._read: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        steps = int(protocol.option("thresholds"))
+        self._thresholds = np.round(0.1 + 0.01 * np.arange(1, steps + 1), 2)
+        self._chosen: dict[str, Any] = {}
 
     def score(self, sample: DepthSample, prediction: np.ndarray, inverse: bool) -> Row:
         """Counts of pairs and the scores of them that are defined. ValueError: a sample without pairs."""
-        if sample.pairs is None or sample.relation is None:
+        pairs, relation = sample.pairs, sample.relation
+        if count := int(self.protocol.option("pairs")):
+            ratio, seed = self.protocol.option("ratio"), int(self.protocol.option("seed"))
+            pairs, relation = sample_pairs(sample, count, ratio, seed)
+            if not len(pairs):
+                raise NoValidPixels("fewer than two pixels have a reading, so there are no pairs")
+        if pairs is None or relation is None:
             raise ValueError("relations need annotated pairs, and the sample has none")
         size = sample.image.shape[:2]
         farness = resize(np.asarray(prediction, np.float64), size, self.protocol.align_corners)
-        rows, columns = np.floor(sample.pairs.reshape(-1, 2, 2) + 0.5).astype(np.int64).transpose(2, 0, 1)
+        rows, columns = np.floor(pairs.reshape(-1, 2, 2) + 0.5).astype(np.int64).transpose(2, 0, 1)
         read = farness[rows, columns]
         with np.errstate(invalid="ignore"):  # inf - inf is NaN, which is wrong
             difference = (read[:, 0] - read[:, 1]) * (-1 if inverse else 1)
-        counts = count_pairs(difference, sample.relation, self.protocol.threshold)
-        scores = counts.metrics()
+        if len(self._thresholds):
+            self._read[sample.name] = difference, relation
+        nonfinite = int((~np.isfinite(prediction)).sum())
         return {
-            **asdict(counts),
-            **{name: scores.get(name) for name in SCORES},
-            "nonfinite": int((~np.isfinite(prediction)).sum()),
+            **self._row(difference, relation, self.protocol.threshold),
+            "nonfinite": nonfinite,
             "nonpositive": 0,
         }
+
+    @staticmethod
+    def _row(difference: np.ndarray, relation: np.ndarray, threshold: float) -> Row:
+        counts = count_pairs(difference, relation, threshold)
+        scores = counts.metrics()
+        return {**asdict(counts), **{name: scores.get(name) for name in SCORES}}
 
     @classmethod
     def aggregate(cls, columns: Columns, counts: np.ndarray, aggregation: str) -> dict[str, np.ndarray]:
@@ -135,12 +200,11 @@ class OrdinalEvaluator(Evaluator):
         return mean_of_images(columns, counts, SCORES)
 
     def extras(self) -> dict[str, Any]:
-        """pairs: how many, by kind."""
-        return {
-            "pairs": {
-                field.name: sum(row[field.name] for row in self.rows.values()) for field in fields(PairCounts)
-            }
+        """pairs: how many, by kind; wkdr_threshold, where it was chosen: its value and what was weighed."""
+        total = {
+            field.name: sum(row[field.name] for row in self.rows.values()) for field in fields(PairCounts)
         }
+        return {"pairs": total, **self._chosen}
 
     def results(self) -> dict[str, Any]:
         """See `Evaluator.results`; ValueError: no pair of which one point is farther was scored."""
@@ -148,4 +212,14 @@ class OrdinalEvaluator(Evaluator):
             raise ValueError(
                 "no pair of which one point is farther was scored: name a file of annotations that has some"
             )
+        if len(self._thresholds) and not self.protocol.threshold:
+            differences, relations = zip(*self._read.values(), strict=True)
+            value, curve = choose_threshold(differences, relations, self._thresholds)
+            for name, (difference, relation) in self._read.items():
+                self.rows[name] = {**self.rows[name], **self._row(difference, relation, value)}
+            about = "chosen on the scored images: give it as threshold to score others"
+            columns = ["threshold", "wkdr", "wkdr_equal", "wkdr_unequal"]
+            self._chosen = {
+                "wkdr_threshold": {"value": value, "about": about, "columns": columns, "rows": curve}
+            }
         return super().results()

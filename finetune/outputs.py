@@ -9,6 +9,7 @@ from finetune.config import DepthConfig
 from finetune.depth_data import DepthSet
 from finetune.figures import save_figure, triptychs
 from finetune.inference import score, summary, transform_of
+from finetune.intervals import with_intervals
 from finetune.metrics import write_results
 from finetune.model import load_depth_model
 from finetune.protocols import Protocol
@@ -130,7 +131,7 @@ class Outputs:
                 self.say(f"no triptychs of step {step}, the run goes on: {error}")
         if finished:
             about = {"model": str(self.folder / "model"), "data": repr(self.held_out), "step": step}
-            write_results(self.folder / "evaluation.json", {**results, **about})
+            write_results(self.folder / "evaluation.json", {**with_intervals(results), **about})
         return results["metrics"]
 
     def note(self, metrics: dict[str, float]) -> dict[str, float]:

@@ -15,18 +15,21 @@ from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
-from finetune.metrics import METRICS, ORDINAL_METRICS
+from finetune.metrics import GEOMETRY_METRICS, METRICS, ORDINAL_METRICS, WKDR_METRICS
 
 PROSE = ("description", "tables", "expected_images")
 """Fields that bear on no number, and so not on the hash of a record."""
 CHOICES = {
     "supervision": ("metric", "affine", "ordinal"),
     "valid": ("strict", "closed", "positive"),
+    "sees": ("frame", "inside_border", "kb_crop"),
     "space": ("depth", "disparity"),
     "alignment": ("none", "median", "depth", "disparity", "log_depth"),
     "aggregation": ("per_image", "pooled"),
 }
 """Values of the fields that are one of a few words."""
+KB_SIZE = (352, 1216)
+"""Of the frames of the test set of KITTI's depth benchmark."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,9 @@ class Protocol:
         max_depth: upper end of the depths that count [m].
         valid: which ground truth counts. "strict": min_depth < g < max_depth; "closed": min_depth <= g <= max_depth;
             "positive": g > 0, whatever its size.
+        sees: what of the image a model is shown; its prediction is continued over the rest of the frame by its edge.
+            "frame": all of it. "inside_border": without the `border` px of `options` around it. "kb_crop": 352x1216 at
+            the bottom, centred, as on KITTI.
         view: what is taken of the frame, in order: ("resize", H, W) by nearest neighbours, ("centre_crop", H, W),
             ("bottom_crop", H, W), which is centred horizontally.
         crop: (top, bottom, left, right) of the pixels that count, half open, in a frame of `frame`, or in its view;
@@ -87,7 +93,8 @@ class Protocol:
         expected_images: how many images the official list has; results state it beside the number that was
             scored.
         threshold: of relations, largest difference at which a prediction says that two points are equally far (in
-            metres, or in the unit of inverse depth of a head without metres).
+            metres, or in the unit of inverse depth of a head without metres); 0 lets protocols with `thresholds` among
+            their options choose it (`finetune.ordinal`).
         options: further settings that one family alone reads, as (name, value) pairs.
 
     Raises:
@@ -104,6 +111,7 @@ class Protocol:
     supervision: Literal["metric", "affine", "ordinal"] = "metric"
     depth: Literal["raw", "filled"] = "raw"
     valid: Literal["strict", "closed", "positive"] = "strict"
+    sees: Literal["frame", "inside_border", "kb_crop"] = "frame"
     view: tuple[tuple[str, int, int], ...] = ()
     crop: tuple[int, int, int, int] | None = None
     frame: tuple[int, int] | None = None
@@ -141,6 +149,32 @@ class Protocol:
             raise ValueError(f"{self.name}: the crop of a view is not scaled")
         if self.alignment == "disparity" and self.space != "disparity":
             raise ValueError(f"{self.name}: alignment 'disparity' needs space 'disparity'")
+
+    def option(self, name: str, default: float = 0) -> float:
+        """A number among `options`."""
+        return float(dict(self.options).get(name, default))
+
+    def seen_at(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """(top, bottom, left, right) of the part of an image of (H, W) `size` that a model is shown.
+
+        Raises:
+            ValueError: the image is too small.
+        """
+        height, width = size
+        top, bottom, left, right = 0, height, 0, width
+        if self.sees == "kb_crop":
+            top, left = height - KB_SIZE[0], (width - KB_SIZE[1]) // 2
+            bottom, right = height, left + KB_SIZE[1]
+        elif self.sees == "inside_border":
+            # Pixels `border` to side - `border`, counted from 1, both included (Chen et al. 2016).
+            border = int(self.option("border"))
+            top, bottom, left, right = border - 1, height - border, border - 1, width - border
+        if top < 0 or left < 0 or bottom <= top or right <= left:
+            raise ValueError(
+                f"protocol {self.name} shows a model less than the whole image, and one of {height}x{width} is too"
+                " small for that: use images at their native size"
+            )
+        return top, bottom, left, right
 
     def crop_at(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """(top, bottom, left, right) of the pixels that count, in the view of ground truth of (H, W) `size`.
@@ -221,6 +255,7 @@ _KITTI = Protocol(
     data="kitti",
     min_depth=1e-3,
     max_depth=80.0,
+    sees="kb_crop",
     crop_shares=(0.40810811, 0.99189189, 0.03594771, 0.96405229),
     expected_images=652,
 )
@@ -320,6 +355,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 description="kitti-garg-full with the crop of Eigen et al. 2014 instead, as Godard et al. 2017 wrote it"
                 " in shares.",
                 tables="Eigen et al. and tables that say Eigen crop",
+                sees="frame",
                 crop_shares=(0.3324324, 0.91351351, 0.0359477, 0.96405229),
             ),
             _KITTI,
@@ -337,6 +373,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 description="KITTI Eigen split as Monodepth2 (Godard et al. 2019): projected laser points, 1e-3 < gt <"
                 " 80 m, Garg's crop of the whole frame, inverse depth is enlarged, medians of each image made equal.",
                 tables="Monodepth2 and other self-supervised depth",
+                sees="frame",
                 space="disparity",
                 alignment="median",
                 expected_images=697,
@@ -350,8 +387,78 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 min_depth=1e-3,
                 max_depth=10.0,
                 supervision="ordinal",
+                align_corners=True,
                 aggregation="pooled",
                 metrics=ORDINAL_METRICS,
+            ),
+            Protocol(
+                name="nyu-wkdr",
+                description="NYU Depth V2 by the pairs of points of Zoran et al. 2015, as Chen et al. 2016: the model"
+                " sees the image without a border of 10 px; threshold of equally far points among 140 on a validation"
+                " set.",
+                tables="Zoran et al. 2015, Chen et al. 2016, Xian et al. 2018",
+                data="nyu",
+                family="relations",
+                min_depth=1e-3,
+                max_depth=10.0,
+                supervision="ordinal",
+                sees="inside_border",
+                align_corners=True,
+                metrics=WKDR_METRICS,
+                expected_images=654,
+                options=(("border", 10), ("thresholds", 140)),
+            ),
+            Protocol(
+                name="nyu-wkdr-sampled",
+                description="nyu-wkdr with 800 pairs of points of each depth map, drawn with a fixed seed, equally far"
+                " within 2 %: not to be compared with publications.",
+                data="nyu",
+                family="relations",
+                min_depth=1e-3,
+                max_depth=10.0,
+                sees="inside_border",
+                align_corners=True,
+                metrics=WKDR_METRICS,
+                options=(("border", 10), ("pairs", 800), ("ratio", 1.02), ("seed", 0), ("thresholds", 140)),
+            ),
+            Protocol(
+                name="redweb",
+                description="WHDR on 10,000 pairs of points of each map of relative depth, drawn with a fixed seed,"
+                " left out where their disparities are within 2 %: not to be compared with publications.",
+                data="redweb",
+                family="relations",
+                min_depth=1e-3,
+                max_depth=10.0,
+                supervision="affine",
+                aggregation="pooled",
+                metrics=("whdr", "accuracy"),
+                options=(("pairs", 10_000), ("ratio", 1.02), ("seed", 0)),
+            ),
+            Protocol(
+                name="ibims-official",
+                description="iBims-1 as its authors' scripts (Koch et al. 2018): every pixel with ground truth and a"
+                " prediction above 0, no crop, no cap; with planarity (PE), depth boundaries (DBE) and directed errors"
+                " at 3 m (DDE).",
+                tables="tables made with evaluate_ibims.py; DBE of the paper itself comes from other edges",
+                data="ibims",
+                family="ibims",
+                min_depth=1e-3,
+                max_depth=50.0,
+                valid="positive",
+                clip=False,
+                metrics=(*METRICS, *GEOMETRY_METRICS),
+                expected_images=100,
+            ),
+            replace(
+                _NYU_BTS,
+                name="ibims-zoedepth",
+                description="iBims-1 as ZoeDepth (Bhat et al. 2023): 0 < gt < 10 m, NYU's crop, flip average without a"
+                " clip before.",
+                tables="ZoeDepth, Depth Anything and other zero-shot tables of metric depth",
+                data="ibims",
+                align_corners=True,
+                flip_average=True,
+                expected_images=100,
             ),
         )
     }
@@ -371,7 +478,7 @@ def get_protocol(name: str, *, flip_average: bool | None = None, threshold: floa
         raise ValueError(f"no evaluation protocol {name!r}: {hint}known: {', '.join(PROTOCOLS)}")
     protocol = PROTOCOLS[name]
     if threshold is not None:
-        if protocol.supervision != "ordinal":
+        if protocol.family != "relations":
             raise ValueError(f"threshold is for relations of points (protocol diw), not {name}: leave it out")
         protocol = replace(protocol, threshold=threshold)
     return protocol if flip_average is None else replace(protocol, flip_average=flip_average)

@@ -278,3 +278,21 @@ def write_ibims(root: Path, count: int = 4, size: tuple[int, int] = SIZE, geomet
             savemat(mats / f"{name}.mat", {"data": data})
     (raw / "imagelist.txt").write_text("\n".join(names) + "\n")
     return root
+
+
+def write_nyu_pairs(root: Path, count: int = 2, size: tuple[int, int] = SIZE) -> Path:
+    """points.csv as Chen et al. 2016 have it, with the first 3 rows of each image against its last: nearer ones there,
+    and two points of one row that are as far."""
+    lines = ["a header,that nobody,reads"]
+    for number in range(count):
+        image, depth = scene(number, size)
+        depth[: size[0] // 8, : size[1] // 8] = 9  # the hole
+        put(root / "imgs" / f"{number}.png", png(image))
+        pairs = [(row, size[1] - 1, size[0] - 1, row) for row in range(3)] + [(0, 0, 0, 1)]
+        lines.append(f"../../data/imgs/{number}.png,{number},{len(pairs)}")
+        for a, b, c, d in pairs:
+            difference = depth[a, b] - depth[c, d]
+            sign = ">" if difference > 0 else "<" if difference < 0 else "="
+            lines.append(f"{a + 1},{b + 1},{c + 1},{d + 1},{sign}")
+    (root / "points.csv").write_text("\n".join(lines) + "\n")
+    return root

@@ -273,3 +273,40 @@ def test_a_list_of_photos(tmp_path: Path) -> None:
         ValueError, match=r"2 files are missing, the first is .*0009\.jpg \(held_out\.txt, line 2\)"
     ):
         open_depth_data(root, "held_out.txt")
+
+
+# --- pairs of NYU
+
+
+def test_pairs_of_nyu(tmp_path: Path) -> None:
+    root = write.write_nyu_pairs(tmp_path)
+    assert recognise(root, "points.csv") == "nyu_pairs"
+    data = open_depth_data(root, "points.csv")
+    assert data.names() == ["imgs/0.png", "imgs/1.png"]
+    assert "2 images with 8 pairs" in repr(data)
+    sample, depth = data[1], scene(1)[1]
+    assert sample.pairs is not None
+    assert sample.relation is not None
+    assert sample.pairs[:2].tolist() == [[0, 63, 47, 0], [1, 63, 47, 1]]  # counted from 0
+    y1, x1, y2, x2 = sample.pairs[0].astype(int)
+    assert sample.relation[0] == np.sign(depth[y1, x1] - depth[y2, x2]) != 0
+    assert sample.relation[3] == 0
+    np.testing.assert_array_equal(sample.image, scene(1)[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("header\n", "is empty"),
+        ("header\nimgs/0.png,0,2\n1,2,3,4,>\n", r"points\.csv, line 2: expected `IMAGE,ANYTHING,N`.*imgs/0"),
+        ("header\nimgs/0.png,0,1\n1,2,3,4,?\n", "line 2: expected"),
+        ("header\nimgs/0.png\n1,2,3,4,>\n", "line 2: expected"),
+        ("header\nimgs/7.png,0,1\n1,2,3,4,>\n", r"1 of 1 images .*7\.png \(line 2\)"),
+        ("header\nimgs/0.png,0,1\n1,2,49,4,>\n", r"lies outside the image of 48x64.*points\.csv, line 2"),
+    ],
+)
+def test_bad_pairs_of_nyu(tmp_path: Path, text: str, message: str) -> None:
+    root = write.write_nyu_pairs(tmp_path)
+    (root / "points.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        open_depth_data(root, "points.csv", kind="nyu_pairs")

@@ -7,8 +7,8 @@ import pytest
 
 from finetune import DepthModel
 from finetune.depth_data import DepthSample
-from finetune.inference import check_protocol
 from finetune.ordinal import OrdinalEvaluator, count_pairs
+from finetune.predictions import check_protocol
 from finetune.protocols import get_protocol
 
 DIW = get_protocol("diw")

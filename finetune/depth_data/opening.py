@@ -20,6 +20,7 @@ from finetune.depth_data.nyu import (
     existing_root,
     lists_text,
 )
+from finetune.depth_data.nyu_pairs import NYUPairs
 from finetune.depth_data.redweb import ReDWeb
 
 Kind: TypeAlias = Literal[
@@ -28,6 +29,7 @@ Kind: TypeAlias = Literal[
     "hub_tars",
     "fastdepth",
     "diw",
+    "nyu_pairs",
     "redweb",
     "ibims",
     "kitti",
@@ -42,6 +44,7 @@ KINDS: Mapping[Kind, type[DepthSet]] = MappingProxyType(
         "hub_tars": HubTars,
         "fastdepth": FastDepth,
         "diw": DIW,
+        "nyu_pairs": NYUPairs,
         "redweb": ReDWeb,
         "ibims": IBims,
         "kitti": KITTI,
