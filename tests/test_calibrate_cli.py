@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from finetune import DepthModel, load_depth_model
+from finetune.calibration import for_intrinsics
+from finetune.evaluate import main as evaluate
 from finetune.predict import main as predict
 from finetune.whole_images import predict_image
 from tests.depth_world import make_depth_world
@@ -85,6 +87,26 @@ def test_pairs_give_a_factor(world: Path, tmp_path: Path, capsys: pytest.Capture
     assert found.errors["after"] == pytest.approx(
         np.mean(np.abs(2.7 * found.scale - readings) / readings), rel=0.05
     )
+
+
+def test_evaluation_applies_and_states_it(world: Path, tmp_path: Path) -> None:
+    model = load_depth_model(world / "metric")
+    model.calibrate(for_intrinsics(1.25, 1e-3, 10.0, "a quarter more"))
+    model.save(tmp_path / "model")
+    results = []
+    for folder in (world / "metric", tmp_path / "model"):
+        output = tmp_path / "results.json"
+        data = [f"--data.root={world / 'data'}", "--data.list=nyu_val.txt", "--protocol=nyu-bts-scaled"]
+        evaluate([f"--model={folder}", *data, f"--output={output}", "--device=cpu"])
+        results.append(json.loads(output.read_text()))
+    plain, calibrated = results
+    assert "calibration" not in plain
+    assert calibrated["calibration"]["scale"] == 1.25
+    assert calibrated["metrics"]["silog"] == pytest.approx(
+        plain["metrics"]["silog"], rel=1e-4
+    )  # knows no scale
+    for one, other in zip(plain["per_image"], calibrated["per_image"], strict=True):
+        assert other["rmse"] != pytest.approx(one["rmse"], rel=0.01)
 
 
 def test_points_give_metres_to_a_head_without(world: Path, tmp_path: Path) -> None:
