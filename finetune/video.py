@@ -46,7 +46,7 @@ class VideoFrames:
             raise VideoError("there is no such file")
         self._capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
         found, frame = self._capture.read() if self._capture.isOpened() else (False, None)
-        if not found:
+        if not found or frame is None:
             self._capture.release()
             if isinstance(source, int):
                 raise VideoError(f"there is no camera {source}, or another program uses it")
