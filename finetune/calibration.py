@@ -13,8 +13,8 @@ kept within [min_depth, max_depth]. It is part of a `DepthModel`, which applies 
 prediction, evaluation and export have it without knowing of it.
 
 Fits are robust: Theil (1950) and Sen (1968), medians over pairs of points, to begin with, then least squares under
-Cauchy's loss ln(1 + (r / s)^2), which gives a reading far off next to no weight, so that a wrong tape measure does not
-turn the result.
+Huber's loss (1964), quadratic for small residuals and linear beyond, so that a wrong tape measure does not turn the
+result.
 """
 
 import math
@@ -217,10 +217,11 @@ def _check_spread(readings: Readings) -> None:
 
 
 def _robust(residual: Any, start: list[float], least: float) -> list[float]:
-    """Least squares under Cauchy's loss, whose unit is a robust deviation of the residuals at the start."""
+    """Least squares under Huber's loss, quadratic up to 1.345 robust deviations of the residuals at the start, which
+    costs 5 % of the precision where errors are normal after all (Huber 1964)."""
     first = residual(start)
     deviation = MAD_TO_SIGMA * float(np.median(np.abs(first - np.median(first))))
-    found = least_squares(residual, start, loss="cauchy", f_scale=max(deviation, least), x_scale="jac")
+    found = least_squares(residual, start, loss="huber", f_scale=max(1.345 * deviation, least), x_scale="jac")
     return [float(value) for value in found.x]
 
 

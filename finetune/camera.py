@@ -13,7 +13,9 @@ from typing import Any
 import cv2
 import numpy as np
 import yaml
-from PIL import ExifTags, Image
+from PIL import ExifTags
+
+from finetune.depth_data.sample import opened_image
 
 ASSUMED_VIEW = 60.0
 """Angle of view along the long side that is assumed where nothing is known [degrees]."""
@@ -148,7 +150,7 @@ def exif_camera(path: str | Path, size: tuple[int, int]) -> Intrinsics | None:
     the file.
     """
     try:
-        with Image.open(path) as image:
+        with opened_image(path) as image:
             tags = image.getexif().get_ifd(ExifTags.IFD.Exif)
             stored = image.size
     except (OSError, SyntaxError, ValueError):

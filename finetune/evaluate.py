@@ -255,7 +255,10 @@ def open_source(config: EvaluationConfig, data: DepthSet, protocols: Sequence[Pr
     """
     if config.model is not None:
         model = load_depth_model(config.model, config.encoder_name).to(chosen_device(config.device))
-        return ModelSource(model, transform_of(model, config.image_size), {"model": str(config.model)})
+        about: dict[str, Any] = {"model": str(config.model)}
+        if model.calibration is not None:
+            about["calibration"] = model.calibration.as_config()
+        return ModelSource(model, transform_of(model, config.image_size), about)
     if config.predictions is not None:
         return FolderSource(
             config.predictions, data, scale=config.scale, holds=config.holds, missing=config.missing

@@ -33,7 +33,7 @@ from finetune.inference import chosen_device, transform_of
 from finetune.model import DepthModel, load_depth_model
 from finetune.pointcloud import mesh, point_cloud
 from finetune.video import EXTENSIONS as VIDEO
-from finetune.video import ColourRange, VideoError, VideoFrames, VideoWriter, legend, paint
+from finetune.video import ColourRange, VideoFrames, VideoWriter, legend, paint
 from finetune.whole_images import fitted_size, predict_image, predict_images
 from spark.config import parse_config, require
 from spark.decoding import EXTENSIONS as IMAGE
@@ -197,7 +197,7 @@ class Job:
                 " or calibrate the model with a few known distances (tools/calibrate.py)"
             )
         if config.camera is not None:
-            known_camera(config.camera)  # a wrong one is refused before anything is written
+            known_camera(config.camera, (1, 1))  # a wrong one is refused before anything is written
         self.wanted = transform_of(model, config.image_size).image_size
         self.written: list[dict[str, Any]] = []
         self.videos: list[dict[str, Any]] = []
@@ -209,7 +209,12 @@ class Job:
             depths = self._depths([image for _, _, image in group])
             for (path, stem, image), depth in zip(group, depths, strict=True):
                 entry = {"image": str(path), "output": stem, "size": list(depth.shape)}
-                self.written.append(entry | self._write(stem, path, image, depth, self.image_formats))
+                try:
+                    camera = self._camera(path, depth.shape, self.image_formats)
+                except ValueError as error:  # such as intrinsics of another size
+                    self.failed.append({"image": str(path), "reason": str(error)})
+                    continue
+                self.written.append(entry | self._write(stem, camera, image, depth, self.image_formats))
             yield len(group)
 
     def _batches(self, images: dict[Path | int, str]) -> Iterator[list[tuple[Path, str, np.ndarray]]]:
@@ -242,8 +247,21 @@ class Job:
             return [predict_image(self.model, image, size, flip, tiles) for image in images]
         return predict_images(self.model, images, size, flip)
 
+    def _camera(
+        self, path: Path | None, shape: Sequence[int], formats: Iterable[Format]
+    ) -> Intrinsics | None:
+        """The camera of an image, or of a frame, if one of the formats needs it; ValueError if it cannot be its."""
+        if not {"ply", "mesh"} & set(formats):
+            return None
+        return camera_for(self.config.camera, path, (shape[0], shape[1]))
+
     def _write(
-        self, stem: str, path: Path | None, image: np.ndarray, depth: np.ndarray, formats: Iterable[Format]
+        self,
+        stem: str,
+        camera: Intrinsics | None,
+        image: np.ndarray,
+        depth: np.ndarray,
+        formats: Iterable[Format],
     ) -> dict[str, Any]:
         """Write the files of one image or frame; what to report of it."""
         place = self.output / stem
@@ -255,7 +273,8 @@ class Job:
                 "median_m": float(np.median(depth)),
                 "farthest_m": float(depth.max()),
             }
-        camera: Intrinsics | None = None
+        if camera is not None:
+            entry["camera"] = asdict(camera)
         for name in formats:
             if name == "npy":
                 write_whole(place.with_name(f"{place.name}{kind}.npy"), npy_bytes(depth))
@@ -276,8 +295,7 @@ class Job:
                 encoded = cv2.imencode(".png", np.ascontiguousarray(picture[..., ::-1]))[1]
                 write_whole(place.with_name(f"{place.name}_{name}.png"), encoded.tobytes())
             else:
-                camera = camera or camera_for(self.config.camera, path, (depth.shape[0], depth.shape[1]))
-                entry["camera"] = asdict(camera)
+                assert camera is not None
                 make, end = (point_cloud, ".ply") if name == "ply" else (mesh, "_mesh.ply")
                 write_whole(place.with_name(f"{place.name}{end}"), make(image, depth, camera))
         return entry
@@ -293,7 +311,8 @@ class Job:
         """
         try:
             frames = VideoFrames(source)
-        except VideoError as error:
+            camera = self._camera(None, frames.shape, self.video_formats)
+        except ValueError as error:
             self.failed.append({"image": str(source), "reason": str(error)})
             return
         config, most = self.config, self.config.frames
@@ -309,6 +328,8 @@ class Job:
             "colour_range": "smooth" if follow else "fixed",
             "files": [],
         }
+        if camera is not None:
+            entry["camera"] = asdict(camera)
         self.videos.append(entry)
         each: list[Format] = [name for name in self.video_formats if name not in ("colour", "side")]
         writers = {
@@ -328,7 +349,7 @@ class Job:
                             both = name == "side"
                             writer.write(self._beside(image, picture, limits) if both else picture)
                         if each:
-                            self._write(f"{stem}_frames/{entry['frames']:06d}", None, image, depth, each)
+                            self._write(f"{stem}_frames/{entry['frames']:06d}", camera, image, depth, each)
                         entry["frames"] += 1
                     yield len(group), total
         finally:

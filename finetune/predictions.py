@@ -23,7 +23,7 @@ from finetune.model import DepthModel
 from finetune.protocols import Protocol
 from finetune.scoring import merge_flipped, resize
 
-SUFFIXES = (".npy", ".pfm", "_mm.png", ".png", "_disparity.npy", "_disparity.pfm")
+SUFFIXES = (".npy", ".pfm", "_mm.png", "_depth.png", ".png", "_disparity.npy", "_disparity.pfm")
 """What follows the name of an image in the name of its prediction, as predict.py writes them; the first there is."""
 
 

@@ -35,6 +35,7 @@ class VideoFrames:
     Attributes:
         announced: how many frames the file says it has; None if it does not say, as cameras.
         rate: frames per second.
+        shape: (H, W, 3) of a frame.
 
     Raises:
         VideoError: no such file or camera, or nothing in it that can be decoded.
@@ -45,7 +46,7 @@ class VideoFrames:
             raise VideoError("there is no such file")
         self._capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
         found, frame = self._capture.read() if self._capture.isOpened() else (False, None)
-        if not found:
+        if not found or frame is None:
             self._capture.release()
             if isinstance(source, int):
                 raise VideoError(f"there is no camera {source}, or another program uses it")
@@ -53,7 +54,7 @@ class VideoFrames:
                 "it cannot be decoded as a video: it is damaged, or of a codec that this opencv lacks; convert it, for"
                 " example with ffmpeg -i IN -c:v libx264 OUT.mp4"
             )
-        self._first = frame
+        self._first, self.shape = frame, frame.shape
         count = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
         self.announced = int(count) if isinstance(source, Path) and 0 < count < 1e9 else None
         rate = float(self._capture.get(cv2.CAP_PROP_FPS))

@@ -2,13 +2,15 @@
 
 Tiles: each shows the model a part of the image larger than it would see it. What it says of a part has another scale
 (a part looks like a nearer scene), so every tile is fitted to the prediction for the whole image by scale and shift (of
-ln depth; of inverse depth for a head without metres), and tiles are averaged with weights that fall to 0 at their
-edges: no seams, the whole image's depth, and the tiles' detail.
+ln depth; of inverse depth for a head without metres). What still differs over an eighth of a tile and more is taken
+from the whole image, for a part tells less of the shape of a room. Tiles are averaged with weights that fall to 0 at
+their edges: no seams, the whole image's depth, and the tiles' detail.
 """
 
 import math
 from collections.abc import Sequence
 
+import cv2
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -19,6 +21,8 @@ from finetune.protocols import Protocol
 
 OVERLAP = 0.25
 """Least part of a tile that it shares with its neighbour."""
+CELLS = 8
+"""Parts of a tile's side; over one and more the prediction for the whole image counts."""
 SLOPES = (0.5, 2.0)
 """A tile whose contrast of depth has to be changed by more than this to fit is fitted by this."""
 
@@ -131,13 +135,16 @@ def _window(length: int) -> np.ndarray:
 
 
 def _fitted(tile: np.ndarray, whole: np.ndarray, relative: bool) -> np.ndarray:
-    """A tile's prediction with scale and shift such that it fits that of the whole image by least squares."""
+    """A tile's prediction with scale, shift and coarse shape such that it fits that of the whole image."""
     x, y = (tile, whole) if relative else (np.log(tile), np.log(whole))
     centred, mean = x - x.mean(), float(y.mean())
     variance = float((centred**2).mean())
     slope = float((centred * (y - mean)).mean()) / variance if variance > 1e-8 else 1.0
     # Of relative depth a tile's own unit is arbitrary, and so is the slope; but nearer stays nearer.
     fitted = mean + (max(slope, 0.0) if relative else min(max(slope, SLOPES[0]), SLOPES[1])) * centred
+    height, width = x.shape
+    coarse = cv2.resize(y - fitted, (min(CELLS, width), min(CELLS, height)), interpolation=cv2.INTER_AREA)
+    fitted = fitted + cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
     return fitted if relative else np.exp(fitted)
 
 

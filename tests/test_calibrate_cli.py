@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from finetune import DepthModel, load_depth_model
+from finetune.calibration import for_intrinsics
+from finetune.evaluate import main as evaluate
 from finetune.predict import main as predict
 from finetune.whole_images import predict_image
 from tests.depth_world import make_depth_world
@@ -71,25 +73,52 @@ def test_points_scale_what_predict_writes(
     assert again.shift == pytest.approx(np.log(3))
 
 
-def test_pairs_give_metres_to_a_head_without(
-    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pairs_give_a_factor(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = [f"--data.root={world / 'data'}", "--data.list=nyu_train.txt", "--pairs=4"]
-    run(world, *data, f"--output={tmp_path / 'metric'}", "--fit=scale_shift", "--space=depth")
-    try:
-        run(world, *data, f"--output={tmp_path / 'relative'}", model="relative")
-    except SystemExit:  # random weights may take near for far, which no scale above 0 mends
-        assert "no scale above 0 fits" in capsys.readouterr().err
-        return
-    model = load_depth_model(tmp_path / "relative")
-    assert model.outputs == ("disparity_affine", "depth")
-    assert (
-        predict(
-            [f"--model={tmp_path / 'relative'}", f"--input={image_of(world)}", f"--output={tmp_path / 'o'}"]
-        )
-        == 0
+    run(world, *data, f"--output={tmp_path / 'model'}", "--space=depth")
+    assert "scale in depth fitted to 4 pairs of nyu_train.txt" in " ".join(capsys.readouterr().out.split())
+    found = load_depth_model(tmp_path / "model").calibration
+    assert found is not None
+    # An untrained model says 2.7 m everywhere, so the best factor brings that among the readings of those four.
+    files = sorted((world / "data" / "train_scene").glob("sync_depth_*.png"))
+    truth = [cv2.imread(str(files[index]), cv2.IMREAD_UNCHANGED)[2:-2, 2:-2] / 1000 for index in (0, 2, 3, 5)]
+    readings = np.concatenate([depth[depth > 0] for depth in truth])
+    assert np.median(readings) - 1 < 2.7 * found.scale < np.median(readings) + 1
+    assert found.errors["after"] == pytest.approx(
+        np.mean(np.abs(2.7 * found.scale - readings) / readings), rel=0.05
     )
-    assert np.load(tmp_path / "o" / "rgb_0000.npy").min() > 0
+
+
+def test_evaluation_applies_and_states_it(world: Path, tmp_path: Path) -> None:
+    model = load_depth_model(world / "metric")
+    model.calibrate(for_intrinsics(1.25, 1e-3, 10.0, "a quarter more"))
+    model.save(tmp_path / "model")
+    results = []
+    for folder in (world / "metric", tmp_path / "model"):
+        output = tmp_path / "results.json"
+        data = [f"--data.root={world / 'data'}", "--data.list=nyu_val.txt", "--protocol=nyu-bts-scaled"]
+        evaluate([f"--model={folder}", *data, f"--output={output}", "--device=cpu"])
+        results.append(json.loads(output.read_text()))
+    plain, calibrated = results
+    assert "calibration" not in plain
+    assert calibrated["calibration"]["scale"] == 1.25
+    assert calibrated["metrics"]["silog"] == pytest.approx(
+        plain["metrics"]["silog"], rel=1e-4
+    )  # knows no scale
+    for one, other in zip(plain["per_image"], calibrated["per_image"], strict=True):
+        assert other["rmse"] != pytest.approx(one["rmse"], rel=0.01)
+
+
+def test_points_give_metres_to_a_head_without(world: Path, tmp_path: Path) -> None:
+    image = image_of(world)
+    inverse = predict_image(load_depth_model(world / "relative"), cv2.imread(str(image))[..., ::-1].copy())
+    places = [(int(at) % 64, int(at) // 64) for at in np.argsort(inverse.ravel())[[0, 1000, 2000, -1]]]
+    truth = 1 / (inverse / inverse.max() + 0.125)  # from 0.9 to 8 m
+    points = "; ".join(f"{x},{y},{truth[y, x]}" for x, y in places)
+    run(world, f"--image={image}", f"--points={points}", f"--output={tmp_path / 'model'}", model="relative")
+    assert load_depth_model(tmp_path / "model").outputs == ("disparity_affine", "depth")
+    assert predict([f"--model={tmp_path / 'model'}", f"--input={image}", f"--output={tmp_path / 'o'}"]) == 0
+    np.testing.assert_allclose(np.load(tmp_path / "o" / "rgb_0000.npy"), truth, rtol=0.01)
 
 
 def test_a_longer_lens_sees_things_nearer_than_they_are(world: Path, tmp_path: Path) -> None:

@@ -188,6 +188,25 @@ def test_every_format(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert b"fx 42.9 px, 50 degrees across, the stated field of view" in (out / "x.ply").read_bytes()
 
 
+def test_a_camera_of_another_image_is_not_used(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo(tmp_path / "photos" / "upright.png", 40, 30)
+    photo(tmp_path / "photos" / "across.png", 30, 40)
+    camera = {"fx": 500, "fy": 500, "cx": 320, "cy": 240, "width": 640, "height": 480}
+    (tmp_path / "camera.json").write_text(json.dumps(camera))
+    more = ["--formats", "[npy,ply]", "--camera", str(tmp_path / "camera.json")]
+    assert run(model, tmp_path / "photos", tmp_path / "out", *more) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "across.npy",
+        "across.ply",
+        "predictions.json",
+    ]
+    assert "upright.png: the intrinsics of camera.json are of 480x640, the image is 40x30" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
 def test_images_of_one_size_go_together_and_come_out_the_same(model: Path, tmp_path: Path) -> None:
     for number, size in enumerate([(30, 40), (30, 40), (40, 30), (30, 40), (30, 40), (60, 80)]):
         photo(tmp_path / "photos" / f"{number}.png", *size, seed=number)

@@ -82,7 +82,7 @@ class CalibrateConfig:
         space: in which scale and shift apply; null is log_depth, and disparity for a head without metres.
         fit: a factor of depth (scale), or scale and shift (better from five distances); null is scale, and scale_shift
             for a head without metres, which then gives metres.
-        outliers: points that contradict the others are refused by name, or have next to no weight.
+        outliers: points that contradict the others are refused by name, or kept with less weight (Huber).
         tolerance: relative error after the fit from which a point contradicts the others.
         max_depth: farthest calibrated depth in metres; null lets the model's own be calibrated too.
         image_size: size [height, width] in pixels at which the model sees an image; null is the size it was trained
