@@ -173,3 +173,23 @@ def test_what_is_refused(arguments: list[str], message: str, capsys: pytest.Capt
         benchmark.main(arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_scoring(tmp_path: Path) -> None:
+    """A turn scores as many images as it says, under each protocol."""
+    output = tmp_path / "scoring.csv"
+    given = ["--protocol", "nyu-bts", "nyu-laina", "--images", "3", "--size", "48x64", "--rounds", "2"]
+    benchmark.main(["scoring", *given, "--threads", "1", "--busy", "--csv", str(output)])
+    rows = read(output)
+    assert [(row["contender"], row["images"], row["height"]) for row in rows] == [
+        ("nyu-bts", "3", "48"),
+        ("nyu-laina", "3", "48"),
+    ]
+    assert all(float(row["seconds_median"]) > 0 for row in rows)
+    assert rows[0]["speedup_median"] == "1.000"
+
+
+def test_scoring_under_a_protocol_of_other_data(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.main(["scoring", "--protocol", "diw", "--busy"])
+    assert "diw is not for frames of NYU with depth" in capsys.readouterr().err

@@ -9,6 +9,7 @@
     python tools/benchmark.py loader --data ~/photos                       # images/s per core of reading and augmenting
     python tools/benchmark.py distillation                     # depth: what the segmentation decoder costs in training
     python tools/benchmark.py cache --data NYU --list nyu_val.txt          # depth: reading pairs, decoded or cached
+    python tools/benchmark.py scoring                          # depth: scoring predictions, protocol by protocol
     python tools/benchmark.py layouts --csv spark/sparse/measured.csv      # the table behind `layout="auto"`
 
 Every ratio is taken in one process: contenders take turns, step by step, and the number is the median of the ratios of
@@ -54,7 +55,7 @@ from spark.run import usable_cores
 from spark.sparse import LAYOUTS, MissingRuleError
 from spark.sparse.choice import device_name
 
-APART = ("loader", "distillation", "cache")
+APART = ("loader", "distillation", "cache", "scoring")
 """Commands with options of their own, in which SparK takes no part or trains nothing."""
 
 CASE = {
@@ -278,12 +279,32 @@ def add_depth_commands(commands: Any) -> None:
         default=2,
         help="batches of a turn, in the card's size (default: 2)",
     )
-    for command in (commands.choices["distillation"], commands.choices["cache"]):
+
+    about = "seconds that scoring predictions takes under a protocol, without making them or reading files"
+    command = commands.add_parser("scoring", help=about, description=about)
+    command.add_argument(
+        "--protocol",
+        nargs="+",
+        default=["nyu-bts"],
+        help="names of protocols of NYU (default: nyu-bts); ratios are over the first",
+    )
+    command.add_argument(
+        "--images", type=whole_number(2), default=654, help="images of a turn (default: 654)"
+    )
+    command.add_argument(
+        "--size",
+        type=height_by_width,
+        default=(480, 640),
+        metavar="HxW",
+        help="size of the predictions [px]; ground truth has 480x640 (default: 480x640)",
+    )
+    for name in ("distillation", "cache", "scoring"):
+        command = commands.choices[name]
         command.add_argument(
             "--threads",
             type=whole_number(1),
             default=usable_cores(),
-            help="of training (default: one for each core that this process may use)",
+            help="of PyTorch (default: one for each core that this process may use)",
         )
         command.add_argument(
             "--rounds", type=int, default=7, help="timed turns of each contender (default: 7)"
@@ -452,6 +473,12 @@ def measurements(options: argparse.Namespace) -> Iterator[list[dict[str, str]]]:
     """Rows as they are measured: those of the loader, or of one case after the other."""
     if options.command == "loader":
         yield loader_rows(options.data, options.size, options.batch, options.workers, options.rounds)
+        return
+    if options.command == "scoring":
+        from benchmarks.scoring import scoring_rows
+
+        torch.set_num_threads(options.threads)
+        yield scoring_rows(options.protocol, options.images, options.size, options.rounds)
         return
     if options.command in ("distillation", "cache"):
         from benchmarks.depth import cache_rows, distillation_rows

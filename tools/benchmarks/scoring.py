@@ -1,0 +1,84 @@
+"""What it costs to score predictions, without making them: the arithmetic of protocols on whole frames."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+
+from benchmarks.depth import versions
+from benchmarks.timing import interleaved, summary
+from finetune.depth_data.sample import DepthSample
+from finetune.families import evaluator_of
+from finetune.intervals import with_intervals
+from finetune.protocols import Protocol, get_protocol
+from spark.sparse.choice import device_name
+
+DIFFERENT = 16  # frames that are made up; what is scored goes through them again and again
+FRAME = (480, 640)
+
+
+def scoring_rows(
+    names: Sequence[str], images: int, size: tuple[int, int], rounds: int
+) -> list[dict[str, str]]:
+    """A row for each protocol: seconds of scoring all images, bootstrap intervals included.
+
+    Frames of ground truth are 480x640 with a tenth of their pixels without a reading; nothing is read from files, and
+    nothing is computed in parallel but by the resize of predictions of another size.
+
+    Args:
+        names: of protocols that score maps of depth on such frames.
+        images: how many are scored in a turn.
+        size: (H, W) of the predictions [px].
+        rounds: timed turns of each protocol.
+
+    Raises:
+        ValueError: no such protocol, or one that needs other ground truth.
+    """
+    protocols = [get_protocol(name) for name in names]
+    for protocol in protocols:
+        if protocol.family != "depth" or protocol.data not in ("nyu", "any"):
+            raise ValueError(
+                f"protocol {protocol.name} is not for frames of NYU with depth: name one that is"
+            )
+    pairs = made_up_pairs(size)
+    seconds = interleaved(
+        {one.name: partial(score_images, one, pairs, images) for one in protocols}, rounds, "cpu"
+    )
+    return [
+        {
+            "kind": "scoring",
+            "contender": name,
+            "base": names[0],
+            "images": str(images),
+            "height": str(size[0]),
+            "width": str(size[1]),
+            "threads": str(torch.get_num_threads()),
+            "device": device_name("cpu"),
+            **summary(times, seconds[names[0]], images),
+            "rounds": str(rounds),
+            **versions(),
+        }
+        for name, times in seconds.items()
+    ]
+
+
+def made_up_pairs(size: tuple[int, int]) -> list[tuple[DepthSample, np.ndarray]]:
+    """Frames with depth between 1 and 9 m and predictions of (H, W) `size`; time does not depend on the values."""
+    random = np.random.default_rng(0)
+    pairs = []
+    for index in range(DIFFERENT):
+        depth = random.uniform(1, 9, FRAME).astype(np.float32)
+        depth[random.random(FRAME) < 0.1] = 0
+        sample = DepthSample(np.zeros((*FRAME, 3), np.uint8), depth, str(index))
+        pairs.append((sample, random.uniform(1, 9, size).astype(np.float32)))
+    return pairs
+
+
+def score_images(protocol: Protocol, pairs: Sequence[tuple[DepthSample, np.ndarray]], images: int) -> None:
+    """Score as `finetune/evaluate.py` does."""
+    evaluator = evaluator_of(protocol)
+    for index in range(images):
+        sample, prediction = pairs[index % len(pairs)]
+        evaluator.add(DepthSample(sample.image, sample.depth, str(index)), prediction)
+    with_intervals(evaluator.results())
