@@ -73,7 +73,9 @@ def read_results(path: str, protocol: str | None) -> dict[str, Any]:
         content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read as results.json: {error}") from error
-    several = content.get("protocols") if isinstance(content, dict) else None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no results: name what finetune/evaluate.py wrote")
+    several = content.get("protocols")
     every = several if isinstance(several, list) else [content]
     chosen = [one for one in every if protocol is None or one.get("protocol") == protocol]
     if len(chosen) != 1:
@@ -100,6 +102,12 @@ def check_same(first: str, base: dict[str, Any], path: str, other: dict[str, Any
         raise ValueError(
             f"{first} is of protocol {base['protocol']} and {path} of {other['protocol']}, which differ in"
             f" {', '.join(differ) or 'fields that one of them lacks'}: score both under the same"
+        )
+    truths = [one["ground_truth"] for one in (base, other) if "ground_truth" in one]
+    if len(truths) == 2 and truths[0] != truths[1]:
+        raise ValueError(
+            f"{first} was scored against {truths[0] or 'unnamed'} depth and {path} against {truths[1] or 'unnamed'}"
+            " depth: score both against the same (--data.depth of finetune/evaluate.py)"
         )
     names = [{row["name"] for row in one["per_image"]} for one in (base, other)]
     if names[0] != names[1]:
@@ -171,6 +179,10 @@ def show(
     """Print a comparison, and the images at which the two differ most."""
     said = f"{path} against {first}, protocol {base['protocol']}, {len(base['per_image'])} images"
     console.print(said, highlight=False, markup=False, soft_wrap=True)
+    borders = [one.get("white_border", "not recorded") for one in (base, other)]
+    if borders[0] != borders[1]:
+        said = f"white border of the images: {borders[0]} in the base, {borders[1]} in the other"
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True)
     for heading in ("metric", "base", "other", "change", f"{LEVEL:.0%}", "better on", "Wilcoxon", "sign"):
         table.add_column(heading, justify="left" if heading == "metric" else "right", no_wrap=True)
