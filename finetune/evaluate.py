@@ -327,7 +327,9 @@ def check_benchmark(data: DepthSet, protocol: Protocol) -> None:
     kind = next(kind for kind, layout in KINDS.items() if isinstance(data, layout))
     of = BENCHMARKS.get(kind, "any")
     if "any" not in (of, protocol.data) and of != protocol.data:
-        raise ValueError(f"protocol {protocol.name} is of {protocol.data}, and this is {of} (layout {kind})")
+        raise ValueError(
+            f"protocol {protocol.name} is of {protocol.data}, and this is {of} (layout {kind}): name one of {of}"
+        )
 
 
 def print_results(console: Console, every: Sequence[dict[str, Any]], left_out: dict[str, str]) -> None:

@@ -92,7 +92,7 @@ def files(folder: Path, *results: dict) -> list[str]:
 
 
 def test_command_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "90")
+    monkeypatch.setenv("COLUMNS", "80")
     shuffled = scored(1.6)
     shuffled["per_image"].reverse()
     several = {"protocols": [shuffled, scored(1.0, replace(SMALL, name="other"))]}
@@ -104,7 +104,8 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert "white border of the images: keep in the base, fill in the other" in said
     assert "RMSE m↓" in said
     assert "AbsRel more: image" in said
-    assert max(map(len, said.splitlines()[2:14])) <= 90
+    assert max(map(len, said.splitlines()[2:14])) <= 80
+    assert "…" not in said
     with (tmp_path / "out.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["metric"] for row in rows] == list(METRICS)

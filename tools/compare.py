@@ -3,8 +3,8 @@
     python tools/compare.py A.json B.json [C.json ...] --output compared.csv
 
 The first file is the base, each other one is set beside it: metrics, their difference with a bootstrap interval over
-images (the same draws for both), and the p values of Wilcoxon's signed-rank test and of the sign test on the scores of
-single images. Only results of the same protocol, by its hash, on the same images are compared. Images are taken for
+images (the same draws for both), on how many images the other is better, and the p values of Wilcoxon's signed-rank test
+(p rank) and of the sign test (p sign) on the scores of single images. Only results of the same protocol, by its hash, on the same images are compared. Images are taken for
 independent, which frames of one scene are not: intervals and p values are then too narrow.
 """
 
@@ -183,11 +183,11 @@ def show(
     if borders[0] != borders[1]:
         said = f"white border of the images: {borders[0]} in the base, {borders[1]} in the other"
         console.print(said, highlight=False, markup=False, soft_wrap=True)
-    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True)
-    for heading in ("metric", "base", "other", "change", f"{LEVEL:.0%}", "better on", "Wilcoxon", "sign"):
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for heading in ("metric", "base", "other", "change", f"{LEVEL:.0%}", "better", "p rank", "p sign"):
         table.add_column(heading, justify="left" if heading == "metric" else "right", no_wrap=True)
     for row in compared:
-        between = "" if row["low"] is None else f"{row['low']:+.3f} .. {row['high']:+.3f}"
+        between = "" if row["low"] is None else f"{row['low']:+.3f}..{row['high']:+.3f}"
         table.add_row(
             METRIC[row["metric"]].column,
             f"{row['base_value']:.3f}",
