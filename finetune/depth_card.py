@@ -255,6 +255,8 @@ def _scores(evaluation: Evaluation) -> str:
             f"Fitted to the ground truth of each image (alignment {settings['alignment']}): these do not stand beside"
             " scores of metres."
         )
+    if settings.get("depth") == "filled" and results.get("ground_truth", "filled") != "filled":
+        lines.append("This protocol stands on filled depth, which the data are not known to have.")
     if expected and expected != results.get("images"):
         lines.append(
             f"The official list of this protocol has {expected} images: published numbers stand on those."

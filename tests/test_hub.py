@@ -159,7 +159,12 @@ def test_results_of_evaluate(model: Path, tmp_path: Path, capsys) -> None:
     assert "on 654 images (NYU, 654 pairs of test.txt under nyu)" in card.text
     assert rows_of(card)["abs_rel"] == "0.125"
 
-    fitted = {"settings": {"alignment": "depth"}, "metrics": {"abs_rel": 0.0625}, "protocol": "nyu-marigold"}
+    fitted = {
+        "settings": {"alignment": "depth", "depth": "filled"},
+        "ground_truth": None,
+        "metrics": {"abs_rel": 0.0625},
+        "protocol": "nyu-marigold",
+    }
     file.write_text(
         json.dumps({"protocols": [results, {**results, **fitted}], "left_out": {"diw": "no pairs"}})
     )
@@ -171,6 +176,7 @@ def test_results_of_evaluate(model: Path, tmp_path: Path, capsys) -> None:
     assert aligned.startswith("nyu-marigold` on 654 images")
     assert "Fitted to the ground truth of each image (alignment depth)" in aligned
     assert "| abs_rel | 0.0625 |" in aligned
+    assert ("stands on filled depth" in plain, "stands on filled depth" in aligned) == (False, True)
     assert "nyu-eigen" in card.data.to_dict()["model-index"][0]["results"][0]["dataset"]["name"]
     # scores of the model as it was before its calibration, and then of the calibrated one
     calibration = Calibration("depth", 1.5, 0.0, 0.001, 15.0, "two known distances")

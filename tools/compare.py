@@ -3,9 +3,10 @@
     python tools/compare.py A.json B.json [C.json ...] --output compared.csv
 
 The first file is the base, each other one is set beside it: metrics, their difference with a bootstrap interval over
-images (the same draws for both), on how many images the other is better, and the p values of Wilcoxon's signed-rank test
-(p rank) and of the sign test (p sign) on the scores of single images. Only results of the same protocol, by its hash, on the same images are compared. Images are taken for
-independent, which frames of one scene are not: intervals and p values are then too narrow.
+images (the same draws for both), on how many images the other is better, and the p values of Wilcoxon's signed-rank
+test (p rank) and of the sign test (p sign) on the scores of single images. Only results of the same protocol, by its
+hash, on the same images are compared. Images are taken for independent, which frames of one scene are not: intervals
+and p values are then too narrow.
 """
 
 import argparse
