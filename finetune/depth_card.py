@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from finetune.calibration import Calibration
 from finetune.model import DepthModel
 from spark.hub import (
     DEPTH_MARK,
@@ -44,15 +45,16 @@ class Evaluation:
 
 
 def read_evaluations(
-    model: Path, run: RunRecord | None, files: Sequence[Path], calibrated: bool
+    model: Path, run: RunRecord | None, files: Sequence[Path], calibration: Calibration | None
 ) -> list[Evaluation]:
     """The evaluation that a run made of its own model, and those in the files of evaluate.py.
 
     Args:
         model: Folder of the model. `evaluation.json` of a run is of RUN/model only, not of RUN/best.
         run: That trained it.
-        files: Written by evaluate.py.
-        calibrated: The model has a calibration, which a run's own evaluation knows nothing of.
+        files: Written by evaluate.py, under one protocol or several.
+        calibration: Of the model. A run's own evaluation knows nothing of it; results of evaluate.py hold the one that
+            the model had.
 
     Raises:
         ValueError: A file holds no results, or those of another model.
@@ -64,16 +66,20 @@ def read_evaluations(
         root = run.option("data.root") if place == NOT_RECORDED else place
         held_out = run.option("data.val_list")
         name = public_name(root) + ("" if held_out == NOT_RECORDED else f" {public_name(held_out)}")
-        found.append(Evaluation(name, _read_results(run.folder / EVALUATION), calibrated))
-    for file in files:
-        results = _read_results(file)
+        found += [
+            Evaluation(name, results, calibration is not None)
+            for results in _read_results(run.folder / EVALUATION)
+        ]
+    now = None if calibration is None else calibration.as_config()
+    for file, results in [(path, results) for path in files for results in _read_results(path)]:
         scored = Path(str(results.get("model", ""))).expanduser()
         if scored.resolve() != model.resolve():
             raise ValueError(
                 f"{file} holds scores of {scored}, not of {model}: score this model with finetune/evaluate.py, where"
                 " it lies, and from the same folder"
             )
-        found.append(Evaluation(data_name(str(results.get("data", NOT_RECORDED))), results))
+        data = data_name(str(results.get("data", NOT_RECORDED)))
+        found.append(Evaluation(data, results, results.get("calibration") != now))
     return found
 
 
@@ -82,16 +88,18 @@ def data_name(described: str) -> str:
     return " ".join(public_name(word) if "/" in word else word for word in described.split())
 
 
-def _read_results(file: Path) -> dict[str, Any]:
+def _read_results(file: Path) -> list[dict[str, Any]]:
+    """Of each protocol."""
     try:
-        results = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(results["metrics"], dict) or "protocol" not in results:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        every = content["protocols"] if isinstance(content.get("protocols"), list) else [content]
+        if not every or not all(isinstance(one["metrics"], dict) and "protocol" in one for one in every):
             raise KeyError("metrics")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{file} holds no results ({error!r}): name what finetune/evaluate.py wrote under one protocol"
+            f"{file} holds no results ({error!r}): name what finetune/evaluate.py wrote"
         ) from error
-    return results
+    return every
 
 
 def depth_card(model: DepthModel, folder: Path, files: Sequence[Path], publication: Publication) -> str:
@@ -108,7 +116,7 @@ def depth_card(model: DepthModel, folder: Path, files: Sequence[Path], publicati
         OSError: One cannot be read.
     """
     run = read_run(folder, DEPTH_MARK)
-    evaluations = read_evaluations(folder, run, files, model.calibration is not None)
+    evaluations = read_evaluations(folder, run, files, model.calibration)
     origin = NOT_RECORDED if run is None else run.option("encoder")
     network = _network(model)
     body = [
@@ -242,6 +250,13 @@ def _scores(evaluation: Evaluation) -> str:
     ]
     if evaluation.before_calibration:
         lines.append("Measured before the calibration, which changes depth and scores.")
+    if settings.get("alignment", "none") != "none":
+        lines.append(
+            f"Fitted to the ground truth of each image (alignment {settings['alignment']}): these do not stand beside"
+            " scores of metres."
+        )
+    if settings.get("depth") == "filled" and results.get("ground_truth", "filled") != "filled":
+        lines.append("This protocol stands on filled depth, which the data are not known to have.")
     if expected and expected != results.get("images"):
         lines.append(
             f"The official list of this protocol has {expected} images: published numbers stand on those."

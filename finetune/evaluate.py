@@ -190,7 +190,12 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
             progress=lambda images: bar.advance(task, images),
         )
     every = [
-        {**with_intervals(results), "data": repr(sets[protocol.depth])}
+        {
+            **with_intervals(results),
+            "data": repr(sets[protocol.depth]),
+            "ground_truth": getattr(sets[protocol.depth], "depth", None),
+            "white_border": config.data.white_border,
+        }
         for protocol, (results, _) in zip(protocols, scored, strict=True)
     ]
     print_results(console, every, left_out)  # first: a full disk must not lose the scores
@@ -322,7 +327,9 @@ def check_benchmark(data: DepthSet, protocol: Protocol) -> None:
     kind = next(kind for kind, layout in KINDS.items() if isinstance(data, layout))
     of = BENCHMARKS.get(kind, "any")
     if "any" not in (of, protocol.data) and of != protocol.data:
-        raise ValueError(f"protocol {protocol.name} is of {protocol.data}, and this is {of} (layout {kind})")
+        raise ValueError(
+            f"protocol {protocol.name} is of {protocol.data}, and this is {of} (layout {kind}): name one of {of}"
+        )
 
 
 def print_results(console: Console, every: Sequence[dict[str, Any]], left_out: dict[str, str]) -> None:
@@ -398,6 +405,14 @@ def reservations(results: dict[str, Any]) -> list[str]:
         )
     if settings["alignment"] != "none":
         said.append(f"fitted to the ground truth of each image (alignment {settings['alignment']})")
+    # Layouts that do not say are for the most part raw, or what the raw protocols were measured on.
+    if (results["ground_truth"] or "raw") != settings["depth"]:
+        has = (
+            "this layout does not say which it has"
+            if results["ground_truth"] is None
+            else "this is the other"
+        )
+        said.append(f"stands on {settings['depth']} depth, and {has}: published numbers stand on the former")
     if settings["flip_average"] and "predictions" in results:
         said.append("averages over flips, which files are taken to have been")
     if results["skipped"]:

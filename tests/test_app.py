@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from finetune import DepthModel
+from finetune.calibration import Calibration
 from finetune.camera import from_view
 from finetune.whole_images import predict_image
 from spark.decoding import read_image
@@ -75,6 +76,17 @@ def test_points_calibrate_by_a_scale(model, session):
     assert "--space depth --fit scale_shift" in said
     again = app.add_point(app.pick(shifted, 10, 20), 4.0)  # the same pixel: its distance is corrected
     assert [(p.x, p.metres) for p in again.points] == [(70, shifted.points[1].metres), (10, 4.0)]
+
+
+def test_the_command_fits_what_the_page_fitted(session):
+    power = Calibration("log_depth", 1.0, np.log(2.0), 1e-3, 20.0)  # a factor of two: its shift is not 0
+    done = app.replace(session, points=(app.Point(1, 1, 2.0),), calibration=power)
+    assert "--space log_depth --fit scale --output" in app.words(done, "m")
+    assert "--space log_depth --fit scale_shift --output" in app.words(
+        app.replace(done, fit="scale_shift"), "m"
+    )
+    assert "in place of it" not in app.words(done, "m")
+    assert "in place of it" in app.words(app.replace(done, calibrated_before=True), "m")
 
 
 def test_mistakes_are_sentences(model, session):

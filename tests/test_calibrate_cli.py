@@ -57,7 +57,10 @@ def test_points_scale_what_predict_writes(
     assert report["colour_range_m"][1] == pytest.approx(25.0)
     assert "calibration" not in json.loads((world / "metric" / "config.json").read_text())
 
+    assert "still describes" not in printed
+
     # once more, from a file, in place: the earlier calibration is neither kept nor multiplied
+    (tmp_path / "model" / "README.md").write_text("a model card")
     (tmp_path / "points.csv").write_text(f"image,x,y,metres\n{image},5,40,{3 * predicted[40, 5]}\n")
     main(
         [
@@ -67,7 +70,9 @@ def test_points_scale_what_predict_writes(
             "--device=cpu",
         ]
     )
-    assert "takes the place of: calibrated" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "takes the place of: calibrated" in printed
+    assert f"{tmp_path / 'model' / 'README.md'} still describes the model before this calibration" in printed
     again = load_depth_model(tmp_path / "model").calibration
     assert again is not None
     assert again.shift == pytest.approx(np.log(3))

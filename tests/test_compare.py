@@ -92,17 +92,20 @@ def files(folder: Path, *results: dict) -> list[str]:
 
 
 def test_command_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "90")
+    monkeypatch.setenv("COLUMNS", "80")
     shuffled = scored(1.6)
     shuffled["per_image"].reverse()
     several = {"protocols": [shuffled, scored(1.0, replace(SMALL, name="other"))]}
-    paths = files(tmp_path, scored(1.0), several)
+    shuffled["white_border"] = "fill"
+    paths = files(tmp_path, {**scored(1.0), "white_border": "keep"}, several)
     main([*paths, "--protocol", "small", "--output", str(tmp_path / "out.csv")])
     said = capsys.readouterr().out
     assert "protocol small, 30 images" in said
+    assert "white border of the images: keep in the base, fill in the other" in said
     assert "RMSE m↓" in said
     assert "AbsRel more: image" in said
-    assert max(map(len, said.splitlines()[2:14])) <= 90
+    assert max(map(len, said.splitlines()[2:14])) <= 80
+    assert "…" not in said
     with (tmp_path / "out.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["metric"] for row in rows] == list(METRICS)
@@ -119,14 +122,19 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         (lambda r: r["per_image"].pop(), "1 are in one of them only, the first is image 29"),
         (lambda r: r.pop("protocol_hash"), "lacks protocol_hash: score again"),
         (lambda r: r["settings"].update(family="new"), "update this project"),
+        (lambda r: r.update(ground_truth="filled"), "against raw depth and"),
     ],
 )
 def test_what_cannot_be_compared(tmp_path, capsys, change, message):
     other = json.loads(json.dumps(scored(1.1)))
     change(other)
     with pytest.raises(SystemExit, match="2"):
-        main(files(tmp_path, scored(1.0), other))
+        main(files(tmp_path, {**scored(1.0), "ground_truth": "raw"}, other))
     assert message in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main([str(tmp_path / "none.json"), str(tmp_path / "none.json")])
     assert "cannot be read as results.json" in capsys.readouterr().err
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path / "list.json"), str(tmp_path / "list.json")])
+    assert "list.json holds no results" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from PIL import Image
 
 from finetune import DepthModel, load_depth_model
 from finetune.depth_data import open_depth_data
-from finetune.evaluate import main
+from finetune.evaluate import main, reservations
 from finetune.figures import (
     HOLE_COLOUR,
     Triptych,
@@ -24,7 +24,7 @@ from finetune.figures import (
 )
 from finetune.inference import predict_depth, score, transform_of
 from finetune.metrics import METRICS
-from finetune.protocols import get_protocol
+from finetune.protocols import PROTOCOLS, get_protocol
 from finetune.scoring import score_pair
 from tests.depth_world import make_depth_world
 
@@ -58,6 +58,7 @@ def test_results_and_table(
     for name in METRICS:
         assert results["metrics"][name] == pytest.approx(np.mean([row[name] for row in results["per_image"]]))
     assert results["image_size"] == [48, 64]
+    assert (results["ground_truth"], results["white_border"]) == (None, "keep")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["results.json"]
     printed = capsys.readouterr().out
     for word in ("nyu-bts-scaled: 5 images", "AbsRel", f"{results['metrics']['abs_rel']:.3f}"):
@@ -76,6 +77,32 @@ def test_numbers_are_those_of_the_protocol_by_hand(model: Path, world: Path, tmp
         expected = score_pair(protocol, depth, sample.depth)
         assert row["rmse"] == pytest.approx(expected["rmse"], rel=1e-4)
         assert row["delta1"] == pytest.approx(expected["delta1"], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "truth", "said"),
+    [
+        ("nyu-laina", None, "filled depth, and this layout does not say which it has"),
+        ("nyu-densedepth", "raw", "filled depth, and this is the other"),
+        ("nyu-fastdepth", "filled", None),
+        ("nyu-bts", "filled", "raw depth, and this is the other"),
+        ("nyu-bts", "raw", None),
+        ("nyu-bts", None, None),
+    ],
+)
+def test_ground_truth_of_another_kind_is_told(protocol: str, truth: str | None, said: str | None) -> None:
+    settings = PROTOCOLS[protocol].record()
+    results = {
+        "settings": settings,
+        "images": 654,
+        "ground_truth": truth,
+        "skipped": [],
+        "nonfinite_pixels": 0,
+        "nonpositive_pixels": 0,
+        "undefined": {},
+    }
+    told = [f"stands on {said}: published numbers stand on the former"] if said else []
+    assert reservations(results) == told
 
 
 def test_flip_average_is_an_option_that_results_state(model: Path, world: Path, tmp_path: Path) -> None:

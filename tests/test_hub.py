@@ -159,11 +159,38 @@ def test_results_of_evaluate(model: Path, tmp_path: Path, capsys) -> None:
     assert "on 654 images (NYU, 654 pairs of test.txt under nyu)" in card.text
     assert rows_of(card)["abs_rel"] == "0.125"
 
+    fitted = {
+        "settings": {"alignment": "depth", "depth": "filled"},
+        "ground_truth": None,
+        "metrics": {"abs_rel": 0.0625},
+        "protocol": "nyu-marigold",
+    }
+    file.write_text(
+        json.dumps({"protocols": [results, {**results, **fitted}], "left_out": {"diw": "no pairs"}})
+    )
+    export_depth.main(["--model", str(best), "--output", str(out), "--results", str(file)])
+    card = ModelCard.load(out / "README.md")
+    plain, aligned = card.text.split("Protocol `")[1:]
+    assert "| abs_rel | 0.125 |" in plain
+    assert "Fitted to the ground truth" not in plain
+    assert aligned.startswith("nyu-marigold` on 654 images")
+    assert "Fitted to the ground truth of each image (alignment depth)" in aligned
+    assert "| abs_rel | 0.0625 |" in aligned
+    assert ("stands on filled depth" in plain, "stands on filled depth" in aligned) == (False, True)
+    assert "nyu-eigen" in card.data.to_dict()["model-index"][0]["results"][0]["dataset"]["name"]
+    # scores of the model as it was before its calibration, and then of the calibrated one
+    calibration = Calibration("depth", 1.5, 0.0, 0.001, 15.0, "two known distances")
+    write_calibration(best, calibration)
+    for stated, stale in ((None, True), (calibration.as_config(), False)):
+        file.write_text(json.dumps({**results, **({} if stated is None else {"calibration": stated})}))
+        export_depth.main(["--model", str(best), "--output", str(out), "--results", str(file)])
+        assert ("Measured before the calibration" in (out / "README.md").read_text()) == stale
+
     command = ("--model", model, "--output", tmp_path / "no", "--results", file)
     assert f"holds scores of {best}, not of {model}" in error_of(capsys, export_depth.main, *command)
-    for content, words in (("{}", "holds no results"), ("{", "holds no results")):
+    for content in ("{}", "{", "[]", '{"protocols": []}', '{"protocols": [{}]}'):
         file.write_text(content)
-        assert words in error_of(capsys, export_depth.main, *command)
+        assert "holds no results" in error_of(capsys, export_depth.main, *command)
     (model.parent / "metrics.jsonl").write_text("{")
     assert "one is damaged" in error_of(capsys, export_depth.main, *command[:4])
     assert not (tmp_path / "no").exists()

@@ -77,6 +77,8 @@ class Session:
         points: with their known distances.
         chosen: the point that was clicked last.
         calibration: fitted to the points.
+        fit: what was fitted.
+        calibrated_before: the model has a calibration of its own, which `predicted` is under.
     """
 
     name: str
@@ -87,6 +89,8 @@ class Session:
     points: tuple[Point, ...] = ()
     chosen: Point | None = None
     calibration: Calibration | None = None
+    fit: Fit = "scale"
+    calibrated_before: bool = False
 
     @property
     def depth(self) -> np.ndarray:
@@ -113,7 +117,14 @@ def open_photo(model: DepthModel, path: str, max_pixels: int, folder: str) -> Se
     finally:
         with suppress(OSError):
             os.unlink(path)
-    return Session(name, image, predict_image(model, image), camera, tempfile.TemporaryDirectory(dir=folder))
+    return Session(
+        name,
+        image,
+        predict_image(model, image),
+        camera,
+        tempfile.TemporaryDirectory(dir=folder),
+        calibrated_before=model.calibration is not None,
+    )
 
 
 def pick(session: Session, x: Any, y: Any) -> Session:
@@ -150,7 +161,7 @@ def calibrate(session: Session, model: DepthModel, kind: str) -> Session:
     found = fit_calibration(
         readings, space, fit, *limits, origin=f"{len(session.points)} points of {session.name}"
     )
-    return replace(session, calibration=found)
+    return replace(session, calibration=found, fit=fit)
 
 
 def file_of(session: Session, kind: str) -> str:
@@ -228,7 +239,6 @@ def words(session: Session | None, model_folder: str) -> str:
     if session.calibration:
         errors = {"before": "before", "after": "after", "left_out": "of points left out of the fit"}
         said = ", ".join(f"{100 * v:.1f} % {errors[k]}" for k, v in session.calibration.errors.items())
-        space, fit = session.calibration.space, "scale" if session.calibration.shift == 0 else "scale_shift"
         points = "; ".join(f"{p.x},{p.y},{p.metres:g}" for p in session.points)
         command = [
             "python",
@@ -240,11 +250,16 @@ def words(session: Session | None, model_folder: str) -> str:
             "--points",
             points,
         ]
-        command += ["--space", space, "--fit", fit, "--output", "CALIBRATED"]
+        command += ["--space", session.calibration.space, "--fit", session.fit, "--output", "CALIBRATED"]
         lines += [
             f"{_code(str(session.calibration))} Mean relative error {said}.",
             f"The same for good: {_code(shlex.join(command))}",
         ]
+        if session.calibrated_before:
+            lines.append(
+                "The page fits on top of the model's own calibration, the command in place of it: where that has a"
+                " shift or a power, the two differ."
+            )
     return "\n\n".join(lines)
 
 

@@ -173,6 +173,14 @@ def calibrate(config: CalibrateConfig) -> Calibration:
         )
     written = config.output or config.model
     console.print(f"written to {written}", highlight=False, markup=False, soft_wrap=True)
+    if (card := Path(written) / "README.md").is_file():
+        console.print(
+            f"{card} still describes the model before this calibration: calibrate RUN/model with --in_place true, and"
+            " export that again with tools/export_depth.py, which writes a card of both",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
     return found
 
 

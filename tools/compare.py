@@ -3,9 +3,10 @@
     python tools/compare.py A.json B.json [C.json ...] --output compared.csv
 
 The first file is the base, each other one is set beside it: metrics, their difference with a bootstrap interval over
-images (the same draws for both), and the p values of Wilcoxon's signed-rank test and of the sign test on the scores of
-single images. Only results of the same protocol, by its hash, on the same images are compared. Images are taken for
-independent, which frames of one scene are not: intervals and p values are then too narrow.
+images (the same draws for both), on how many images the other is better, and the p values of Wilcoxon's signed-rank
+test (p rank) and of the sign test (p sign) on the scores of single images. Only results of the same protocol, by its
+hash, on the same images are compared. Images are taken for independent, which frames of one scene are not: intervals
+and p values are then too narrow.
 """
 
 import argparse
@@ -73,7 +74,9 @@ def read_results(path: str, protocol: str | None) -> dict[str, Any]:
         content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read as results.json: {error}") from error
-    several = content.get("protocols") if isinstance(content, dict) else None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no results: name what finetune/evaluate.py wrote")
+    several = content.get("protocols")
     every = several if isinstance(several, list) else [content]
     chosen = [one for one in every if protocol is None or one.get("protocol") == protocol]
     if len(chosen) != 1:
@@ -100,6 +103,12 @@ def check_same(first: str, base: dict[str, Any], path: str, other: dict[str, Any
         raise ValueError(
             f"{first} is of protocol {base['protocol']} and {path} of {other['protocol']}, which differ in"
             f" {', '.join(differ) or 'fields that one of them lacks'}: score both under the same"
+        )
+    truths = [one["ground_truth"] for one in (base, other) if "ground_truth" in one]
+    if len(truths) == 2 and truths[0] != truths[1]:
+        raise ValueError(
+            f"{first} was scored against {truths[0] or 'unnamed'} depth and {path} against {truths[1] or 'unnamed'}"
+            " depth: score both against the same (--data.depth of finetune/evaluate.py)"
         )
     names = [{row["name"] for row in one["per_image"]} for one in (base, other)]
     if names[0] != names[1]:
@@ -171,11 +180,15 @@ def show(
     """Print a comparison, and the images at which the two differ most."""
     said = f"{path} against {first}, protocol {base['protocol']}, {len(base['per_image'])} images"
     console.print(said, highlight=False, markup=False, soft_wrap=True)
-    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True)
-    for heading in ("metric", "base", "other", "change", f"{LEVEL:.0%}", "better on", "Wilcoxon", "sign"):
+    borders = [one.get("white_border", "not recorded") for one in (base, other)]
+    if borders[0] != borders[1]:
+        said = f"white border of the images: {borders[0]} in the base, {borders[1]} in the other"
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for heading in ("metric", "base", "other", "change", f"{LEVEL:.0%}", "better", "p rank", "p sign"):
         table.add_column(heading, justify="left" if heading == "metric" else "right", no_wrap=True)
     for row in compared:
-        between = "" if row["low"] is None else f"{row['low']:+.3f} .. {row['high']:+.3f}"
+        between = "" if row["low"] is None else f"{row['low']:+.3f}..{row['high']:+.3f}"
         table.add_row(
             METRIC[row["metric"]].column,
             f"{row['base_value']:.3f}",
