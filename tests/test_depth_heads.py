@@ -282,16 +282,27 @@ def test_a_made_swin_is_used() -> None:
     assert DepthModel(encoder, head="linear").encoder is encoder
 
 
-def test_colours_of_relative_depth_have_the_nearest_red(world: Path, tmp_path: Path) -> None:
-    from finetune.predict import write_relative
+def test_colours_of_relative_depth_have_the_nearest_red(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune import predict
 
-    disparity = np.linspace(0, 5, 64, dtype=np.float32)[None].repeat(8, 0)
-    report = write_relative(tmp_path / "stem", disparity)
-    assert report["unit"] == "inverse depth up to scale and shift"
-    picture = cv2.imread(str(tmp_path / "stem_colour.png"))[..., ::-1].astype(int)
+    disparity = np.linspace(0, 5, 64, dtype=np.float32)[None].repeat(32, 0)
+    DepthModel("test_resnet", head="fusion", width=8, image_size=(32, 64)).save(tmp_path / "model")
+    cv2.imwrite(str(tmp_path / "photo.png"), np.zeros((32, 64, 3), np.uint8))
+    monkeypatch.setattr(predict, "predict_images", lambda *_: [disparity])
+    given = [
+        f"--model={tmp_path / 'model'}",
+        f"--input={tmp_path / 'photo.png'}",
+        f"--output={tmp_path / 'out'}",
+    ]
+    assert predict.main([*given, "--formats=[npy,colour]"]) == 0
+    (entry,) = json.loads((tmp_path / "out" / "predictions.json").read_text())["predicted"]
+    assert entry["unit"] == "inverse depth up to scale and shift"
+    picture = cv2.imread(str(tmp_path / "out" / "photo_colour.png"))[..., ::-1].astype(int)
     assert picture[0, -1, 0] > picture[0, -1, 2]  # red over blue where it is nearest
     assert picture[0, 0, 2] > picture[0, 0, 0]
-    np.testing.assert_array_equal(np.load(tmp_path / "stem_disparity.npy"), disparity)
+    np.testing.assert_array_equal(np.load(tmp_path / "out" / "photo_disparity.npy"), disparity)
 
 
 CARDS = sorted((Path(__file__).resolve().parents[1] / "configs" / "depth").glob("*.yaml"))

@@ -27,7 +27,7 @@ from tests.depth_world import make_depth_world
 from tests.test_depth_training import arguments
 from tests.test_pretrain import command, error_of, fresh_accelerate, photos, run, small_run
 from tests.test_probe import make_folder
-from tools import export_encoder, probe, report
+from tools import demo_figure, export_encoder, probe
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "options.md"
 
@@ -298,9 +298,9 @@ def test_a_file_never_runs_code_that_only_it_names(my_nets, world, tmp_path, cap
     run_folder = tmp_path / "run"
     (run_folder / "checkpoints").mkdir(parents=True)
     (run_folder / "config.yaml").write_text("model: {name: 'my_nets:TinyNet'}\n")
-    monkeypatch.setattr(report, "find_run", lambda *_: run_folder)
+    monkeypatch.setattr(demo_figure, "find_run", lambda *_: run_folder)
     with pytest.raises(ValueError, match=sentence):
-        report.masked_and_reconstructed(report.read_run(run_folder, "run"), [], None)
+        demo_figure.masked_and_reconstructed(demo_figure.read_run(run_folder, "run"), [])
     assert not calls
     assert not out.exists()
 
