@@ -270,7 +270,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 name="nyu-adabins",
                 description="nyu-bts as AdaBins (Bhat et al. 2021): flip average of predictions that are clipped each,"
                 " then enlarged with align_corners.",
-                tables="AdaBins, DPT as fine-tuned on NYU",
+                tables="AdaBins",
                 flip_average=True,
                 clip_before_average=True,
                 align_corners=True,
