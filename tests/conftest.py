@@ -1,7 +1,6 @@
 """Shared fixtures: where real data lies, and one thread a test so that two workers share two cores."""
 
 import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -18,11 +17,3 @@ def real_data() -> Path:
     if not (folder / "nyu" / "nyu_train.txt").exists():
         pytest.skip(f"no real data at {folder}: set SPARK_DATA to a folder that holds nyu/ and images/")
     return folder
-
-
-@pytest.fixture
-def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from spark.dense import dense_pyramid, fill_masked
@@ -15,6 +15,7 @@ from spark.model import SparK
 from spark.monitor import reconstruction_panels
 from tests import oracle
 from tests.test_model import lively
+from tests.together import together
 
 
 def plain_hog(images):
@@ -150,15 +151,12 @@ def test_masked_pixels_never_reach_the_prediction(kind):
     torch.testing.assert_close(model(images, visible).prediction, model(other, visible).prediction)
 
 
-def _dense_worker(rank, port, results):
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def _dense_worker(rank, folder):
+    dist.init_process_group("gloo")
     model, images, visible = _dense_case()
     mine = slice(0, 1) if rank == 0 else slice(1, 4)
     features = dense_pyramid(model.encoder, fill_masked(images, visible, 0.0)[mine], model.levels, True)
-    results[rank] = [f.detach() for f in features], list(model.encoder.buffers())
+    torch.save(([f.detach() for f in features], list(model.encoder.buffers())), folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -169,11 +167,11 @@ def _dense_case():
     return model, torch.randn(4, 3, 64, 64).double(), random_visible(4, (2, 2), 0.5)
 
 
-def test_dense_batch_statistics_cover_all_processes(free_port):
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_dense_worker, (free_port, results), nprocs=2)
-        (first, one), (second, two) = results[0], results[1]
+def test_dense_batch_statistics_cover_all_processes(tmp_path):
+    done = together(_dense_worker, tmp_path, folder=tmp_path)
+    assert done.codes == [0, 0], done.stderr
+    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    (first, one), (second, two) = results
     model, images, visible = _dense_case()
     features = model.encoder.forward_intermediates(fill_masked(images, visible, 0.0), intermediates_only=True)
     for level, a, b in zip(model.levels, first, second, strict=True):

@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from tests.together import start
 
 ROOT = Path(__file__).resolve().parents[1]
 ENTRIES = {"spark.pretrain", "finetune.depth", "finetune.evaluate", "finetune.predict"}
@@ -109,13 +112,31 @@ def test_only_encoder_modules_call_timm_create_model():
     assert set(users) <= {"spark.encoder", "spark.export", "spark.official"}, users
 
 
-def test_import_does_no_work():
+def import_anew():
+    """Import both packages, and all that they offer, as a program with foreign arguments would."""
+    for name in [name for name in sys.modules if name.split(".")[0] in ("spark", "finetune")]:
+        del sys.modules[name]
+    sys.argv = ["x", "--nonsense"]
+    import spark
+    import spark.run
+    import spark.sources
+
+    assert not {"spark.model", "spark.checkpoint"} & set(sys.modules), "light modules need not wait for timm"
+    for package in (spark, importlib.import_module("finetune")):
+        assert package.__all__
+        assert all(getattr(package, name).__name__ == name for name in package.__all__)
+    with pytest.raises(AttributeError, match="module 'spark' has no attribute 'Nonsense'"):
+        spark.Nonsense  # noqa: B018
+    assert not torch.cuda.is_initialized()
+    assert not torch.distributed.is_initialized()
+    print("imported")
+
+
+def test_import_does_no_work(tmp_path):
     """Importing the packages starts no process group, reads no argument and touches no GPU."""
-    code = (
-        "import sys; sys.argv = ['x', '--nonsense']; import spark, finetune, torch; "
-        "assert not torch.cuda.is_initialized(); assert not torch.distributed.is_initialized()"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    process = start(import_anew, folder=tmp_path)
+    assert process.ended(200) == 0, process.stderr()
+    assert process.stdout() == "imported\n"
 
 
 def test_nothing_names_one_machine():

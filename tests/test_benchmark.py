@@ -12,6 +12,7 @@ import sys
 import textwrap
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest.mock import Mock
@@ -22,7 +23,7 @@ import timm
 import torch
 import torchvision
 from PIL import Image
-from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))  # as when a tool is run as a script
 
@@ -35,6 +36,7 @@ from benchmarks.loader import LoaderCase, check_pictures, write_photos
 from benchmarks.parity import check_parity, checked
 
 from spark.images import Normalise, PretrainTransform
+from tests.together import server
 
 TINY = Case("test_resnet", batch=2, size=(64, 64), decoder=Decoder(32))
 TINIEST = ["--model", "test_resnet", "--busy", "--threads", "1", "--batch", "2", "--size", "64"]
@@ -367,6 +369,7 @@ def test_rows_of_two_processes(tmp_path, monkeypatch, capsys):
         return json.loads((tmp_path / "seconds.json").read_text())
 
     monkeypatch.setattr(processes, "PASSES", 1)
+    monkeypatch.setattr(processes, "spawn", partial(start_processes, start_method=server.get_start_method()))
     monkeypatch.setattr(processes, "run_group", one_here)
     monkeypatch.setattr(benchmark, "plot_scaling", lambda rows, path: drawn.extend(rows))
     case = [

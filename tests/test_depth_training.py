@@ -1,9 +1,7 @@
 """finetune/depth.py end to end on a tiny world: what a run writes, exact resume, freezing, stopping, and bad input."""
 
-import contextlib
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import signal
@@ -31,6 +29,7 @@ from spark.config import parse_config
 from spark.encoder import build_encoder
 from spark.official import timm_names
 from tests.depth_world import make_depth_world
+from tests.together import together
 
 
 @pytest.fixture(scope="module")
@@ -730,35 +729,16 @@ def test_phases_in_steps() -> None:
 # --- several processes
 
 
-def one_of_two(rank: int, port: int, argv: list[str], said: Path) -> None:
-    """Process `rank` of a run of two, as a launcher would start it; what it prints goes to the file `said`."""
-    torch.set_num_threads(1)
-    shared = {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true",
-    }
-    os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
-    with said.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        main(argv)
+def one_of_two(rank: int, argv: list[str]) -> None:
+    main(argv)
 
 
-def test_two_processes_with_a_frozen_encoder(world: Path, tmp_path: Path, free_port: int) -> None:
+def test_two_processes_with_a_frozen_encoder(world: Path, tmp_path: Path) -> None:
     """DDP must accept an encoder without gradients, and its learning afterwards."""
     options = {"encoder": "test_convnext", "optim.frozen_epochs": 0.67, "max_steps": 4, "checkpoint_every": 2}
     argv = arguments(world, tmp_path / "run", **options)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_depth_training"])  # one import for both
-    said = [tmp_path / f"rank{rank}.txt" for rank in range(2)]
-    processes = [
-        context.Process(target=one_of_two, args=(rank, free_port, argv, said[rank])) for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(200)
-    assert [process.exitcode for process in processes] == [0, 0], [path.read_text() for path in said]
+    done = together(one_of_two, argv, folder=tmp_path, ACCELERATE_USE_CPU="true")
+    assert done.codes == [0, 0], done.stderr
     rows = rows_of(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert all(math.isfinite(loss) for loss in losses_of(rows))
@@ -770,5 +750,6 @@ def test_two_processes_with_a_frozen_encoder(world: Path, tmp_path: Path, free_p
     assert not torch.equal(
         weights_of(tmp_path / "run")["encoder.stem.0.weight"], start["encoder.stem.0.weight"]
     )
-    assert "2 processes x 1 parts x 1 pairs" in said[0].read_text()
-    assert "step 4" not in said[1].read_text()
+    assert "2 processes x 1 parts x 1 pairs" in (tmp_path / "rank0.out").read_text()
+    assert "step 4" not in (tmp_path / "rank1.out").read_text()
+    assert "step 4" not in (tmp_path / "rank1.err").read_text()

@@ -1,21 +1,16 @@
 """Pretraining with weights sharded over two gloo processes (FSDP2, through Accelerate), as the whole weights of one."""
 
-import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import PartialState
 from safetensors.torch import load_file
 
 from spark.run import read_rows
 from tests.test_pretrain import bad_batches, curve, fresh_accelerate, photos, run, small_run  # noqa: F401  (fixtures)
+from tests.together import launched, together
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = str(ROOT / "tests" / "several_runs.py")
-CONFIGS = ROOT / "configs" / "accelerate"
 # At 128 px batch norm has more than a handful of sites at the deepest stage, and with a large eps a gradient of nothing
 # but rounding stays one: neither makes much of the last digits in which one process and two differ.
 STEADY = ("--model.input_size=128", "--optim.eps=1e-3", "--max_steps=4", "--checkpoint_every=2")
@@ -29,24 +24,25 @@ LAMB = (
 ADAMW = (*STEADY, "--optim.name=adamw", "--optim.clip_grad=0.01")
 
 
-def in_two_processes(*runs, bad=()):
+def several_runs(rank, runs, bad):
+    """Pretrainings one after another in the same processes; the loss of the `bad` batches is NaN."""
+    # A run ends with it; the next one needs the group.
+    PartialState.destroy_process_group = lambda self, group=None: None
+    for arguments in runs:
+        with pytest.MonkeyPatch.context() as patch:
+            if bad:
+                bad_batches(patch, set(bad))
+            run(arguments)
+    torch.distributed.destroy_process_group()
+
+
+def in_two_processes(folder, *runs, bad=()):
     """What the same two processes print in several runs, each given by its arguments; `bad` batches have no loss."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launcher = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(CONFIGS / "gpu_8_fsdp.yaml"),
-    ]
-    done = subprocess.run(
-        [*launcher, "--num_processes", "2", SCRIPT, json.dumps(runs), json.dumps(bad)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    folder.mkdir()
+    variables = launched("gpu_8_fsdp.yaml")
+    assert (variables["ACCELERATE_USE_FSDP"], variables["FSDP_VERSION"]) == ("true", "2")
+    done = together(several_runs, runs, bad, folder=folder, limit=600, **variables)
+    assert done.codes == [0, 0], done.stderr[-3000:]
     return done.stdout
 
 
@@ -87,6 +83,7 @@ def test_sharded_runs_are_those_of_whole_weights(photos, tmp_path, capsys):  # n
     run(arguments("adamw_one", *ADAMW))
     half = tmp_path / "adamw_one" / "checkpoints" / "step_0000002"
     text = in_two_processes(
+        tmp_path / "printed",
         arguments("lamb", *LAMB, "--monitor.every=2", "--monitor.max_share=1", "--export_ema=true"),
         arguments("adamw", *ADAMW, f"--resume={half}"),
     )
@@ -119,7 +116,7 @@ def test_two_processes_roll_back_as_one(photos, tmp_path, monkeypatch):  # noqa:
         policy = ("--guard.on_nonfinite=rollback", "--keep_checkpoints=9", "--optim.ema_decay=0.5")
         return small_run(photos, tmp_path / name, *STEADY, *policy, "--max_steps=6")
 
-    in_two_processes(arguments("two"), bad=(5, 6))
+    in_two_processes(tmp_path / "printed", arguments("two"), bad=(5, 6))
     asked = bad_batches(monkeypatch, {5, 6})
     run(arguments("one"))
     assert asked[-11:] == list(range(11))

@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-import torch.multiprocessing as mp
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -13,6 +13,7 @@ from spark.encoder import build_encoder, pyramid
 from spark.masking import random_visible, visible_at
 from spark.sparse import MASKED, PACKED, MissingRuleError, Sites, SparseTensor, SyncBatchNorm2d, sparsify
 from tests.test_model import lively
+from tests.together import together
 
 SHORT = {
     "convnextv2_atto": {"depths": (1, 1, 1, 1)},  # global response normalisation
@@ -569,11 +570,8 @@ def test_masks_of_positions_do_not_depend_on_the_batch():
 # --- statistics over processes -----------------------------------------------------------------------------------
 
 
-def _sync_worker(rank, world, port, backend, results):
-    import torch.distributed as dist
-
-    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    torch.set_num_threads(1)
+def _sync_worker(rank, backend, folder):
+    dist.init_process_group(backend)
     device = f"cuda:{rank}" if backend == "nccl" else "cpu"
     x, visible, layer, weights = (part.to(device) for part in _sync_case())
     mine = slice(0, 1) if rank == 0 else slice(1, 3)  # uneven on purpose
@@ -595,7 +593,7 @@ def _sync_worker(rank, world, port, backend, results):
         assert leaf.grad is not None
         tensors = (out.detach(), leaf.grad, *grads, *norm.buffers())
         report[kind] = [tensor.cpu() for tensor in tensors]
-    results[rank] = report
+    torch.save(report, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -621,11 +619,10 @@ NCCL = pytest.param(
 
 
 @pytest.mark.parametrize("backend", ["gloo", NCCL])
-def test_statistics_over_two_processes_equal_one_process(free_port, backend):
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_sync_worker, (2, free_port, backend, results), nprocs=2)
-        results = dict(results)
+def test_statistics_over_two_processes_equal_one_process(tmp_path, backend):
+    done = together(_sync_worker, backend, tmp_path, folder=tmp_path)
+    assert done.codes == [0, 0], done.stderr
+    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     x, visible, layer, weights = _sync_case()
     for kind in ("masked", "packed", "dense"):
         norm = nn.BatchNorm2d(4).double()
