@@ -23,8 +23,6 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-from scipy.optimize import least_squares
-from scipy.stats import theilslopes
 from torch import Tensor
 
 from finetune.heads import DepthOutput
@@ -178,6 +176,8 @@ def fit_line(readings: Readings, space: Space, fit: Fit) -> tuple[float, float]:
         ValueError: too few or too similar readings for `fit`, a fit that would turn near and far round, or relative
             depth with anything but scale and shift of disparity.
     """
+    from scipy.stats import theilslopes  # seconds to import, for this fit only
+
     if readings.relative and fit != "scale_shift":
         raise ValueError("a head without metres needs scale and shift (fit scale_shift) in space disparity")
     x = to_space(readings.predicted, space, readings.relative)
@@ -219,6 +219,8 @@ def _check_spread(readings: Readings) -> None:
 def _robust(residual: Any, start: list[float], least: float) -> list[float]:
     """Least squares under Huber's loss, quadratic up to 1.345 robust deviations of the residuals at the start, which
     costs 5 % of the precision where errors are normal after all (Huber 1964)."""
+    from scipy.optimize import least_squares  # a second to import, for this fit only
+
     first = residual(start)
     deviation = MAD_TO_SIGMA * float(np.median(np.abs(first - np.median(first))))
     found = least_squares(residual, start, loss="huber", f_scale=max(1.345 * deviation, least), x_scale="jac")
