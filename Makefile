@@ -24,7 +24,7 @@ demo: env
 	$(BIN)/python tools/demo.py --output_dir runs/demo
 
 test: env
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: env
 	$(BIN)/ruff format --check .
