@@ -39,9 +39,7 @@ def several_runs(rank, runs, bad):
 def in_two_processes(folder, *runs, bad=()):
     """What the same two processes print in several runs, each given by its arguments; `bad` batches have no loss."""
     folder.mkdir()
-    variables = launched("gpu_8_fsdp.yaml")
-    assert (variables["ACCELERATE_USE_FSDP"], variables["FSDP_VERSION"]) == ("true", "2")
-    done = together(several_runs, runs, bad, folder=folder, limit=600, **variables)
+    done = together(several_runs, runs, bad, folder=folder, limit=600, **launched("gpu_8_fsdp.yaml"))
     assert done.codes == [0, 0], done.stderr[-3000:]
     return done.stdout
 

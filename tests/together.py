@@ -48,7 +48,8 @@ class Started:
         """Its exit code.
 
         Raises:
-            AssertionError: it still runs after `limit` seconds; with all that it printed. It is killed then.
+            AssertionError: it still runs after `limit` seconds; with all that it printed and where it stands. It is
+                killed then.
         """
         self.process.join(limit)
         hangs = self.process.exitcode is None
@@ -58,9 +59,11 @@ class Started:
         return self.process.exitcode
 
     def kill(self) -> None:
-        """End it and the processes that it has started, where they still run."""
+        """While it runs: let it write where it stands, then end it and the processes that it has started."""
         if self.process.exitcode is None:
             assert self.process.pid is not None
+            os.kill(self.process.pid, signal.SIGUSR2)
+            self.process.join(0.5)
             try:
                 os.killpg(self.process.pid, signal.SIGKILL)
             except ProcessLookupError:  # it has not come to `setsid` yet
@@ -114,7 +117,7 @@ def together(
     started: list[Started] = []
     try:
         for rank in range(count):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "TEST_LIMIT": str(max(1, limit - 5))}
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             started.append(
                 start(function, rank, *arguments, folder=folder, name=f"rank{rank}", **environment, **own)
             )
@@ -161,7 +164,6 @@ def _call(
         os.close(file)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    if limit := environment.get("TEST_LIMIT"):
-        faulthandler.dump_traceback_later(float(limit))
+    faulthandler.register(signal.SIGUSR2)
     torch.set_num_threads(1)
     function(*arguments)
