@@ -260,7 +260,7 @@ def words(session: Session | None, model_folder: str) -> str:
     depth = session.depth
     lines = [
         f"Depth from **{depth.min():.2f} m** to **{depth.max():.2f} m**, median {np.median(depth):.2f} m;"
-        f" {depth.shape[1]} × {depth.shape[0]} px. Camera for points: {_code(str(session.camera))}."
+        f" {depth.shape[1]} × {depth.shape[0]} px. Camera for points: {_code(str(session.camera))}"
     ]
     if session.own and not session.calibration:
         lines.append(f"By the model's own calibration: {_code(str(session.own))}")
