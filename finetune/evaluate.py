@@ -29,6 +29,7 @@ from finetune.metrics import METRIC, write_results
 from finetune.model import load_depth_model
 from finetune.predictions import BaselineSource, FolderSource, ModelSource, Source, mean_depth
 from finetune.protocols import PROTOCOLS, Protocol, get_protocol
+from finetune.reporting import depth_page
 from spark.config import parse_config, require
 from spark.run import one_line_errors
 
@@ -211,7 +212,19 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
                 file = f"{name}_{results['protocol']}.png" if several else f"{name}.png"
                 path = save_figure(triptychs(drawn, heading), Path(config.figures or "") / file)
                 console.print(f"drawn in {path}", highlight=False, markup=False, soft_wrap=True)
+    refresh_page(console, Path(config.output))
     return written
+
+
+def refresh_page(console: Console, results: Path) -> None:
+    """Write report.html of the run anew whose results.json was written; a failure is told, for the scores are there."""
+    folder = results.parent
+    if results.name != "results.json" or not (folder / "config.yaml").is_file():
+        return
+    try:
+        console.print(f"report in {depth_page(folder)}", highlight=False, markup=False, soft_wrap=True)
+    except (ValueError, OSError) as error:
+        console.print(f"no report: {error}", highlight=False, markup=False, soft_wrap=True)
 
 
 def asked_protocols(config: EvaluationConfig) -> list[Protocol]:

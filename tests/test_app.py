@@ -1,6 +1,7 @@
 """The page: what it computes, what it refuses, and all of it in a real browser, once."""
 
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -72,7 +73,7 @@ def test_points_calibrate_by_a_scale(model, session):
     done = app.calibrate(shifted, model, "scale and shift")
     np.testing.assert_allclose(done.depth, session.predicted + 0.5, rtol=1e-3)
     said = app.words(done, "runs/x/model")
-    assert f"--points '10,20,{shifted.points[0].metres:g}; 70,50,{shifted.points[1].metres:g}'" in said
+    assert f"--points '10,20,{shifted.points[0].metres:.9g}; 70,50,{shifted.points[1].metres:.9g}'" in said
     assert "--space depth --fit scale_shift" in said
     again = app.add_point(app.pick(shifted, 10, 20), 4.0)  # the same pixel: its distance is corrected
     assert [(p.x, p.metres) for p in again.points] == [(70, shifted.points[1].metres), (10, 4.0)]
@@ -80,13 +81,59 @@ def test_points_calibrate_by_a_scale(model, session):
 
 def test_the_command_fits_what_the_page_fitted(session):
     power = Calibration("log_depth", 1.0, np.log(2.0), 1e-3, 20.0)  # a factor of two: its shift is not 0
-    done = app.replace(session, points=(app.Point(1, 1, 2.0),), calibration=power)
+    done = app.replace(session, fitted=(app.Point(1, 1, 2.0),), calibration=power)
     assert "--space log_depth --fit scale --output" in app.words(done, "m")
-    assert "--space log_depth --fit scale_shift --output" in app.words(
-        app.replace(done, fit="scale_shift"), "m"
-    )
-    assert "in place of it" not in app.words(done, "m")
-    assert "in place of it" in app.words(app.replace(done, calibrated_before=True), "m")
+    both = app.replace(done, fit="scale_shift")
+    assert "--space log_depth --fit scale_shift --output" in app.words(both, "m")
+
+
+def test_the_command_names_the_points_that_were_fitted(model, session):
+    done = app.calibrate(app.add_point(app.pick(session, 10, 20), 3.0), model, "scale")
+    assert "have changed" not in app.words(done, "m")
+    more = app.words(app.add_point(app.pick(done, 40, 30), 3.0), "m")
+    assert "--points 10,20,3 " in more
+    assert "1 points of" in more
+    assert "have changed since" in more
+
+
+def test_a_calibrated_model_is_calibrated_anew_as_the_tool_does_it(model, photo, tmp_path):
+    """Shown under its own calibration, fitted without it: tools/calibrate.py replaces one too."""
+    raw = predict_image(model, np.asarray(read_image(photo)))
+    own = Calibration("depth", 2.0, 0.5, 1e-3, 30.0, "a tape measure")
+    opened = app.open_photo(model, str(photo), 10_000, str(tmp_path), own)
+    np.testing.assert_allclose(opened.depth, 2 * raw + 0.5, rtol=1e-5)
+    assert "own calibration: `calibrated, 2 d +0.5 m: a tape measure`" in app.words(opened, "m")
+    known = 3 * float(raw[20, 10])
+    done = app.calibrate(app.add_point(app.pick(opened, 10, 20), known), model, "scale")
+    np.testing.assert_allclose(done.depth, (3 * raw).clip(1e-3, 30.0), rtol=1e-5)
+    assert "takes the place of the model's own calibration" in app.words(done, "m")
+
+
+def test_relative_depth_under_a_calibration_is_fitted_in_inverse_depth(model, session):
+    own = Calibration("disparity", 0.5, 0.1, 1e-3, 50.0)
+    relative = app.replace(session, own=own, relative=True)
+    np.testing.assert_allclose(relative.depth, 1 / (0.5 * session.predicted + 0.1), rtol=1e-5)
+    for x, y in ((10, 5), (70, 50)):  # 1 / (0.2 x + 0.3) everywhere
+        known = 1 / (0.2 * float(session.predicted[y, x]) + 0.3)
+        relative = app.add_point(app.pick(relative, x, y), known)
+    done = app.calibrate(relative, model, "scale and shift of inverse depth")
+    np.testing.assert_allclose(done.depth, 1 / (0.2 * session.predicted + 0.3), rtol=1e-3)
+
+
+def test_what_a_killed_program_left_is_deleted_and_nothing_else(tmp_path):
+    made = {name: tmp_path / f"{app.FOLDER}{name}" for name in ("own", "killed", "running", "begun")}
+    for folder in made.values():
+        folder.mkdir()
+    (made["killed"] / "room_depth.npy").write_bytes(b"x")
+    (tmp_path / "else").mkdir()
+    (tmp_path / f"{app.FOLDER}link").symlink_to(tmp_path / "else")
+    with app.FileLock(made["own"] / app.LOCK), app.FileLock(made["running"] / app.LOCK):
+        now = made["own"].stat().st_mtime
+        for folder in (made["killed"], made["running"], tmp_path / "else"):
+            os.utime(folder, (now - 3600, now - 3600))
+        app.forget_killed(made["own"])
+    left = {path.name.removeprefix(app.FOLDER) for path in tmp_path.iterdir()}
+    assert left == {"own", "running", "begun", "else", "link"}
 
 
 def test_mistakes_are_sentences(model, session):
@@ -234,6 +281,8 @@ def test_the_page_in_a_browser(address, browser, model, photo, tmp_path):
         assert "default-src 'self'" in answer.headers["content-security-policy"]
         (tmp_path / "depth.npy").write_bytes(answer.read())
     np.testing.assert_allclose(np.load(tmp_path / "depth.npy"), 2 * expected, rtol=1e-3)
+    find("#clear").click()  # a file of other metres than the page shows is not offered
+    WebDriverWait(browser, 60).until(lambda b: not b.find_elements(By.CSS_SELECTOR, "#download a"))
 
     (tmp_path / "text.png").write_text("no image")
     find("input[type=file]").send_keys(str(tmp_path / "text.png"))

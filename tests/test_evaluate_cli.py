@@ -124,6 +124,14 @@ def test_loader_processes_and_batches_change_nothing(model: Path, world: Path, t
     assert one["per_image"] == two["per_image"]
 
 
+def test_a_run_that_is_scored_has_its_report_anew(model: Path, world: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("encoder: test_resnet")
+    run(model, world, tmp_path / "other.json")
+    assert not (tmp_path / "report.html").exists()  # reports show results.json alone
+    results = run(model, world, tmp_path / "results.json")
+    assert f"{results['metrics']['silog']:.3f}" in (tmp_path / "report.html").read_text()
+
+
 def test_another_image_size(model: Path, world: Path, tmp_path: Path) -> None:
     results = run(model, world, tmp_path / "results.json", "--image_size", "[96,128]")
     assert results["image_size"] == [96, 128]

@@ -1,6 +1,7 @@
 """Pages about runs: what they show, what they say where something is missing or damaged, and that nothing escapes."""
 
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -298,6 +299,7 @@ def test_damaged_files_are_said_and_the_rest_is_shown(tmp_path, capsys):
         "skip<b>",
     ):
         assert words in page.text, words
+    assert "loss was NaN or infinite in 1 logged steps, from 5 to 5" in page.text
     assert "Training loss" in page.charts
     assert "results.json cannot be read" in capsys.readouterr().err
     (run / "config.yaml").write_text("a: [")
@@ -417,6 +419,44 @@ def test_of_a_step_that_was_repeated_the_last_row_counts(tmp_path):
     assert series.values.tolist() == [1, 20, 30]
 
 
+def test_a_loss_that_became_nan_is_not_its_last_finite_value(tmp_path):
+    run = make_run(tmp_path / "run", pretrain_config())
+    losses = [1.0, float("nan"), 0.5, float("inf"), float("nan")]
+    rows = [{"step": s, "loss": loss, "lr": 1e-3} for s, loss in zip((1, 2, 2, 3, 4), losses, strict=True)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = read_run(run)
+    assert read.spoilt == {"loss": [3, 4]}  # step 2 was repeated, and went well
+    assert read.series["loss"].values.tolist() == [1.0, 0.5]
+    assert np.isnan(read.last("loss"))
+    assert read.last("lr") == 1e-3
+    page = Page(pretraining_page(run).read_text())
+    assert "loss was NaN or infinite in 2 logged steps, from 3 to 4" in page.text
+    assert "lossnanlastlogged" in re.sub(r"\s", "", page.text)
+
+
+def test_scores_from_before_the_last_training_are_named(tmp_path):
+    run = make_run(tmp_path / "run", depth_config(), scores(1))
+    (run / "evaluation.json").write_text(json.dumps(scores(2)))
+    assert read_run(run).problems == []
+    written = (run / "evaluation.json").stat().st_mtime
+    os.utime(run / "results.json", (written - 3600, written - 3600))
+    assert "results.json is older than evaluation.json" in read_run(run).problems[0]
+
+
+def test_pictures_go_with_the_scores(tmp_path):
+    run = make_run(tmp_path / "run", depth_config(), scores(1), figures=0)
+
+    def shown(*names: str) -> list[str]:
+        for name in names:
+            Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(run / "figures" / name)
+        return re.findall(r"(?:triptychs|worst)\w*[-\w]*\.png", depth_page(run).read_text())
+
+    steps = ["triptychs_step_0000200.png", "worst_step_0000200.png"]
+    assert shown("triptychs_step_0000100.png", *steps) == steps
+    assert shown("triptychs.png", "worst.png") == ["triptychs.png", "worst.png"]
+    assert shown("worst_nyu-bts.png", "worst_nyu-dorn.png") == ["triptychs.png", "worst_nyu-bts.png"]
+
+
 def test_charts_put_values_where_they_belong():
     drawing = draw([Line("a", Series(np.array([0.0, 50.0, 100.0]), np.array([1.0, 2.0, 3.0])), 2)], steps=100)
     (points, color, style), (left, middle, right) = drawing.paths[0], drawing.dots
@@ -438,6 +478,8 @@ def test_charts_put_values_where_they_belong():
         "5e-8",
         "-2.5e9",
     ]
+    begun = draw([Line("a", Series(np.array([1.0]), np.array([5.0])), 0)], steps=1)
+    assert [text for _, text in begun.x_ticks] == ["0", "1"]  # there is no step 0.2
     flat = draw([Line("a", Series(np.array([7.0]), np.array([0.0])), 0)], steps=7)
     assert np.isfinite([flat.dots[0][:2]]).all()
 

@@ -2,13 +2,15 @@
 
     python tools/app.py --model RUN/model          then open the address that it prints
 
-Hovering tells the distance at a pixel. Clicking chooses a point; with known distances of one point or more the page
-fits a scale (of two or more: scale and shift) and shows depth so calibrated, and the command that puts the same
-calibration into the model. Depth can be had as NPY (metres), 16-bit PNG (millimetres) and coloured points (PLY).
+Hovering tells the depth at a pixel. Clicking chooses a point; with known depths of one point or more the page fits a
+scale (of two or more: scale and shift) and shows depth so calibrated, and the command that puts the same calibration
+into the model, in place of any that it has. Depth can be had as NPY (metres), 16-bit PNG (millimetres) and coloured
+points (PLY).
 
 The page is for this machine: it binds to the loopback address, fetches nothing from elsewhere, and keeps nothing. A
-photo is deleted as soon as it is read, what was made of it when the page is closed or the program ends. Whoever opens
-it to other machines with --host shows it to everyone there, without a password.
+photo is deleted as soon as it is read, what was made of it when the page is closed or the program ends; what a killed
+program left, the next start deletes. Whoever opens it to other machines with --host shows it to everyone there, without
+a password.
 """
 
 import argparse
@@ -18,7 +20,9 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -29,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from finetune.calibration import Calibration, Fit, Readings, Space, fit_calibration
@@ -48,6 +53,11 @@ FITS: dict[str, tuple[Space, Fit]] = {
     "scale and shift": ("depth", "scale_shift"),
     "scale and shift of inverse depth": ("disparity", "scale_shift"),
 }
+RELATIVE_FIT = ("disparity", "scale_shift")  # the only one for a head without metres
+FOLDER = (
+    "depth-page-"  # beginning of the names of folders for files to download, one of each program that runs
+)
+LOCK = "lock"  # in it, held by that program
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; frame-ancestors 'none'"
@@ -71,14 +81,16 @@ class Session:
     Args:
         name: of the photo's file.
         image: uint8 [H, W, 3].
-        predicted: what the model says, float32 [H, W] [m].
+        predicted: what the model says without a calibration, float32 [H, W] [m]; inverse depth if `relative`.
         camera: that took the photo.
         folder: for files to download; goes with the session.
+        own: the calibration that the model brought.
+        relative: the head gives inverse depth up to scale and shift.
         points: with their known distances.
         chosen: the point that was clicked last.
-        calibration: fitted to the points.
+        calibration: fitted here, in place of the model's own.
+        fitted: the points that it was fitted to.
         fit: what was fitted.
-        calibrated_before: the model has a calibration of its own, which `predicted` is under.
     """
 
     name: str
@@ -86,22 +98,34 @@ class Session:
     predicted: np.ndarray
     camera: Intrinsics
     folder: tempfile.TemporaryDirectory
+    own: Calibration | None = None
+    relative: bool = False
     points: tuple[Point, ...] = ()
     chosen: Point | None = None
     calibration: Calibration | None = None
+    fitted: tuple[Point, ...] = ()
     fit: Fit = "scale"
-    calibrated_before: bool = False
 
     @property
     def depth(self) -> np.ndarray:
         """Depth as it is shown, float32 [H, W] [m]."""
-        if self.calibration is None:
+        calibration = self.calibration or self.own
+        if calibration is None:
             return self.predicted
-        return self.calibration.metres(self.predicted).astype(np.float32)
+        return calibration.metres(self.predicted, self.relative).astype(np.float32)
 
 
-def open_photo(model: DepthModel, path: str, max_pixels: int, folder: str) -> Session:
+def open_photo(
+    model: DepthModel, path: str, max_pixels: int, folder: str, own: Calibration | None = None
+) -> Session:
     """Read a photo, delete the file, and predict; files to download will be in a folder inside `folder`.
+
+    Args:
+        model: without its calibration: fits are to what the head says, as those of tools/calibrate.py are.
+        path: of the photo.
+        max_pixels: most pixels of a photo.
+        folder: for files to download.
+        own: the calibration that was taken from the model.
 
     Raises:
         ValueError: no image, a damaged one, or one of too many pixels.
@@ -123,7 +147,8 @@ def open_photo(model: DepthModel, path: str, max_pixels: int, folder: str) -> Se
         predict_image(model, image),
         camera,
         tempfile.TemporaryDirectory(dir=folder),
-        calibrated_before=model.calibration is not None,
+        own,
+        "depth" not in model.outputs,
     )
 
 
@@ -156,12 +181,13 @@ def calibrate(session: Session, model: DepthModel, kind: str) -> Session:
         np.array([p.metres for p in session.points], np.float64),
         np.arange(len(session.points)),
         [f"column {p.x}, row {p.y}" for p in session.points],
+        session.relative,
     )
-    limits = model.depth_range.min_depth, model.max_depth
+    limits = model.depth_range.min_depth, model.depth_range.max_depth
     found = fit_calibration(
         readings, space, fit, *limits, origin=f"{len(session.points)} points of {session.name}"
     )
-    return replace(session, calibration=found, fit=fit)
+    return replace(session, calibration=found, fitted=session.points, fit=fit)
 
 
 def file_of(session: Session, kind: str) -> str:
@@ -192,7 +218,7 @@ def view(session: Session | None) -> str:
     small = depth[down[:, None], across]
     step = max(float(small.max()), 1e-3) / 65535
     near, far = colour_range(depth)
-    ramp = np.linspace(near, far, 256)[:, None]
+    ramp = colourise(np.linspace(near, far, 17)[None].clip(1e-3), near, far)[0]
     points = [{"x": p.x, "y": p.y, "label": f"{p.metres:g} m", "chosen": False} for p in session.points]
     if session.chosen:
         at = session.chosen
@@ -200,7 +226,7 @@ def view(session: Session | None) -> str:
     shown = {
         "photo": data_address(session.image[down[:, None], across], "jpeg"),
         "colours": data_address(colourise(small, near, far), "png"),
-        "scale": data_address(colourise(np.maximum(ramp, 1e-3), near, far), "png"),
+        "ramp": ", ".join(f"rgb({red} {green} {blue})" for red, green, blue in ramp.tolist()),
         "near": f"{near:.2f} m",
         "far": f"{far:.2f} m",
         "rows": rows,
@@ -234,12 +260,18 @@ def words(session: Session | None, model_folder: str) -> str:
     depth = session.depth
     lines = [
         f"Depth from **{depth.min():.2f} m** to **{depth.max():.2f} m**, median {np.median(depth):.2f} m;"
-        f" {depth.shape[1]} × {depth.shape[0]} px. Camera for points: {_code(str(session.camera))}."
+        f" {depth.shape[1]} × {depth.shape[0]} px. Camera for points: {_code(str(session.camera))}"
     ]
+    if session.own and not session.calibration:
+        lines.append(f"By the model's own calibration: {_code(str(session.own))}")
     if session.calibration:
-        errors = {"before": "before", "after": "after", "left_out": "of points left out of the fit"}
+        errors = {
+            "before": "of the model without calibration",
+            "after": "calibrated",
+            "left_out": "at each point under a fit to the others",
+        }
         said = ", ".join(f"{100 * v:.1f} % {errors[k]}" for k, v in session.calibration.errors.items())
-        points = "; ".join(f"{p.x},{p.y},{p.metres:g}" for p in session.points)
+        points = "; ".join(f"{p.x},{p.y},{p.metres:.9g}" for p in session.fitted)
         command = [
             "python",
             "tools/calibrate.py",
@@ -255,11 +287,10 @@ def words(session: Session | None, model_folder: str) -> str:
             f"{_code(str(session.calibration))} Mean relative error {said}.",
             f"The same for good: {_code(shlex.join(command))}",
         ]
-        if session.calibrated_before:
-            lines.append(
-                "The page fits on top of the model's own calibration, the command in place of it: where that has a"
-                " shift or a power, the two differ."
-            )
+        if session.own:
+            lines.append(f"It takes the place of the model's own calibration: {_code(str(session.own))}")
+        if session.points != session.fitted:
+            lines.append("**The points have changed since: *Calibrate* fits to all of them.**")
     return "\n\n".join(lines)
 
 
@@ -268,8 +299,16 @@ def _code(text: str) -> str:
 
 
 def build(model: DepthModel, model_folder: str, max_pixels: int, folder: str) -> Any:
-    """The page as gradio's Blocks, with its files in `folder`; `launch` starts it."""
+    """The page as gradio's Blocks, with its files in `folder`; `launch` starts it.
+
+    Takes the calibration out of the model: the page applies it.
+    """
     import gradio as gr  # here, for it takes seconds and reads the environment that `main` sets
+
+    own = model.calibration
+    model.calibrate(None)
+    relative = "depth" not in model.outputs
+    fits = [name for name, (space, fit) in FITS.items() if not relative or (space, fit) == RELATIVE_FIT]
 
     def told(work: Callable[..., Session]) -> Callable[..., Session]:
         def tried(*arguments: Any) -> Session:
@@ -289,7 +328,12 @@ def build(model: DepthModel, model_folder: str, max_pixels: int, folder: str) ->
         return session, view(session), words(session, model_folder)
 
     def on_photo(path: str) -> tuple[Any, ...]:
-        return *shown(told(open_photo)(model, path, max_pixels, folder)), None, None
+        return (
+            *shown(told(open_photo)(model, path, max_pixels, folder, own)),
+            None,
+            None,
+            gr.update(visible=True),
+        )
 
     def on_pick(session: Session | None, event: gr.EventData) -> tuple[Any, ...]:
         data: dict[str, Any] = event._data or {}
@@ -299,10 +343,11 @@ def build(model: DepthModel, model_folder: str, max_pixels: int, folder: str) ->
         return *shown(told(lambda: add_point(opened(session), metres))()), None
 
     def on_calibrate(session: Session | None, kind: str) -> tuple[Any, ...]:
-        return shown(told(lambda: calibrate(opened(session), model, kind))())
+        return *shown(told(lambda: calibrate(opened(session), model, kind))()), None
 
     def on_clear(session: Session | None) -> tuple[Any, ...]:
-        return shown(told(lambda: replace(opened(session), points=(), chosen=None, calibration=None))())
+        emptied = {"points": (), "chosen": None, "calibration": None, "fitted": ()}
+        return *shown(told(lambda: replace(opened(session), **emptied))()), None
 
     def on_file(kind: str) -> Callable[[Session | None], str]:
         def made(session: Session | None) -> str:
@@ -317,7 +362,7 @@ def build(model: DepthModel, model_folder: str, max_pixels: int, folder: str) ->
     with gr.Blocks(title="Depth", analytics_enabled=False, delete_cache=(60, 600), fill_width=True) as page:
         session = gr.State(None, time_to_live=3600, delete_callback=forget)
         gr.Markdown("# Depth in metres")
-        photo = gr.File(label="Photo", file_count="single", file_types=["image"], type="filepath", height=110)
+        photo = gr.File(label="Photo", file_count="single", file_types=["image"], type="filepath", height=150)
         viewer = gr.HTML(
             "",
             html_template=(VIEWER / "viewer.html").read_text(encoding="utf-8"),
@@ -326,27 +371,43 @@ def build(model: DepthModel, model_folder: str, max_pixels: int, folder: str) ->
             elem_id="viewer",
         )
         said = gr.Markdown(words(None, model_folder), elem_id="said")
-        with gr.Row():
-            with gr.Column(min_width=260):
-                metres = gr.Number(None, label="Known distance there [m]", elem_id="metres", minimum=0)
-                with gr.Row():
-                    add = gr.Button("Add point", elem_id="add", min_width=120)
-                    clear = gr.Button("Forget points", elem_id="clear", min_width=120)
-            with gr.Column(min_width=260, scale=2):
-                kind = gr.Radio(list(FITS), value="scale", label="Fit", elem_id="fit")
-                fit = gr.Button("Calibrate", variant="primary", elem_id="calibrate")
-        with gr.Row():
-            kinds = {"npy": "NPY, metres", "png": "16-bit PNG, millimetres", "ply": "PLY, coloured points"}
-            makers = {kind: gr.Button(text, elem_id=kind) for kind, text in kinds.items()}
-        download = gr.File(label="Download", interactive=False, elem_id="download")
+        with gr.Column(visible=False) as controls:
+            with gr.Row():
+                with gr.Column(min_width=260):
+                    metres = gr.Number(
+                        None,
+                        label="Known depth there [m]",
+                        info="along the view, not slantwise to the point",
+                        elem_id="metres",
+                    )
+                    with gr.Row():
+                        add = gr.Button("Add point", elem_id="add", min_width=120)
+                        clear = gr.Button("Forget points", elem_id="clear", min_width=120)
+                with gr.Column(min_width=260, scale=2):
+                    kind = gr.Radio(
+                        fits,
+                        value=fits[0],
+                        label="Fit",
+                        info="two points and more for a shift",
+                        elem_id="fit",
+                    )
+                    fit = gr.Button("Calibrate", variant="primary", elem_id="calibrate")
+            with gr.Row():
+                kinds = {
+                    "npy": "NPY, metres",
+                    "png": "16-bit PNG, millimetres",
+                    "ply": "PLY, coloured points",
+                }
+                makers = {name: gr.Button(text, elem_id=name, min_width=220) for name, text in kinds.items()}
+            download = gr.File(label="Download", interactive=False, elem_id="download", height=110)
 
         outputs = [session, viewer, said]
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
-        photo.upload(on_photo, photo, [*outputs, photo, download], **quiet)
+        photo.upload(on_photo, photo, [*outputs, photo, download, controls], **quiet)
         viewer.pick(on_pick, session, outputs, **quiet)
         add.click(on_add, [session, metres], [*outputs, metres], **quiet)
-        fit.click(on_calibrate, [session, kind], outputs, **quiet)
-        clear.click(on_clear, session, outputs, **quiet)
+        fit.click(on_calibrate, [session, kind], [*outputs, download], **quiet)
+        clear.click(on_clear, session, [*outputs, download], **quiet)
         for kind_of_file, button in makers.items():
             button.click(on_file(kind_of_file), session, download, **quiet)
     return page
@@ -409,6 +470,21 @@ def launch(page: Any, host: str, port: int | None, max_megabytes: float, browser
     return address
 
 
+def forget_killed(folder: str | Path) -> None:
+    """Delete what killed programs left beside `folder`: folders of the same user that nobody locks."""
+    mine = Path(folder).lstat()
+    for other in Path(folder).parent.glob(f"{FOLDER}*"):
+        with suppress(OSError, Timeout):
+            about = other.lstat()
+            if not stat.S_ISDIR(about.st_mode) or about.st_uid != mine.st_uid or other.samefile(folder):
+                continue
+            if mine.st_mtime - about.st_mtime < 60:  # one that has just been made and is about to be locked
+                continue
+            with FileLock(other / LOCK, timeout=0):
+                pass
+            shutil.rmtree(other)
+
+
 def check_host(host: str) -> str:
     """A sentence of warning for an address that other machines reach, "" for the loopback address."""
     with suppress(ValueError):
@@ -459,7 +535,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(
             signal.SIGTERM, signal.default_int_handler
         )  # ends as Ctrl-C does, so that nothing is left
-        with tempfile.TemporaryDirectory(prefix="depth-page-") as folder:
+        with tempfile.TemporaryDirectory(prefix=FOLDER) as folder, FileLock(Path(folder) / LOCK):
+            forget_killed(folder)
             os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False")
             try:
                 page = build(model, args.model, round(args.max_megapixels * 1e6), folder)

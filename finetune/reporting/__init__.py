@@ -16,5 +16,5 @@ def depth_page(folder: str | Path) -> Path:
     """
     run = read_run(folder)
     sections = [*depth_sections({run.label: [run]}), events([run]), settings([run]), environments([run])]
-    page = render(f"Depth, {run.option('model.head', 'head unknown')}", sections, footer=written_by())
+    page = render(run.label, sections, footer=written_by())
     return write_page(Path(folder) / REPORT, page)

@@ -1,6 +1,7 @@
 """Tables of what depth models score: what was measured alike stands in one table, with differences and intervals."""
 
 import json
+import math
 import statistics
 from collections.abc import Mapping
 from typing import Any
@@ -189,7 +190,7 @@ def worst_table(result: Results, count: int = 8) -> Table | None:
     if key is None:
         return None
     known = [row for row in rows if isinstance(row.get(key), int | float)]
-    worst = sorted(known, key=lambda row: -row[key])[:count]
+    worst = sorted(known, key=lambda row: -row[key] if math.isfinite(row[key]) else -math.inf)[:count]
     shown = [
         key,
         *(

@@ -84,13 +84,13 @@ def _results(arms: dict[str, list[Run]]) -> list[Any]:
 def _pictures(arms: dict[str, list[Run]]) -> list[Any]:
     blocks: list[Any] = []
     for label, same in arms.items():
-        shown = [path for path in same[0].pictures if not path.name.startswith("worst")]
-        if not shown:
+        shown = _drawn(same[0], "triptychs")
+        if shown is None:
             blocks.append(Text(f"{label} has drawn no depth yet: figures/ of its run is empty.", note=True))
             continue
         which = f" (first of {len(same)} runs)" if len(same) > 1 else ""
-        caption = f"{label}{which}: input, ground truth, prediction and its relative error, {shown[-1].name}."
-        blocks.append(picture(shown[-1], f"depth of {label}", caption))
+        caption = f"{label}{which}: input, ground truth, prediction and its relative error, {shown.name}."
+        blocks.append(picture(shown, f"depth of {label}", caption))
     return blocks
 
 
@@ -98,14 +98,21 @@ def _worst(arms: dict[str, list[Run]]) -> list[Any]:
     blocks: list[Any] = []
     for label, same in arms.items():
         run = same[0]
-        drawn = [path for path in run.pictures if path.name.startswith("worst")]
+        drawn = _drawn(run, "worst")
         table = worst_table(run.results[0]) if run.results else None
         if (table or drawn) and len(arms) > 1:
             blocks.append(Text(label))
         blocks += [table] if table else []
         if drawn:
-            blocks.append(picture(drawn[-1], f"worst images of {label}", _caption(drawn[-1])))
+            blocks.append(picture(drawn, f"worst images of {label}", _caption(drawn)))
     return blocks
+
+
+def _drawn(run: Run, kind: str) -> Path | None:
+    """The picture "triptychs" or "worst" of evaluate.py, under the protocol of the scores, or the last validation's."""
+    names = {p.name: p for p in run.pictures if p.name.startswith("worst") == (kind == "worst")}
+    wanted = [f"{kind}_{run.results[0]['protocol']}.png"] if run.results else []
+    return next((names[n] for n in (*wanted, f"{kind}.png", *reversed(names)) if n in names), None)
 
 
 def _caption(path: Path) -> str:

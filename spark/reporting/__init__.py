@@ -39,7 +39,7 @@ def pretraining_page(folder: str | Path) -> Path:
         settings([run]),
         environments([run]),
     ]
-    page = render(f"Pretraining {run.option('model.name', '')}", sections, footer=written_by())
+    page = render(run.label, sections, footer=written_by())
     return write_page(Path(folder) / REPORT, page)
 
 

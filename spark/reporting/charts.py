@@ -14,8 +14,8 @@ import numpy as np
 
 from spark.reporting.runs import Series
 
-WIDTH, HEIGHT = 460, 240  # of the drawing, in its own units; the page scales it
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 28  # margins for numbers
+WIDTH, HEIGHT = 380, 220  # of the drawing, in its own units; the page scales it
+LEFT, RIGHT, TOP, BOTTOM = 50, 10, 10, 42  # margins for numbers, and for what they are below
 MOST_POINTS = 600  # of a line
 FEW_POINTS = 25  # up to which points are marked, and tell their value under the pointer
 SMOOTH_FROM = 80  # points from which on a running mean is drawn over the values
@@ -87,7 +87,9 @@ def draw(lines: Sequence[Line], steps: int) -> Drawing:
                 said = f"{line.label}, step {step:.0f}: {number(float(value))}"
                 x, y = round(float(x_of(step)), 1), round(float(y_of(value)), 1)
                 drawing.dots.append((x, y, line.color, said))
-    drawing.x_ticks.extend((round(float(x_of(t)), 1), number(t)) for t in ticks(0.0, last, 5))
+    drawing.x_ticks.extend(
+        (round(float(x_of(t)), 1), number(t)) for t in ticks(0.0, last, 5) if t == round(t)
+    )
     marks = ticks(y_low, y_high, 5)
     if logarithmic:
         whole = [t for t in marks if t == round(t)]

@@ -17,6 +17,7 @@ import yaml
 
 ENVIRONMENT = "environment.json"
 PICTURES = (".png", ".jpg", ".jpeg")
+SAME_TIME = 60  # [s] between files that were copied together
 MOST_EVENTS = 200  # a run that rolls back all the time is not to make a page of megabytes
 
 
@@ -42,6 +43,7 @@ class Run:
         folder: where it is.
         config: config.yaml, empty where there is none.
         series: numbers of metrics.jsonl by name; a name without a finite number is not there.
+        spoilt: steps at which a number of metrics.jsonl was NaN or infinite, ascending, by name.
         texts: the last text of metrics.jsonl by name, such as `layout`.
         events: rows of metrics.jsonl that have an `event`, the last `MOST_EVENTS` of them.
         steps: optimizer steps that the log reaches to.
@@ -55,6 +57,7 @@ class Run:
     folder: Path
     config: dict[str, Any] = field(default_factory=dict)
     series: dict[str, Series] = field(default_factory=dict)
+    spoilt: dict[str, list[int]] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
     steps: int = 0
@@ -78,7 +81,10 @@ class Run:
         return default if value is None else value
 
     def last(self, name: str) -> float | None:
-        """The last value of a series; None where it has none."""
+        """The last value of a name, NaN where that was not finite; None where it has none."""
+        at = float(self.series[name].steps[-1]) if name in self.series else -1.0
+        if name in self.spoilt and self.spoilt[name][-1] > at:
+            return math.nan
         return float(self.series[name].values[-1]) if name in self.series else None
 
 
@@ -100,13 +106,14 @@ def read_run(folder: str | Path, label: str = "") -> Run:
             f"{folder} is not the folder of a run: it holds neither config.yaml nor metrics.jsonl"
         )
     problems: list[str] = []
-    series, texts, events, steps = read_metrics(folder / "metrics.jsonl", problems)
+    series, spoilt, texts, events, steps = read_metrics(folder / "metrics.jsonl", problems)
     sessions = _read_json(folder / ENVIRONMENT, problems)
     return Run(
         label or folder.resolve().name,
         folder,
         _read_config(folder / "config.yaml", problems),
         series,
+        spoilt,
         texts,
         events,
         steps,
@@ -119,8 +126,9 @@ def read_run(folder: str | Path, label: str = "") -> Run:
 
 def read_metrics(
     path: Path, problems: list[str]
-) -> tuple[dict[str, Series], dict[str, str], list[dict[str, Any]], int]:
-    """Read a ``metrics.jsonl`` of any length: series, texts, events and the last step, as `Run` has them."""
+) -> tuple[dict[str, Series], dict[str, list[int]], dict[str, str], list[dict[str, Any]], int]:
+    """Read a ``metrics.jsonl`` of any length: series, spoilt steps, texts, events, last step, as `Run` has them."""
+    spoilt: dict[str, set[int]] = {}
     columns: dict[str, tuple[array, array]] = {}
     texts: dict[str, str] = {}
     events: list[dict[str, Any]] = []
@@ -140,7 +148,11 @@ def read_metrics(
                 for name, value in row.items():
                     if isinstance(value, str):
                         texts[name] = value
-                    elif isinstance(value, int | float) and name != "step" and math.isfinite(value):
+                    elif isinstance(value, int | float) and name != "step":
+                        if not math.isfinite(value):
+                            spoilt.setdefault(name, set()).add(step)
+                            continue
+                        spoilt.get(name, set()).discard(step)  # a run that went back did better
                         steps, values = columns.setdefault(name, (array("d"), array("d")))
                         steps.append(step)
                         values.append(value)
@@ -150,7 +162,13 @@ def read_metrics(
         problems.append(f"{path.name} cannot be read: {error.strerror}")
     if broken:
         problems.append(f"{path.name}: {broken} lines that are not rows of a run were left out")
-    return {name: _in_order(*column) for name, column in columns.items()}, texts, events, last
+    bad = {name: sorted(steps) for name, steps in spoilt.items() if steps}
+    for name, steps in bad.items():
+        problems.append(
+            f"{name} was NaN or infinite in {len(steps)} logged steps, from {steps[0]} to {steps[-1]}: its curve leaves"
+            " them out"
+        )
+    return {name: _in_order(*column) for name, column in columns.items()}, bad, texts, events, last
 
 
 def _in_order(steps: array, values: array) -> Series:
@@ -181,11 +199,21 @@ def _read_results(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
         several = content.get("protocols") if isinstance(content, dict) else None
         found = several if isinstance(several, list) else [content]
         if found and all(_is_results(one) for one in found):
+            _say_if_older(folder / name, folder / "evaluation.json", problems)
             return found
         problems.append(
             f"{name} has not the protocol, images, metrics and per_image of finetune/evaluate.py's files"
         )
     return []
+
+
+def _say_if_older(path: Path, other: Path, problems: list[str]) -> None:
+    """Scores from before the run was trained on are not those of its model."""
+    if other.is_file() and other.stat().st_mtime - path.stat().st_mtime > SAME_TIME:
+        problems.append(
+            f"{path.name} is older than {other.name}, which the end of a training wrote: score the model again with"
+            " finetune/evaluate.py"
+        )
 
 
 def _is_results(content: Any) -> bool:

@@ -12,7 +12,7 @@ function show() {
   shown.table = new DataView(bytes.buffer);
   find(".photo").src = shown.photo;
   find(".colours").src = shown.colours;
-  find(".scale").src = shown.scale;
+  find(".scale").style.setProperty("--ramp", shown.ramp);
   find(".near").textContent = shown.near;
   find(".far").textContent = shown.far;
   for (const marks of root.querySelectorAll(".marks")) {
@@ -20,6 +20,7 @@ function show() {
       ...shown.points.map((point) => {
         const mark = place(document.createElement("div"), point.x, point.y);
         mark.className = point.chosen ? "mark chosen" : "mark";
+        if (point.x > 0.7 * shown.columns) mark.classList.add("left"); // its label would leave the picture
         const label = document.createElement("span");
         label.textContent = point.label;
         mark.append(label);
