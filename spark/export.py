@@ -310,6 +310,16 @@ def read_encoder(
             encoder.pretrained_cfg = _own_preparation(in_chans or 3)  # type: ignore[assignment]
         return encoder, KeyReport()
 
+    def fit(encoder: nn.Module) -> KeyReport:
+        return fit_encoder(
+            found.tensors,
+            encoder,
+            source=found.label,
+            name=found.name,
+            ignored=found.ignored,
+            name_option=name_option,
+        )
+
     channels = found.options["in_chans"]
     if in_chans not in (None, channels):
         for key in ("mean", "std"):
@@ -322,27 +332,13 @@ def read_encoder(
         first = f"{first_convolution(encoder)}.weight"
         if first in found.tensors:
             found.tensors[first] = adapt_input(found.tensors[first], in_chans or channels)
-        report = fit_encoder(
-            found.tensors,
-            encoder,
-            source=found.label,
-            name=found.name,
-            ignored=found.ignored,
-            name_option=name_option,
-        )
+        report = fit(encoder)
         known = _own_preparation(in_chans or channels)
         size = found.preparation.get("input_size", known["input_size"][1:])
         encoder.pretrained_cfg = {**known, **found.preparation, "input_size": (in_chans or channels, *size)}  # type: ignore[assignment]
         return encoder, report
     encoder = build_encoder(found.name, **found.options)
-    report = fit_encoder(
-        found.tensors,
-        encoder,
-        source=found.label,
-        name=found.name,
-        ignored=found.ignored,
-        name_option=name_option,
-    )
+    report = fit(encoder)
     height, width = found.preparation.get("input_size", timm_config(encoder)["input_size"][1:])
     preparation = {
         **found.preparation,

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from finetune import DepthModel, load_depth_model
 from finetune.calibration import Calibration
-from finetune.portable import fitted, resample
+from finetune.portable import DepthGraph, fitted, resample
 from finetune.predict import fitted_size, predict_image
 from spark import save_encoder
 from spark.encoder import build_encoder
@@ -206,6 +206,25 @@ def plain(image: torch.Tensor) -> list[torch.Tensor]:
     return [image.float().mean(1, keepdim=True)]
 
 
+def test_the_gate_tries_photos_larger_than_the_training_size(
+    unetpp: Path, tmp_path: Path, monkeypatch
+) -> None:
+    tried: list[tuple[int, ...]] = []
+
+    def reference(self, image: torch.Tensor) -> list[torch.Tensor]:
+        tried.append(tuple(image.shape))
+        right = self(image)[0].detach()
+        return [right * (1.01 if min(image.shape[2:]) > 64 else 1)]
+
+    monkeypatch.setattr(DepthGraph, "reference", reference)
+    with pytest.raises(SystemExit, match="2"):
+        export_depth.main(["--model", str(unetpp), "--output", str(tmp_path / "x.onnx")])
+    assert tried[0] == (2, 3, 48, 64)
+    assert max(tried) == (3, 3, 93, 64)
+    assert tried[-1] == (1, 3, 193, 131)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_gate_writes_nothing_that_is_off(tmp_path: Path, capfd) -> None:
     file, sizes = tmp_path / "x.onnx", Sizes(32, None, (64, 96))
     outputs = {"depth": ""}
@@ -249,6 +268,9 @@ def test_options_that_do_not_go_together(unetpp: Path, tmp_path: Path, capsys) -
         ("cannot resize images", tmp_path / "x.pt2", "--resize", "fitted"),
         ("--opset is of ONNX", tmp_path / "x.pt2", "--opset", 17),
         ("at least 1 px", tmp_path / "x.onnx", "--size", 0, 64),
+        ("--opset is a number", tmp_path / "x.onnx", "--opset", 0),
+        ("--opset is for FILE.onnx", tmp_path / "x", "--opset", 0),
+        ("a .pth file is not written", tmp_path / "x.pth"),
         ("--tolerance is above 0", tmp_path / "x.onnx", "--tolerance", -1),
         ("--private is for --push_to_hub", tmp_path / "x", "--private"),
     ):
