@@ -31,6 +31,18 @@ from spark.hub import (
 )
 
 EVALUATION = "evaluation.json"
+AUGMENTATION = (
+    "zoom",
+    "flip",
+    "rotation",
+    "colour",
+    "gamma",
+    "brightness",
+    "channel",
+    "contrast",
+    "cut_depth",
+)
+"""Options of `data` that change training images."""
 
 
 @dataclass(frozen=True)
@@ -114,16 +126,18 @@ def read_evaluations(
     root = run.option("data.root") if place == NOT_RECORDED else place
     held_out = run.option("data.val_list")
     name = public_name(root) + ("" if held_out == NOT_RECORDED else f" {public_name(held_out)}")
-    own: list[Mapping[str, Any]] = []
+    written = _read_results(run.folder / EVALUATION) if (run.folder / EVALUATION).is_file() else []
+    own: list[dict[str, Any]] = []
     if selection is not None:
         scores = {metric: run.rows[-1].get(f"val_{metric}") for metric in METRIC}
+        # the evaluation at the end is of the same images under the same settings
+        same = {key: one[key] for one in written for key in ("images", "settings", "skipped") if key in one}
         metrics = {metric: value for metric, value in scores.items() if value is not None}
-        own = [{"protocol": run.option("protocol"), "metrics": metrics}]
-    elif model.resolve() == run.folder / "model" and (run.folder / EVALUATION).is_file():
-        own = _read_results(run.folder / EVALUATION)
-    known = [
-        (one.results["protocol"], one.results["metrics"]) for one in found
-    ]  # scored again by evaluate.py
+        own = [{**same, "protocol": run.option("protocol"), "metrics": metrics}]
+    elif model.resolve() == run.folder / "model":
+        own = written
+    # what evaluate.py found again is not said twice
+    known = [(one.results["protocol"], one.results["metrics"]) for one in found]
     return [
         Evaluation(name, one, calibration is not None, None if selection is None else selection.metric)
         for one in own
@@ -250,10 +264,12 @@ def _recipe(run: RunRecord) -> dict[str, Any]:
         "further data": [public_name(one.get("root")) for one in sets] if isinstance(sets, list) else "none",
         "frames [px]": run.option("data.image_size"),
         "crops [px]": run.option("data.crop_size"),
+        "augmentation": {name: run.option(f"data.{name}") for name in AUGMENTATION},
         "losses": run.option("losses"),
         "optimizer": run.option("optim.name"),
         "learning rate": run.option("optim.lr"),
         "schedule": run.option("optim.schedule"),
+        "weight decay": run.option("optim.weight_decay"),
         "batch size": run.option("optim.batch_size"),
         "epochs": run.option("epochs"),
         "steps done": run.steps,

@@ -15,7 +15,7 @@ def reservations(results: Mapping[str, Any]) -> list[str]:
     said = []
     settings = results.get("settings", {})
     expected, depth = settings.get("expected_images"), settings.get("depth")
-    if expected is not None and results["images"] != expected:
+    if None not in (expected, results.get("images")) and results["images"] != expected:
         said.append(
             f"the official list of this protocol has {expected} images, here are {results['images']}: published"
             " numbers stand on those"

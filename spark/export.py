@@ -446,14 +446,16 @@ def name_of(
 
 def _from_export(folder: Path, model_name: str | None, name_option: str) -> _Source:
     """Read a folder with config.json: of `save_encoder`, or of another timm model on disk."""
+    config: Any = None
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         cfg = config.get("pretrained_cfg", {})
         name = None if "own" in config else config["architecture"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{folder / CONFIG} does not describe a timm model (no architecture in it)"
-        ) from error
+        what = "does not describe a timm model (no architecture in it)"
+        if isinstance(config, dict) and {"encoder", "head"} <= config.keys():
+            what = "is of a depth model, not of an encoder: tools/export_depth.py hands it out"
+        raise ValueError(f"{folder / CONFIG} {what}") from error
     try:
         tensors = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:

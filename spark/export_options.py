@@ -73,7 +73,8 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
             " model.safetensors"
         )
     for name in hub if is_graph(args.output) else graph:
-        if getattr(args, name) not in (None, False):
+        value = getattr(args, name)
+        if value is not None and value is not False:  # 0 was said
             other = "a folder" if is_graph(args.output) else "FILE.onnx and FILE.pt2"
             parser.error(f"--{name} is for {other}, and --output is {args.output}")
     if args.private and not args.push_to_hub:

@@ -195,6 +195,10 @@ def write_graph(
         OSError: The file cannot be written.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a folder, and a {path.suffix} file was to be written there: choose another name"
+        )
     kind = path.suffix.lower()
     eight_bit = channels in (1, 3)
     generator = torch.Generator().manual_seed(0)

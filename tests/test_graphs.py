@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from finetune import DepthModel, load_depth_model
 from finetune.calibration import Calibration
-from finetune.portable import DepthGraph, fitted, resample
+from finetune.portable import fitted, resample
 from finetune.predict import fitted_size, predict_image
 from spark import save_encoder
 from spark.encoder import build_encoder
@@ -209,25 +209,29 @@ def plain(image: torch.Tensor) -> list[torch.Tensor]:
 def test_the_gate_tries_photos_larger_than_the_training_size(
     unetpp: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    tried: list[tuple[int, ...]] = []
-
-    def reference(self, image: torch.Tensor) -> list[torch.Tensor]:
-        tried.append(tuple(image.shape))
-        right = self(image)[0].detach()
-        return [right * (1.01 if min(image.shape[2:]) > 64 else 1)]
-
-    monkeypatch.setattr(DepthGraph, "reference", reference)
-    with pytest.raises(SystemExit, match="2"):
-        export_depth.main(["--model", str(unetpp), "--output", str(tmp_path / "x.onnx")])
-    assert tried[0] == (2, 3, 48, 64)
-    assert max(tried) == (3, 3, 93, 64)
-    assert tried[-1] == (1, 3, 193, 131)
-    assert list(tmp_path.iterdir()) == []
+    kept: dict = {}
+    monkeypatch.setattr(export_depth, "write_graph", lambda *_, **options: kept.update(options) or 0.0)
+    command = ["--model", str(unetpp), "--output", str(tmp_path / "x.onnx")]
+    export_depth.main(command)
+    assert (1, 193, 131) in (tried := kept["sizes"].probes(".onnx"))  # of a model of 48x64 px
+    assert (1, 127, 192) in tried
+    export_depth.main([*command, "--resize", "none"])
+    assert max(size for _, *size in kept["sizes"].probes(".onnx")) < [100, 100]
 
 
 def test_the_gate_writes_nothing_that_is_off(tmp_path: Path, capfd) -> None:
     file, sizes = tmp_path / "x.onnx", Sizes(32, None, (64, 96))
     outputs = {"depth": ""}
+    large = Sizes(32, None, (64, 96), [(150, 200)])
+    with pytest.raises(ValueError, match="on 1 images of 150x200 px it is off"):
+        write_graph(
+            Plain(),
+            lambda image: [plain(image)[0] * (1.01 if image.shape[-2] > 128 else 1)],
+            file,
+            outputs=outputs,
+            sizes=large,
+            metadata={},
+        )
     cases = [
         (Plain(), lambda image: [1.01 * plain(image)[0]], "off by 0.0099 of the largest value"),
         (Plain(), lambda image: [plain(image)[0] * float("nan")], "off by nan"),
@@ -245,6 +249,10 @@ def test_the_gate_writes_nothing_that_is_off(tmp_path: Path, capfd) -> None:
     assert session(file).get_inputs()[0].shape == ["batch", 3, 50, 70]
     with pytest.raises(ValueError, match=r"opset 17 cannot express this network .*inv"):
         write_graph(Complex(), plain, tmp_path / "y.onnx", outputs=outputs, sizes=sizes, metadata={})
+    (tmp_path / "folder.onnx").mkdir()
+    with pytest.raises(ValueError, match="is a folder"):
+        write_graph(Plain(), plain, tmp_path / "folder.onnx", outputs=outputs, sizes=sizes, metadata={})
+    (tmp_path / "folder.onnx").rmdir()
     with pytest.raises(ValueError, match="opset 99 cannot express"):
         write_graph(Plain(), plain, tmp_path / "y.onnx", outputs=outputs, sizes=sizes, metadata={}, opset=99)
     assert list(tmp_path.iterdir()) == [file]

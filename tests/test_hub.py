@@ -240,12 +240,15 @@ def test_a_card_is_of_the_step_of_the_weights(model: Path, tmp_path: Path) -> No
     own = card.text.split("## Encoder before it")[0]
     assert "| steps done | 400 |\n| loss of the last logged step | 2.5 |" in own
     assert "| weights | averaged, ema_decay 0.99 |" in own
+    assert "on 103 images (nyu nyu_val.txt). NYU as BTS." in card.text
     assert "chosen by these very scores" in card.text
     (entry,) = card.data.to_dict()["model-index"][0]["results"]
     assert {one["type"]: one["value"] for one in entry["metrics"]} == {"delta1": 0.25, "rmse": 0.75}
 
     pretrained = tmp_path / "pretrain"
-    table = hub.pretraining(hub.read_run(pretrained / "checkpoints" / "step_0000455", hub.PRETRAINING_MARK))
+    then = hub.read_run(pretrained / "checkpoints" / "step_0000455", hub.PRETRAINING_MARK)
+    assert then is not None
+    table = hub.pretraining(then)
     assert "| steps done | 455 |\n| loss of the last logged step | 0.7 |\n| weights | not averaged |" in table
     config = yaml.safe_load((pretrained / "config.yaml").read_text())
     config |= {"export_ema": True, "optim": {**config["optim"], "ema_decay": 0.999}}

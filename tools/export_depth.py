@@ -95,6 +95,8 @@ def write_depth_graph(model: DepthModel, args: argparse.Namespace, output: Path)
     run = None if args.model.startswith(PREFIX) else read_run(args.model, DEPTH_MARK)
     protocol = NOT_RECORDED if run is None else str(run.option("protocol"))
     metadata = describe(model, fit, protocol)
+    if not onnx and fixed is None:
+        print("torch.export works out which sizes it takes, which can last long; it does not with --size H W")
     difference = write_graph(
         graph,
         graph.reference,
