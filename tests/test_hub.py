@@ -190,6 +190,8 @@ def test_results_of_evaluate(model: Path, tmp_path: Path, capsys) -> None:
         export_depth.main(["--model", str(best), "--output", str(out), "--results", str(file)])
         assert ("Measured before the calibration" in (out / "README.md").read_text()) == stale
 
+    taken = error_of(capsys, export_encoder.main, "--checkpoint", model, "--output", tmp_path / "no")
+    assert "is of a depth model, not of an encoder" in taken
     command = ("--model", model, "--output", tmp_path / "no", "--results", file)
     assert f"holds scores of {best}, not of {model}" in error_of(capsys, export_depth.main, *command)
     for content in ("{}", "{", "[]", '{"protocols": []}', '{"protocols": [{}]}'):
@@ -231,6 +233,7 @@ def test_a_card_is_of_the_step_of_the_weights(model: Path, tmp_path: Path) -> No
     run, best = model.parent, load_depth_model(model).save(model.parent / "best")
     config = yaml.safe_load((run / "config.yaml").read_text())
     config |= {"select": "rmse", "optim": {**config["optim"], "ema_decay": 0.99}}
+    config |= {"encoder": "resnet18", "pretrained": True}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     scores = [(200, 3.0, 0.5, 1.5), (400, 2.5, 0.25, 0.75), (649, 2.0, 0.75, 1.0)]
     rows = [{"step": s, "loss": loss, "val_delta1": d, "val_rmse": r} for s, loss, d, r in scores]
@@ -244,6 +247,7 @@ def test_a_card_is_of_the_step_of_the_weights(model: Path, tmp_path: Path) -> No
     assert "chosen by these very scores" in card.text
     (entry,) = card.data.to_dict()["model-index"][0]["results"]
     assert {one["type"]: one["value"] for one in entry["metrics"]} == {"delta1": 0.25, "rmse": 0.75}
+    assert card.data.to_dict()["base_model"] == "timm/resnet18.a1_in1k"  # which weights timm's name means
 
     pretrained = tmp_path / "pretrain"
     then = hub.read_run(pretrained / "checkpoints" / "step_0000455", hub.PRETRAINING_MARK)
