@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -139,7 +140,7 @@ def test_encoder_alone(tmp_path: Path) -> None:
     folder = save_encoder(build_encoder("test_efficientnet"), tmp_path / "encoder", mean, std, 64)
     file = tmp_path / "encoder.onnx"
     export_encoder.main(["--checkpoint", str(folder), "--output", str(file)])
-    stock = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True).eval()
+    stock: Any = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True).eval()
     run, images = session(file), noise(3, 3, 64, 96)
     normalised = (images / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     with torch.no_grad():
