@@ -2,14 +2,18 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import timm
 from huggingface_hub import ModelCardData
 
 from finetune.calibration import Calibration
+from finetune.metrics import METRIC
 from finetune.model import DepthModel
+from finetune.reservations import reservations
+from finetune.selection import Selection
 from spark.hub import (
     DEPTH_MARK,
     NOT_MEASURED,
@@ -27,6 +31,18 @@ from spark.hub import (
 )
 
 EVALUATION = "evaluation.json"
+AUGMENTATION = (
+    "zoom",
+    "flip",
+    "rotation",
+    "colour",
+    "gamma",
+    "brightness",
+    "channel",
+    "contrast",
+    "cut_depth",
+)
+"""Options of `data` that change training images."""
 
 
 @dataclass(frozen=True)
@@ -37,21 +53,54 @@ class Evaluation:
         data: What they were taken on, by name.
         results: What `results.json` holds.
         before_calibration: The model was calibrated after them.
+        chosen_by: The metric of these scores by which the model was chosen among others.
     """
 
     data: str
     results: Mapping[str, Any]
     before_calibration: bool = False
+    chosen_by: str | None = None
+
+    @property
+    def setting(self) -> str:
+        """The protocol, and what was done otherwise than it says by itself."""
+        flips = self.results.get("settings", {}).get("flip_average")
+        return str(self.results["protocol"]) + (" with flip average" if flips else "")
+
+
+def run_of(model: Path) -> tuple[RunRecord | None, Selection | None]:
+    """The run that trained a model, as it was at the step of the model; and of RUN/best its validations.
+
+    Raises:
+        ValueError: A file of the run is damaged.
+    """
+    run = read_run(model, DEPTH_MARK)
+    if run is None:
+        return None, None
+    if run.option("optim.ema_decay") != NOT_RECORDED:
+        run = replace(run, averaged=True)
+    metric = run.option("select")
+    if model.resolve() != run.folder / "best" or metric not in METRIC:
+        return run, None
+    selection = Selection(metric)
+    selection.read(run.rows)
+    return (run, None) if selection.best is None else (run.at(selection.best[0]), selection)
 
 
 def read_evaluations(
-    model: Path, run: RunRecord | None, files: Sequence[Path], calibration: Calibration | None
+    model: Path,
+    run: RunRecord | None,
+    selection: Selection | None,
+    files: Sequence[Path],
+    calibration: Calibration | None,
 ) -> list[Evaluation]:
     """The evaluation that a run made of its own model, and those in the files of evaluate.py.
 
     Args:
-        model: Folder of the model. `evaluation.json` of a run is of RUN/model only, not of RUN/best.
-        run: That trained it.
+        model: Folder of the model. `evaluation.json` of a run is of RUN/model only; of RUN/best there is the validation
+            that it was chosen by.
+        run: That trained it, as `run_of` gives it.
+        selection: Likewise.
         files: Written by evaluate.py, under one protocol or several.
         calibration: Of the model. A run's own evaluation knows nothing of it; results of evaluate.py hold the one that
             the model had.
@@ -61,15 +110,6 @@ def read_evaluations(
         OSError: It cannot be read.
     """
     found = []
-    if run is not None and model.resolve() == run.folder / "model" and (run.folder / EVALUATION).is_file():
-        place = run.option("data.val_root")
-        root = run.option("data.root") if place == NOT_RECORDED else place
-        held_out = run.option("data.val_list")
-        name = public_name(root) + ("" if held_out == NOT_RECORDED else f" {public_name(held_out)}")
-        found += [
-            Evaluation(name, results, calibration is not None)
-            for results in _read_results(run.folder / EVALUATION)
-        ]
     now = None if calibration is None else calibration.as_config()
     for file, results in [(path, results) for path in files for results in _read_results(path)]:
         scored = Path(str(results.get("model", ""))).expanduser()
@@ -80,7 +120,29 @@ def read_evaluations(
             )
         data = data_name(str(results.get("data", NOT_RECORDED)))
         found.append(Evaluation(data, results, results.get("calibration") != now))
-    return found
+    if run is None:
+        return found
+    place = run.option("data.val_root")
+    root = run.option("data.root") if place == NOT_RECORDED else place
+    held_out = run.option("data.val_list")
+    name = public_name(root) + ("" if held_out == NOT_RECORDED else f" {public_name(held_out)}")
+    written = _read_results(run.folder / EVALUATION) if (run.folder / EVALUATION).is_file() else []
+    own: list[dict[str, Any]] = []
+    if selection is not None:
+        scores = {metric: run.rows[-1].get(f"val_{metric}") for metric in METRIC}
+        # the evaluation at the end is of the same images under the same settings
+        same = {key: one[key] for one in written for key in ("images", "settings", "skipped") if key in one}
+        metrics = {metric: value for metric, value in scores.items() if value is not None}
+        own = [{**same, "protocol": run.option("protocol"), "metrics": metrics}]
+    elif model.resolve() == run.folder / "model":
+        own = written
+    # what evaluate.py found again is not said twice
+    known = [(one.results["protocol"], one.results["metrics"]) for one in found]
+    return [
+        Evaluation(name, one, calibration is not None, None if selection is None else selection.metric)
+        for one in own
+        if (one["protocol"], one["metrics"]) not in known
+    ] + found
 
 
 def data_name(described: str) -> str:
@@ -115,8 +177,8 @@ def depth_card(model: DepthModel, folder: Path, files: Sequence[Path], publicati
         ValueError: A file of the run is damaged, or results are of another model.
         OSError: One cannot be read.
     """
-    run = read_run(folder, DEPTH_MARK)
-    evaluations = read_evaluations(folder, run, files, model.calibration)
+    run, selection = run_of(folder)
+    evaluations = read_evaluations(folder, run, selection, files, model.calibration)
     origin = NOT_RECORDED if run is None else run.option("encoder")
     network = _network(model)
     body = [
@@ -131,25 +193,21 @@ def depth_card(model: DepthModel, folder: Path, files: Sequence[Path], publicati
         "## Encoder before it",
         _before(run, origin),
         "## Results",
-        "\n\n".join(_scores(evaluation) for evaluation in evaluations) or f"Scores: {NOT_MEASURED}.",
+        "\n\n".join(_scores(evaluation, model.image_size) for evaluation in evaluations)
+        or f"Scores: {NOT_MEASURED}.",
     ]
-    first = next((one for one in evaluations if not one.before_calibration), None)
+    current = [one for one in evaluations if not one.before_calibration]
+    scores = [
+        result for one in current for result in results_of(one.data, one.setting, one.results["metrics"])
+    ]
     data = ModelCardData(
+        model_name=f"{model.head_name}-{network}" if scores else None,
+        eval_results=scores or None,
         pipeline_tag="depth-estimation",
         tags=["monocular-depth", "spark", model.head_name, network],
         license=publication.license,
         datasets=sorted(publication.datasets) or None,
         base_model=publication.base_model or _base_model(run),
-        **(
-            results_of(
-                first.results["metrics"],
-                model_name=f"{model.head_name}-{network}",
-                data_name=first.data,
-                protocol=first.results["protocol"],
-            )
-            if first
-            else {}
-        ),
     )
     return compose(data, body)
 
@@ -166,13 +224,14 @@ def _load(model: DepthModel, publication: Publication) -> str:
     return "\n".join(
         [
             "import numpy as np",
-            "from PIL import Image",
+            "from PIL import Image, ImageOps",
             "",
             "from finetune import load_depth_model",
             "from finetune.predict import predict_image",
             "",
             f'model = load_depth_model("{where}"{more})',
-            'depth = predict_image(model, np.asarray(Image.open("photo.jpg").convert("RGB")))',
+            'photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")  # upright',
+            "depth = predict_image(model, np.asarray(photo))",
         ]
     )
 
@@ -205,14 +264,17 @@ def _recipe(run: RunRecord) -> dict[str, Any]:
         "further data": [public_name(one.get("root")) for one in sets] if isinstance(sets, list) else "none",
         "frames [px]": run.option("data.image_size"),
         "crops [px]": run.option("data.crop_size"),
+        "augmentation": {name: run.option(f"data.{name}") for name in AUGMENTATION},
         "losses": run.option("losses"),
         "optimizer": run.option("optim.name"),
         "learning rate": run.option("optim.lr"),
         "schedule": run.option("optim.schedule"),
+        "weight decay": run.option("optim.weight_decay"),
         "batch size": run.option("optim.batch_size"),
         "epochs": run.option("epochs"),
-        "steps done": run.last("step"),
+        "steps done": run.steps,
         "loss of the last logged step": run.last("loss"),
+        "weights": run.weights,
         "precision": run.option("precision"),
         "seed": run.option("seed"),
         "validated under": run.option("protocol"),
@@ -236,29 +298,27 @@ def _base_model(run: RunRecord | None) -> str | None:
     """timm's name on the hub, of a run that started from timm's weights."""
     if run is None or run.option("pretrained") is not True:
         return None
-    return f"timm/{run.option('encoder')}"
+    name = str(run.option("encoder"))
+    known = timm.get_pretrained_cfg(name)  # a name without a tag means timm's choice of weights
+    return f"timm/{known.architecture}.{known.tag}" if known is not None and known.tag else f"timm/{name}"
 
 
-def _scores(evaluation: Evaluation) -> str:
+def _scores(evaluation: Evaluation, image_size: tuple[int, int] | None) -> str:
     results = evaluation.results
-    settings = results.get("settings", {})
-    expected = settings.get("expected_images")
+    settings, seen = results.get("settings", {}), results.get("image_size")
     lines = [
-        f"Protocol `{results['protocol']}` on {results.get('images', NOT_RECORDED)} images ({evaluation.data})"
+        f"Protocol `{results['protocol']}` on {results.get('images', 'the')} images ({evaluation.data})"
         + (", averaged with the mirror image" if settings.get("flip_average") else "")
         + (f". {settings['description']}" if settings.get("description") else ".")
     ]
     if evaluation.before_calibration:
         lines.append("Measured before the calibration, which changes depth and scores.")
-    if settings.get("alignment", "none") != "none":
+    if evaluation.chosen_by is not None:
         lines.append(
-            f"Fitted to the ground truth of each image (alignment {settings['alignment']}): these do not stand beside"
-            " scores of metres."
+            f"A validation of the run, the best of it by {evaluation.chosen_by}: the model was chosen by these very"
+            " scores, which flatters them."
         )
-    if settings.get("depth") == "filled" and results.get("ground_truth", "filled") != "filled":
-        lines.append("This protocol stands on filled depth, which the data are not known to have.")
-    if expected and expected != results.get("images"):
-        lines.append(
-            f"The official list of this protocol has {expected} images: published numbers stand on those."
-        )
+    if seen is not None and image_size is not None and list(seen) != list(image_size):
+        lines.append(f"The model saw images at {seen[0]}x{seen[1]} px.")
+    lines += [f"{sentence[0].upper()}{sentence[1:]}." for sentence in reservations(results)]
     return "\n\n".join([*lines, table(results["metrics"])])

@@ -30,6 +30,7 @@ from finetune.model import load_depth_model
 from finetune.predictions import BaselineSource, FolderSource, ModelSource, Source, mean_depth
 from finetune.protocols import PROTOCOLS, Protocol, get_protocol
 from finetune.reporting import depth_page
+from finetune.reservations import reservations
 from spark.config import parse_config, require
 from spark.run import one_line_errors
 
@@ -405,57 +406,6 @@ def print_side_by_side(console: Console, every: Sequence[dict[str, Any]]) -> Non
             values = [results["metrics"].get(name) for name in names]
             table.add_row(results["protocol"], *("" if value is None else f"{value:.3f}" for value in values))
         console.print(table)
-
-
-def reservations(results: dict[str, Any]) -> list[str]:
-    """Sentences on what a reader of the metrics must know."""
-    said = []
-    expected, settings = results["settings"]["expected_images"], results["settings"]
-    if expected is not None and results["images"] != expected:
-        said.append(
-            f"the official list of this protocol has {expected} images, here are {results['images']}: published"
-            " numbers stand on those"
-        )
-    if settings["alignment"] != "none":
-        said.append(f"fitted to the ground truth of each image (alignment {settings['alignment']})")
-    # Layouts that do not say are for the most part raw, or what the raw protocols were measured on.
-    if (results["ground_truth"] or "raw") != settings["depth"]:
-        has = (
-            "this layout does not say which it has"
-            if results["ground_truth"] is None
-            else "this is the other"
-        )
-        said.append(f"stands on {settings['depth']} depth, and {has}: published numbers stand on the former")
-    if settings["flip_average"] and "predictions" in results:
-        said.append("averages over flips, which files are taken to have been")
-    if results["skipped"]:
-        said.append(f"{len(results['skipped'])} images without a pixel that counts were left out")
-    if results.get("missing"):
-        said.append(
-            f"{len(results['missing'])} images without a prediction were left out, the first is {results['missing'][0]}"
-        )
-    if "wkdr_threshold" in results:
-        said.append(
-            f"threshold of equally far points {results['wkdr_threshold']['value']:g}, chosen on these very images: give"
-            " it as --threshold to score others"
-        )
-    if results.get("unpredicted_pixels"):
-        said.append(f"{results['unpredicted_pixels']} pixels without a prediction above 0 were left out")
-    replaced = "unpredicted_pixels" not in results
-    if replaced and results["nonfinite_pixels"]:
-        said.append(
-            f"{results['nonfinite_pixels']} predicted pixels, in {results['nonfinite_images']} images, were not finite"
-            " and scored as the nearest or farthest depth"
-        )
-    if replaced and results["nonpositive_pixels"]:
-        said.append(
-            f"{results['nonpositive_pixels']} predicted pixels, in {results['nonpositive_images']} images, were 0 or"
-            " negative and scored as the nearest depth"
-        )
-    said += [
-        f"{number} images have no {METRIC[name].heading}" for name, number in results["undefined"].items()
-    ]
-    return said
 
 
 if __name__ == "__main__":

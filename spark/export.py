@@ -310,6 +310,16 @@ def read_encoder(
             encoder.pretrained_cfg = _own_preparation(in_chans or 3)  # type: ignore[assignment]
         return encoder, KeyReport()
 
+    def fit(encoder: nn.Module) -> KeyReport:
+        return fit_encoder(
+            found.tensors,
+            encoder,
+            source=found.label,
+            name=found.name,
+            ignored=found.ignored,
+            name_option=name_option,
+        )
+
     channels = found.options["in_chans"]
     if in_chans not in (None, channels):
         for key in ("mean", "std"):
@@ -322,27 +332,13 @@ def read_encoder(
         first = f"{first_convolution(encoder)}.weight"
         if first in found.tensors:
             found.tensors[first] = adapt_input(found.tensors[first], in_chans or channels)
-        report = fit_encoder(
-            found.tensors,
-            encoder,
-            source=found.label,
-            name=found.name,
-            ignored=found.ignored,
-            name_option=name_option,
-        )
+        report = fit(encoder)
         known = _own_preparation(in_chans or channels)
         size = found.preparation.get("input_size", known["input_size"][1:])
         encoder.pretrained_cfg = {**known, **found.preparation, "input_size": (in_chans or channels, *size)}  # type: ignore[assignment]
         return encoder, report
     encoder = build_encoder(found.name, **found.options)
-    report = fit_encoder(
-        found.tensors,
-        encoder,
-        source=found.label,
-        name=found.name,
-        ignored=found.ignored,
-        name_option=name_option,
-    )
+    report = fit(encoder)
     height, width = found.preparation.get("input_size", timm_config(encoder)["input_size"][1:])
     preparation = {
         **found.preparation,
@@ -450,14 +446,16 @@ def name_of(
 
 def _from_export(folder: Path, model_name: str | None, name_option: str) -> _Source:
     """Read a folder with config.json: of `save_encoder`, or of another timm model on disk."""
+    config: Any = None
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         cfg = config.get("pretrained_cfg", {})
         name = None if "own" in config else config["architecture"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{folder / CONFIG} does not describe a timm model (no architecture in it)"
-        ) from error
+        what = "does not describe a timm model (no architecture in it)"
+        if isinstance(config, dict) and {"encoder", "head"} <= config.keys():
+            what = "is of a depth model, not of an encoder: tools/export_depth.py hands it out"
+        raise ValueError(f"{folder / CONFIG} {what}") from error
     try:
         tensors = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:

@@ -3,12 +3,31 @@
 import argparse
 from pathlib import Path
 
-from spark.graphs import OPSET, PROGRAM, TOLERANCE, is_graph
+from spark.graphs import ONNX, OPSET, PROGRAM, TOLERANCE, is_graph
 from spark.hub import Publication
 
+FILES = (".onx", ".onnxx", ".ort", ".pb", ".pt", ".pte", ".pth", ".bin", ".ckpt", ".safetensors")
+"""Ends of names that mean a file, of a kind that is not written."""
 
-def add_graph_options(parser: argparse.ArgumentParser) -> None:
-    """Options of a graph."""
+
+def option_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser of --output alone, to which a tool adds what it reads, and then the two groups below."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="PATH", help="FILE.onnx, FILE.pt2, or a folder to write"
+    )
+    return parser
+
+
+def add_export_options(parser: argparse.ArgumentParser) -> None:
+    """Options of a graph, and of a folder."""
+    _add_graph_options(parser)
+    _add_hub_options(parser)
+
+
+def _add_graph_options(parser: argparse.ArgumentParser) -> None:
     graph = parser.add_argument_group("graph", "of FILE.onnx and FILE.pt2")
     graph.add_argument(
         "--size",
@@ -26,8 +45,7 @@ def add_graph_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_hub_options(parser: argparse.ArgumentParser) -> None:
-    """Options of a folder in Hugging Face's layout."""
+def _add_hub_options(parser: argparse.ArgumentParser) -> None:
     hub = parser.add_argument_group("hub", "of a folder: what only you can say on its model card, and upload")
     hub.add_argument(
         "--license", metavar="ID", help="of the weights, as the hub calls it: mit, cc-by-nc-4.0, ..."
@@ -48,14 +66,23 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         ("size", "opset", "tolerance"),
         ("license", "datasets", "base_model", "push_to_hub", "private"),
     )
+    suffix = Path(args.output).suffix.lower()
+    if suffix in FILES:
+        parser.error(
+            f"a {suffix} file is not written: --output takes FILE{ONNX}, FILE{PROGRAM} or a folder, which gets"
+            " model.safetensors"
+        )
     for name in hub if is_graph(args.output) else graph:
-        if getattr(args, name):
+        value = getattr(args, name)
+        if value is not None and value is not False:  # 0 was said
             other = "a folder" if is_graph(args.output) else "FILE.onnx and FILE.pt2"
             parser.error(f"--{name} is for {other}, and --output is {args.output}")
     if args.private and not args.push_to_hub:
         parser.error("--private is for --push_to_hub")
-    if args.opset is not None and Path(args.output).suffix.lower() == PROGRAM:
+    if args.opset is not None and suffix == PROGRAM:
         parser.error(f"--opset is of ONNX, and --output is {args.output}")
+    if args.opset is not None and args.opset < 1:
+        parser.error(f"--opset is a number of ONNX, such as {OPSET}")
     if args.size and min(args.size) < 1:
         parser.error("--size takes two sides of at least 1 px")
     if args.tolerance is not None and not args.tolerance > 0:

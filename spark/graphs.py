@@ -53,11 +53,14 @@ class Sizes:
         fixed: (H, W) of all images [px]; None: any. A torch.export program then takes multiples of the stride from two
             strides on, for it states what it takes as a formula.
         usual: (H, W) that images have in use [px], the first that is tried.
+        further: Other (H, W) that are tried [px], where any are taken: for what the sizes near the stride do not reach,
+            such as the shrinking of photos inside.
     """
 
     stride: int
     fixed: tuple[int, int] | None
     usual: tuple[int, int]
+    further: Sequence[tuple[int, int]] = ()
 
     def example(self, kind: str) -> tuple[int, int]:
         """(H, W) of the example that is traced."""
@@ -69,9 +72,10 @@ class Sizes:
             return [(2, *self.fixed), (1, *self.fixed), (3, *self.fixed)]
         s, (height, width) = self.stride, self.example(kind)
         sizes = [(height, width), (2 * s + 1, 3 * s - 5), (3 * s - 3, 2 * s), (2 * s, 4 * s), (s - 3, s + 1)]
-        return [
+        probes = [
             (batch, *size) for batch, size in zip((2, 1, 3, 1, 3), self._allowed(kind, sizes), strict=True)
         ]
+        return probes + [(1, *size) for size in self._allowed(kind, self.further)]
 
     def _allowed(self, kind: str, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         if self.fixed:
@@ -191,6 +195,10 @@ def write_graph(
         OSError: The file cannot be written.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a folder, and a {path.suffix} file was to be written there: choose another name"
+        )
     kind = path.suffix.lower()
     eight_bit = channels in (1, 3)
     generator = torch.Generator().manual_seed(0)

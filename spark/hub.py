@@ -5,8 +5,9 @@ paths it names the last part only: a card is for others.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,39 @@ class Publication:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run wrote: its folder, its config, and the rows of its metrics.jsonl."""
+    """What a run wrote up to the step that the weights in question are of.
+
+    Args:
+        folder: Of the run.
+        config: Its config.yaml.
+        rows: Of its metrics.jsonl, up to that step.
+        step: Of the weights; None: the last of the rows.
+        averaged: The weights are the moving average of those of the steps (`optim.ema_decay`).
+    """
 
     folder: Path
     config: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]]
+    step: int | None = None
+    averaged: bool = False
+
+    def at(self, step: int) -> "RunRecord":
+        """The run as it was at a step, for weights that are of that one."""
+        return replace(self, rows=[row for row in self.rows if row.get("step", 0) <= step], step=step)
+
+    @property
+    def steps(self) -> Any:
+        """How many steps made the weights."""
+        return self.last("step") if self.step is None else self.step
+
+    @property
+    def weights(self) -> str:
+        """Whether these are the averaged ones."""
+        return (
+            f"averaged, ema_decay {plain(self.option('optim.ema_decay'))}"
+            if self.averaged
+            else "not averaged"
+        )
 
     def last(self, key: str) -> Any:
         """The last value that metrics.jsonl has of something."""
@@ -63,6 +92,8 @@ class RunRecord:
 
 def read_run(inside: str | Path, mark: str) -> RunRecord | None:
     """The run that a folder belongs to: itself, or one of the two around it; None for no run.
+
+    Of a checkpoint it is the run as it was at its step; of RUN/encoder with `export_ema` the weights are averaged.
 
     Args:
         inside: The folder of a run, of its encoder or model, or of one of its checkpoints.
@@ -86,8 +117,12 @@ def read_run(inside: str | Path, mark: str) -> RunRecord | None:
                 f" ({' '.join(str(error).split())}): mend it, or export a copy of the model outside of its run"
             ) from error
         run = RunRecord(folder, config if isinstance(config, Mapping) else {}, rows)
-        if run.option(mark) != NOT_RECORDED:
-            return run
+        if run.option(mark) == NOT_RECORDED:
+            continue
+        if path == folder / "encoder" and run.option("export_ema") is True:
+            run = replace(run, averaged=True)
+        checkpoint = re.fullmatch(r"step_(\d+)", path.name) if path.parent == folder / "checkpoints" else None
+        return run if checkpoint is None else run.at(int(checkpoint[1]))
     return None
 
 
@@ -141,8 +176,9 @@ def pretraining(run: RunRecord) -> str:
         "optimizer": f"{run.option('optim.name')}, base_lr {plain(run.option('optim.base_lr'))}",
         "batch size": run.option("optim.batch_size"),
         "epochs": run.option("epochs") if run.option("max_steps") == NOT_RECORDED else NOT_RECORDED,
-        "steps done": run.last("step"),
+        "steps done": run.steps,
         "loss of the last logged step": run.last("loss"),
+        "weights": run.weights,
         "precision": run.option("precision"),
         "seed": run.option("seed"),
         "frozen features": monitored or NOT_MEASURED,
@@ -202,24 +238,25 @@ def compose(data: ModelCardData, body: Iterable[str]) -> str:
     return text
 
 
-def results_of(
-    metrics: Mapping[str, float], *, model_name: str, data_name: str, protocol: str
-) -> dict[str, Any]:
-    """Scores as the hub's model-index has them, for `ModelCardData`."""
-    slug = "-".join(data_name.lower().split())
-    return {
-        "model_name": model_name,
-        "eval_results": [
-            EvalResult(
-                task_type="depth-estimation",
-                dataset_type=slug,
-                dataset_name=f"{data_name}, protocol {protocol}",
-                metric_type=name,
-                metric_value=value,
-            )
-            for name, value in metrics.items()
-        ],
-    }
+def results_of(data_name: str, setting: str, metrics: Mapping[str, float]) -> list[EvalResult]:
+    """Scores as the hub's model-index has them, for `ModelCardData(eval_results=...)`.
+
+    Args:
+        data_name: What they were taken on.
+        setting: The protocol, and what else tells them from other scores on the same data.
+        metrics: By name.
+    """
+    return [
+        EvalResult(
+            task_type="depth-estimation",
+            dataset_type="-".join(data_name.lower().split()),
+            dataset_config=setting,  # the hub merges results that agree in type and config
+            dataset_name=f"{data_name}, protocol {setting}",
+            metric_type=name,
+            metric_value=value,
+        )
+        for name, value in metrics.items()
+    ]
 
 
 def download(name: str) -> Path:

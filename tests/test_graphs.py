@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -139,7 +140,7 @@ def test_encoder_alone(tmp_path: Path) -> None:
     folder = save_encoder(build_encoder("test_efficientnet"), tmp_path / "encoder", mean, std, 64)
     file = tmp_path / "encoder.onnx"
     export_encoder.main(["--checkpoint", str(folder), "--output", str(file)])
-    stock = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True).eval()
+    stock: Any = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True).eval()
     run, images = session(file), noise(3, 3, 64, 96)
     normalised = (images / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     with torch.no_grad():
@@ -206,9 +207,32 @@ def plain(image: torch.Tensor) -> list[torch.Tensor]:
     return [image.float().mean(1, keepdim=True)]
 
 
+def test_the_gate_tries_photos_larger_than_the_training_size(
+    unetpp: Path, tmp_path: Path, monkeypatch
+) -> None:
+    kept: dict = {}
+    monkeypatch.setattr(export_depth, "write_graph", lambda *_, **options: kept.update(options) or 0.0)
+    command = ["--model", str(unetpp), "--output", str(tmp_path / "x.onnx")]
+    export_depth.main(command)
+    assert (1, 193, 131) in (tried := kept["sizes"].probes(".onnx"))  # of a model of 48x64 px
+    assert (1, 127, 192) in tried
+    export_depth.main([*command, "--resize", "none"])
+    assert max(size for _, *size in kept["sizes"].probes(".onnx")) < [100, 100]
+
+
 def test_the_gate_writes_nothing_that_is_off(tmp_path: Path, capfd) -> None:
     file, sizes = tmp_path / "x.onnx", Sizes(32, None, (64, 96))
     outputs = {"depth": ""}
+    large = Sizes(32, None, (64, 96), [(150, 200)])
+    with pytest.raises(ValueError, match="on 1 images of 150x200 px it is off"):
+        write_graph(
+            Plain(),
+            lambda image: [plain(image)[0] * (1.01 if image.shape[-2] > 128 else 1)],
+            file,
+            outputs=outputs,
+            sizes=large,
+            metadata={},
+        )
     cases = [
         (Plain(), lambda image: [1.01 * plain(image)[0]], "off by 0.0099 of the largest value"),
         (Plain(), lambda image: [plain(image)[0] * float("nan")], "off by nan"),
@@ -226,6 +250,10 @@ def test_the_gate_writes_nothing_that_is_off(tmp_path: Path, capfd) -> None:
     assert session(file).get_inputs()[0].shape == ["batch", 3, 50, 70]
     with pytest.raises(ValueError, match=r"opset 17 cannot express this network .*inv"):
         write_graph(Complex(), plain, tmp_path / "y.onnx", outputs=outputs, sizes=sizes, metadata={})
+    (tmp_path / "folder.onnx").mkdir()
+    with pytest.raises(ValueError, match="is a folder"):
+        write_graph(Plain(), plain, tmp_path / "folder.onnx", outputs=outputs, sizes=sizes, metadata={})
+    (tmp_path / "folder.onnx").rmdir()
     with pytest.raises(ValueError, match="opset 99 cannot express"):
         write_graph(Plain(), plain, tmp_path / "y.onnx", outputs=outputs, sizes=sizes, metadata={}, opset=99)
     assert list(tmp_path.iterdir()) == [file]
@@ -249,6 +277,9 @@ def test_options_that_do_not_go_together(unetpp: Path, tmp_path: Path, capsys) -
         ("cannot resize images", tmp_path / "x.pt2", "--resize", "fitted"),
         ("--opset is of ONNX", tmp_path / "x.pt2", "--opset", 17),
         ("at least 1 px", tmp_path / "x.onnx", "--size", 0, 64),
+        ("--opset is a number", tmp_path / "x.onnx", "--opset", 0),
+        ("--opset is for FILE.onnx", tmp_path / "x", "--opset", 0),
+        ("a .pth file is not written", tmp_path / "x.pth"),
         ("--tolerance is above 0", tmp_path / "x.onnx", "--tolerance", -1),
         ("--private is for --push_to_hub", tmp_path / "x", "--private"),
     ):

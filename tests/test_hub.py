@@ -176,8 +176,12 @@ def test_results_of_evaluate(model: Path, tmp_path: Path, capsys) -> None:
     assert aligned.startswith("nyu-marigold` on 654 images")
     assert "Fitted to the ground truth of each image (alignment depth)" in aligned
     assert "| abs_rel | 0.0625 |" in aligned
-    assert ("stands on filled depth" in plain, "stands on filled depth" in aligned) == (False, True)
-    assert "nyu-eigen" in card.data.to_dict()["model-index"][0]["results"][0]["dataset"]["name"]
+    assert ("Stands on filled depth" in plain, "Stands on filled depth" in aligned) == (False, True)
+    entries = card.data.to_dict()["model-index"][0]["results"]
+    assert [(one["dataset"]["config"], one["metrics"]) for one in entries] == [
+        ("nyu-eigen", [{"type": "abs_rel", "value": 0.125}]),
+        ("nyu-marigold", [{"type": "abs_rel", "value": 0.0625}]),
+    ]
     # scores of the model as it was before its calibration, and then of the calibrated one
     calibration = Calibration("depth", 1.5, 0.0, 0.001, 15.0, "two known distances")
     write_calibration(best, calibration)
@@ -186,6 +190,8 @@ def test_results_of_evaluate(model: Path, tmp_path: Path, capsys) -> None:
         export_depth.main(["--model", str(best), "--output", str(out), "--results", str(file)])
         assert ("Measured before the calibration" in (out / "README.md").read_text()) == stale
 
+    taken = error_of(capsys, export_encoder.main, "--checkpoint", model, "--output", tmp_path / "no")
+    assert "is of a depth model, not of an encoder" in taken
     command = ("--model", model, "--output", tmp_path / "no", "--results", file)
     assert f"holds scores of {best}, not of {model}" in error_of(capsys, export_depth.main, *command)
     for content in ("{}", "{", "[]", '{"protocols": []}', '{"protocols": [{}]}'):
@@ -194,6 +200,66 @@ def test_results_of_evaluate(model: Path, tmp_path: Path, capsys) -> None:
     (model.parent / "metrics.jsonl").write_text("{")
     assert "one is damaged" in error_of(capsys, export_depth.main, *command[:4])
     assert not (tmp_path / "no").exists()
+
+
+def test_what_makes_scores_less_is_on_the_card(model: Path, tmp_path: Path) -> None:
+    out, file = tmp_path / "out", tmp_path / "results.json"
+    results = {"protocol": "nyu-bts", "images": 100, "metrics": SCORES, "model": str(model), "data": "rooms"}
+    flipped = {"settings": {"flip_average": True}, "skipped": ["a.jpg", "b.jpg"], "image_size": [96, 128]}
+    spoilt = {
+        "nonfinite_pixels": 7,
+        "nonfinite_images": 1,
+        "undefined": {"pe_fla": 3},
+        "image_size": [48, 64],
+    }
+    file.write_text(json.dumps({"protocols": [{**results, **flipped}, {**results, **spoilt}]}))
+    export_depth.main(["--model", str(model), "--output", str(out), "--results", str(file)])
+    card = ModelCard.load(out / "README.md")
+    first, second = card.text.split("Protocol `")[
+        1:
+    ]  # what the run says of the same scores is not said again
+    assert "2 images without a pixel that counts were left out." in first
+    assert "The model saw images at 96x128 px." in first
+    assert "7 predicted pixels, in 1 images, were not finite" in second
+    assert "3 images have no PE flat" in second
+    assert "saw images at" not in second
+    entries = card.data.to_dict()["model-index"][0]["results"]
+    assert [one["dataset"]["config"] for one in entries] == ["nyu-bts with flip average", "nyu-bts"]
+    assert [len(one["metrics"]) for one in entries] == [3, 3]
+
+
+def test_a_card_is_of_the_step_of_the_weights(model: Path, tmp_path: Path) -> None:
+    """Not of the end of the run: of RUN/best, and of a checkpoint; and whether they are averaged."""
+    run, best = model.parent, load_depth_model(model).save(model.parent / "best")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config |= {"select": "rmse", "optim": {**config["optim"], "ema_decay": 0.99}}
+    config |= {"encoder": "resnet18", "pretrained": True}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    scores = [(200, 3.0, 0.5, 1.5), (400, 2.5, 0.25, 0.75), (649, 2.0, 0.75, 1.0)]
+    rows = [{"step": s, "loss": loss, "val_delta1": d, "val_rmse": r} for s, loss, d, r in scores]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    export_depth.main(["--model", str(best), "--output", str(tmp_path / "out")])
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    own = card.text.split("## Encoder before it")[0]
+    assert "| steps done | 400 |\n| loss of the last logged step | 2.5 |" in own
+    assert "| weights | averaged, ema_decay 0.99 |" in own
+    assert "on 103 images (nyu nyu_val.txt). NYU as BTS." in card.text
+    assert "chosen by these very scores" in card.text
+    (entry,) = card.data.to_dict()["model-index"][0]["results"]
+    assert {one["type"]: one["value"] for one in entry["metrics"]} == {"delta1": 0.25, "rmse": 0.75}
+    assert card.data.to_dict()["base_model"] == "timm/resnet18.a1_in1k"  # which weights timm's name means
+
+    pretrained = tmp_path / "pretrain"
+    then = hub.read_run(pretrained / "checkpoints" / "step_0000455", hub.PRETRAINING_MARK)
+    assert then is not None
+    table = hub.pretraining(then)
+    assert "| steps done | 455 |\n| loss of the last logged step | 0.7 |\n| weights | not averaged |" in table
+    config = yaml.safe_load((pretrained / "config.yaml").read_text())
+    config |= {"export_ema": True, "optim": {**config["optim"], "ema_decay": 0.999}}
+    (pretrained / "config.yaml").write_text(yaml.safe_dump(config))
+    export_encoder.main(["--checkpoint", str(pretrained / "encoder"), "--output", str(tmp_path / "e")])
+    rows = rows_of(ModelCard.load(tmp_path / "e" / "README.md"))
+    assert (rows["steps done"], rows["weights"]) == ("461", "averaged, ema_decay 0.999")
 
 
 def test_upload(model: Path, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from finetune.depth_card import depth_card
 from finetune.model import DepthModel, load_depth_model
 from finetune.portable import DepthGraph, describe
-from spark.export_options import add_graph_options, add_hub_options, check_options, publication
+from spark.export_options import add_export_options, check_options, option_parser, publication
 from spark.graphs import OPSET, PROGRAM, TOLERANCE, Sizes, is_graph, write_graph
 from spark.hub import DEPTH_MARK, NOT_RECORDED, PREFIX, push, read_run
 from spark.run import one_line_errors
@@ -23,17 +23,12 @@ from spark.run import one_line_errors
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = option_parser(__doc__)
     parser.add_argument(
         "--model",
         required=True,
         metavar="FOLDER",
         help="folder of a depth model, such as OUTPUT_DIR/model of a training run, or hf-hub:OWNER/NAME",
-    )
-    parser.add_argument(
-        "--output", required=True, metavar="PATH", help="FILE.onnx, FILE.pt2, or a folder to write"
     )
     parser.add_argument(
         "--encoder_name",
@@ -55,8 +50,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="results.json of finetune/evaluate.py on this model, for the model card of a folder; the evaluation.json "
         "of its run is there anyway",
     )
-    add_graph_options(parser)
-    add_hub_options(parser)
+    add_export_options(parser)
     args = parser.parse_args(argv)
     check_options(parser, args)
     if is_graph(args.output) and args.results:
@@ -96,15 +90,19 @@ def write_depth_graph(model: DepthModel, args: argparse.Namespace, output: Path)
     fixed = None if args.size is None else (args.size[0], args.size[1])
     graph = DepthGraph(model, fit, pad=onnx or fixed is not None)
     usual = fixed or model.image_size or (8 * model.stride, 10 * model.stride)
+    # photos are larger than what models are trained at, and are shrunk inside: both ways up, and of other proportions
+    photos = [] if fit is None else [(3 * max(fit) + 1, 2 * max(fit) + 3), (2 * max(fit) - 1, 3 * max(fit))]
     run = None if args.model.startswith(PREFIX) else read_run(args.model, DEPTH_MARK)
     protocol = NOT_RECORDED if run is None else str(run.option("protocol"))
     metadata = describe(model, fit, protocol)
+    if not onnx and fixed is None:
+        print("torch.export works out which sizes it takes, which can last long; it does not with --size H W")
     difference = write_graph(
         graph,
         graph.reference,
         output,
         outputs=graph.outputs,
-        sizes=Sizes(model.stride, fixed, usual),
+        sizes=Sizes(model.stride, fixed, usual, photos),
         metadata=metadata,
         opset=args.opset or OPSET,
         tolerance=args.tolerance or TOLERANCE,
@@ -113,6 +111,11 @@ def write_depth_graph(model: DepthModel, args: argparse.Namespace, output: Path)
         f"written to {output}; {metadata['output']}, {metadata['unit']}; off from PyTorch by at most {difference:.1g}"
         " of the largest value"
     )
+    if fit is None and model.image_size is not None and model.image_size != fixed:
+        height, width = model.image_size
+        print(
+            f"images are seen as they are: bring them to about {height}x{width} px, which it was trained at"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,6 +8,7 @@ gives the pyramid of feature maps (docs/export.md); it is written only if it com
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,24 @@ from torch import nn
 
 from spark.checkpoint import find_run, read_encoder, save_encoder
 from spark.encoder import pyramid_info
-from spark.export_options import add_graph_options, add_hub_options, check_options, publication
+from spark.export_options import add_export_options, check_options, option_parser, publication
 from spark.graphs import OPSET, PROGRAM, TOLERANCE, EncoderGraph, Sizes, is_graph, write_graph
-from spark.hub import PRETRAINING_MARK, encoder_card, public_name, push, read_run
+from spark.hub import (
+    NOT_RECORDED,
+    PRETRAINING_MARK,
+    RunRecord,
+    encoder_card,
+    public_name,
+    push,
+    read_run,
+)
 from spark.official import timm_config
 from spark.run import one_line_errors
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = option_parser(__doc__)
     parser.add_argument(
         "--checkpoint",
         required=True,
@@ -37,9 +44,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--ema",
         action="store_true",
         help="take the averaged weights of a run's checkpoint (optim.ema_decay) instead of the last ones",
-    )
-    parser.add_argument(
-        "--output", required=True, metavar="PATH", help="folder to write, or FILE.onnx, or FILE.pt2"
     )
     parser.add_argument(
         "--model_name",
@@ -63,11 +67,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="PX",
         help="training size for the record: one number, or H W",
     )
-    add_graph_options(parser)
-    add_hub_options(parser)
+    add_export_options(parser)
     args = parser.parse_args(argv)
-    if args.input_size and len(args.input_size) > 2:
-        parser.error("--input_size takes one number, or height and width")
+    if args.input_size and (len(args.input_size) > 2 or min(args.input_size) < 1):
+        parser.error("--input_size takes one number of at least 1 px, or height and width")
     check_options(parser, args)
     return args
 
@@ -80,11 +83,13 @@ def export(args: argparse.Namespace) -> None:
     if (source / "checkpoints").is_dir():
         source = find_run(source, str(source)) or source
     encoder, report = read_encoder(source, model_name=args.model_name, averaged=args.ema)
+    run = read_run(source, PRETRAINING_MARK) if source.is_dir() else None
+    if run is not None and args.ema:
+        run = replace(run, averaged=True)
     if is_graph(args.output):
-        write_encoder_graph(encoder, args, str(source))
+        write_encoder_graph(encoder, args, str(source), run)
         print(report)
         return
-    run = read_run(source, PRETRAINING_MARK) if source.is_dir() else None
     size = None if args.input_size is None else (args.input_size[0], args.input_size[-1])
 
     def card(config: dict[str, Any]) -> str:
@@ -100,7 +105,9 @@ def export(args: argparse.Namespace) -> None:
         print(f"uploaded to {push(folder, args.push_to_hub, args.private)}")
 
 
-def write_encoder_graph(encoder: nn.Module, args: argparse.Namespace, source: str) -> None:
+def write_encoder_graph(
+    encoder: nn.Module, args: argparse.Namespace, source: str, run: RunRecord | None
+) -> None:
     """Write the pyramid of feature maps as a graph, and say how near it is to PyTorch."""
     known = timm_config(encoder)
     mean, std = args.mean or known.get("mean") or (), args.std or known.get("std") or ()
@@ -130,6 +137,8 @@ def write_encoder_graph(encoder: nn.Module, args: argparse.Namespace, source: st
             "channels": [level.channels for level in graph.levels],
             "encoder": known.get("architecture") or getattr(encoder, "own_encoder", {}).get("own", "own"),
             "source": public_name(source),
+            "steps": NOT_RECORDED if run is None else run.steps,
+            "weights": NOT_RECORDED if run is None else run.weights,
             "normalisation": {"inside": True, "mean": list(mean), "std": list(std)},
         },
         opset=args.opset or OPSET,

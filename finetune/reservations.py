@@ -1,0 +1,60 @@
+"""What makes scores less than the full measurement of their protocol, in sentences: for tables and model cards."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from finetune.metrics import METRIC
+
+
+def reservations(results: Mapping[str, Any]) -> list[str]:
+    """Sentences on what a reader of the metrics must know, without capital and full stop.
+
+    Args:
+        results: What results.json holds of a protocol. What older files do not hold is not spoken of.
+    """
+    said = []
+    settings = results.get("settings", {})
+    expected, depth = settings.get("expected_images"), settings.get("depth")
+    if None not in (expected, results.get("images")) and results["images"] != expected:
+        said.append(
+            f"the official list of this protocol has {expected} images, here are {results['images']}: published"
+            " numbers stand on those"
+        )
+    if settings.get("alignment", "none") != "none":
+        said.append(f"fitted to the ground truth of each image (alignment {settings['alignment']})")
+    # Layouts that do not say are for the most part raw, or what the raw protocols were measured on.
+    truth = results.get("ground_truth")
+    if depth is not None and (truth or "raw") != depth:
+        has = "this layout does not say which it has" if truth is None else "this is the other"
+        said.append(f"stands on {depth} depth, and {has}: published numbers stand on the former")
+    if settings.get("flip_average") and "predictions" in results:
+        said.append("averages over flips, which files are taken to have been")
+    if results.get("skipped"):
+        said.append(f"{len(results['skipped'])} images without a pixel that counts were left out")
+    if results.get("missing"):
+        said.append(
+            f"{len(results['missing'])} images without a prediction were left out, the first is {results['missing'][0]}"
+        )
+    if "wkdr_threshold" in results:
+        said.append(
+            f"threshold of equally far points {results['wkdr_threshold']['value']:g}, chosen on these very images: give"
+            " it as --threshold to score others"
+        )
+    if results.get("unpredicted_pixels"):
+        said.append(f"{results['unpredicted_pixels']} pixels without a prediction above 0 were left out")
+    replaced = "unpredicted_pixels" not in results
+    if replaced and results.get("nonfinite_pixels"):
+        said.append(
+            f"{results['nonfinite_pixels']} predicted pixels, in {results['nonfinite_images']} images, were not finite"
+            " and scored as the nearest or farthest depth"
+        )
+    if replaced and results.get("nonpositive_pixels"):
+        said.append(
+            f"{results['nonpositive_pixels']} predicted pixels, in {results['nonpositive_images']} images, were 0 or"
+            " negative and scored as the nearest depth"
+        )
+    said += [
+        f"{number} images have no {METRIC[name].heading}"
+        for name, number in results.get("undefined", {}).items()
+    ]
+    return said
