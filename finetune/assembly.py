@@ -106,7 +106,7 @@ def open_data(config: DepthConfig, protocol: Protocol) -> tuple[TrainingMix, Dep
         data.val_list,
         "test",
         kind=data.val_kind or (data.kind if data.val_root is None else None),
-        **{**data.reading(), "depth": protocol.depth, "labels": None},
+        **{**data.reading(), "depth": "filled" if protocol.depth == "filled" else "raw", "labels": None},
     )
     check_ground_truth(held_out, protocol)
     return training, held_out if caches is None else CachedSet(held_out, caches)

@@ -373,7 +373,10 @@ def train(config: DepthConfig) -> None:
                     f"{len(unreadable)} unreadable pairs were skipped, see skipped_images.txt in the same folder"
                 )
             if state.empty:
-                bar.say(f"{state.empty} micro-batches had no pixel with a ground truth and taught nothing")
+                bar.say(
+                    f"{state.empty} micro-batches had no pixel with a ground truth between {config.model.min_depth:g}"
+                    f" and {config.model.max_depth:g} m (model.min_depth, model.max_depth) and taught nothing"
+                )
             outputs.report()
     accelerator.wait_for_everyone()
     log.close()

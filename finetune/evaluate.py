@@ -12,7 +12,7 @@ metrics of every image and bootstrap intervals, to the output file: of one proto
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from rich import box
@@ -21,7 +21,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from finetune.config import expand_home
-from finetune.depth_data import KINDS, DepthFileError, DepthSet, Kind, open_depth_data
+from finetune.depth_data import DepthFileError, DepthSet, Kind, open_depth_data
 from finetune.figures import WorstRows, save_figure, triptychs
 from finetune.inference import check_ground_truth, chosen_device, score_all, summary, transform_of
 from finetune.intervals import LEVEL, with_intervals
@@ -37,20 +37,6 @@ from spark.run import one_line_errors
 DESCRIPTION = """Evaluate depth predictions (of a model, a folder or a baseline) on RGB-D pairs under named protocols:
 print a table, and write it with every setting and the metrics of every image to the output file."""
 
-BENCHMARKS: dict[str, str] = {
-    "nyu_labeled": "nyu",
-    "nyu_sync": "nyu",
-    "nyu_pairs": "nyu",
-    "densedepth": "nyu",
-    "hub_tars": "nyu",
-    "fastdepth": "nyu",
-    "diw": "diw",
-    "redweb": "redweb",
-    "ibims": "ibims",
-    "kitti": "kitti",
-}
-"""Layout -> the `Protocol.data` that it is of; a plain folder may be of any."""
-assert set(BENCHMARKS) | {"folder"} == set(get_args(Kind)), "every layout is of some benchmark"
 SIDE_BY_SIDE = ("delta1", "delta2", "delta3", "abs_rel", "rmse", "log10", "silog")
 """Columns of several protocols, as many as fit beside their names."""
 
@@ -165,10 +151,11 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     protocols = asked_protocols(config)
     if config.figures and len(protocols) == 1 and protocols[0].family == "relations":
         raise ValueError(f"protocol {protocols[0].name} has no maps to draw: leave figures out")
-    sets: dict[str, DepthSet] = {}
-    for protocol in protocols:
-        if protocol.depth not in sets:
-            sets[protocol.depth] = open_data(config, protocol.depth)
+    opened: dict[str, DepthSet] = {}
+    for kind in map(kind_to_open, protocols):
+        if kind not in opened:
+            opened[kind] = open_data(config, kind)
+    sets = {protocol.depth: opened[kind_to_open(protocol)] for protocol in protocols}
     if len(set(map(repr, sets.values()))) == 1:  # layouts that have one kind of depth alone
         sets = dict.fromkeys(sets, next(iter(sets.values())))
     data = next(iter(sets.values()))
@@ -195,8 +182,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         {
             **with_intervals(results),
             "data": repr(sets[protocol.depth]),
-            "ground_truth": getattr(sets[protocol.depth], "depth", None),
-            "white_border": config.data.white_border,
+            **sets[protocol.depth].reading(),
         }
         for protocol, (results, _) in zip(protocols, scored, strict=True)
     ]
@@ -251,6 +237,11 @@ def asked_protocols(config: EvaluationConfig) -> list[Protocol]:
     ]
 
 
+def kind_to_open(protocol: Protocol) -> Literal["raw", "filled"]:
+    """Which depth a layout that has both is opened with for a protocol."""
+    return "filled" if protocol.depth == "filled" else "raw"
+
+
 def open_data(config: EvaluationConfig, depth: Literal["raw", "filled"]) -> DepthSet:
     """The pairs to score on, with ground truth of this kind unless the options say which."""
     return open_depth_data(
@@ -297,7 +288,7 @@ def open_source(config: EvaluationConfig, data: DepthSet, protocols: Sequence[Pr
             config.baseline_list,
             "train",
             kind=config.data.kind,
-            depth=config.data.depth or protocols[0].depth,
+            depth=config.data.depth or kind_to_open(protocols[0]),
             depth_scale=config.data.depth_scale,
             bad_depth=config.data.bad_depth,
         )
@@ -320,29 +311,38 @@ def fitting(
     """
     fit, left_out = [], {}
     for protocol in protocols:
+        data = sets[protocol.depth]
         try:
-            check_benchmark(sets[protocol.depth], protocol)
+            check_benchmark(data, protocol)
             source.check(protocol)
-            check_ground_truth(sets[protocol.depth], protocol)
+            check_ground_truth(data, protocol)
             fit.append(protocol)
         except DepthFileError:
             raise
+        except OtherBenchmark:
+            if config.protocol != "all":
+                raise
+            left_out[protocol.name] = f"not of {data.benchmark}, which this data set is"
         except ValueError as error:
             if config.protocol != "all":
                 raise
             left_out[protocol.name] = str(error)
     if not fit:
-        raise ValueError(f"no protocol fits {next(iter(sets.values()))}: " + "; ".join(left_out.values()))
+        reasons = "; ".join(dict.fromkeys(left_out.values()))
+        raise ValueError(f"no protocol fits {next(iter(sets.values()))}: {reasons}")
     return fit, left_out
 
 
+class OtherBenchmark(ValueError):
+    """A protocol is of another data set than this."""
+
+
 def check_benchmark(data: DepthSet, protocol: Protocol) -> None:
-    """Refuse a protocol of another benchmark: ValueError."""
-    kind = next(kind for kind, layout in KINDS.items() if isinstance(data, layout))
-    of = BENCHMARKS.get(kind, "any")
-    if "any" not in (of, protocol.data) and of != protocol.data:
-        raise ValueError(
-            f"protocol {protocol.name} is of {protocol.data}, and this is {of} (layout {kind}): name one of {of}"
+    """Refuse a protocol of another benchmark: OtherBenchmark."""
+    if "any" not in (data.benchmark, protocol.data) and data.benchmark != protocol.data:
+        raise OtherBenchmark(
+            f"protocol {protocol.name} is of {protocol.data}, and this is {data.benchmark}: name one of"
+            f" {data.benchmark}, or all"
         )
 
 
@@ -359,10 +359,12 @@ def print_results(console: Console, every: Sequence[dict[str, Any]], left_out: d
     for sentence, names in said.items():
         of = f"{', '.join(names)}: " if len(names) < len(every) else ""
         console.print(f"{of}{sentence}", highlight=False, markup=False, soft_wrap=True)
+    reasons: dict[str, list[str]] = {}
     for name, reason in left_out.items():
-        console.print(
-            f"{name} left out: {reason}", style="dim", highlight=False, markup=False, soft_wrap=True
-        )
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        line = f"left out, {reason}: {', '.join(names)}"
+        console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_one(console: Console, results: dict[str, Any]) -> None:

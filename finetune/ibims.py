@@ -13,6 +13,11 @@
 The paper leaves open how edges are found and planes fitted; here it is as in the Python scripts that come with the data
 (`evaluate_ibims_error_metrics.py`), whose authors note that their edges are not those of the MATLAB code of the paper.
 So DBE stands beside tables that were made with these scripts, not beside those of the paper.
+
+Two versions of the scripts are about. Here the Canny thresholds are 0.1 and 0.2, and dbe_com is as above, with nothing
+cut off. The other one (copies in the repositories YiLiM1/DANet and xuefeng-cvr/BS-Net) has 0.15 and 0.3, and its
+dbe_com is the mean over true and predicted edges of their distances to the other kind, each at most 10 px. So a
+published dbe_com above 10 px is of the version here; one below may be of either. The other scores are alike.
 """
 
 import math

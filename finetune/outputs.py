@@ -141,6 +141,7 @@ class Outputs:
                 self.say(f"no {name} of step {step}, the run goes on: {error}")
         if finished:
             about = {"model": str(self.folder / "model"), "data": repr(self.held_out), "step": step}
+            about |= self.held_out.reading()
             write_results(self.folder / "evaluation.json", {**with_intervals(results), **about})
         return results["metrics"]
 

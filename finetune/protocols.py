@@ -17,10 +17,11 @@ from typing import Any, Literal
 
 from finetune.metrics import GEOMETRY_METRICS, METRICS, ORDINAL_METRICS, WKDR_METRICS
 
-PROSE = ("description", "tables", "expected_images")
+PROSE = ("description", "tables", "source", "expected_images")
 """Fields that bear on no number, and so not on the hash of a record."""
 CHOICES = {
     "supervision": ("metric", "affine", "ordinal"),
+    "depth": ("raw", "filled", "benchmark", "laser"),
     "valid": ("strict", "closed", "positive"),
     "sees": ("frame", "inside_border", "kb_crop"),
     "space": ("depth", "disparity"),
@@ -42,7 +43,7 @@ class Protocol:
     3. NaN and -inf in a prediction become `min_depth`, +inf becomes `max_depth`, and they are counted. The
        values are those that the BTS code ends up with; the replacement comes before the resize so that one
        bad pixel does not spread. NaN thereby scores about as badly as a depth can (1 mm), never dropped.
-       In the space of inverse depth they become the farthest of the other values.
+       In the space of inverse depth they become the farthest of the other values, and so do depths of 0 or less.
     4. Bilinear resize to the size of the ground truth, if it differs.
     5. The `view` is taken of both.
     6. Pixels of ground truth that are `valid` and inside the crop count.
@@ -53,13 +54,15 @@ class Protocol:
         name: what results call it.
         description: one sentence with the source.
         tables: which published numbers stand on it; "" for none.
+        source: the public code that its constants were compared with, REPOSITORY FILE; "" for none.
         data: the data set that it is of: "nyu", "kitti", ...; "any" for protocols that any data with such ground truth
             can be scored under.
         family: which evaluator acts on the record (`finetune.families.EVALUATORS`).
         supervision: what the ground truth is. "metric": maps in metres. "affine": disparity up to scale and shift.
             "ordinal": pairs of points.
-        depth: the kind of ground truth that published numbers of this protocol stand on; whoever opens the
-            data chooses it.
+        depth: the kind of ground truth that published numbers of this protocol stand on. "raw" and "filled" are of
+            NYU's labelled file, whoever opens it chooses; "benchmark" (maps of KITTI's depth benchmark) and "laser"
+            (projected scans) are as the list of frames says.
         min_depth: lower end of the depths that count [m].
         max_depth: upper end of the depths that count [m].
         valid: which ground truth counts. "strict": min_depth < g < max_depth; "closed": min_depth <= g <= max_depth;
@@ -106,10 +109,11 @@ class Protocol:
     min_depth: float
     max_depth: float
     tables: str = ""
+    source: str = ""
     data: str = "any"
     family: str = "depth"
     supervision: Literal["metric", "affine", "ordinal"] = "metric"
-    depth: Literal["raw", "filled"] = "raw"
+    depth: Literal["raw", "filled", "benchmark", "laser"] = "raw"
     valid: Literal["strict", "closed", "positive"] = "strict"
     sees: Literal["frame", "inside_border", "kb_crop"] = "frame"
     view: tuple[tuple[str, int, int], ...] = ()
@@ -229,6 +233,7 @@ _NYU_BTS = Protocol(
     name="nyu-bts",
     description="NYU Depth V2 as BTS (Lee et al. 2019): raw depth, 1e-3 < gt < 10 m, crop 45:471, 41:601.",
     tables="BTS, NeWCRFs, and most NYU tables since",
+    source="cleinc/bts pytorch/bts_eval.py",
     data="nyu",
     min_depth=1e-3,
     max_depth=10.0,
@@ -252,7 +257,9 @@ _KITTI = Protocol(
     description="KITTI Eigen split, depth of the benchmark, 1e-3 < gt < 80 m, crop of Garg et al. 2016 on the whole"
     " frame (rows 153:371, columns 44:1197 of 375x1242), as BTS.",
     tables="BTS and NeWCRFs on KITTI",
+    source="cleinc/bts pytorch/bts_eval.py (garg_crop, do_kb_crop)",
     data="kitti",
+    depth="benchmark",
     min_depth=1e-3,
     max_depth=80.0,
     sees="kb_crop",
@@ -271,6 +278,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 description="nyu-bts as AdaBins (Bhat et al. 2021): flip average of predictions that are clipped each,"
                 " then enlarged with align_corners.",
                 tables="AdaBins",
+                source="shariqfarooq123/AdaBins evaluate.py",
                 flip_average=True,
                 clip_before_average=True,
                 align_corners=True,
@@ -281,6 +289,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 description="nyu-bts as ZoeDepth (Bhat et al. 2023): flip average, no clip before it, enlarged with"
                 " align_corners.",
                 tables="ZoeDepth, Depth Anything with metric heads",
+                source="isl-org/ZoeDepth evaluate.py, zoedepth/utils/misc.py",
                 flip_average=True,
                 align_corners=True,
             ),
@@ -290,14 +299,18 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 description="nyu-bts with the crop of DORN (Fu et al. 2018): rows 21:460, columns 25:616, counted from"
                 " 1.",
                 tables="DORN",
+                source="none of its own: README.md of hufu6371/DORN says that it crops as Eigen et al., which is "
+                "DenseDepth's crop too",
                 crop=(20, 460, 24, 616),
             ),
             replace(
                 _NYU_FILLED,
                 name="nyu-densedepth",
                 description="NYU Depth V2 as DenseDepth (Alhashim and Wonka 2018): filled depth without a cap, crop"
-                " 20:460, 24:616, flip average of predictions clipped to 0.1 .. 10 m each, pixels pooled.",
+                " 20:460, 24:616, flip average of predictions clipped to 0.1 .. 10 m each, pixels pooled (its own"
+                " AbsRel divides by the prediction; here as everywhere by the ground truth).",
                 tables="DenseDepth",
+                source="ialhashim/DenseDepth utils.py, whose crop is in eigen_test_crop.npy",
                 crop=(20, 460, 24, 616),
                 min_depth=0.1,
                 flip_average=True,
@@ -309,6 +322,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 description="NYU Depth V2 as Laina et al. 2016: filled depth without a cap, no crop, no clip, pixels"
                 " pooled.",
                 tables="Laina et al. (FCRN)",
+                source="iro-cp/FCRN-DepthPrediction matlab/evaluateNYU.m, matlab/error_metrics.m",
                 clip=False,
             ),
             replace(
@@ -317,6 +331,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 description="NYU Depth V2 as FastDepth (Wofk et al. 2019): filled depth, reduced to 250x333, of that"
                 " the middle 228x304, scored at 224x224 (nearest neighbours); no cap, no clip, mean over images.",
                 tables="FastDepth",
+                source="dwofk/fast-depth dataloaders/nyu.py, dataloaders/transforms.py, metrics.py",
                 view=(("resize", 250, 333), ("centre_crop", 228, 304), ("resize", 224, 224)),
                 clip=False,
                 aggregation="per_image",
@@ -327,6 +342,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 description="nyu-bts as Marigold (Ke et al. 2024): scale and shift of each image fitted to depth by"
                 " least squares, then clipped.",
                 tables="Marigold, GeoWizard and other affine-invariant depth",
+                source="prs-eth/Marigold script/depth/eval.py, src/util/alignment.py, src/dataset/nyu_dataset.py",
                 alignment="depth",
             ),
             replace(
@@ -334,6 +350,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 name="nyu-bts-scaled",
                 description="nyu-bts with its crop scaled to any size: not to be compared with publications.",
                 tables="",
+                source="",
                 data="any",
                 scale_crop=True,
                 expected_images=None,
@@ -344,8 +361,10 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 description="nyu-bts for relative depth: scale and shift of each image fitted in inverse depth,"
                 " crop scaled to any size.",
                 tables="",
+                source="",
                 data="any",
                 scale_crop=True,
+                expected_images=None,
                 space="disparity",
                 alignment="disparity",
             ),
@@ -355,6 +374,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 description="kitti-garg-full with the crop of Eigen et al. 2014 instead, as Godard et al. 2017 wrote it"
                 " in shares.",
                 tables="Eigen et al. and tables that say Eigen crop",
+                source="cleinc/bts pytorch/bts_eval.py (eigen_crop)",
                 sees="frame",
                 crop_shares=(0.3324324, 0.91351351, 0.0359477, 0.96405229),
             ),
@@ -363,9 +383,13 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 _KITTI,
                 name="kitti-garg-kb",
                 description="The same within the crop of the KITTI benchmark (352x1216, bottom, centre), of which"
-                " Garg's crop is rows 143:349, columns 43:1172, as AdaBins and ZoeDepth.",
+                " Garg's crop is rows 143:349, columns 43:1172, flip average, enlarged with align_corners, as ZoeDepth"
+                " and AdaBins (which clips each of the two to 1e-3 .. 80 m first).",
                 tables="AdaBins and ZoeDepth on KITTI",
+                source="shariqfarooq123/AdaBins dataloader.py, evaluate.py; isl-org/ZoeDepth zoedepth/utils/misc.py",
                 view=(("bottom_crop", 352, 1216),),
+                flip_average=True,
+                align_corners=True,
             ),
             replace(
                 _KITTI,
@@ -373,6 +397,8 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 description="KITTI Eigen split as Monodepth2 (Godard et al. 2019): projected laser points, 1e-3 < gt <"
                 " 80 m, Garg's crop of the whole frame, inverse depth is enlarged, medians of each image made equal.",
                 tables="Monodepth2 and other self-supervised depth",
+                source="nianticlabs/monodepth2 evaluate_depth.py, export_gt_depth.py, kitti_utils.py",
+                depth="laser",
                 sees="frame",
                 space="disparity",
                 alignment="median",
@@ -383,6 +409,8 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 description="Depth in the Wild (Chen et al. 2016): share of the pairs of points ordered wrongly, ties"
                 " wrong, read at the pixels of the photo.",
                 tables="Chen et al. 2016 and later WHDR tables of DIW",
+                source="umich-vl/relative_depth src/experiment/test_model_on_DIW.lua; torch/image generic/image.c, "
+                "which enlarges by corners",
                 family="relations",
                 min_depth=1e-3,
                 max_depth=10.0,
@@ -397,6 +425,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 " sees the image without a border of 10 px; threshold of equally far points among 140 on a validation"
                 " set.",
                 tables="Zoran et al. 2015, Chen et al. 2016, Xian et al. 2018",
+                source="umich-vl/relative_depth src/experiment/test_model_on_NYU.lua",
                 data="nyu",
                 family="relations",
                 min_depth=1e-3,
@@ -440,6 +469,8 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 " prediction above 0, no crop, no cap; with planarity (PE), depth boundaries (DBE) and directed errors"
                 " at 3 m (DDE).",
                 tables="tables made with evaluate_ibims.py; DBE of the paper itself comes from other edges",
+                source="evaluate_ibims_error_metrics.py of the data set; the copies of it in YiLiM1/DANet and"
+                " xuefeng-cvr/BS-Net are alike but for DBE (finetune/ibims.py says how)",
                 data="ibims",
                 family="ibims",
                 min_depth=1e-3,
@@ -452,9 +483,10 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
             replace(
                 _NYU_BTS,
                 name="ibims-zoedepth",
-                description="iBims-1 as ZoeDepth (Bhat et al. 2023): 0 < gt < 10 m, NYU's crop, flip average without a"
-                " clip before.",
+                description="iBims-1 as ZoeDepth (Bhat et al. 2023): NYU's crop, flip average without a clip before,"
+                " 1e-3 < gt < 10 m (its 0 < gt counts one step of a depth file more, 0.8 mm).",
                 tables="ZoeDepth, Depth Anything and other zero-shot tables of metric depth",
+                source="isl-org/ZoeDepth zoedepth/utils/config.py, zoedepth/utils/misc.py, zoedepth/data/ibims.py",
                 data="ibims",
                 align_corners=True,
                 flip_average=True,

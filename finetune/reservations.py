@@ -24,13 +24,16 @@ def reservations(results: Mapping[str, Any]) -> list[str]:
         said.append(f"fitted to the ground truth of each image (alignment {settings['alignment']})")
     # Layouts that do not say are for the most part raw, or what the raw protocols were measured on.
     truth = results.get("ground_truth")
-    if depth is not None and (truth or "raw") != depth:
-        has = "this layout does not say which it has" if truth is None else "this is the other"
+    if depth is not None and settings.get("tables", True) and (truth or "raw") != depth:
+        has = "this layout does not say which it has" if truth is None else f"this is {truth} depth"
         said.append(f"stands on {depth} depth, and {has}: published numbers stand on the former")
     if settings.get("flip_average") and "predictions" in results:
         said.append("averages over flips, which files are taken to have been")
     if results.get("skipped"):
-        said.append(f"{len(results['skipped'])} images without a pixel that counts were left out")
+        said.append(
+            f"{len(results['skipped'])} of {results['images'] + len(results['skipped'])} images have no pixel that"
+            f" counts and were left out, the first is {results['skipped'][0]}"
+        )
     if results.get("missing"):
         said.append(
             f"{len(results['missing'])} images without a prediction were left out, the first is {results['missing'][0]}"
@@ -44,14 +47,20 @@ def reservations(results: Mapping[str, Any]) -> list[str]:
         said.append(f"{results['unpredicted_pixels']} pixels without a prediction above 0 were left out")
     replaced = "unpredicted_pixels" not in results
     if replaced and results.get("nonfinite_pixels"):
+        scored = "scored as the nearest or farthest depth"
+        if settings.get("family") == "relations":
+            scored = "pairs that need a NaN count as wrong"
+        elif settings.get("space") == "disparity":
+            scored = "scored as the farthest depth"
         said.append(
-            f"{results['nonfinite_pixels']} predicted pixels, in {results['nonfinite_images']} images, were not finite"
-            " and scored as the nearest or farthest depth"
+            f"{results['nonfinite_pixels']} predicted pixels, in {results['nonfinite_images']} images, were not finite:"
+            f" {scored}"
         )
     if replaced and results.get("nonpositive_pixels"):
+        end = "farthest" if settings.get("space") == "disparity" else "nearest"
         said.append(
             f"{results['nonpositive_pixels']} predicted pixels, in {results['nonpositive_images']} images, were 0 or"
-            " negative and scored as the nearest depth"
+            f" negative: scored as the {end} depth"
         )
     said += [
         f"{number} images have no {METRIC[name].heading}"

@@ -56,20 +56,21 @@ def prepare_prediction(
         inverse: the prediction is inverse depth instead.
     """
     values = np.asarray(prediction, np.float64)
-    # Scale and shift, where both are fitted, make what they like of a sign.
-    positive = protocol.alignment in ("none", "median", "log_depth")
-    nonpositive = int((np.isfinite(values) & (values <= 0)).sum()) if positive else 0
-    if inverse != (protocol.space == "disparity"):
-        with np.errstate(divide="ignore"):
-            values = np.where(values == 0, np.inf, 1 / values)
-    finite = np.isfinite(values)
-    nonfinite = int(finite.size - finite.sum())
-    if nonfinite and protocol.space == "depth":
+    known = np.isfinite(values)
+    nonfinite = int(known.size - known.sum())
+    inverted = inverse != (protocol.space == "disparity")
+    # Scale and shift, where both are fitted, make what they like of a sign; but what has none has no inverse either.
+    positive = inverted or protocol.alignment in ("none", "median", "log_depth")
+    nonpositive = int((known & (values <= 0)).sum()) if positive else 0
+    if inverted:
+        known &= values > 0
+        values = np.divide(1, values, out=np.full(values.shape, np.nan), where=known)
+    if protocol.space == "depth":
         values = np.nan_to_num(
             values, nan=protocol.min_depth, posinf=protocol.max_depth, neginf=protocol.min_depth
         )
-    elif nonfinite:
-        values = np.where(finite, values, values[finite].min() if finite.any() else 0.0)
+    elif not known.all():
+        values = np.where(known, values, values[known].min() if known.any() else 0.0)
     return Prepared(resize(values, size, protocol.align_corners), nonfinite, nonpositive)
 
 

@@ -123,13 +123,17 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         (lambda r: r.pop("protocol_hash"), "lacks protocol_hash: score again"),
         (lambda r: r["settings"].update(family="new"), "update this project"),
         (lambda r: r.update(ground_truth="filled"), "against raw depth and"),
+        (lambda r: r.update(polarity="closer"), "was scored with data.polarity farther and"),
+        (lambda r: r.update(protocol="smell"), "holds results of smell, not of small (did you mean smell?)"),
     ],
 )
 def test_what_cannot_be_compared(tmp_path, capsys, change, message):
     other = json.loads(json.dumps(scored(1.1)))
     change(other)
+    base = {**scored(1.0), "ground_truth": "raw", "polarity": "farther"}
+    paths = files(tmp_path, base, other)
     with pytest.raises(SystemExit, match="2"):
-        main(files(tmp_path, {**scored(1.0), "ground_truth": "raw"}, other))
+        main([*paths, "--protocol", "small"])
     assert message in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main([str(tmp_path / "none.json"), str(tmp_path / "none.json")])

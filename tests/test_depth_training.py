@@ -580,7 +580,9 @@ def test_pairs_without_ground_truth_are_counted_and_limited(
     assert rows[-1]["empty_batches"] == 1
     assert sum(loss is None for loss in losses_of(rows)) == 1
     assert all(value.isfinite().all() for value in weights_of(tmp_path / "run").values())
-    assert "1 micro-batches had no pixel" in capsys.readouterr().out
+    assert (
+        "1 micro-batches had no pixel with a ground truth between 0.001 and 10 m" in capsys.readouterr().out
+    )
     assert "data.max_empty" in fails(world, tmp_path / "strict", capsys, **options)
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from finetune import DepthModel, load_depth_model
 from finetune.depth_data import open_depth_data
-from finetune.evaluate import main
+from finetune.evaluate import main, reservations
 from finetune.ibims import boundary_errors, planarity_errors
 from finetune.inference import transform_of
 from finetune.metrics import GEOMETRY_METRICS, METRICS
@@ -44,12 +44,15 @@ def run(model: Path, root: Path, protocol: str, output: Path, *more: str) -> dic
     return json.loads(output.read_text())
 
 
-def predicted(model: Path, image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """What the model says of an image, brought to `size`."""
+def predicted(model: Path, image: np.ndarray, size: tuple[int, int], flip: bool = False) -> np.ndarray:
+    """What the model says of an image, brought to `size`; averaged with its mirror image, by corners, with `flip`."""
     depth_model = load_depth_model(model).eval()
+    shown = transform_of(depth_model).prepare(image)[None]
     with torch.no_grad():
-        depth = depth_model(transform_of(depth_model).prepare(image)[None]).depth
-    return F.interpolate(depth.double(), size=size, mode="bilinear", align_corners=False)[0, 0].numpy()
+        depth = depth_model(shown).depth
+        if flip:
+            depth = (depth + depth_model(shown.flip(-1)).depth.flip(-1)) / 2
+    return F.interpolate(depth.double(), size=size, mode="bilinear", align_corners=flip)[0, 0].numpy()
 
 
 # --- KITTI
@@ -72,7 +75,8 @@ def test_crops_of_kitti_by_hand(
     if protocol == "kitti-eigen":
         depth = predicted(model, sample.image, KITTI_SIZE)
     else:  # the model is shown 352x1216 at the bottom, in the middle
-        depth[23:, 13:1229] = predicted(model, np.ascontiguousarray(sample.image[23:, 13:1229]), (352, 1216))
+        shown = np.ascontiguousarray(sample.image[23:, 13:1229])
+        depth[23:, 13:1229] = predicted(model, shown, (352, 1216), protocol == "kitti-garg-kb")
     counts = np.zeros(KITTI_SIZE, bool)
     counts[slice(*rows), slice(*columns)] = True
     counts &= (sample.metres > 1e-3) & (sample.metres < 80)
@@ -93,6 +97,39 @@ def test_monodepth2_on_laser_points(model: Path, tmp_path: Path) -> None:
     inside = sample.metres[153:371, 44:1197]
     assert row["pixels"] == (inside > 0).sum() > 100
     assert results["settings"]["alignment"] == "median"
+    assert results["ground_truth"] == "laser" == results["settings"]["depth"]
+    assert not [said for said in reservations(results) if "depth, and" in said]
+    other = {**results, "settings": PROTOCOLS["kitti-garg-kb"].record()}
+    assert "stands on benchmark depth, and this is laser depth: published numbers stand on the former" in (
+        reservations(other)
+    )
+
+
+def test_densedepths_test_arrays_are_nyu_with_filled_depth(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = write.write_densedepth_test(tmp_path)
+    results = run(model, where, "nyu-bts-scaled", tmp_path / "r.json")
+    assert (results["ground_truth"], results["images"]) == ("filled", 2)
+    with pytest.raises(SystemExit, match="2"):
+        run(model, where, "kitti-eigen", tmp_path / "r.json")
+    assert "protocol kitti-eigen is of kitti, and this is nyu" in capsys.readouterr().err
+
+
+def test_results_say_how_the_truth_was_read_and_why_protocols_were_left_out(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write.write_diw(tmp_path / "diw")
+    where = ("--data.list", "DIW_train_val.csv", "--data.polarity", "closer")
+    written = run(model, root, "all", tmp_path / "r.json", *where)
+    (results,) = written["protocols"]
+    reading = {"polarity": "closer", "depth_scale": None, "bad_depth": "refuse", "white_border": "keep"}
+    assert {key: results[key] for key in reading} == reading
+    assert set(written["left_out"]) == set(PROTOCOLS) - {"diw"}
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out, ")]
+    assert len(lines) == 2  # of other data; and what needs maps of depth
+    assert "not of diw, which this data set is: nyu-bts, nyu-adabins" in lines[0]
+    assert lines[1].endswith(": nyu-bts-scaled, nyu-affine")
 
 
 def test_frames_that_are_too_small(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,7 +70,7 @@ def test_files_of_every_kind_under_several_protocols(world, tmp_path, capsys, mo
         PROTOCOLS
     )
     assert "480x640" in every["left_out"]["nyu-bts"]
-    assert "is of kitti" in every["left_out"]["kitti-eigen"]
+    assert every["left_out"]["kitti-eigen"] == "not of nyu, which this data set is"
 
 
 def test_missing_predictions_are_refused_or_counted(world, tmp_path, capsys):

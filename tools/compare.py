@@ -11,6 +11,7 @@ and p values are then too narrow.
 
 import argparse
 import csv
+import difflib
 import io
 import json
 import sys
@@ -31,6 +32,8 @@ from finetune.metrics import METRIC
 from spark.folders import write_whole
 from spark.run import one_line_errors
 
+READING = ("polarity", "depth_scale", "bad_depth")
+"""How the ground truth was read; without which two results are not of the same."""
 NEEDED = ("protocol", "protocol_hash", "metrics", "settings", "per_image")
 
 
@@ -80,8 +83,12 @@ def read_results(path: str, protocol: str | None) -> dict[str, Any]:
     every = several if isinstance(several, list) else [content]
     chosen = [one for one in every if protocol is None or one.get("protocol") == protocol]
     if len(chosen) != 1:
-        names = ", ".join(str(one.get("protocol")) for one in every)
-        raise ValueError(f"{path} holds results of {names}: choose one of them with --protocol")
+        names = [str(one.get("protocol")) for one in every]
+        near = difflib.get_close_matches(protocol or "", names, n=1)
+        hint = f", not of {protocol}" + (f" (did you mean {near[0]}?)" if near else "") if protocol else ""
+        raise ValueError(
+            f"{path} holds results of {', '.join(names)}{hint}: choose one of them with --protocol"
+        )
     if missing := [key for key in NEEDED if key not in chosen[0]]:
         raise ValueError(
             f"{path} lacks {', '.join(missing)}: score again with finetune/evaluate.py, older results do not say how"
@@ -110,6 +117,12 @@ def check_same(first: str, base: dict[str, Any], path: str, other: dict[str, Any
             f"{first} was scored against {truths[0] or 'unnamed'} depth and {path} against {truths[1] or 'unnamed'}"
             " depth: score both against the same (--data.depth of finetune/evaluate.py)"
         )
+    for key in READING:
+        values = [one[key] for one in (base, other) if key in one]
+        if len(values) == 2 and values[0] != values[1]:
+            raise ValueError(
+                f"{first} was scored with data.{key} {values[0]} and {path} with {values[1]}: score both alike"
+            )
     names = [{row["name"] for row in one["per_image"]} for one in (base, other)]
     if names[0] != names[1]:
         alone = sorted(names[0] ^ names[1])

@@ -38,13 +38,17 @@ def table() -> str:
         for name, one in PROTOCOLS.items()
         if one.supervision == "metric" and one.family != "relations"
     ]
-    sources = [f"- `{name}`: {one.description}" for name, one in PROTOCOLS.items()]
+    sources = [
+        f"- `{name}`: {one.description}" + (f" Read in: {one.source}." if one.source else "")
+        for name, one in PROTOCOLS.items()
+    ]
     return "\n" + "\n".join(rows) + "\n\n" + "\n".join(sources) + "\n\n"
 
 
 def counted(protocol: Protocol) -> str:
     """Which depths count."""
-    return f"{protocol.depth}, {valid_text(protocol)}" if protocol.data == "nyu" else valid_text(protocol)
+    said = protocol.data in ("nyu", "kitti")
+    return f"{protocol.depth}, {valid_text(protocol)}" if said else valid_text(protocol)
 
 
 def pixels(protocol: Protocol) -> str:

@@ -54,10 +54,19 @@ class DepthSet(Dataset[DepthSample]):
     """
 
     supervision: ClassVar[Supervision] = "metric"
+    benchmark: ClassVar[str] = "any"
+    """The data set that it is of, as `Protocol.data` calls it; a folder of one's own may be of any."""
     labelled: bool = False
     """Whether samples carry `labels`."""
     options: OpenOptions = OpenOptions()
     """What `open_depth_data` opened it with."""
+    ground_truth: str | None = None
+    """Which depth it is, where the layout tells: "raw", "filled", "benchmark" or "laser" (`Protocol.depth`)."""
+
+    def reading(self) -> dict[str, str | float | None]:
+        """What scores against it depend on besides the files: for results, JSON values."""
+        names = ("white_border", "polarity", "depth_scale", "bad_depth")
+        return {"ground_truth": self.ground_truth} | {name: getattr(self.options, name) for name in names}
 
     @classmethod
     @abstractmethod

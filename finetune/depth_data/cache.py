@@ -74,7 +74,7 @@ class CachedSet(DepthSet):
     def __init__(self, data: DepthSet, folder: str | Path):
         self.data = data
         self.supervision, self.labelled = data.supervision, data.labelled  # type: ignore[misc]
-        self.options = data.options
+        self.options, self.ground_truth = data.options, data.ground_truth
         self.facts = identity(data)
         self.folder = Path(folder) / f"{type(data).__name__}-{self.facts['sha256'][:16]}"
         self._names = data.names()

@@ -39,6 +39,8 @@ class DenseDepth(DepthSet):
         ValueError: no such file, a line that is no pair, files that are missing, or a first pair that cannot be used.
     """
 
+    benchmark = "nyu"
+
     def __init__(self, root: str | Path, csv: str | Path | None = None, split: str = "train"):
         self.archive = Files(root)
         text, self.csv = self._csv(csv, TRAIN_CSV if split == "train" else TEST_CSV)
@@ -176,8 +178,11 @@ class DenseDepthTest(DepthSet):
             first pair that cannot be used.
     """
 
+    benchmark = "nyu"
+
     def __init__(self, root: str | Path, *, bad_depth: BadDepth = "refuse"):
         self.archive, self.bad_depth = Files(root), bad_depth
+        self.ground_truth = "filled"
         found = {name: self.archive.find(name) for name in (TEST_RGB, TEST_DEPTH)}
         entries = [entry for entry in found.values() if entry is not None]
         if len(entries) < len(found):

@@ -41,6 +41,7 @@ class DIW(DepthSet):
     """
 
     supervision: ClassVar[Supervision] = "ordinal"
+    benchmark = "diw"
 
     def __init__(
         self,

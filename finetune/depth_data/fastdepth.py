@@ -43,6 +43,8 @@ def read_h5_pair(where: str, content: bytes, name: str, bad_depth: BadDepth) -> 
 class _H5Pairs(DepthSet):
     """Pairs, each in an HDF5 file of its own."""
 
+    benchmark = "nyu"
+
     bad_depth: BadDepth
 
     def __getitem__(self, index: int) -> DepthSample:

@@ -46,6 +46,8 @@ class IBims(DepthSet):
             that cannot be used.
     """
 
+    benchmark = "ibims"
+
     def __init__(self, root: str | Path, list_file: str | Path | None = None):
         root = existing_root(root)
         self.root = root / RAW if (root / RAW).is_dir() else root

@@ -78,10 +78,13 @@ class KITTI(DepthSet):
             frame with depth, or a first one that cannot be used.
     """
 
+    benchmark = "kitti"
+
     def __init__(self, root: str | Path, list_file: str | Path):
         self.root = existing_root(root)
         self.list_file = find_list(self.root, list_file)
         self.listed, self.frames = self._parse()
+        self.ground_truth = "benchmark" if self.frames[0].depth.suffix == ".png" else "laser"
         self._refuse_missing()
         self[0]
 

@@ -79,6 +79,8 @@ class NYUSync(DepthSet):
             later pairs raises too): a validation list of the wrong kind shows before training, not after it.
     """
 
+    benchmark = "nyu"
+
     def __init__(
         self,
         root: str | Path,
@@ -175,6 +177,8 @@ class NYULabeled(DepthSet):
             depth, or split indices beyond the end of the file.
     """
 
+    benchmark = "nyu"
+
     def __init__(
         self,
         mat_path: str | Path,
@@ -194,6 +198,7 @@ class NYULabeled(DepthSet):
             Path(splits_path) if splits_path is not None else self.mat_path.with_name(SPLITS_MAT)
         )
         self.split, self.depth = split, depth
+        self.ground_truth = depth
         self.white_border: WhiteBorder = white_border
         self.labels, self.labelled = labels, labels is not None
         self._mapping = read_mapping_40(self.mat_path.with_name(MAPPING_40)) if labels else None

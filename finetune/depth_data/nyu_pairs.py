@@ -44,6 +44,7 @@ class NYUPairs(DepthSet):
     """
 
     supervision: ClassVar[Supervision] = "ordinal"
+    benchmark = "nyu"
 
     def __init__(self, root: str | Path, csv: str | Path):
         self.root = existing_root(root)

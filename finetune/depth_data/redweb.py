@@ -29,6 +29,7 @@ class ReDWeb(DepthSet):
     """
 
     supervision: ClassVar[Supervision] = "affine"
+    benchmark = "redweb"
 
     def __init__(self, root: str | Path, list_file: str | Path | None = None):
         self.root = existing_root(root)
