@@ -161,7 +161,9 @@ def exif_camera(path: str | Path, size: tuple[int, int]) -> Intrinsics | None:
         _number(tags, ExifTags.Base.FocalLengthIn35mmFilm),
     )
     per_unit = _number(tags, ExifTags.Base.FocalPlaneXResolution)
-    unit = {2: 25.4, 3: 10.0, 4: 1.0}.get(int(tags.get(ExifTags.Base.FocalPlaneResolutionUnit, 2)))
+    unit = {2.0: 25.4, 3.0: 10.0, 4.0: 1.0}.get(
+        _number(tags, ExifTags.Base.FocalPlaneResolutionUnit, 2) or 0.0
+    )
     as_taken = _number(tags, ExifTags.Base.ExifImageWidth) == stored[0]
     if equivalent:
         focal, source = equivalent / FULL_FRAME * math.hypot(*size), f"EXIF, {equivalent:g} mm equivalent"
@@ -172,10 +174,10 @@ def exif_camera(path: str | Path, size: tuple[int, int]) -> Intrinsics | None:
     return Intrinsics(focal, focal, (size[1] - 1) / 2, (size[0] - 1) / 2, *size, source)
 
 
-def _number(tags: Any, tag: ExifTags.Base) -> float | None:
-    """A positive number of EXIF; cameras write 0 for unknown."""
+def _number(tags: Any, tag: ExifTags.Base, missing: float = 0) -> float | None:
+    """A positive number of EXIF, `missing` where there is none; cameras write 0 for unknown."""
     try:
-        value = float(tags.get(tag, 0))
+        value = float(tags.get(tag, missing))
     except (TypeError, ValueError, ZeroDivisionError):
         return None
     return value if math.isfinite(value) and value > 0 else None

@@ -41,6 +41,20 @@ def test_exif_of_the_focal_plane_counts_for_the_image_as_taken(tmp_path: Path) -
     assert exif_camera(photo(tmp_path / "c.jpg", equivalent=0), (30, 40)) is None
 
 
+def test_damaged_exif_is_no_camera_and_no_error(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif.get_ifd(0x8769).update(
+        {0x920A: 5.0, 0xA20E: 100.0, 0xA002: 40, 0xA210: (2, 3)}
+    )  # a unit that is two numbers
+    Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(tmp_path / "a.jpg", exif=exif)
+    assert exif_camera(tmp_path / "a.jpg", (30, 40)) is None
+    inches = exif_camera(
+        photo(tmp_path / "b.jpg", focal=5.0, plane=254.0, width=40), (30, 40)
+    )  # no unit: inches
+    assert inches is not None
+    assert inches.fx == pytest.approx(50.0)
+
+
 def test_where_nothing_is_known_it_is_assumed_and_said(tmp_path: Path) -> None:
     for size in ((30, 40), (40, 30)):
         camera = camera_for(None, photo(tmp_path / "a.jpg", size), size)
