@@ -218,7 +218,7 @@ def test_what_makes_scores_less_is_on_the_card(model: Path, tmp_path: Path) -> N
     first, second = card.text.split("Protocol `")[
         1:
     ]  # what the run says of the same scores is not said again
-    assert "2 images without a pixel that counts were left out." in first
+    assert "2 of 102 images have no pixel that counts and were left out, the first is a.jpg." in first
     assert "The model saw images at 96x128 px." in first
     assert "7 predicted pixels, in 1 images, were not finite" in second
     assert "3 images have no PE flat" in second
