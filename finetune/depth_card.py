@@ -9,7 +9,6 @@ from typing import Any
 import timm
 from huggingface_hub import ModelCardData
 
-from finetune.calibration import Calibration
 from finetune.metrics import METRIC
 from finetune.model import DepthModel
 from finetune.reservations import reservations
@@ -54,12 +53,14 @@ class Evaluation:
         results: What `results.json` holds.
         before_calibration: The model was calibrated after them.
         chosen_by: The metric of these scores by which the model was chosen among others.
+        by_path: The results say by its path alone which model they are of.
     """
 
     data: str
     results: Mapping[str, Any]
     before_calibration: bool = False
     chosen_by: str | None = None
+    by_path: bool = False
 
     @property
     def setting(self) -> str:
@@ -88,38 +89,33 @@ def run_of(model: Path) -> tuple[RunRecord | None, Selection | None]:
 
 
 def read_evaluations(
-    model: Path,
+    model: DepthModel,
+    folder: Path,
     run: RunRecord | None,
     selection: Selection | None,
     files: Sequence[Path],
-    calibration: Calibration | None,
 ) -> list[Evaluation]:
     """The evaluation that a run made of its own model, and those in the files of evaluate.py.
 
     Args:
-        model: Folder of the model. `evaluation.json` of a run is of RUN/model only; of RUN/best there is the validation
-            that it was chosen by.
+        model: As it was read.
+        folder: That it was read from. `evaluation.json` of a run is of RUN/model only, and only while that holds the
+            weights that were scored; of RUN/best there is the validation that it was chosen by.
         run: That trained it, as `run_of` gives it.
         selection: Likewise.
         files: Written by evaluate.py, under one protocol or several.
-        calibration: Of the model. A run's own evaluation knows nothing of it; results of evaluate.py hold the one that
-            the model had.
 
     Raises:
         ValueError: A file holds no results, or those of another model.
         OSError: It cannot be read.
     """
     found = []
-    now = None if calibration is None else calibration.as_config()
+    now = None if model.calibration is None else model.calibration.as_config()
     for file, results in [(path, results) for path in files for results in _read_results(path)]:
-        scored = Path(str(results.get("model", ""))).expanduser()
-        if scored.resolve() != model.resolve():
-            raise ValueError(
-                f"{file} holds scores of {scored}, not of {model}: score this model with finetune/evaluate.py, where"
-                " it lies, and from the same folder"
-            )
+        check_model(file, results, model, folder)
         data = data_name(str(results.get("data", NOT_RECORDED)))
-        found.append(Evaluation(data, results, results.get("calibration") != now))
+        by_path = "model_sha256" not in results
+        found.append(Evaluation(data, results, results.get("calibration") != now, by_path=by_path))
     if run is None:
         return found
     place = run.option("data.val_root")
@@ -134,15 +130,41 @@ def read_evaluations(
         same = {key: one[key] for one in written for key in ("images", "settings", "skipped") if key in one}
         metrics = {metric: value for metric, value in scores.items() if value is not None}
         own = [{**same, "protocol": run.option("protocol"), "metrics": metrics}]
-    elif model.resolve() == run.folder / "model":
-        own = written
+    elif folder.resolve() == run.folder / "model":
+        # a run that was resumed and exported its model before it ended has not scored that one
+        own = [one for one in written if one.get("model_sha256", model.sha256) == model.sha256]
     # what evaluate.py found again is not said twice
     known = [(one.results["protocol"], one.results["metrics"]) for one in found]
     return [
-        Evaluation(name, one, calibration is not None, None if selection is None else selection.metric)
+        Evaluation(name, one, now is not None, None if selection is None else selection.metric)
         for one in own
         if (one["protocol"], one["metrics"]) not in known
     ] + found
+
+
+def check_model(file: Path, results: Mapping[str, Any], model: DepthModel, folder: Path) -> None:
+    """Refuse results of another model, by the SHA-256 of its weights and configuration; older ones by its path.
+
+    Raises:
+        ValueError: They are of another one, with what differs.
+    """
+    scored, remedy = results.get("model"), "score this one with finetune/evaluate.py"
+    if scored is None:
+        raise ValueError(f"{file} holds scores of no model, but of predictions or a baseline: {remedy}")
+    stated = results.get("model_sha256")
+    if stated is None:
+        if Path(str(scored)).expanduser().resolve() != folder.resolve():
+            raise ValueError(
+                f"{file} says by a path alone which model it scored, {scored}, and that is not {folder} from here:"
+                f" {remedy} again, whose results tell models by their weights"
+            )
+    elif stated != model.sha256:
+        told = stated if isinstance(stated, dict) else {}
+        other = [name for name, value in (model.sha256 or {}).items() if told.get(name) != value]
+        raise ValueError(
+            f"{file} holds scores of {scored} as it was then, not of {folder} as it is, for the SHA-256 of the"
+            f" {' and the '.join(other)} differs: {remedy}"
+        )
 
 
 def data_name(described: str) -> str:
@@ -178,7 +200,7 @@ def depth_card(model: DepthModel, folder: Path, files: Sequence[Path], publicati
         OSError: One cannot be read.
     """
     run, selection = run_of(folder)
-    evaluations = read_evaluations(folder, run, selection, files, model.calibration)
+    evaluations = read_evaluations(model, folder, run, selection, files)
     origin = NOT_RECORDED if run is None else run.option("encoder")
     network = _network(model)
     body = [
@@ -313,6 +335,11 @@ def _scores(evaluation: Evaluation, image_size: tuple[int, int] | None) -> str:
     ]
     if evaluation.before_calibration:
         lines.append("Measured before the calibration, which changes depth and scores.")
+    if evaluation.by_path:
+        lines.append(
+            "These results say by the path of the model alone that they are of it: they are of before results held the"
+            " SHA-256 of weights."
+        )
     if evaluation.chosen_by is not None:
         lines.append(
             f"A validation of the run, the best of it by {evaluation.chosen_by}: the model was chosen by these very"

@@ -265,7 +265,7 @@ def open_source(config: EvaluationConfig, data: DepthSet, protocols: Sequence[Pr
     """
     if config.model is not None:
         model = load_depth_model(config.model, config.encoder_name).to(chosen_device(config.device))
-        about: dict[str, Any] = {"model": str(config.model)}
+        about: dict[str, Any] = {"model": str(config.model), "model_sha256": model.sha256}
         if model.calibration is not None:
             about["calibration"] = model.calibration.as_config()
         return ModelSource(model, transform_of(model, config.image_size), about)

@@ -3,9 +3,10 @@
 Shapes: images [B, 3, H, W] of any size, depth [B, 1, H, W] in metres.
 """
 
+import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from finetune.registry import construct
 from spark.checkpoint import read_encoder
 from spark.encoder import PyramidLevel, build_encoder, freeze_unreached, is_own, pyramid, pyramid_info
 from spark.export import CARD, CONFIG, WEIGHTS, description, name_of
-from spark.folders import whole_folder, write_tensors, write_whole
+from spark.folders import checksum, whole_folder, write_tensors, write_whole
 from spark.hub import PREFIX, download
 from spark.keys import KeyReport
 
@@ -51,6 +52,9 @@ class DepthModel(nn.Module):
         encoder_name: timm name of the encoder in a `.pth` file that does not say it; "package.module:factory" of one's
             own convnet in a file or folder, for no file decides which code is run.
         head_options: Arguments of the head, such as `decoder_channels` of unetpp.
+
+    Attributes:
+        sha256: Of a model that `load_depth_model` read, which it is, as `model_sha256` has it; None of any other.
 
     Raises:
         ValueError: One of these does not exist or does not fit; the message says what does.
@@ -94,6 +98,7 @@ class DepthModel(nn.Module):
         self.std = _three("std", std, encoder)
         self.segmentation: nn.Module | None = None  # of training only, see finetune.segmentation
         self.calibration: Calibration | None = None  # of evaluation only, losses see what the head says
+        self.sha256: dict[str, str] | None = None
         freeze_unreached(encoder, self.levels, in_chans=3)
         if getattr(self.head, "frozen_encoder", False):
             self.encoder.requires_grad_(False)
@@ -336,7 +341,24 @@ def load_depth_model(folder: str | Path, encoder_name: str | None = None) -> Dep
                 f"trained with, as it was then, with {ENCODER_NAME}. {' '.join(str(error).split())}"
             ) from error
         raise ValueError(_unfitting(folder, error)) from error
+    model.sha256 = model_sha256(folder, config)
     return model.eval()
+
+
+def model_sha256(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Which model is in a folder, wherever that lies: for results, which hold its calibration beside it.
+
+    Args:
+        folder: Of the model.
+        config: Its config.json.
+
+    Returns:
+        SHA-256 of "weights", the file model.safetensors, and of "config", canonical JSON of config.json without the
+        calibration.
+    """
+    lasting = {key: value for key, value in config.items() if key != "calibration"}
+    text = json.dumps(lasting, sort_keys=True, separators=(",", ":"))
+    return {"weights": checksum(folder / WEIGHTS), "config": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def write_calibration(folder: str | Path, calibration: Calibration) -> None:

@@ -140,7 +140,8 @@ class Outputs:
             except OSError as error:  # pictures are no reason to stop
                 self.say(f"no {name} of step {step}, the run goes on: {error}")
         if finished:
-            about = {"model": str(self.folder / "model"), "data": repr(self.held_out), "step": step}
+            about = {"model": str(self.folder / "model"), "model_sha256": scored.sha256}
+            about |= {"data": repr(self.held_out), "step": step}
             about |= self.held_out.reading()
             write_results(self.folder / "evaluation.json", {**with_intervals(results), **about})
         return results["metrics"]

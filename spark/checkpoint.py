@@ -8,7 +8,6 @@ the checksums tell of what a disk or a copy did to it later. Nothing is ever unp
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from spark.export import EMA, STATE, WEIGHTS, description, load_encoder, read_encoder, save_encoder
-from spark.folders import whole_folder, write_tensors
+from spark.folders import checksum, whole_folder, write_tensors
 from spark.keys import KeyReport, fit
 from spark.official import load_official, read_torch_file
 from spark.sharding import placed
@@ -118,7 +117,7 @@ def save_run(
         }
         with open(temporary / STATE, "wb") as file:
             torch.save(state, file)
-        sums = {path.name: _checksum(path) for path in sorted(temporary.iterdir())}
+        sums = {path.name: checksum(path) for path in sorted(temporary.iterdir())}
         (temporary / CHECKSUMS).write_text("".join(f"{value}  {name}\n" for name, value in sums.items()))
 
     for leftover in folder.parent.glob(".step_*"):  # of a process that was killed while it wrote
@@ -183,15 +182,6 @@ def step_of(checkpoint: Path) -> int:
     match = _STEP_FOLDER.search(checkpoint.name)
     assert match
     return int(match[1])
-
-
-def _checksum(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while content := file.read(1 << 22):
-            digest.update(content)
-    return digest.hexdigest()
 
 
 def find_run(output_dir: str | Path, resume: bool | str | Path, before: float = math.inf) -> Path | None:
@@ -289,7 +279,7 @@ def _altered(folder: Path) -> str | None:
         return None
     for line in path.read_text(errors="replace").splitlines():
         value, _, name = line.partition("  ")
-        if name not in _FILES or not (folder / name).is_file() or _checksum(folder / name) != value:
+        if name not in _FILES or not (folder / name).is_file() or checksum(folder / name) != value:
             return (
                 f"{name if name in _FILES else CHECKSUMS} is not as it was written ({CHECKSUMS}): the disk or a copy "
                 f"damaged it; if it was changed on purpose, remove {CHECKSUMS}"

@@ -1,6 +1,7 @@
 """Files, and folders of weights (checkpoints, exported encoders, depth models), that are whole or absent."""
 
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -38,6 +39,15 @@ def write_whole(path: str | Path, content: bytes) -> Path:
             ) from error
         raise
     return path
+
+
+def checksum(path: str | Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal, as `sha256sum` prints it. OSError: it cannot be read."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while content := file.read(1 << 22):
+            digest.update(content)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -180,6 +180,7 @@ def test_a_run_writes_everything_and_learns(world: Path, tmp_path: Path) -> None
     assert results["metrics"]["rmse"] == pytest.approx(rows[-1]["val_rmse"])
     model = load_depth_model(output / "model")
     assert model.image_size == (48, 64)
+    assert results["model_sha256"] == model.sha256
     config = yaml.safe_load((output / "config.yaml").read_text())
     assert config["data"]["mean"] == list(model.mean)
     assert config["losses"] == {"silog": 1.0, "l1": 0.5}

@@ -1,6 +1,7 @@
 """finetune/evaluate.py: its table, results.json and figures, and what it refuses."""
 
 import errno
+import hashlib
 import json
 from pathlib import Path
 
@@ -58,6 +59,8 @@ def test_results_and_table(
     for name in METRICS:
         assert results["metrics"][name] == pytest.approx(np.mean([row[name] for row in results["per_image"]]))
     assert results["image_size"] == [48, 64]
+    weights = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+    assert results["model_sha256"]["weights"] == weights
     assert (results["ground_truth"], results["white_border"]) == (None, "keep")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["results.json"]
     printed = capsys.readouterr().out

@@ -1,6 +1,8 @@
 """Hugging Face layout: model cards from what runs wrote, loading, upload and download without a network."""
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -193,13 +195,66 @@ def test_results_of_evaluate(model: Path, tmp_path: Path, capsys) -> None:
     taken = error_of(capsys, export_encoder.main, "--checkpoint", model, "--output", tmp_path / "no")
     assert "is of a depth model, not of an encoder" in taken
     command = ("--model", model, "--output", tmp_path / "no", "--results", file)
-    assert f"holds scores of {best}, not of {model}" in error_of(capsys, export_depth.main, *command)
+    said = error_of(capsys, export_depth.main, *command)
+    assert f"by a path alone which model it scored, {best}, and that is not {model} from here" in said
     for content in ("{}", "{", "[]", '{"protocols": []}', '{"protocols": [{}]}'):
         file.write_text(content)
         assert "holds no results" in error_of(capsys, export_depth.main, *command)
     (model.parent / "metrics.jsonl").write_text("{")
     assert "one is damaged" in error_of(capsys, export_depth.main, *command[:4])
     assert not (tmp_path / "no").exists()
+
+
+def test_results_are_told_by_the_weights_not_by_the_path(model: Path, tmp_path: Path, capsys) -> None:
+    """A copy has the scores of the original; what lies at its path later on has not."""
+    out, file, copy = tmp_path / "out", tmp_path / "results.json", tmp_path / "copy"
+    shutil.copytree(model, copy)
+    weights = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+    config = json.loads((model / "config.json").read_text())
+    canonical = json.dumps(config, sort_keys=True, separators=(",", ":")).encode()
+    stated = {"weights": weights, "config": hashlib.sha256(canonical).hexdigest()}
+    assert load_depth_model(copy).sha256 == stated
+    results = {"protocol": "nyu-bts", "images": 9, "metrics": {"rmse": 0.125}, "model": "runs/else"}
+    file.write_text(json.dumps({**results, "model_sha256": stated, "data": "rooms"}))
+    command = ("--model", str(copy), "--output", str(out), "--results", str(file))
+    export_depth.main(command)
+    card = (out / "README.md").read_text()
+    assert "| rmse | 0.125 |" in card
+    assert "by the path of the model alone" not in card
+    export_depth.main(["--model", str(out), "--output", str(tmp_path / "again"), "--results", str(file)])
+
+    write_calibration(copy, Calibration("depth", 1.5, 0.0, 0.001, 15.0, "two known distances"))
+    export_depth.main(command)  # weights and all else are the same
+    assert "Measured before the calibration" in (out / "README.md").read_text()
+    config["max_depth"] = 20.0
+    (copy / "config.json").write_text(json.dumps(config))
+    assert "SHA-256 of the config differs" in error_of(capsys, export_depth.main, *command)
+    shutil.copy(model / "config.json", copy)
+    other = load_depth_model(copy)
+    next(other.parameters()).data.add_(1)
+    other.save(copy)
+    said = error_of(capsys, export_depth.main, *command)
+    assert (
+        f"scores of runs/else as it was then, not of {copy} as it is, for the SHA-256 of the weights" in said
+    )
+    file.write_text(json.dumps({**results, "model": str(copy)}))
+    export_depth.main(command)
+    assert "by the path of the model alone" in (out / "README.md").read_text()
+    file.write_text(json.dumps({key: value for key, value in results.items() if key != "model"}))
+    assert "scores of no model, but of predictions or a baseline" in error_of(
+        capsys, export_depth.main, *command
+    )
+
+
+def test_a_runs_own_evaluation_is_of_the_weights_that_it_scored(model: Path, tmp_path: Path) -> None:
+    """model/ may be exported again, by a run that was resumed and has not ended."""
+    own = model.parent / "evaluation.json"
+    evaluation = json.loads(own.read_text())
+    for stated, told in ((load_depth_model(model).sha256, True), ({"weights": "0", "config": "0"}, False)):
+        own.write_text(json.dumps({**evaluation, "model_sha256": stated}))
+        export_depth.main(["--model", str(model), "--output", str(tmp_path / "out")])
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert ("| rmse | 0.994679 |" in card, "Scores: not measured." in card) == (told, not told)
 
 
 def test_what_makes_scores_less_is_on_the_card(model: Path, tmp_path: Path) -> None:
