@@ -7,6 +7,7 @@
 | dde_p | share of pixels that are predicted behind it and lie before it: too far | |
 | dbe_acc | mean distance to the nearest true edge, of predicted edges that are less than 10 px from one | px |
 | dbe_com | mean distance to the nearest predicted edge, of all true edges | px |
+| dbe_com_sym | mean distance to the nearest edge of the other kind, of all edges of both, each at most 10 px | px |
 | pe_fla | flatness: deviation of the predicted points of a true plane from the plane fitted to them | cm |
 | pe_ori | orientation: angle between that fitted plane and the true one | degrees |
 
@@ -14,14 +15,16 @@ The paper leaves open how edges are found and planes fitted; here it is as in th
 (`evaluate_ibims_error_metrics.py`), whose authors note that their edges are not those of the MATLAB code of the paper.
 So DBE stands beside tables that were made with these scripts, not beside those of the paper.
 
-Two versions of the scripts are about. Here the Canny thresholds are 0.1 and 0.2, and dbe_com is as above, with nothing
-cut off. The other one (copies in the repositories YiLiM1/DANet and xuefeng-cvr/BS-Net) has 0.15 and 0.3, and its
-dbe_com is the mean over true and predicted edges of their distances to the other kind, each at most 10 px. So a
-published dbe_com above 10 px is of the version here; one below may be of either. The other scores are alike.
+Two versions of the scripts are about, and a protocol says by `edges` which it is of. "directed": the Canny thresholds
+are 0.1 and 0.2, completeness is dbe_com, with nothing cut off. "symmetric" (copies in the repositories YiLiM1/DANet and
+xuefeng-cvr/BS-Net): they are 0.15 and 0.3, completeness is dbe_com_sym, and dbe_acc has one formula, but other edges.
+Both scripts call it dbe_com: published ones above 10 px are directed, others may be either. The other scores are alike.
 """
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal
 
 import numpy as np
 from scipy.ndimage import distance_transform_edt
@@ -29,15 +32,19 @@ from skimage.feature import canny
 
 from finetune.depth_data.sample import DepthSample, Plane
 from finetune.evaluator import Evaluator, NoValidPixels
-from finetune.metrics import METRICS, PLANE_METRICS, Columns, Row, depth_errors, mean_of_images
+from finetune.metrics import METRIC, PLANE_METRICS, Columns, Row, depth_errors, mean_of_images
 from finetune.scoring import resize
 
 PLANE_SHARE = 0.05
 """Least share of the image that a plane must cover with pixels that count."""
 EDGE_REACH = 10.0
 """Distance [px] from a true edge from which on an edge of the prediction is another one; the score without edges."""
-SIGMA, LOW, HIGH = math.sqrt(2), 0.1, 0.2
+SIGMA = math.sqrt(2)
 """Of the Canny edges of a prediction that fills [0, 1]."""
+THRESHOLDS: Mapping[str, tuple[float, float]] = MappingProxyType(
+    {"directed": (0.1, 0.2), "symmetric": (0.15, 0.3)}
+)
+"""`Protocol.edges` -> low and high threshold of these edges."""
 
 
 def directed_errors(prediction: np.ndarray, ground_truth: np.ndarray, plane: float = 3.0) -> dict[str, float]:
@@ -56,34 +63,42 @@ def directed_errors(prediction: np.ndarray, ground_truth: np.ndarray, plane: flo
     }
 
 
-def boundary_errors(prediction: np.ndarray, edges: np.ndarray) -> dict[str, float]:
+def boundary_errors(
+    prediction: np.ndarray, edges: np.ndarray, version: Literal["directed", "symmetric"] = "directed"
+) -> dict[str, float]:
     """DBE of a whole prediction, whichever of its pixels count otherwise.
 
     Args:
         prediction: metres `[H, W]`; 0 and NaN are no prediction.
         edges: true edges, bool `[H, W]`.
+        version: of the script, see above.
 
     Returns:
-        both NaN where there is no true edge; both `EDGE_REACH` where no edge of the prediction is near a true one.
+        dbe_acc, and dbe_com or of the symmetric version dbe_com_sym: both NaN where there is no true edge; both
+        `EDGE_REACH` where no edge of the prediction is near a true one.
     """
+    completeness = "dbe_com" if version == "directed" else "dbe_com_sym"
     if not edges.any():
-        return {"dbe_acc": math.nan, "dbe_com": math.nan}
-    found = depth_edges(prediction)
+        return {"dbe_acc": math.nan, completeness: math.nan}
+    found = depth_edges(prediction, version)
     to_truth = np.asarray(distance_transform_edt(~edges))
     near = found & (to_truth < EDGE_REACH)
     if not near.any():
-        return {"dbe_acc": EDGE_REACH, "dbe_com": EDGE_REACH}
-    to_found = np.asarray(distance_transform_edt(~found))
-    return {"dbe_acc": float(to_truth[near].mean()), "dbe_com": float(to_found[edges].mean())}
+        return {"dbe_acc": EDGE_REACH, completeness: EDGE_REACH}
+    distances = np.asarray(distance_transform_edt(~found))[edges]
+    if version == "symmetric":
+        distances = np.concatenate([distances, to_truth[found]]).clip(max=EDGE_REACH)
+    return {"dbe_acc": float(to_truth[near].mean()), completeness: float(distances.mean())}
 
 
-def depth_edges(prediction: np.ndarray) -> np.ndarray:
+def depth_edges(prediction: np.ndarray, version: Literal["directed", "symmetric"] = "directed") -> np.ndarray:
     """Canny edges of a prediction `[H, W]` brought to [0, 1], bool `[H, W]`; a flat one has none."""
     values = np.where(prediction == 0, np.nan, prediction).astype(np.float32)
     known = np.isfinite(values)
     if not known.any() or (span := values[known].max() - (nearest := values[known].min())) == 0:
         return np.zeros(prediction.shape, bool)
-    return canny((values - nearest) / span, sigma=SIGMA, low_threshold=LOW, high_threshold=HIGH)
+    low, high = THRESHOLDS[version]
+    return canny((values - nearest) / span, sigma=SIGMA, low_threshold=low, high_threshold=high)
 
 
 def planarity_errors(
@@ -154,7 +169,7 @@ class IBimsEvaluator(Evaluator):
             raise NoValidPixels("no pixel has both ground truth and a prediction above 0")
         p, g = depth[valid], truth[valid].astype(np.float64)
         row: Row = {**depth_errors(p, g), **directed_errors(p, g)}
-        row |= boundary_errors(depth, geometry.edges)
+        row |= boundary_errors(depth, geometry.edges, self.protocol.edges)
         planes = [
             errors
             for plane in geometry.planes
@@ -172,7 +187,8 @@ class IBimsEvaluator(Evaluator):
     @classmethod
     def aggregate(cls, columns: Columns, counts: np.ndarray, aggregation: str) -> dict[str, np.ndarray]:
         """Means over images, of PE over planes."""
-        means = mean_of_images(columns, counts, (*METRICS, "dde_0", "dde_m", "dde_p", "dbe_acc", "dbe_com"))
+        of_images = [name for name in METRIC if name in columns and name not in PLANE_METRICS]
+        means = mean_of_images(columns, counts, of_images)
         return means | mean_of_images(columns, counts * columns["planes"], PLANE_METRICS)
 
     def extras(self) -> dict[str, Any]:

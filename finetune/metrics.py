@@ -74,6 +74,13 @@ METRIC: Mapping[str, Metric] = MappingProxyType(
             ),
             Metric("dbe_acc", "DBE acc", "lower", "distance of near predicted edges to true ones", "px"),
             Metric("dbe_com", "DBE com", "lower", "distance of true edges to predicted ones", "px"),
+            Metric(
+                "dbe_com_sym",
+                "DBE com sym",
+                "lower",
+                "distance of true and of predicted edges to the other kind, each at most 10",
+                "px",
+            ),
             Metric("dde_0", "DDE0", "higher", "share of pixels on their side of a plane at 3 m"),
             Metric(
                 "dde_m", "DDE-", "lower", "share of pixels predicted before that plane and lying behind it"
@@ -91,6 +98,8 @@ WKDR_METRICS = ("wkdr", "wkdr_equal", "wkdr_unequal")
 PLANE_METRICS = ("pe_fla", "pe_ori")
 GEOMETRY_METRICS = (*PLANE_METRICS, "dbe_acc", "dbe_com", "dde_0", "dde_m", "dde_p")
 """Of iBims-1, `finetune.ibims` has their formulas."""
+SYMMETRIC_GEOMETRY_METRICS = tuple({"dbe_com": "dbe_com_sym"}.get(name, name) for name in GEOMETRY_METRICS)
+"""The same with the other version of DBE."""
 
 Row: TypeAlias = dict[str, Any]
 """Of one image: `name`, numbers, and None for a metric that is not defined for it."""

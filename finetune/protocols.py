@@ -15,7 +15,13 @@ from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
-from finetune.metrics import GEOMETRY_METRICS, METRICS, ORDINAL_METRICS, WKDR_METRICS
+from finetune.metrics import (
+    GEOMETRY_METRICS,
+    METRICS,
+    ORDINAL_METRICS,
+    SYMMETRIC_GEOMETRY_METRICS,
+    WKDR_METRICS,
+)
 
 PROSE = ("description", "tables", "source", "expected_images")
 """Fields that bear on no number, and so not on the hash of a record."""
@@ -27,6 +33,7 @@ CHOICES = {
     "space": ("depth", "disparity"),
     "alignment": ("none", "median", "depth", "disparity", "log_depth"),
     "aggregation": ("per_image", "pooled"),
+    "edges": ("directed", "symmetric"),
 }
 """Values of the fields that are one of a few words."""
 KB_SIZE = (352, 1216)
@@ -98,6 +105,8 @@ class Protocol:
         threshold: of relations, largest difference at which a prediction says that two points are equally far (in
             metres, or in the unit of inverse depth of a head without metres); 0 lets protocols with `thresholds` among
             their options choose it (`finetune.ordinal`).
+        edges: of iBims-1, which version of its script finds depth boundaries and measures them (`finetune.ibims`):
+            "directed" (dbe_com) or "symmetric" (dbe_com_sym).
         options: further settings that one family alone reads, as (name, value) pairs.
 
     Raises:
@@ -131,6 +140,7 @@ class Protocol:
     metrics: tuple[str, ...] = METRICS
     expected_images: int | None = None
     threshold: float = 0.0
+    edges: Literal["directed", "symmetric"] = "directed"
     options: tuple[tuple[str, float | int | str], ...] = ()
 
     def __post_init__(self):
@@ -250,6 +260,23 @@ _NYU_FILLED = replace(
     min_depth=1e-3,
     max_depth=10.0,
     aggregation="pooled",
+)
+
+_IBIMS = Protocol(
+    name="ibims-official",
+    description="iBims-1 as its authors' scripts (Koch et al. 2018): every pixel with ground truth and a prediction"
+    " above 0, no crop, no cap; with planarity (PE), depth boundaries (DBE) and directed errors at 3 m (DDE).",
+    tables="tables made with evaluate_ibims.py; DBE of the paper itself comes from other edges",
+    source="evaluate_ibims_error_metrics.py of the data set; the copies of it in YiLiM1/DANet and xuefeng-cvr/BS-Net"
+    " are alike but for DBE (finetune/ibims.py says how)",
+    data="ibims",
+    family="ibims",
+    min_depth=1e-3,
+    max_depth=50.0,
+    valid="positive",
+    clip=False,
+    metrics=(*METRICS, *GEOMETRY_METRICS),
+    expected_images=100,
 )
 
 _KITTI = Protocol(
@@ -463,22 +490,16 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 metrics=("whdr", "accuracy"),
                 options=(("pairs", 10_000), ("ratio", 1.02), ("seed", 0)),
             ),
-            Protocol(
-                name="ibims-official",
-                description="iBims-1 as its authors' scripts (Koch et al. 2018): every pixel with ground truth and a"
-                " prediction above 0, no crop, no cap; with planarity (PE), depth boundaries (DBE) and directed errors"
-                " at 3 m (DDE).",
-                tables="tables made with evaluate_ibims.py; DBE of the paper itself comes from other edges",
-                source="evaluate_ibims_error_metrics.py of the data set; the copies of it in YiLiM1/DANet and"
-                " xuefeng-cvr/BS-Net are alike but for DBE (finetune/ibims.py says how)",
-                data="ibims",
-                family="ibims",
-                min_depth=1e-3,
-                max_depth=50.0,
-                valid="positive",
-                clip=False,
-                metrics=(*METRICS, *GEOMETRY_METRICS),
-                expected_images=100,
+            _IBIMS,
+            replace(
+                _IBIMS,
+                name="ibims-official-symmetric",
+                description="ibims-official with the depth boundaries of the other version of its script: Canny at 0.15"
+                " and 0.3, completeness over true and predicted edges, each distance cut at 10 px.",
+                tables="tables made with that version, such as DANet and BS-Net",
+                source="the copies of evaluate_ibims_error_metrics.py in YiLiM1/DANet and xuefeng-cvr/BS-Net",
+                edges="symmetric",
+                metrics=(*METRICS, *SYMMETRIC_GEOMETRY_METRICS),
             ),
             replace(
                 _NYU_BTS,

@@ -166,6 +166,20 @@ def test_ibims_official(model: Path, ibims: Path, tmp_path: Path) -> None:
     assert every == pytest.approx([1, 1])
 
 
+def test_ibims_by_the_other_version_of_its_script(model: Path, ibims: Path, tmp_path: Path) -> None:
+    results = run(model, ibims, "ibims-official-symmetric", tmp_path / "r.json")
+    sample = open_depth_data(ibims)[1]
+    assert sample.geometry is not None
+    depth = predicted(model, sample.image, NYU_SIZE)
+    expected = boundary_errors(depth, sample.geometry.edges, "symmetric")
+    assert results["per_image"][1]["dbe_com_sym"] == pytest.approx(expected["dbe_com_sym"], rel=1e-3)
+    assert "dbe_com" not in results["metrics"]
+    assert results["metrics"]["dbe_com_sym"] == pytest.approx(
+        np.mean([row["dbe_com_sym"] for row in results["per_image"]])
+    )
+    assert results["settings"]["edges"] == "symmetric"
+
+
 def test_ibims_zoedepth(model: Path, ibims: Path, tmp_path: Path) -> None:
     results = run(model, ibims, "ibims-zoedepth", tmp_path / "r.json")
     counts = [(open_depth_data(ibims)[n].metres[45:471, 41:601] > 0).sum() for n in (0, 1)]

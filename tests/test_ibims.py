@@ -72,6 +72,28 @@ def test_edges_ten_pixels_away_are_others() -> None:
     assert all(math.isnan(value) for value in nothing.values())
 
 
+def test_symmetric_completeness_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """True edges in columns 0 and 30, predicted ones in columns 4 and 45, on one row each."""
+    edges, found = np.zeros((2, 60, 60), bool)
+    edges[20, 0] = edges[20, 30] = found[20, 4] = found[20, 45] = True
+    monkeypatch.setattr("finetune.ibims.depth_edges", lambda prediction, version: found)
+    nothing = np.ones((60, 60))
+    # true to predicted: 4, 15; predicted to true: 4, 15, of which only the first is near
+    assert boundary_errors(nothing, edges) == {"dbe_acc": 4, "dbe_com": (4 + 15) / 2}
+    symmetric = boundary_errors(nothing, edges, "symmetric")
+    assert symmetric == {"dbe_acc": 4, "dbe_com_sym": (4 + 10 + 4 + 10) / 4}
+    edges[20, 0] = False  # no predicted edge is within 10 px of what is left
+    assert boundary_errors(nothing, edges, "symmetric") == {"dbe_acc": 10, "dbe_com_sym": 10}
+
+
+def test_the_symmetric_version_sees_fewer_edges() -> None:
+    """A low step beside a high one, 0.115 of the range: its gradient is between the thresholds of the two."""
+    depth = step(20) + np.where(np.arange(60) < 40, 0.0, 0.26)
+    low, high = depth_edges(depth)[:, 35:].any(), depth_edges(depth, "symmetric")[:, 35:].any()
+    assert (low, high) == (True, False)
+    assert depth_edges(depth, "symmetric")[:, 15:25].any()
+
+
 # --- PE
 
 
