@@ -101,11 +101,12 @@ class Calibration:
 
     def __str__(self) -> str:
         """One line for people."""
+        shift = f" {'-' if self.shift < 0 else '+'} {abs(self.shift):.4g}" if self.shift else ""
         formula = {
-            "depth": "{a:.4g} d {b:+.4g} m",
-            "log_depth": "exp({a:.4g} ln d {b:+.4g})",
-            "disparity": "1 / ({a:.4g} / d {b:+.4g})",
-        }[self.space].format(a=self.scale, b=self.shift)
+            "depth": f"{self.scale:.4g} d{shift}{' m' if shift else ''}",
+            "log_depth": f"exp({self.scale:.4g} ln d{shift})",
+            "disparity": f"1 / ({self.scale:.4g} / d{shift})",
+        }[self.space]
         return f"calibrated, {formula}: {self.origin}"
 
 

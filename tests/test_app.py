@@ -102,7 +102,7 @@ def test_a_calibrated_model_is_calibrated_anew_as_the_tool_does_it(model, photo,
     own = Calibration("depth", 2.0, 0.5, 1e-3, 30.0, "a tape measure")
     opened = app.open_photo(model, str(photo), 10_000, str(tmp_path), own)
     np.testing.assert_allclose(opened.depth, 2 * raw + 0.5, rtol=1e-5)
-    assert "own calibration: `calibrated, 2 d +0.5 m: a tape measure`" in app.words(opened, "m")
+    assert "own calibration: `calibrated, 2 d + 0.5 m: a tape measure`" in app.words(opened, "m")
     known = 3 * float(raw[20, 10])
     done = app.calibrate(app.add_point(app.pick(opened, 10, 20), known), model, "scale")
     np.testing.assert_allclose(done.depth, (3 * raw).clip(1e-3, 30.0), rtol=1e-5)

@@ -126,6 +126,19 @@ def test_impossible_calibrations_are_refused(changed) -> None:
         )
 
 
+def test_a_pure_scale_has_no_shift_to_print() -> None:
+    for space, shift, formula in (
+        ("depth", 0.0, "1.5 d"),
+        ("depth", -0.25, "1.5 d - 0.25 m"),
+        ("log_depth", 0.0, "exp(1.5 ln d)"),
+        ("log_depth", 0.1, "exp(1.5 ln d + 0.1)"),
+        ("disparity", 0.0, "1 / (1.5 / d)"),
+        ("disparity", 0.1, "1 / (1.5 / d + 0.1)"),
+    ):
+        told = str(Calibration(space, 1.5, shift, 0.001, 10.0, "two points"))
+        assert told == f"calibrated, {formula}: two points"
+
+
 def test_a_model_keeps_its_calibration(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = DepthModel("test_resnet", head="linear", image_size=(32, 32)).eval()
