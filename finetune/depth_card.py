@@ -9,7 +9,7 @@ from typing import Any
 import timm
 from huggingface_hub import ModelCardData
 
-from finetune.metrics import METRIC
+from finetune.metrics import METRIC, own_metrics
 from finetune.model import DepthModel
 from finetune.reservations import reservations
 from finetune.selection import Selection
@@ -220,7 +220,7 @@ def depth_card(model: DepthModel, folder: Path, files: Sequence[Path], publicati
     ]
     current = [one for one in evaluations if not one.before_calibration]
     scores = [
-        result for one in current for result in results_of(one.data, one.setting, one.results["metrics"])
+        result for one in current for result in results_of(one.data, one.setting, own_metrics(one.results))
     ]
     data = ModelCardData(
         model_name=f"{model.head_name}-{network}" if scores else None,
@@ -348,4 +348,4 @@ def _scores(evaluation: Evaluation, image_size: tuple[int, int] | None) -> str:
     if seen is not None and image_size is not None and list(seen) != list(image_size):
         lines.append(f"The model saw images at {seen[0]}x{seen[1]} px.")
     lines += [f"{sentence[0].upper()}{sentence[1:]}." for sentence in reservations(results)]
-    return "\n\n".join([*lines, table(results["metrics"])])
+    return "\n\n".join([*lines, table(own_metrics(results))])

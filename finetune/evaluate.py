@@ -25,7 +25,7 @@ from finetune.depth_data import DepthFileError, DepthSet, Kind, open_depth_data
 from finetune.figures import WorstRows, save_figure, triptychs
 from finetune.inference import check_ground_truth, chosen_device, score_all, summary, transform_of
 from finetune.intervals import LEVEL, with_intervals
-from finetune.metrics import METRIC, write_results
+from finetune.metrics import METRIC, ORDINAL_METRICS, WKDR_METRICS, count, own_metrics, write_results
 from finetune.model import load_depth_model
 from finetune.predictions import BaselineSource, FolderSource, ModelSource, Source, mean_depth
 from finetune.protocols import PROTOCOLS, Protocol, get_protocol
@@ -194,7 +194,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     for results, (_, rows), bad in zip(every, scored, worst, strict=True):
         for name, drawn in (("triptychs", rows), ("worst", bad.rows)):
             if drawn:
-                title = f"{results['protocol']}   {results['images']} images   {summary(results['metrics'])}"
+                title = f"{results['protocol']}   {count(results['images'], 'image')}   {summary(results['metrics'])}"
                 heading = f"worst AbsRel   {title}" if name == "worst" else title
                 file = f"{name}_{results['protocol']}.png" if several else f"{name}.png"
                 path = save_figure(triptychs(drawn, heading), Path(config.figures or "") / file)
@@ -371,18 +371,13 @@ def print_one(console: Console, results: dict[str, Any]) -> None:
     """A table of one protocol, with the ends of the intervals below the metrics; it fits 80 columns."""
     flips = ", flip average" if results["settings"]["flip_average"] else ""
     below = f"; below: {LEVEL:.0%} bootstrap interval" if results["images"] > 1 else ""
-    names = [name for name in METRIC if name in results["metrics"]]
+    names = list(own_metrics(results))
+    title = f"{results['protocol']}{flips}: {count(results['images'], 'image')}{below}"
+    console.print(title, style="italic", highlight=False, markup=False, soft_wrap=True)
     for some in (names[:9], names[9:]):
         if not some:
             continue
-        table = Table(
-            title=f"{results['protocol']}{flips}: {results['images']} images{below}"
-            if some == names[:9]
-            else None,
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-            collapse_padding=True,
-        )
+        table = Table(box=box.SIMPLE_HEAD, collapse_padding=True)
         for name in some:
             table.add_column(METRIC[name].column, justify="right", no_wrap=True)
         table.add_row(*(f"{results['metrics'][name]:.3f}" for name in some))
@@ -397,7 +392,8 @@ def print_side_by_side(console: Console, every: Sequence[dict[str, Any]]) -> Non
     """A table of the protocols of depth, one row each, and one of those of relations."""
     depth = [results for results in every if "delta1" in results["metrics"]]
     relations = [results for results in every if results not in depth]
-    for group, names in ((depth, SIDE_BY_SIDE), (relations, ("whdr", "accuracy", "wkdr"))):
+    for group, columns in ((depth, SIDE_BY_SIDE), (relations, (*ORDINAL_METRICS, *WKDR_METRICS[1:]))):
+        names = [name for name in columns if any(name in own_metrics(results) for results in group)]
         if not group:
             continue
         table = Table(box=box.SIMPLE_HEAD, collapse_padding=True)
@@ -405,7 +401,7 @@ def print_side_by_side(console: Console, every: Sequence[dict[str, Any]]) -> Non
         for name in names:
             table.add_column(METRIC[name].column, justify="right", no_wrap=True)
         for results in group:
-            values = [results["metrics"].get(name) for name in names]
+            values = [own_metrics(results).get(name) for name in names]
             table.add_row(results["protocol"], *("" if value is None else f"{value:.3f}" for value in values))
         console.print(table)
 

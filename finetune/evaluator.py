@@ -34,12 +34,13 @@ class Evaluator(ABC):
         self.protocol, self.skip_empty = protocol, skip_empty
         self.rows: dict[str, Row] = {}
         self.skipped: list[str] = []
+        self.unusable: list[str] = []
 
     @abstractmethod
     def score(self, sample: DepthSample, prediction: np.ndarray, inverse: bool) -> Row:
         """The row of an image: numbers by name, None for a metric that is not defined for it; with `nonfinite`, how
-        many values of the prediction were NaN or infinite, and `nonpositive`, how many were not above 0 and should
-        have been.
+        many values of the prediction were NaN or infinite, and `nonpositive`, how many others were not above 0 and
+        should have been. One of which that is all of them has the worst scores, not none.
 
         Raises:
             NoValidPixels: nothing of its ground truth counts.
@@ -92,7 +93,10 @@ class Evaluator(ABC):
             return None
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        return self.rows[name]
+        row = self.rows[name]
+        if row["nonfinite"] + row["nonpositive"] == prediction.size:
+            self.unusable.append(name)
+        return row
 
     def extras(self) -> dict[str, Any]:
         """What else results say; of the family."""
@@ -104,8 +108,9 @@ class Evaluator(ABC):
         Returns:
             protocol, images (how many were scored), metrics, per_image (name and row); and what a reader must know:
             settings (the whole record of the protocol), protocol_hash, skipped (names of which nothing counted),
-            nonfinite_pixels and nonfinite_images (replaced predictions), nonpositive_pixels and nonpositive_images,
-            undefined (metric -> how many images have none).
+            unusable (names of which no predicted value could be used; they are scored), nonfinite_pixels and
+            nonfinite_images (replaced predictions), nonpositive_pixels and nonpositive_images, undefined (metric -> how
+            many images have none).
 
         Raises:
             ValueError: no image was scored, or a mean is not finite.
@@ -126,6 +131,7 @@ class Evaluator(ABC):
         return results | {
             "undefined": {name: number for name, number in undefined.items() if number},
             "skipped": list(self.skipped),
+            "unusable": list(self.unusable),
             **self.extras(),
             "settings": self.protocol.record(),
             "protocol_hash": self.protocol.hash(),

@@ -142,8 +142,9 @@ class IBimsEvaluator(Evaluator):
     """Scores iBims-1: the metrics of depth over the pixels that count, with PE, DBE and DDE.
 
     A pixel counts where there is ground truth and a prediction: one that is finite and above 0. Others are left out, as
-    the official scripts do with 0 and NaN, and counted (`unpredicted`). Nothing is clipped. DBE looks at the whole
-    prediction. The means are over the images that have a score, of PE over all planes of all images.
+    the official scripts do with 0 and NaN, and counted (`unpredicted`). A prediction without any such pixel is not left
+    out: it is scored as `min_depth` everywhere, without planes. Nothing is clipped. DBE looks at the whole prediction.
+    The means are over the images that have a score, of PE over all planes of all images.
     """
 
     def score(self, sample: DepthSample, prediction: np.ndarray, inverse: bool) -> Row:
@@ -155,7 +156,8 @@ class IBimsEvaluator(Evaluator):
             )
         truth, geometry = sample.metres, sample.geometry
         values = np.asarray(prediction, np.float64)
-        nonfinite, nonpositive = int((~np.isfinite(values)).sum()), int((values <= 0).sum())
+        finite = np.isfinite(values)
+        nonfinite, nonpositive = int((~finite).sum()), int((finite & (values <= 0)).sum())
         if inverse:
             with np.errstate(divide="ignore"):
                 values = 1 / values
@@ -164,6 +166,8 @@ class IBimsEvaluator(Evaluator):
         # A pixel that a missing value was resized into is missing, too.
         predicted = resize(known.astype(np.float64), truth.shape, self.protocol.align_corners) > 1 - 1e-6
         depth = np.where(predicted, depth, 0)
+        if not (usable := known.any()):
+            depth, predicted = np.full(truth.shape, self.protocol.min_depth), np.ones(truth.shape, bool)
         valid = (truth > 0) & predicted
         if not valid.any():
             raise NoValidPixels("no pixel has both ground truth and a prediction above 0")
@@ -172,7 +176,7 @@ class IBimsEvaluator(Evaluator):
         row |= boundary_errors(depth, geometry.edges, self.protocol.edges)
         planes = [
             errors
-            for plane in geometry.planes
+            for plane in (geometry.planes if usable else ())
             if (errors := planarity_errors(depth, truth, valid, plane, geometry.camera)) is not None
         ]
         for name in ("pe_fla", "pe_ori"):

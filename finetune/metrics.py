@@ -201,6 +201,26 @@ def pooled_depth(columns: Columns, counts: np.ndarray) -> dict[str, np.ndarray]:
     return {name: pooled[name] for name in METRICS}
 
 
+def own_metrics(results: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of results that their protocol is about, in the order of `METRIC`: what people are shown.
+
+    Relations have WKDR only where a threshold was given or chosen. Results without a record have all that they hold.
+    """
+    settings, metrics = results.get("settings") or {}, results["metrics"]
+    names = settings.get("metrics", metrics)
+    if settings.get("family") == "relations" and not (
+        settings.get("threshold") or "wkdr_threshold" in results
+    ):
+        names = [name for name in names if name not in WKDR_METRICS]
+    order = [name for name in METRIC if name in metrics and name in names]
+    return {name: metrics[name] for name in [*order, *(name for name in metrics if name not in METRIC)]}
+
+
+def count(number: int, noun: str) -> str:
+    """Such as 1 image, 2 images."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def write_results(path: str | Path, results: Mapping) -> None:
     """Write results as JSON, whole or not at all; NaN and infinity are refused, JSON has no such numbers."""
     try:

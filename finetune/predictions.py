@@ -20,7 +20,7 @@ from finetune.depth_data.depth_files import MILLIMETRE, read_depth_file
 from finetune.depth_data.sample import file_error, size_text
 from finetune.heads import DepthOutput
 from finetune.model import DepthModel
-from finetune.protocols import Protocol
+from finetune.protocols import KB_SIZE, PROTOCOLS, Protocol
 from finetune.scoring import merge_flipped, resize
 
 SUFFIXES = (".npy", ".pfm", "_mm.png", "_depth.png", ".png", "_disparity.npy", "_disparity.pfm")
@@ -184,7 +184,8 @@ class FolderSource(Source):
     """Predictions in files named after the images: for `scene/rgb_1.jpg` `scene/rgb_1.npy`, `.pfm`, `_mm.png` or `.png`
     below the folder (`SUFFIXES`), metres, or with `_disparity` before the extension inverse depth.
 
-    A protocol that averages over flips takes them as they are: whoever made them could have averaged.
+    A protocol that averages over flips takes them as they are: whoever made them could have averaged. One that shows a
+    model the crop of KITTI's benchmark takes predictions of that crop too (352x1216), as BTS and AdaBins write them.
 
     Args:
         folder: Of the predictions.
@@ -227,6 +228,7 @@ class FolderSource(Source):
                 f" {example}.npy, .pfm, .png or _mm.png{remedy}"
             )
         self.about = {"predictions": str(folder), "missing": self.missing}
+        self._data = data
 
     def _find(self, name: str) -> Path | None:
         stems = (os.path.splitext(name)[0], name)
@@ -242,7 +244,12 @@ class FolderSource(Source):
         return self.holds == "disparity" or path.stem.endswith("_disparity")
 
     def check(self, protocol: Protocol) -> None:
-        """Inverse depth has no metres, but for a scale that the median mends."""
+        """Inverse depth has no metres, but for a scale that the median mends; a crop is not a frame."""
+        if protocol.sees != "kb_crop" and protocol.data in ("kitti", "any"):
+            index, name = next((i, name) for i, name in enumerate(self._data.names()) if name in self.paths)
+            values = self._read(self.paths[name])
+            if _is_kb_crop(values.shape, self._data[index].image.shape):
+                raise ValueError(f"{self.paths[name]}: {self._cropped(values, protocol)}")
         if (
             any(map(self._inverse, self.paths.values()))
             and needs_metres(protocol)
@@ -253,27 +260,56 @@ class FolderSource(Source):
                 " nyu-affine, which fits scale and shift of each image"
             )
 
-    def prepare(self, sample: DepthSample, protocols: Sequence[Protocol]) -> tuple[bool, np.ndarray]:
-        """Read the prediction of a sample.
+    def _read(self, path: Path) -> np.ndarray:
+        scale = MILLIMETRE if self.scale is None and path.name.endswith("_mm.png") else self.scale
+        return read_depth_file(path, scale)
+
+    @staticmethod
+    def _cropped(values: np.ndarray, protocol: Protocol) -> str:
+        takers = " or ".join(name for name, one in PROTOCOLS.items() if one.sees == "kb_crop")
+        return (
+            f"the prediction is {size_text(values.shape)}, of the crop of KITTI's benchmark, and protocol"
+            f" {protocol.name} is of the whole frame; use --protocol {takers}, or predict again without a crop"
+        )
+
+    def prepare(self, sample: DepthSample, protocols: Sequence[Protocol]) -> tuple[bool, np.ndarray, bool]:
+        """Read the prediction of a sample: whether it is inverse depth, the values, whether they are of the crop of
+        KITTI's benchmark alone.
 
         Raises:
-            DepthFileError: It cannot be read, or is not of the whole frame.
+            DepthFileError: It cannot be read, or is of another part of the image than a protocol takes.
         """
         path = self.paths[sample.name]
-        scale = MILLIMETRE if self.scale is None and path.name.endswith("_mm.png") else self.scale
-        values = read_depth_file(path, scale)
-        (height, width), (h, w) = sample.image.shape[:2], values.shape
-        if abs(h * width - w * height) > max(height, width):  # more than a pixel of the smaller one
+        values = self._read(path)
+        cropped = _is_kb_crop(values.shape, sample.image.shape)
+        if cropped:
+            if whole := [protocol for protocol in protocols if protocol.sees != "kb_crop"]:
+                raise file_error(path, self._cropped(values, whole[0]))
+        elif not _same_proportions(values.shape, sample.image.shape):
             raise file_error(
                 path,
                 f"the prediction is {size_text(values.shape)}, its image {size_text(sample.image.shape)}; a prediction"
                 " is of the whole frame, of its size or of its proportions: predict again without a crop",
             )
-        return self._inverse(path), values
+        return self._inverse(path), values, cropped
 
     def predict(self, prepared: Sequence[Any], protocols: Sequence[Protocol]) -> list[list[Prediction]]:
         """What was read."""
-        return [[Prediction({inverse: values})] * len(protocols) for inverse, values in prepared]
+        return [
+            [Prediction({inverse: values}, part=part)] * len(protocols) for inverse, values, part in prepared
+        ]
+
+
+def _same_proportions(size: tuple[int, ...], frame: tuple[int, ...]) -> bool:
+    """Whether a map of `size` is of a whole frame, but for a pixel of the smaller one."""
+    (h, w), (height, width) = size[:2], frame[:2]
+    return abs(h * width - w * height) <= max(height, width)
+
+
+def _is_kb_crop(size: tuple[int, ...], frame: tuple[int, ...]) -> bool:
+    """Whether a map of `size` is of the crop of KITTI's benchmark, and not of the whole frame."""
+    inside = frame[0] >= KB_SIZE[0] and frame[1] >= KB_SIZE[1]
+    return inside and not _same_proportions(size, frame) and _same_proportions(size, KB_SIZE)
 
 
 class BaselineSource(Source):

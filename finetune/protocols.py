@@ -51,6 +51,8 @@ class Protocol:
        values are those that the BTS code ends up with; the replacement comes before the resize so that one
        bad pixel does not spread. NaN thereby scores about as badly as a depth can (1 mm), never dropped.
        In the space of inverse depth they become the farthest of the other values, and so do depths of 0 or less.
+       A prediction without any usable value is `min_depth` everywhere, and nothing is aligned: a fit would make
+       the best constant of it, out of the ground truth alone. Results list such images (`unusable`).
     4. Bilinear resize to the size of the ground truth, if it differs.
     5. The `view` is taken of both.
     6. Pixels of ground truth that are `valid` and inside the crop count.

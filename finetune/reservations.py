@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from finetune.metrics import METRIC
+from finetune.metrics import METRIC, count
 
 
 def reservations(results: Mapping[str, Any]) -> list[str]:
@@ -36,7 +36,18 @@ def reservations(results: Mapping[str, Any]) -> list[str]:
         )
     if results.get("missing"):
         said.append(
-            f"{len(results['missing'])} images without a prediction were left out, the first is {results['missing'][0]}"
+            f"{count(len(results['missing']), 'image')} without a prediction left out, the first is"
+            f" {results['missing'][0]}"
+        )
+    if unusable := results.get("unusable"):
+        listed = ", ".join(unusable[:10]) + (", ..." if len(unusable) > 10 else "")
+        scored = (
+            "all their pairs count as wrong"
+            if settings.get("family") == "relations"
+            else f"scored as {settings.get('min_depth', 0.001):g} m everywhere, with nothing fitted"
+        )
+        said.append(
+            f"no value of the prediction could be used of {count(len(unusable), 'image')}, {scored}: {listed}"
         )
     if "wkdr_threshold" in results:
         said.append(
@@ -44,7 +55,7 @@ def reservations(results: Mapping[str, Any]) -> list[str]:
             " it as --threshold to score others"
         )
     if results.get("unpredicted_pixels"):
-        said.append(f"{results['unpredicted_pixels']} pixels without a prediction above 0 were left out")
+        said.append(f"{count(results['unpredicted_pixels'], 'pixel')} without a prediction above 0 left out")
     replaced = "unpredicted_pixels" not in results
     if replaced and results.get("nonfinite_pixels"):
         scored = "scored as the nearest or farthest depth"
@@ -53,17 +64,17 @@ def reservations(results: Mapping[str, Any]) -> list[str]:
         elif settings.get("space") == "disparity":
             scored = "scored as the farthest depth"
         said.append(
-            f"{results['nonfinite_pixels']} predicted pixels, in {results['nonfinite_images']} images, were not finite:"
-            f" {scored}"
+            f"{count(results['nonfinite_pixels'], 'predicted value')}, in"
+            f" {count(results['nonfinite_images'], 'image')}, not finite: {scored}"
         )
     if replaced and results.get("nonpositive_pixels"):
         end = "farthest" if settings.get("space") == "disparity" else "nearest"
         said.append(
-            f"{results['nonpositive_pixels']} predicted pixels, in {results['nonpositive_images']} images, were 0 or"
-            f" negative: scored as the {end} depth"
+            f"{count(results['nonpositive_pixels'], 'predicted value')}, in"
+            f" {count(results['nonpositive_images'], 'image')}, 0 or negative: scored as the {end} depth"
         )
     said += [
-        f"{number} images have no {METRIC[name].heading}"
+        f"{count(number, 'image')} without {METRIC[name].heading}"
         for name, number in results.get("undefined", {}).items()
     ]
     return said

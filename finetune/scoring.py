@@ -43,6 +43,9 @@ class Prepared(NamedTuple):
     nonpositive: int
     """How many were finite and not above 0 though they should be distances."""
 
+    usable: bool
+    """Whether any value was neither; without one all are `min_depth`, and nothing is fitted to them."""
+
 
 def prepare_prediction(
     protocol: Protocol, prediction: np.ndarray, size: tuple[int, ...], *, inverse: bool = False
@@ -65,13 +68,17 @@ def prepare_prediction(
     if inverted:
         known &= values > 0
         values = np.divide(1, values, out=np.full(values.shape, np.nan), where=known)
-    if protocol.space == "depth":
+    if not (usable := nonfinite + nonpositive < values.size):
+        values = np.full(
+            values.shape, protocol.min_depth if protocol.space == "depth" else 1 / protocol.min_depth
+        )
+    elif protocol.space == "depth":
         values = np.nan_to_num(
             values, nan=protocol.min_depth, posinf=protocol.max_depth, neginf=protocol.min_depth
         )
     elif not known.all():
-        values = np.where(known, values, values[known].min() if known.any() else 0.0)
-    return Prepared(resize(values, size, protocol.align_corners), nonfinite, nonpositive)
+        values = np.where(known, values, values[known].min())
+    return Prepared(resize(values, size, protocol.align_corners), nonfinite, nonpositive, usable)
 
 
 def resize(values: np.ndarray, size: tuple[int, ...], align_corners: bool) -> np.ndarray:
@@ -146,8 +153,8 @@ class Counted(NamedTuple):
     """What brings such predictions to metres."""
 
 
-def count_pixels(protocol: Protocol, values: np.ndarray, ground_truth: np.ndarray) -> Counted:
-    """Steps 5 to 7 of `Protocol`, without the clip, for a prepared prediction.
+def count_pixels(protocol: Protocol, prepared: Prepared, ground_truth: np.ndarray) -> Counted:
+    """Steps 5 to 7 of `Protocol`, without the clip. Nothing is fitted to a prediction that is not usable.
 
     Raises:
         NoValidPixels: no pixel of the ground truth counts.
@@ -163,10 +170,12 @@ def count_pixels(protocol: Protocol, values: np.ndarray, ground_truth: np.ndarra
     counts = _valid(protocol, truth)
     if not counts.any():
         raise NoValidPixels(f"no pixel of {valid_text(protocol)} in the {protocol.name} crop")
-    predicted = view_of(protocol, values)[top:bottom, left:right][counts]
+    predicted = view_of(protocol, prepared.values)[top:bottom, left:right][counts]
     g = truth[counts].astype(np.float64)
-    p = _fitted_space(protocol, predicted)
-    return Counted(predicted, g, fit(protocol.alignment, p, g, protocol.min_depth, protocol.max_depth))
+    limits = protocol.min_depth, protocol.max_depth
+    if not prepared.usable:
+        return Counted(predicted, g, Alignment(protocol.alignment, 1.0, 0.0, *limits))
+    return Counted(predicted, g, fit(protocol.alignment, _fitted_space(protocol, predicted), g, *limits))
 
 
 def valid_text(protocol: Protocol) -> str:
@@ -200,8 +209,8 @@ def metric_prediction(
 ) -> np.ndarray:
     """The whole prediction as it is compared with ground truth `[H, W]` [m], of which some pixel counts: metres
     float64 `[H, W]`, aligned and clipped; for pictures."""
-    values = prepare_prediction(protocol, prediction, ground_truth.shape, inverse=inverse).values
-    return to_metres(protocol, count_pixels(protocol, values, ground_truth).alignment, values)
+    prepared = prepare_prediction(protocol, prediction, ground_truth.shape, inverse=inverse)
+    return to_metres(protocol, count_pixels(protocol, prepared, ground_truth).alignment, prepared.values)
 
 
 def score_pair(
@@ -216,12 +225,10 @@ def score_pair(
         NoValidPixels: no pixel of the ground truth counts.
         ValueError: arrays that are not depth maps, or ground truth of a size that the protocol does not take.
     """
-    values, nonfinite, nonpositive = prepare_prediction(
-        protocol, prediction, ground_truth.shape[:2], inverse=inverse
-    )
-    counted = count_pixels(protocol, values, ground_truth)
+    prepared = prepare_prediction(protocol, prediction, ground_truth.shape[:2], inverse=inverse)
+    counted = count_pixels(protocol, prepared, ground_truth)
     errors = depth_errors(to_metres(protocol, counted.alignment, counted.prediction), counted.ground_truth)
-    return {**errors, "nonfinite": nonfinite, "nonpositive": nonpositive}
+    return {**errors, "nonfinite": prepared.nonfinite, "nonpositive": prepared.nonpositive}
 
 
 class DepthEvaluator(Evaluator):

@@ -14,7 +14,7 @@ from finetune.depth_data import open_depth_data
 from finetune.evaluate import main, reservations
 from finetune.ibims import boundary_errors, planarity_errors
 from finetune.inference import transform_of
-from finetune.metrics import GEOMETRY_METRICS, METRICS
+from finetune.metrics import GEOMETRY_METRICS, METRICS, own_metrics
 from finetune.protocols import PROTOCOLS
 from tests import depth_layouts as write
 
@@ -140,6 +140,36 @@ def test_frames_that_are_too_small(model: Path, tmp_path: Path, capsys: pytest.C
     assert not (tmp_path / "r.json").exists()
 
 
+def test_predictions_of_the_benchmarks_crop(
+    kitti: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """352x1216 at the bottom, centred: as good as the frame that it was cut from, where nothing else counts."""
+    sample, rng = open_depth_data(kitti, "eigen.txt")[0], np.random.default_rng(0)
+    whole = rng.uniform(2, 60, KITTI_SIZE).astype(np.float32)
+    where, scores = ("--data.root", str(kitti), "--data.list", "eigen.txt"), {}
+    for name, depth in (("whole", whole), ("cropped", whole[23:375, 13:1229])):
+        file = tmp_path / name / Path(sample.name).with_suffix(".npy")
+        file.parent.mkdir(parents=True)
+        np.save(file, depth)
+        for protocol in ("kitti-garg-kb", "kitti-garg-full"):
+            command = ["--predictions", str(tmp_path / name), *where, "--protocol", protocol]
+            main([*command, "--output", str(tmp_path / "r.json")])
+            scores[name, protocol] = json.loads((tmp_path / "r.json").read_text())["metrics"]
+    assert scores["cropped", "kitti-garg-kb"] == scores["whole", "kitti-garg-kb"]
+    assert scores["cropped", "kitti-garg-full"] == scores["whole", "kitti-garg-full"]
+    capsys.readouterr()
+    command = ["--predictions", str(tmp_path / "cropped"), *where]
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--protocol", "kitti-eigen", "--output", str(tmp_path / "no.json")])
+    said = capsys.readouterr().err
+    assert "the prediction is 352x1216, of the crop of KITTI's benchmark" in said
+    assert "use --protocol kitti-garg-full or kitti-garg-kb" in said
+    assert not (tmp_path / "no.json").exists()
+    main([*command, "--protocol", "all", "--output", str(tmp_path / "all.json")])
+    every = json.loads((tmp_path / "all.json").read_text())
+    assert [one["protocol"] for one in every["protocols"]] == ["kitti-garg-full", "kitti-garg-kb"]
+
+
 # --- iBims-1
 
 
@@ -207,8 +237,24 @@ def test_pixels_without_a_prediction_are_left_out_of_ibims_and_told(
     assert (results["nonfinite_pixels"], results["nonpositive_pixels"]) == (400, 20)
     assert results["metrics"]["rmse"] == 0
     said = capsys.readouterr().out
-    assert "420 pixels without a prediction above 0 were left out" in said
+    assert "420 pixels without a prediction above 0 left out" in said
     assert "scored as" not in said
+
+
+def test_an_image_without_any_prediction_is_not_left_out_of_ibims(ibims: Path, tmp_path: Path) -> None:
+    data = open_depth_data(ibims)
+    for sample, depth in (
+        (data[0], np.where(data[0].metres > 0, data[0].metres, 5)),
+        (data[1], np.zeros(NYU_SIZE)),
+    ):
+        np.save(tmp_path / f"{sample.name}.npy", depth)
+    command = ["--predictions", str(tmp_path), "--data.root", str(ibims), "--protocol", "ibims-official"]
+    main([*command, "--output", str(tmp_path / "r.json")])
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert (results["images"], results["skipped"], results["unusable"]) == (2, [], [data[1].name])
+    row = results["per_image"][1]
+    assert (row["delta1"], row["dbe_acc"], row["pe_fla"], row["unpredicted"]) == (0, 10, None, 0)
+    assert results["metrics"]["delta1"] == 0.5
 
 
 def test_ibims_needs_its_geometry(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -231,6 +277,22 @@ def test_redweb(model: Path, tmp_path: Path) -> None:
     assert results["metrics"]["whdr"] == pytest.approx(1 - results["metrics"]["accuracy"])
     assert results["pairs"]["equal"] + results["pairs"]["unequal"] == 30_000
     assert results == run(model, root, "redweb", tmp_path / "r.json", "--batch_size", "1")
+
+
+def test_only_the_metrics_of_a_protocol_are_printed(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ReDWeb's pairs have no threshold, so their WKDR says nothing; titles of narrow tables are one line."""
+    root = write.write_redweb(tmp_path / "redweb", 1)
+    run(model, root, "redweb", tmp_path / "r.json")
+    printed = capsys.readouterr().out
+    assert "WHDR↓  accuracy↑" in printed
+    assert "WKDR" not in printed
+    assert "redweb: 1 image\n" in printed
+    pairs = {"whdr": 0.2, "accuracy": 0.8, "wkdr": 0.3, "wkdr_equal": 0.996}
+    for threshold, shown in ((0.0, ["whdr", "accuracy"]), (0.1, ["whdr", "accuracy", "wkdr"])):
+        settings = PROTOCOLS["diw"].record() | {"threshold": threshold}
+        assert list(own_metrics({"settings": settings, "metrics": pairs})) == shown
 
 
 @pytest.mark.parametrize("protocol", ["nyu-wkdr", "nyu-wkdr-sampled"])

@@ -275,8 +275,8 @@ def test_what_makes_scores_less_is_on_the_card(model: Path, tmp_path: Path) -> N
     ]  # what the run says of the same scores is not said again
     assert "2 of 102 images have no pixel that counts and were left out, the first is a.jpg." in first
     assert "The model saw images at 96x128 px." in first
-    assert "7 predicted pixels, in 1 images, were not finite" in second
-    assert "3 images have no PE flat" in second
+    assert "7 predicted values, in 1 image, not finite" in second
+    assert "3 images without PE flat" in second
     assert "saw images at" not in second
     entries = card.data.to_dict()["model-index"][0]["results"]
     assert [one["dataset"]["config"] for one in entries] == ["nyu-bts with flip average", "nyu-bts"]

@@ -1,6 +1,7 @@
 """evaluate.py on folders of predictions and baselines, under several protocols at once; no model is needed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +86,10 @@ def test_missing_predictions_are_refused_or_counted(world, tmp_path, capsys):
     assert not (tmp_path / "no.json").exists()
     results = run(world, tmp_path / "some.json", *options, "--missing", "skip")
     assert (results["images"], results["missing"]) == (3, ["val_scene/rgb_0002.png"])
-    assert "1 images without a prediction were left out" in capsys.readouterr().out
+    assert (
+        "1 image without a prediction left out, the first is val_scene/rgb_0002.png"
+        in capsys.readouterr().out
+    )
 
 
 def test_predictions_that_are_not_of_the_frame_or_not_metres(world, tmp_path, capsys):
@@ -99,6 +103,32 @@ def test_predictions_that_are_not_of_the_frame_or_not_metres(world, tmp_path, ca
         run(world, tmp_path / "no.json", *options)
     assert "the prediction is 32x32, its image 48x64" in capsys.readouterr().err
     assert not (tmp_path / "no.json").exists()
+
+
+def test_a_prediction_without_a_usable_value_is_the_worst_and_told(world, tmp_path, capsys):
+    """Under an alignment too, which would make the best constant of it."""
+    predict(world, tmp_path / "depth", (".npy",))
+    for name, value in (("rgb_0001", np.nan), ("rgb_0002", -1.0)):
+        (tmp_path / f"depth/val_scene/{name}.npy").write_bytes(npy_bytes(np.full((48, 64), value)))
+    where = ("--predictions", str(tmp_path / "depth"), "--protocol", "nyu-bts-scaled,nyu-affine")
+    every = run(world, tmp_path / "r.json", *where)["protocols"]
+    for results in every:
+        assert results["unusable"] == ["val_scene/rgb_0001.png", "val_scene/rgb_0002.png"]
+        for row in results["per_image"][1:3]:
+            assert row["delta3"] == 0
+            assert row["abs_rel"] == pytest.approx(1, abs=1e-2)
+        assert results["per_image"][0]["delta3"] > 0
+    said = capsys.readouterr().out
+    assert "no value of the prediction could be used of 2 images, scored as 0.001 m everywhere" in said
+    assert "with nothing fitted: val_scene/rgb_0001.png, val_scene/rgb_0002.png" in said
+    # scale and shift of depth take any sign, a median does not
+    for name in ("nyu-marigold", "kitti-monodepth2"):
+        protocol = replace(PROTOCOLS[name], crop=None, crop_shares=None, frame=None)
+        truth = np.array([[2.0, 4.0]], np.float32)
+        assert score_pair(protocol, np.full((1, 2), np.nan), truth)["delta3"] == 0
+        assert (score_pair(protocol, np.full((1, 2), -1.0), truth)["delta3"] == 0) == (
+            name == "kitti-monodepth2"
+        )
 
 
 def test_baselines(world, tmp_path):

@@ -160,7 +160,7 @@ def test_an_all_nan_prediction_is_terrible_not_perfect(size):
 def test_one_nan_does_not_spread_over_the_resize():
     prediction = np.full((12, 16), 2.0)
     prediction[6, 8] = np.nan
-    prepared, nonfinite, _ = prepare_prediction(BTS, prediction, (480, 640))
+    prepared, nonfinite, *_ = prepare_prediction(BTS, prediction, (480, 640))
     assert nonfinite == 1
     assert np.isfinite(prepared).all()
     assert (prepared == 2.0).mean() > 0.9
@@ -477,13 +477,13 @@ def test_depths_without_an_inverse_are_counted_and_are_the_farthest():
     for bad, counts in ((-3.0, (1, 0)), (0.0, (1, 0)), (np.nan, (0, 1)), (np.inf, (0, 1))):
         prediction = np.array([[1.0, 2.0], [bad, 8.0]])
         for name in ("nyu-affine", "kitti-monodepth2"):
-            values, nonfinite, nonpositive = prepare_prediction(PROTOCOLS[name], prediction, truth.shape)
+            values, nonfinite, nonpositive, _ = prepare_prediction(PROTOCOLS[name], prediction, truth.shape)
             assert (nonpositive, nonfinite) == counts, (name, bad)
             np.testing.assert_array_equal(values, [[1, 0.5], [0.125, 0.125]])
     of_disparity = prepare_prediction(
         PROTOCOLS["nyu-affine"], np.array([[-1.0, np.nan]]), (1, 2), inverse=True
     )
-    assert of_disparity[1:] == (1, 0)  # a shift is fitted, so its sign says nothing
+    assert of_disparity[1:] == (1, 0, True)  # a shift is fitted, so its sign says nothing
     np.testing.assert_array_equal(of_disparity.values, [[-1, -1]])
 
 

@@ -270,7 +270,7 @@ def test_several_protocols_of_a_run_have_a_table_each(tmp_path):
     page = write(tmp_path, run)
     assert page.count("<th>δ1↑</th><th>δ2↑</th>") == 2
     assert f"{second['metrics']['rmse']:.3f}" in page
-    assert "1 predictions were missing" in page
+    assert "1 image without a prediction left out." in page
     alone = write(tmp_path, make_run(tmp_path / "alone", depth_config(), first))
     assert "0.400 … 0.600" in alone
 

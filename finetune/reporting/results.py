@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.metrics import METRIC
+from finetune.metrics import METRIC, count, own_metrics
 from spark.reporting.charts import number
 from spark.reporting.page import Cell, Table, Text
 from spark.reporting.sections import plain_path
@@ -53,7 +53,7 @@ def result_tiles(result: Results) -> list[tuple[str, str, str]]:
     """The metrics of one result, with their bootstrap intervals over images where it has them."""
     intervals = result.get("intervals") or {}
     tiles = []
-    for name, value in result["metrics"].items():
+    for name, value in own_metrics(result).items():
         if isinstance(value, int | float):
             ends = intervals.get(name)
             tiles.append((heading(name), f"{value:.3f}", "{:.3f} … {:.3f}".format(*ends) if ends else ""))
@@ -68,7 +68,7 @@ def measured_as(result: Results) -> str:
 
 def table(scored: Mapping[str, list[Results]]) -> Table:
     """Means over seeds with the best of each column marked, and differences to the first label."""
-    names = [n for n in next(iter(scored.values()))[0]["metrics"] if _everywhere(n, scored)]
+    names = [n for n in own_metrics(next(iter(scored.values()))[0]) if _everywhere(n, scored)]
     means = {
         label: {name: statistics.fmean(r["metrics"][name] for r in results) for name in names}
         for label, results in scored.items()
@@ -146,7 +146,9 @@ def reading(scored: Mapping[str, list[Results]]) -> list[Text]:
     scenes = len({scene_of(str(row["name"])) for row in result["per_image"]})
     settings = result.get("settings") or {}
     about = f" ({str(settings['description']).rstrip('.')})" if settings.get("description") else ""
-    text = [f"Protocol {result['protocol']}{about}, {result['images']} images of {scenes} scenes."]
+    text = [
+        f"Protocol {result['protocol']}{about}, {count(result['images'], 'image')} of {count(scenes, 'scene')}."
+    ]
     if len(scored) > 1:
         text.append(
             "Differences are to the first row; below each is the 95 % bootstrap interval over scenes (paired, whole"
@@ -162,14 +164,17 @@ def reading(scored: Mapping[str, list[Results]]) -> list[Text]:
     if len(scored) > 1 and max(len(results) for results in scored.values()) == 1:
         caution.append("One seed each: a second one may turn a small difference around.")
     if result["images"] < FEW_IMAGES:
-        few = f"{result['images']} images are few"
+        few = "1 image is little" if result["images"] == 1 else f"{result['images']} images are few"
         caution.append(f"{few}: this shows that the path works, not what a method is worth.")
     if result.get("missing"):
-        caution.append(f"{len(result['missing'])} predictions were missing.")
+        caution.append(f"{count(len(result['missing']), 'image')} without a prediction left out.")
     if result.get("skipped"):
-        caution.append(f"{len(result['skipped'])} images without a pixel that counts were left out.")
+        caution.append(f"{count(len(result['skipped']), 'image')} without a pixel that counts left out.")
+    if result.get("unusable"):
+        listed = ", ".join(map(str, result["unusable"]))
+        caution.append(f"No value of the prediction could be used of {listed}: scored as the worst.")
     if result.get("nonfinite_images"):
-        caution.append(f"{result['nonfinite_images']} images had predictions that were not finite.")
+        caution.append(f"{count(result['nonfinite_images'], 'image')} with predictions that were not finite.")
     return [Text(" ".join(text)), *([Text(" ".join(caution), note=True)] if caution else [])]
 
 
