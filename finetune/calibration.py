@@ -34,6 +34,8 @@ MAD_TO_SIGMA = 1.4826
 """Median absolute deviation of normally distributed numbers -> their standard deviation."""
 LEAST_SPREAD = 1.05
 """Ratio of the largest to the smallest prediction below which no shift can be told from a scale."""
+LARGEST_DEPTH = 1e6
+"""No calibration reaches farther [m]: such a fit is to other units than metres, or to points that say nothing."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,8 @@ class Readings:
         for name, number in zip(self.names, self.metres, strict=False):
             if not (math.isfinite(number) and number > 0):
                 raise ValueError(f"{name} has a distance of {number:g} m: distances are above 0, correct it")
+        if self.metres.max() > LARGEST_DEPTH:
+            raise ValueError(f"a distance of {self.metres.max():g} m is none of a photo: give metres")
         if not (np.isfinite(self.predicted).all() and (self.relative or self.predicted.min() > 0)):
             raise ValueError("the model predicts no finite depth above 0 there: calibrate another model")
 
@@ -210,7 +214,7 @@ def _check_spread(readings: Readings) -> None:
             f"scale and shift need two known distances at least, better five, here is {groups}: add some, or fit"
             " the scale only (fit scale)"
         )
-    if high <= max(low, 0.0) * LEAST_SPREAD:
+    if high - low <= (LEAST_SPREAD - 1) * (min(abs(low), abs(high)) if low * high > 0 else 0.0):
         raise ValueError(
             f"the model sees all known distances at about the same place ({low:.3g} to {high:.3g}), so a shift cannot"
             " be told from a scale: add nearer or farther ones, or fit the scale only (fit scale)"
@@ -259,10 +263,7 @@ def fit_calibration(
     scale, shift = fit_line(readings, space, fit)
     farthest = float(readings.metres.max())
     if limit is None:
-        mapped = (
-            scale * max_depth + shift if space == "depth" else math.exp(scale * math.log(max_depth) + shift)
-        )
-        limit = max(max_depth, farthest) if space == "disparity" else max(mapped, farthest)
+        limit = max(max_depth if space == "disparity" else _mapped(space, scale, shift, max_depth), farthest)
     found = Calibration(space, scale, shift, min_depth, limit, origin)
     after = found.metres(readings.predicted, readings.relative)
     if tolerance is not None and (wrong := contradictions(after, readings.metres, tolerance)):
@@ -280,6 +281,21 @@ def fit_calibration(
     if (left_out := _left_out(readings, found, fit)) is not None:
         errors["left_out"] = left_out
     return replace(found, errors=errors)
+
+
+def _mapped(space: Space, scale: float, shift: float, max_depth: float) -> float:
+    """What becomes of `max_depth`; ValueError where that is no depth that anything has."""
+    exponent = scale * math.log(max_depth) + shift
+    mapped = scale * max_depth + shift
+    if space == "log_depth":
+        mapped = math.exp(min(exponent, math.log(2 * LARGEST_DEPTH)))
+    if mapped > LARGEST_DEPTH:
+        raise ValueError(
+            f"the fit takes the model's farthest depth, {max_depth:g} m, beyond {LARGEST_DEPTH:g} m: check that the"
+            " distances are in metres, add some that are nearer and farther apart, fit the scale only (fit scale), or"
+            " say the farthest depth (max_depth)"
+        )
+    return mapped
 
 
 def contradictions(fitted: np.ndarray, metres: np.ndarray, tolerance: float) -> list[int]:

@@ -66,7 +66,8 @@ class DepthSetConfig:
         labels: classes of each pixel that are read along, 13 or 40; null reads none.
         void: pixels without a class are ignored, or are a class of their own behind the others.
         polarity: what the relation > of DIW says of its point A, farther (as its authors' code) or closer.
-        depth_scale: metres of one unit of the depth files of a plain folder; null is 0.001 for PNG, 1 for NPY and PFM.
+        depth_scale: metres of one unit of the depth files of a plain folder; null is what a PNG says itself, else
+            0.001, and 1 for NPY and PFM.
         bad_depth: NaN, infinite and negative depths are refused, or taken for holes.
         weight: share of the micro-batches, relative to that of the other sets.
     """
@@ -122,7 +123,8 @@ class DepthDataConfig(DepthSetConfig):
         labels: classes of each pixel that are read along, 13 or 40; null reads none.
         void: pixels without a class are ignored, or are a class of their own behind the others.
         polarity: what the relation > of DIW says of its point A, farther (as its authors' code) or closer.
-        depth_scale: metres of one unit of the depth files of a plain folder; null is 0.001 for PNG, 1 for NPY and PFM.
+        depth_scale: metres of one unit of the depth files of a plain folder; null is what a PNG says itself, else
+            0.001, and 1 for NPY and PFM.
         bad_depth: NaN, infinite and negative depths are refused, or taken for holes.
         weight: share of the micro-batches, relative to that of the further sets.
         sets: further sets to train on in the same run, a list of {root, kind, list, weight, ...}.

@@ -54,7 +54,8 @@ class EvaluationDataConfig:
         white_border: of the labelled NYU images, which training crops leave out: fill continues the pixels next to it,
             black paints it black as in the published test images, keep leaves it.
         polarity: what the relation > of DIW says of its point A, farther (as its authors' code) or closer.
-        depth_scale: metres of one unit of the depth files of a plain folder; null is 0.001 for PNG, 1 for NPY and PFM.
+        depth_scale: metres of one unit of the depth files of a plain folder; null is what a PNG says itself, else
+            0.001, and 1 for NPY and PFM.
         bad_depth: NaN, infinite and negative depths are refused, or taken for holes.
         workers: processes that read pairs.
     """

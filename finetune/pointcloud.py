@@ -58,11 +58,16 @@ def mesh(image: np.ndarray, depth: np.ndarray, camera: Intrinsics, most: int = M
     return content + vertices.reshape(-1)[used].tobytes() + rows.tobytes()
 
 
+def step_of(pixels: int, most: int = MOST_POINTS) -> int:
+    """Of how many rows and columns one is taken, such that an image of `pixels` gives `most` points at most."""
+    return max(1, math.ceil(math.sqrt(pixels / most)))
+
+
 def _vertices(
     image: np.ndarray, depth: np.ndarray, camera: Intrinsics, most: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Vertices [h, w] of every n-th row and column, and where they have depth."""
-    step = max(1, math.ceil(math.sqrt(depth.size / most)))
+    step = step_of(depth.size, most)
     part = (slice(None, None, step),) * 2
     metres = depth[part]
     vertices = np.empty(metres.shape, _VERTEX)

@@ -14,8 +14,8 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -31,9 +31,9 @@ from finetune.depth_data.depth_files import MILLIMETRE, npy_bytes, pfm_bytes, pn
 from finetune.figures import depth_map, save_figure
 from finetune.inference import chosen_device, transform_of
 from finetune.model import DepthModel, load_depth_model
-from finetune.pointcloud import mesh, point_cloud
+from finetune.pointcloud import MOST_POINTS, mesh, point_cloud, step_of
+from finetune.video import CODECS, ColourRange, VideoFrames, VideoWriter, forget_killed, legend, paint
 from finetune.video import EXTENSIONS as VIDEO
-from finetune.video import ColourRange, VideoFrames, VideoWriter, legend, paint
 from finetune.whole_images import fitted_size, predict_image, predict_images
 from spark.config import parse_config, require
 from spark.decoding import EXTENSIONS as IMAGE
@@ -47,6 +47,11 @@ and NAME_colour.png, for each video NAME_colour.mp4, others by --formats; and pr
 what could not be read."""
 
 Format: TypeAlias = Literal["npy", "pfm", "png", "colour", "side", "ply", "mesh"]
+VIDEO_FORMATS: tuple[Format, ...] = ("colour", "side")
+"""Of a video one file each; the others are files of each frame."""
+PICTURES = ("mm", "depth", *VIDEO_FORMATS)
+"""What the PNG files of an image have behind its name."""
+RECORD = "predictions.json"
 NEED_METRES: tuple[Format, ...] = ("png", "ply", "mesh")
 LONGEST_PICTURE = 4096
 """Long side of pictures for people [px]; larger images are shown by every second, third, ... pixel."""
@@ -121,7 +126,12 @@ class PredictConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0, 1 if nothing could be read, or 130 after Ctrl-C."""
     with one_line_errors():
-        return predict(parse_config(PredictConfig, argv, DESCRIPTION))
+        config = parse_config(PredictConfig, argv, DESCRIPTION)
+        try:
+            return predict(config)
+        except KeyboardInterrupt:  # while the model is loaded: later ones are seen to
+            say(Console(), "interrupted before anything was written", "yellow")
+            return 130
 
 
 def predict(config: PredictConfig) -> int:
@@ -133,35 +143,35 @@ def predict(config: PredictConfig) -> int:
     present = next(place for place in (output, *output.parents) if place.exists())
     if not present.is_dir():
         raise ValueError(f"output {output} cannot be a folder, {present} is a file: choose another --output")
-    inputs = find_inputs(config.input, output)
+    earlier = earlier_outputs(config.input, output)
+    inputs = find_inputs(config.input, output, {path for paths in earlier.values() for path in paths})
+    job.check_names(inputs)
     model.to(chosen_device(config.device))
     say(console, str(model.calibration) if model.calibration else "")
+    for record, paths in earlier.items():
+        say(console, f"left out: {len(paths)} files that an earlier prediction wrote, as {record} says")
 
     images = {source: stem for source, stem in inputs.items() if not is_video(source)}
     videos = {source: stem for source, stem in inputs.items() if is_video(source)}
+    for stem in videos.values():
+        for name in VIDEO_FORMATS:
+            forget_killed(output / f"{stem}_{name}")
     interrupted = False
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         try:
-            task = bar.add_task("images", total=len(images), visible=bool(images))
-            for count in job.predict_images(images):
-                bar.advance(task, count)
+            job.predict_images(images, _advance(bar, "images", visible=bool(images)))
             for source, stem in videos.items():
-                task = bar.add_task(Path(stem).name, total=None)
-                for count, total in job.predict_video(source, stem):
-                    bar.update(task, advance=count, total=total)
+                job.predict_video(source, stem, _advance(bar, Path(stem).name))
         except KeyboardInterrupt:
             interrupted = True
-    report = {
-        "model": str(config.model),
-        "calibration": model.calibration.as_config() if model.calibration else None,
-        "colour_range_m": list(job.limits) if job.metric else None,
-        "png_scale_m": config.png_scale,
-        "predicted": job.written,
-        "videos": job.videos,
-        "failed": job.failed,
-        "interrupted": interrupted,
-    }
-    write_whole(output / "predictions.json", (json.dumps(report, indent=1) + "\n").encode())
+        except Exception as error:
+            with suppress(OSError):  # such as the full disk that was the error
+                if not (job.written or job.videos or job.failed):
+                    raise
+                job.record(interrupted, str(error))
+                say(console, f"stopped by an error: {output / RECORD} says what was written before", "yellow")
+            raise
+    job.record(interrupted)
     job.tell(console, images, videos, interrupted)
     return 130 if interrupted else 0 if job.written or any(video["frames"] for video in job.videos) else 1
 
@@ -203,8 +213,58 @@ class Job:
         self.videos: list[dict[str, Any]] = []
         self.failed: list[dict[str, str]] = []
 
-    def predict_images(self, images: dict[Path | int, str]) -> Iterator[int]:
-        """Predict and write all; yields how many images are done with, batch by batch."""
+    def check_names(self, inputs: dict[Path | int, str]) -> None:
+        """Raise ValueError where outputs of two inputs would have one name."""
+        owners: dict[str, Path | int] = {}
+        for source, stem in inputs.items():
+            formats = self.video_formats if is_video(source) else self.image_formats
+            for name in formats:
+                if is_video(source) and name not in VIDEO_FORMATS:
+                    continue  # in a folder of the video's own
+                file = stem + ("_" + name if is_video(source) else self._ending(name))
+                if (other := owners.setdefault(file, source)) != source:
+                    raise ValueError(
+                        f"{other} and {source} would both be predicted into {file}: rename one, or ask for other"
+                        " formats"
+                    )
+
+    def _ending(self, name: Format) -> str:
+        """What the file of a format has behind the stem of an image or frame."""
+        kind = "" if self.metric else "_disparity"
+        unit = "mm" if self.config.png_scale == MILLIMETRE else "depth"
+        return {
+            "npy": f"{kind}.npy",
+            "pfm": f"{kind}.pfm",
+            "png": f"_{unit}.png",
+            "ply": ".ply",
+            "mesh": "_mesh.ply",
+        }.get(name, f"_{name}.png")
+
+    def record(self, interrupted: bool, error: str | None = None) -> None:
+        """Write predictions.json: what was written so far, and the error that ended it if there was one."""
+        calibration = self.model.calibration
+        report = {
+            "model": str(self.config.model),
+            "calibration": calibration.as_config() if calibration else None,
+            "colour_range_m": list(self.limits) if self.metric else None,
+            "png_scale_m": self.config.png_scale,
+            "predicted": self.written,
+            "videos": self.videos,
+            "failed": self.failed,
+            "interrupted": interrupted,
+            "error": error,
+        }
+        write_whole(self.output / RECORD, (json.dumps(report, indent=1) + "\n").encode())
+
+    def predict_images(
+        self, images: dict[Path | int, str], progress: Callable[[int, int | None], Any]
+    ) -> None:
+        """Predict and write all.
+
+        Args:
+            images: with the stems of their outputs.
+            progress: called after each batch with how many images it had and how many there are in all.
+        """
         for group in self._batches(images):
             depths = self._depths([image for _, _, image in group])
             for (path, stem, image), depth in zip(group, depths, strict=True):
@@ -214,8 +274,15 @@ class Job:
                 except ValueError as error:  # such as intrinsics of another size
                     self.failed.append({"image": str(path), "reason": str(error)})
                     continue
-                self.written.append(entry | self._write(stem, camera, image, depth, self.image_formats))
-            yield len(group)
+                files: list[str] = []
+                try:
+                    entry |= self._write(stem, camera, image, depth, self.image_formats, files)
+                except BaseException as error:  # a full disk, Ctrl-C
+                    reason = f"stopped ({type(error).__name__}) when these were written: {', '.join(files) or 'none'}"
+                    self.failed.append({"image": str(path), "reason": reason})
+                    raise
+                self.written.append(entry | {"files": files})
+            progress(len(group), len(images))
 
     def _batches(self, images: dict[Path | int, str]) -> Iterator[list[tuple[Path, str, np.ndarray]]]:
         """Images that are presented at one size, in order; those that cannot be read are recorded as failed."""
@@ -262,10 +329,9 @@ class Job:
         image: np.ndarray,
         depth: np.ndarray,
         formats: Iterable[Format],
+        files: list[str],
     ) -> dict[str, Any]:
-        """Write the files of one image or frame; what to report of it."""
-        place = self.output / stem
-        kind = "" if self.metric else "_disparity"
+        """Write the files of one image or frame and put their names into `files`; what to report of it."""
         entry: dict[str, Any] = {"unit": "m" if self.metric else "inverse depth up to scale and shift"}
         if self.metric:
             entry |= {
@@ -276,46 +342,53 @@ class Job:
         if camera is not None:
             entry["camera"] = asdict(camera)
         for name in formats:
+            file = self.output / (stem + self._ending(name))
             if name == "npy":
-                write_whole(place.with_name(f"{place.name}{kind}.npy"), npy_bytes(depth))
+                write_whole(file, npy_bytes(depth))
             elif name == "pfm":
-                write_whole(place.with_name(f"{place.name}{kind}.pfm"), pfm_bytes(depth))
+                write_whole(file, pfm_bytes(depth))
             elif name == "png":
                 content, entry["saturated_pixels"] = png_bytes(depth, self.config.png_scale)
-                unit = "mm" if self.config.png_scale == MILLIMETRE else "depth"
-                write_whole(place.with_name(f"{place.name}_{unit}.png"), content)
+                write_whole(file, content)
             elif name == "colour" and self.metric:
-                picture = depth_map(_thinned(depth), *self.limits, place.name)
-                save_figure(picture, place.with_name(f"{place.name}_colour.png"))
-            elif name in ("colour", "side"):
+                save_figure(depth_map(_thinned(depth), *self.limits, Path(stem).name), file)
+            elif name in VIDEO_FORMATS:
                 shown = _thinned(depth)
                 limits = self.limits if self.metric else (float(shown.min()), float(shown.max()))
                 picture = paint(shown, limits, not self.metric)
                 picture = picture if name == "colour" else self._beside(_thinned(image), picture, limits)
                 encoded = cv2.imencode(".png", np.ascontiguousarray(picture[..., ::-1]))[1]
-                write_whole(place.with_name(f"{place.name}_{name}.png"), encoded.tobytes())
+                write_whole(file, encoded.tobytes())
             else:
                 assert camera is not None
-                make, end = (point_cloud, ".ply") if name == "ply" else (mesh, "_mesh.ply")
-                write_whole(place.with_name(f"{place.name}{end}"), make(image, depth, camera))
+                entry["every_row_and_column"] = step_of(depth.size)
+                write_whole(file, (point_cloud if name == "ply" else mesh)(image, depth, camera))
+            files.append(file.relative_to(self.output).as_posix())
         return entry
 
     def _beside(self, image: np.ndarray, picture: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
         """An image and the colours of its depth, with what they mean if that is metres."""
         return np.hstack([image, picture, *([legend(len(image), limits)] if self.metric else [])])
 
-    def predict_video(self, source: Path | int, stem: str) -> Iterator[tuple[int, int | None]]:
-        """Predict and write a video; yields how many frames were done and how many there should be, if that is known.
+    def predict_video(
+        self, source: Path | int, stem: str, progress: Callable[[int, int | None], Any]
+    ) -> None:
+        """Predict and write a video.
 
         After Ctrl-C the videos of depth so far are whole, and the record says how many frames they have.
+
+        Args:
+            source: its file, or the number of a camera.
+            stem: of its outputs.
+            progress: called after each batch with how many frames it had and how many there should be in all, if known.
         """
+        config, most = self.config, self.config.frames
         try:
-            frames = VideoFrames(source)
+            frames = VideoFrames(source, most)
             camera = self._camera(None, frames.shape, self.video_formats)
         except ValueError as error:
             self.failed.append({"image": str(source), "reason": str(error)})
             return
-        config, most = self.config, self.config.frames
         total = min((n for n in (frames.announced, most) if n is not None), default=None)
         follow = config.video_range == "smooth" or not self.metric
         colours = ColourRange(None if follow else self.limits, frames.rate)
@@ -325,17 +398,18 @@ class Job:
             "frames": 0,
             "frames_announced": frames.announced,
             "frames_per_second": frames.rate,
+            "seconds_announced": frames.seconds,
             "colour_range": "smooth" if follow else "fixed",
             "files": [],
         }
         if camera is not None:
             entry["camera"] = asdict(camera)
         self.videos.append(entry)
-        each: list[Format] = [name for name in self.video_formats if name not in ("colour", "side")]
+        each: list[Format] = [name for name in self.video_formats if name not in VIDEO_FORMATS]
         writers = {
             name: VideoWriter(self.output / f"{stem}_{name}", frames.rate)
             for name in self.video_formats
-            if name in ("colour", "side")
+            if name in VIDEO_FORMATS
         }
         try:
             with ExitStack() as stack:
@@ -349,16 +423,24 @@ class Job:
                             both = name == "side"
                             writer.write(self._beside(image, picture, limits) if both else picture)
                         if each:
-                            self._write(f"{stem}_frames/{entry['frames']:06d}", camera, image, depth, each)
+                            place = f"{stem}_frames/{entry['frames']:06d}"
+                            about = self._write(place, camera, image, depth, each, [])
+                            if "saturated_pixels" in about:
+                                count = entry.get("saturated_pixels", 0) + about["saturated_pixels"]
+                                entry["saturated_pixels"] = count
+                            if "every_row_and_column" in about:
+                                entry["every_row_and_column"] = about["every_row_and_column"]
                         entry["frames"] += 1
-                    yield len(group), total
+                    progress(len(group), total)
         finally:
             frames.close()
             entry["files"] = [writer.path.name for writer in writers.values() if writer.path is not None]
-        if total is not None and entry["frames"] < total:
-            entry["ends_early"] = (
-                f"{entry['frames']} of {total} frames could be decoded, the rest is damaged or missing"
-            )
+            if each and entry["frames"]:
+                entry["files"].append(f"{Path(stem).name}_frames")
+            if uneven := frames.uneven():
+                entry["uneven"] = uneven
+        if (most is None or entry["frames"] < most) and (missing := frames.missing()):
+            entry["ends_early"] = missing
 
     def tell(self, console: Console, images: dict, videos: dict, interrupted: bool) -> None:
         """Print what was written and what was not."""
@@ -379,7 +461,16 @@ class Job:
             )
             if "ends_early" in video:
                 say(console, f"{video['video']} ends early: {video['ends_early']}", "yellow")
-        if saturated := sum(entry.get("saturated_pixels", 0) for entry in self.written):
+            if "uneven" in video:
+                say(console, f"{video['video']}: {video['uneven']}", "yellow")
+        every = [*self.written, *self.videos]
+        if thinned := [n for entry in every if (n := entry.get("every_row_and_column", 1)) > 1]:
+            say(
+                console,
+                f"point clouds and meshes of {len(thinned)} inputs have only one row and column of"
+                f" {max(thinned)} or fewer, which are {MOST_POINTS / 1e6:g} million points at most",
+            )
+        if saturated := sum(entry.get("saturated_pixels", 0) for entry in every):
             far = 65535 * self.config.png_scale
             say(
                 console,
@@ -398,6 +489,12 @@ class Job:
             )
         if interrupted:
             say(console, "interrupted: what was written is whole, predictions.json says what it is", "yellow")
+
+
+def _advance(bar: Progress, name: str, visible: bool = True) -> Callable[[int, int | None], None]:
+    """What moves a new line of a progress bar: how many more are done, of how many."""
+    task = bar.add_task(name, total=None, visible=visible)
+    return lambda count, total: bar.update(task, advance=count, total=total)
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:
@@ -432,21 +529,56 @@ def _groups(frames: Iterable[np.ndarray], size: int, most: int | None) -> Iterat
         yield group
 
 
-def find_inputs(text: str, output: Path) -> dict[Path | int, str]:
+def find_inputs(text: str, output: Path, left_out: Collection[str] = ()) -> dict[Path | int, str]:
     """What an input names: images, videos, the index of a camera; each with the stem of its outputs.
 
     See `output_stems`.
     """
     if text.isdecimal() and not Path(text).exists():
         return {int(text): f"camera_{text}"}
-    return {**output_stems(text, output)}
+    return {**output_stems(text, output, left_out)}
 
 
-def output_stems(source: str | Path, output: Path) -> dict[Path, str]:
+def earlier_outputs(source: str | Path, output: Path) -> dict[Path, set[str]]:
+    """The pictures and videos in a folder that earlier predictions wrote there, by the predictions.json that says so.
+
+    Args:
+        source: what is to be predicted; only folders are searched.
+        output: what is in it is left out anyway.
+
+    Returns:
+        absolute paths, of each predictions.json that names some.
+    """
+    found: dict[Path, set[str]] = {}
+    if not Path(source).is_dir():
+        return found
+    inside = output.resolve()
+    for folder, names in walk(Path(source)):
+        record = Path(folder, RECORD)
+        if RECORD not in names or inside in record.resolve().parents:
+            continue
+        try:
+            report = json.loads(record.read_text(encoding="utf-8"))
+            stems = [f"{folder}/{entry['output']}" for entry in report["predicted"]]
+            videos = [f"{folder}/{entry['output']}" for entry in report["videos"]]
+        except (OSError, ValueError, LookupError, TypeError):  # of another program
+            continue
+        for video in videos:
+            frames = {path.stem.rpartition("_")[0] for path in Path(f"{video}_frames").glob("*.png")}
+            stems += [f"{video}_frames/{frame}" for frame in frames]
+        possible = {f"{stem}_{end}.png" for stem in stems for end in PICTURES}
+        possible |= {f"{stem}_{end}{kind}" for stem in videos for end in VIDEO_FORMATS for kind, _ in CODECS}
+        if wrote := {os.path.abspath(path) for path in possible if os.path.isfile(path)}:
+            found[record] = wrote
+    return found
+
+
+def output_stems(source: str | Path, output: Path, left_out: Collection[str] = ()) -> dict[Path, str]:
     """Find images and videos and decide, for each, the path inside the output folder that its files are named after.
 
     Subfolders are kept, and the extension is dropped unless another file of the folder has the same name without it,
-    so no two share a name. What is inside `output` (of an earlier prediction) is left out.
+    so no two share a name. What is inside `output` (of an earlier prediction), and `left_out` (absolute paths), is not
+    taken.
 
     Raises:
         ValueError: Nothing there, or no image and no video in it.
@@ -456,10 +588,15 @@ def output_stems(source: str | Path, output: Path) -> dict[Path, str]:
         return {source: source.stem}
     inside = output.resolve()
     absolute = {os.path.abspath(path): path for path in _listed(source)}  # a list may name a file twice
-    images = {name: path for name, path in absolute.items() if inside not in path.resolve().parents}
+    images = {
+        name: path
+        for name, path in absolute.items()
+        if inside not in path.resolve().parents and name not in left_out
+    }
     if not images:
         raise ValueError(
-            f"{source} holds no image and no video outside the output folder {output}: choose another output folder."
+            f"{source} holds no image and no video outside the output folder {output} that is not itself a prediction:"
+            " choose another output folder, or other images"
         )
     folders = [os.path.dirname(name) for name in images]
     root = os.path.abspath(source) if source.is_dir() else os.path.commonpath(folders)

@@ -5,6 +5,7 @@ Written with opencv's own encoders: MPEG-4 in .mp4, or Motion JPEG in .avi where
 
 import math
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +18,13 @@ from finetune.figures import colourise
 
 EXTENSIONS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
 CODECS = ((".mp4", "mp4v"), (".avi", "MJPG"))
+COUNTED = (".mp4", ".m4v", ".mov", ".avi")
+"""Files that hold how many frames they have."""
 USUAL_RATE = 25.0
+FASTEST = 240.0
+"""Frames per second beyond which a rate is an error of the file."""
+TOLERANCE_SECONDS = 0.1
+"""Differences of time below this are nothing to tell: sound is longer than the picture by some hundredths."""
 SMOOTHING_SECONDS = 1.0
 PERCENTILES = (2, 98)
 
@@ -29,19 +36,27 @@ class VideoError(ValueError):
 class VideoFrames:
     """The frames of a video file, or of a camera by its index, upright, uint8 [H, W, 3] RGB.
 
+    Files that do not hold their number of frames (all but `COUNTED`) are decoded once before, up to `most` frames: of
+    them opencv multiplies the length with a guess of the rate, which for uneven frames is no number of frames at all.
+
     Args:
         source: the file, or the index of a camera.
+        most: how many frames are wanted; None: all.
 
     Attributes:
-        announced: how many frames the file says it has; None if it does not say, as cameras.
-        rate: frames per second.
+        announced: how many frames the file says it has, or those that the first pass could decode (`most` at most);
+            None of a camera.
+        seconds: how long the file says it is; None if it does not say, as cameras.
+        rate: frames per second, on average where they are uneven.
         shape: (H, W, 3) of a frame.
+        frames: how many were read so far.
+        timing_off: how far [s] the worst frame so far is from where it would be if all came evenly at `rate`.
 
     Raises:
         VideoError: no such file or camera, or nothing in it that can be decoded.
     """
 
-    def __init__(self, source: Path | int) -> None:
+    def __init__(self, source: Path | int, most: int | None = None) -> None:
         if isinstance(source, Path) and not source.is_file():
             raise VideoError("there is no such file")
         self._capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
@@ -54,23 +69,86 @@ class VideoFrames:
                 "it cannot be decoded as a video: it is damaged, or of a codec that this opencv lacks; convert it, for"
                 " example with ffmpeg -i IN -c:v libx264 OUT.mp4"
             )
-        self._first, self.shape = frame, frame.shape
+        self._first, self.shape, self._live = frame, frame.shape, isinstance(source, int)
         count = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
-        self.announced = int(count) if isinstance(source, Path) and 0 < count < 1e9 else None
         rate = float(self._capture.get(cv2.CAP_PROP_FPS))
-        self.rate = rate if math.isfinite(rate) and 0 < rate <= 1000 else USUAL_RATE
+        said = isinstance(source, Path) and 0 < count < 1e9
+        self.announced = int(count) if said else None
+        self.seconds = count / rate if said and math.isfinite(rate) and rate > 0 else None
+        self._counted = isinstance(source, int) or source.suffix.lower() in COUNTED
+        if isinstance(source, Path) and not (self._counted and self.announced and 0 < rate <= FASTEST):
+            self.announced, before, last = _first_pass(source, most)
+            self._counted = False
+            if last > 0 and not (rate > 0 and abs(before / rate - last) < 0.002):  # times are milliseconds
+                rate = before / last
+        self.rate = round(rate, 3) if math.isfinite(rate) and 0 < rate <= FASTEST else USUAL_RATE
+        self.frames, self.timing_off = 0, 0.0
+        self._began, self._last = time.monotonic(), 0.0
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yield the frames, once, until the end or the first that cannot be decoded."""
         frame = self._first
         while frame is not None:
+            at = self._now()
+            if at > 0:  # 0 is the first, or one without a time
+                self._last = max(self._last, at)
+                self.timing_off = max(self.timing_off, abs(at - self.frames / self.rate))
+            self.frames += 1
             yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
             found, frame = self._capture.read()
             frame = frame if found else None
 
+    def _now(self) -> float:
+        """Time of the frame that was read last [s]: of a camera since it was opened."""
+        if self._live:
+            return time.monotonic() - self._began if self.frames else 0.0
+        return self._capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+
+    def missing(self) -> str:
+        """What lacks at the end, after all frames were read; "" if nothing does.
+
+        A number of frames alone tells little (edit lists drop some): the time of the last one must be too early too.
+        """
+        if self.announced is None or self.seconds is None:
+            return ""
+        if self._counted:
+            if self.frames >= self.announced or self._last >= (self.announced - 1.5) / self.rate:
+                return ""
+            return (
+                f"{self.frames} of {self.announced} frames could be decoded, the rest is damaged or missing"
+            )
+        if self._last >= self.seconds - 1.5 / self.rate - TOLERANCE_SECONDS:
+            return ""
+        return (
+            f"the last frame that could be decoded, number {self.frames}, is at {self._last:.1f} s of"
+            f" {self.seconds:.1f} s, the rest is damaged or missing, or has only sound"
+        )
+
+    def uneven(self) -> str:
+        """What even frames make of the timing of those read; "" where they are even."""
+        if self.timing_off <= max(TOLERANCE_SECONDS, 1.5 / self.rate):
+            return ""
+        return (
+            f"its frames come unevenly, those of the depth evenly, {self.rate:g} a second: the worst is"
+            f" {self.timing_off:.1f} s from its time"
+        )
+
     def close(self) -> None:
         """Let go of the file or camera."""
         self._capture.release()
+
+
+def _first_pass(path: Path, most: int | None) -> tuple[int, int, float]:
+    """How many frames of a file can be decoded, up to `most`; the latest that has a time, from 0, and that time [s]."""
+    capture = cv2.VideoCapture(str(path))
+    count, last, before = 0, 0.0, 0
+    while (most is None or count < most) and capture.grab():
+        at = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+        if at > last:  # the last frame of MPEG has no time
+            last, before = at, count
+        count += 1
+    capture.release()
+    return count, before, last
 
 
 class ColourRange:
@@ -123,6 +201,17 @@ def legend(height: int, limits: tuple[float, float]) -> np.ndarray:
     return strip
 
 
+def part_path(stem: Path, extension: str) -> Path:
+    """The hidden name under which a video is written."""
+    return stem.with_name(f".{stem.name}.part{extension}")
+
+
+def forget_killed(stem: Path) -> None:
+    """Remove what a killed program left of a video of this path without extension."""
+    for extension, _ in CODECS:
+        part_path(stem, extension).unlink(missing_ok=True)
+
+
 class VideoWriter:
     """A video of RGB frames that takes its name when it is closed: whole, or cut short by Ctrl-C and still playable.
 
@@ -159,7 +248,7 @@ class VideoWriter:
     def _opened(self, size: tuple[int, int]) -> cv2.VideoWriter:
         self._stem.parent.mkdir(parents=True, exist_ok=True)
         for extension, letters in self._codecs:
-            self._part = self._stem.with_name(f".{self._stem.name}.part{extension}")
+            self._part = part_path(self._stem, extension)
             code = cv2.VideoWriter.fourcc(*letters)
             writer = cv2.VideoWriter(str(self._part), code, self._rate, size)
             if writer.isOpened():

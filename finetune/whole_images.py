@@ -64,6 +64,19 @@ def predict_images(
     Raises:
         ValueError: They are not (see `fitted_size`).
     """
+    depths = seen_depths(model, images, image_size, flip_average)
+    return [
+        resized(depth, (image.shape[0], image.shape[1])) for depth, image in zip(depths, images, strict=True)
+    ]
+
+
+def seen_depths(
+    model: DepthModel,
+    images: Sequence[np.ndarray],
+    image_size: tuple[int, int] | None = None,
+    flip_average: bool = False,
+) -> list[np.ndarray]:
+    """What `predict_images` resizes: depth [h, w] float32 at the size at which the model sees the images."""
     wanted = transform_of(model, image_size).image_size
     sizes = {fitted_size((image.shape[0], image.shape[1]), wanted) for image in images}
     if len(sizes) != 1:
@@ -72,11 +85,7 @@ def predict_images(
     prepared = torch.stack([transform.prepare(image) for image in images])
     limits = model.depth_range.min_depth, model.depth_range.max_depth
     plain = Protocol("predict", "", *limits, flip_average=flip_average)
-    depths = predict_depth(model, prepared, plain)
-    return [
-        _resized(depth.astype(np.float32), (image.shape[0], image.shape[1]))
-        for depth, image in zip(depths, images, strict=True)
-    ]
+    return [depth.astype(np.float32) for depth in predict_depth(model, prepared, plain)]
 
 
 def fitted_size(image: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int]:
@@ -148,7 +157,7 @@ def _fitted(tile: np.ndarray, whole: np.ndarray, relative: bool) -> np.ndarray:
     return fitted if relative else np.exp(fitted)
 
 
-def _resized(depth: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def resized(depth: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """[h, w] -> [H, W] bilinearly."""
     tensor = torch.from_numpy(depth)[None, None]
     return F.interpolate(tensor, size=size, mode="bilinear", align_corners=False)[0, 0].numpy()

@@ -50,6 +50,29 @@ def checksum(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def check_replaceable(folder: str | Path, files: Collection[str]) -> None:
+    """Raise ValueError for a folder that is there and holds anything but `files`, or is a file."""
+    folder = Path(folder).resolve()
+    if not folder.exists():
+        return
+    inside = [entry.name for entry in folder.iterdir()] if folder.is_dir() else ["a file"]
+    if foreign := sorted(set(inside) - set(files)):
+        raise ValueError(
+            f"{folder} will not be replaced, because it is not (only) what is to be written there: it holds"
+            f" {', '.join(foreign[:3])}. Choose another folder, or move these away"
+        )
+
+
+def check_writable(folder: str | Path) -> None:
+    """Raise OSError, before anything is computed, for a folder that could not be made or written."""
+    folder = Path(folder).resolve()
+    present = next(place for place in folder.parents if place.exists())
+    if not present.is_dir():
+        raise OSError(f"{folder} cannot be a folder, {present} is a file: choose another folder")
+    if not os.access(present, os.W_OK | os.X_OK):
+        raise OSError(f"{present} is not writable, {folder} cannot be written: choose another folder")
+
+
 @contextmanager
 def whole_folder(folder: str | Path, files: Collection[str]) -> Iterator[Path]:
     """Write a folder so that it appears whole or not at all.
@@ -67,17 +90,7 @@ def whole_folder(folder: str | Path, files: Collection[str]) -> Iterator[Path]:
         OSError: It could not be written, a full disk above all; says what to do.
     """
     folder = Path(folder).resolve()
-    if folder.exists():
-        foreign = (
-            [entry.name for entry in folder.iterdir() if entry.name not in files]
-            if folder.is_dir()
-            else ["a file"]
-        )
-        if foreign:
-            raise ValueError(
-                f"{folder} will not be replaced, because it is not (only) what is to be written there: it holds"
-                f" {', '.join(sorted(foreign)[:3])}. Choose another folder, or move these away"
-            )
+    check_replaceable(folder, files)
     temporary = folder.with_name(f".{folder.name}.new-{os.getpid()}")
     retired = folder.with_name(f".{folder.name}.old-{os.getpid()}")
     try:

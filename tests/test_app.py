@@ -9,6 +9,7 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -118,6 +119,17 @@ def test_relative_depth_under_a_calibration_is_fitted_in_inverse_depth(model, se
         relative = app.add_point(app.pick(relative, x, y), known)
     done = app.calibrate(relative, model, "scale and shift of inverse depth")
     np.testing.assert_allclose(done.depth, 1 / (0.2 * session.predicted + 0.3), rtol=1e-3)
+
+
+def test_depth_is_calibrated_before_it_is_resized_as_in_prediction(session):
+    """Between 1 m and 5 m: in inverse depth the other order differs by 0.4 m in between."""
+    seen = np.array([[1.0, 5.0], [1.0, 5.0]], np.float32)
+    own = Calibration("disparity", 0.5, 0.1, 1e-3, 50.0)
+    done = app.replace(session, seen=seen, own=own)
+    expected = cv2.resize(1 / (0.5 / seen + 0.1), SIZE[::-1], interpolation=cv2.INTER_LINEAR)
+    np.testing.assert_allclose(done.depth, expected, rtol=1e-4)
+    other = 1 / (0.5 / done.predicted + 0.1)
+    assert np.abs(other - expected).max() > 0.4
 
 
 def test_what_a_killed_program_left_is_deleted_and_nothing_else(tmp_path):

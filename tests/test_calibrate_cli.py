@@ -1,6 +1,7 @@
 """tools/calibrate.py: points, pairs and cameras; and that prediction applies what it found."""
 
 import json
+import shutil
 from pathlib import Path
 
 import cv2
@@ -179,4 +180,45 @@ def test_bad_input_is_a_sentence_and_writes_nothing(
     errors = capsys.readouterr().err
     assert errors.startswith("error: ")
     assert message in errors
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("card", "is the model's own folder: give --in_place true instead"),
+        ("other", "it holds README.md. Choose another folder"),
+        ("notes.txt/deep", "notes.txt is a file: choose another folder"),
+    ],
+)
+def test_an_output_that_would_cost_something_is_refused_before_the_fit(
+    world: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    output: str,
+    message: str,
+) -> None:
+    for name in ("card", "other"):
+        shutil.copytree(world / "metric", tmp_path / name)
+        (tmp_path / name / "README.md").write_text("a model card")
+    (tmp_path / "notes.txt").write_text("mine")
+    monkeypatch.setattr("tools.calibrate.load_depth_model", lambda *_: pytest.fail("too late"))
+    with pytest.raises(SystemExit, match="2"):
+        main([f"--model={tmp_path / 'card'}", "--camera=nyu", f"--output={tmp_path / output}"])
+    assert message in capsys.readouterr().err
+    assert [(tmp_path / name / "README.md").read_text() for name in ("card", "other")] == ["a model card"] * 2
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_control_c_is_no_traceback(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tools.calibrate.load_depth_model", stopped)
+    with pytest.raises(SystemExit, match="130"):
+        run(world, "--camera=nyu", f"--output={tmp_path / 'model'}")
+    assert "interrupted" in capsys.readouterr().err
     assert not (tmp_path / "model").exists()

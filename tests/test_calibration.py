@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -94,11 +95,35 @@ def test_relative_depth_becomes_metres() -> None:
         ([2.0, 2.0], [1.0, 4.0], "scale", "2 of 2 points contradict"),
         ([2.0], [0.0], "scale", "distances are above 0"),
         ([], [], "scale", "no known distance"),
+        ([2.0], [3e6], "scale", "give metres"),
     ],
 )
 def test_points_that_fix_nothing_are_refused(predicted, metres, fit, message) -> None:
     with pytest.raises(ValueError, match=message):
         fit_calibration(readings(np.array(predicted), np.array(metres)), "depth", fit, 1e-3, 10.0)
+
+
+def test_a_fit_beyond_all_depths_is_a_sentence() -> None:
+    steep = readings(np.array([1.0, 1.06, 1.12]), np.array([0.01, 10.0, 9000.0]))  # exp(120 ln 10) m at 10 m
+    for predicted in (steep, replace(steep, predicted=1 + (steep.predicted - 1) / 2 + 0.001 * np.arange(3))):
+        with pytest.raises(ValueError, match=r"farthest depth, 1000 m, beyond 1e\+06 m: check that"):
+            fit_calibration(predicted, "log_depth", "scale_shift", 1e-3, 1000.0)
+    with pytest.raises(ValueError, match=r"beyond 1e\+06 m"):
+        fit_calibration(readings(np.array([1e-3]), np.array([900.0])), "depth", "scale", 1e-3, 10.0)
+    kept = fit_calibration(steep, "log_depth", "scale_shift", 1e-3, 1000.0, limit=20.0, tolerance=None)
+    assert kept.max_depth == 20.0
+
+
+def test_relative_depth_below_zero_is_no_lack_of_spread() -> None:
+    inverse = np.linspace(-9.0, -1.0, 9)
+    metres = 1 / (0.05 * inverse + 0.6)
+    found = fit_calibration(readings(inverse, metres, True), "disparity", "scale_shift", 1e-3, 8.0)
+    assert (found.scale, found.shift) == pytest.approx((0.05, 0.6), rel=1e-5)
+    for alike in (np.zeros(3), np.array([-2.0, -2.01, -2.02])):
+        with pytest.raises(ValueError, match="about the same place"):
+            fit_calibration(
+                readings(alike, np.array([1.0, 2.0, 3.0]), True), "disparity", "scale_shift", 1e-3, 8.0
+            )
 
 
 def test_one_point_gives_a_scale_and_two_are_not_checked_by_a_third() -> None:

@@ -20,7 +20,8 @@ from finetune.depth_data import (
     open_depth_data,
     recognise,
 )
-from finetune.depth_data.depth_files import read_pfm
+from finetune.depth_data.depth_files import MILLIMETRE, png_bytes, read_pfm
+from finetune.depth_data.diagnosis import diagnose, other_unit
 from finetune.depth_data.folder import find_pairs
 from finetune.depth_data.labels import NYU13_NAMES, NYU40_TO_13
 from tests import depth_layouts as write
@@ -160,6 +161,26 @@ def test_what_the_log_says(tmp_path: Path) -> None:
     assert "8 bits (value * 10 / 255 m)" in texts["densedepth zip"]
     assert "2 tars" in texts["hub_tars"]
     assert "PNG of 0.00390625 m a unit" in texts["folder png"]
+
+
+def test_png_files_of_a_plain_folder_say_their_unit(tmp_path: Path) -> None:
+    depth = np.linspace(0.5, 6.0, 20 * 30, dtype=np.float32).reshape(20, 30)
+    for number, scale in enumerate((0.002, MILLIMETRE)):
+        for folder in ("rgb", "depth"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+        cv2.imwrite(str(tmp_path / "rgb" / f"{number}.jpg"), np.zeros((20, 30, 3), np.uint8))
+        (tmp_path / "depth" / f"{number}.png").write_bytes(png_bytes(depth, scale)[0])
+    data = open_depth_data(tmp_path)
+    assert "PNG of 0.002 m a unit" in repr(data)
+    for sample in data:
+        np.testing.assert_allclose(sample.metres, depth, atol=0.00101)
+    assert not any("1/256" in finding.text for finding in diagnose(tmp_path).findings)
+    assert "if values taken for units of 0.002 m were" in other_unit(60.0, data)
+    with pytest.raises(ValueError, match=r"0\.png.*one unit is 0\.002 m, but data\.depth_scale is 0\.001"):
+        open_depth_data(tmp_path, depth_scale=0.001)
+    second = open_depth_data(tmp_path, depth_scale=0.002)
+    with pytest.raises(ValueError, match=r"1\.png.*one unit is 0\.001 m"):
+        second.check_headers()  # before training, not in it
 
 
 def test_an_unknown_layout_lists_those_that_are_known(tmp_path: Path) -> None:

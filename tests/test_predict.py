@@ -1,5 +1,6 @@
 """finetune/predict.py on good, odd and broken images."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from PIL import Image
 from finetune import DepthModel
 from finetune.depth_data.depth_files import read_depth_file
 from finetune.figures import colourise, depth_map, save_figure, shortened
+from finetune.pointcloud import step_of
 from finetune.predict import main, output_stems, predict_image
 from finetune.whole_images import fitted_size
+from spark.folders import write_whole
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +84,90 @@ def test_output_inside_input_is_not_read_again(model: Path, tmp_path: Path) -> N
     for _ in range(2):
         assert run(model, tmp_path / "photos", tmp_path / "photos" / "depth") == 0
     assert len(list((tmp_path / "photos" / "depth").rglob("*.npy"))) == 1
+
+
+def test_pictures_of_an_earlier_prediction_are_no_photos(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    photo(photos / "x.png")
+    photo(photos / "other" / "a.png")
+    (photos / "other" / "predictions.json").write_text("[1, 2]")  # another program's
+    assert run(model, photos, photos / "depth", "--formats", "[png,colour,side]") == 0
+    photo(photos / "depth" / "mine.png")
+    capsys.readouterr()
+    assert run(model, photos, tmp_path / "out", "--formats", "[npy]") == 0
+    arrays = sorted(
+        path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.npy")
+    )
+    assert arrays == ["depth/mine.npy", "other/a.npy", "x.npy"]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (
+        f"left out: 6 files that an earlier prediction wrote, as {photos}/depth/predictions.json says"
+        in printed
+    )
+
+
+def test_two_inputs_do_not_write_one_file(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("room.png", "room_mesh.png"):
+        photo(tmp_path / "photos" / name)
+    with pytest.raises(SystemExit, match="2"):
+        run(model, tmp_path / "photos", tmp_path / "out", "--formats", "[ply,mesh]")
+    said = capsys.readouterr().err
+    assert "photos/room.png and " in said
+    assert "photos/room_mesh.png would both be predicted into room_mesh.ply: rename one" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_a_record_of_what_was_written(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        photo(tmp_path / "photos" / name)
+
+    def full(path: Path, content: bytes) -> Path:
+        if path.name == "b_mm.png":
+            raise OSError(errno.ENOSPC, "the disk is full")
+        return write_whole(path, content)
+
+    monkeypatch.setattr("finetune.predict.write_whole", full)
+    with pytest.raises(OSError, match="the disk is full"):
+        run(model, tmp_path / "photos", tmp_path / "out", "--formats", "[npy,png]", "--batch_size", "1")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "predictions.json says what was written before" in printed
+    report = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [entry["files"] for entry in report["predicted"]] == [["a.npy", "a_mm.png"]]
+    assert report["failed"][0]["image"].endswith("b.png")
+    assert "when these were written: b.npy" in report["failed"][0]["reason"]
+    assert "the disk is full" in report["error"]
+    assert not report["interrupted"]
+
+
+def test_control_c_while_the_model_is_loaded_is_no_traceback(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("finetune.predict.load_depth_model", stopped)
+    assert run(model, photo(tmp_path / "x.png"), tmp_path / "out") == 130
+    assert "interrupted before anything was written" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_thinned_clouds_are_reported(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [step_of(pixels) for pixels in (1, 2_000_000, 2_000_001, 8_000_001)] == [1, 1, 2, 3]
+    monkeypatch.setattr("finetune.predict.step_of", lambda pixels: 2)
+    assert run(model, photo(tmp_path / "x.png"), tmp_path / "out", "--formats", "[ply]") == 0
+    report = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert report["predicted"][0]["every_row_and_column"] == 2
+    assert "clouds and meshes of 1 inputs have only one row and column of 2" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_names_that_no_dropping_of_extensions_keeps_apart(tmp_path: Path) -> None:

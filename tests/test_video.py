@@ -1,6 +1,8 @@
 """Videos through finetune/predict.py, tiles of large images, and colours that do not flicker."""
 
 import json
+import re
+import struct
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from rich.progress import Progress
 
 from finetune import DepthModel, whole_images
 from finetune.figures import colourise
@@ -46,7 +49,7 @@ def test_a_video_keeps_its_frames_and_their_rate(model: Path, tmp_path: Path) ->
     assert run(model, f"{tmp_path}/clips/*.avi", tmp_path / "out", formats, "--batch_size=3") == 0
     (entry,) = report(tmp_path / "out")["videos"]
     assert entry["frames"] == entry["frames_announced"] == 7
-    assert entry["files"] == ["a_colour.mp4", "a_side.mp4"]
+    assert entry["files"] == ["a_colour.mp4", "a_side.mp4", "a_frames"]
     assert "ends_early" not in entry
     for name, width in (("a_colour.mp4", 54), ("a_side.mp4", 54 * 2 + 72)):
         video = VideoFrames(tmp_path / "out" / name)
@@ -93,13 +96,97 @@ def test_frames_that_are_missing_are_counted(
 ) -> None:
     original = VideoFrames.__init__
 
-    def announce_more(self, source) -> None:
-        original(self, source)
+    def announce_more(self, source, most) -> None:
+        original(self, source, most)
         self.announced = 9
 
     monkeypatch.setattr(VideoFrames, "__init__", announce_more)
     assert run(model, clip(tmp_path / "a.avi"), tmp_path / "out") == 0
     assert "ends early: 7 of 9 frames" in " ".join(capsys.readouterr().out.split())
+
+
+def uneven(path: Path, milliseconds: list[int], length: float) -> Path:
+    """A whole Matroska video of frames at these times, by rewriting those that opencv gave them."""
+    content = clip(path, len(milliseconds), rate=25.0).read_bytes()
+    times = iter(milliseconds)
+    # A block's time counts from that of its cluster, an integer of one or two bytes.
+    cluster = re.compile(rb"(\x1f\x43\xb6\x75..\xbf\x84....\xe7)(\x81.|\x82..)(?=\xa3)", re.DOTALL)
+    content = cluster.sub(lambda found: found[1] + found[2][:1] + bytes(len(found[2]) - 1), content)
+    block = re.compile(rb"\x81..(\x80\xff\xd8)", re.DOTALL)
+    content, count = block.subn(lambda found: b"\x81" + struct.pack(">h", next(times)) + found[1], content)
+    assert count == len(milliseconds)
+    duration = re.compile(rb"(\x44\x89\x88).{8}", re.DOTALL)
+    path.write_bytes(duration.sub(lambda found: found[1] + struct.pack(">d", length), content))
+    return path
+
+
+def test_a_video_of_uneven_frames_is_whole_and_keeps_its_length(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = [0, 33, 66, 100, 600, 633, 666, 1500, 1533, 2000]
+    source = uneven(tmp_path / "a.mkv", times, 2040.0)
+    assert cv2.VideoCapture(str(source)).get(cv2.CAP_PROP_FRAME_COUNT) == 51  # opencv's guess
+    assert run(model, source, tmp_path / "out") == 0
+    (entry,) = report(tmp_path / "out")["videos"]
+    assert "ends_early" not in entry
+    assert entry["frames"] == entry["frames_announced"] == 10
+    assert entry["frames_per_second"] == pytest.approx(9 / 2.0)
+    worst = max(abs(time - 2000 * number / 9) for number, time in enumerate(times)) / 1000
+    assert f"the worst is {worst:.1f} s from its time" in entry["uneven"]
+    assert VideoFrames(tmp_path / "out" / "a_colour.mp4").rate == pytest.approx(4.5)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "ends early" not in printed
+    assert "a.mkv: its frames come unevenly, those of the depth evenly, 4.5 a second" in printed
+
+    uneven(source, times, 5000.0)  # a whole header, and no frames behind 2 s
+    assert run(model, source, tmp_path / "cut") == 0
+    (entry,) = report(tmp_path / "cut")["videos"]
+    assert entry["ends_early"].startswith(
+        "the last frame that could be decoded, number 10, is at 2.0 s of 5.0 s"
+    )
+    assert run(model, source, tmp_path / "few", "--frames=4") == 0
+    (entry,) = report(tmp_path / "few")["videos"]
+    assert "ends_early" not in entry  # nobody asked for the rest
+    assert entry["frames_per_second"] == pytest.approx(30)
+
+
+def test_rates_that_no_camera_has_are_not_believed(tmp_path: Path) -> None:
+    even = VideoFrames(clip(tmp_path / "a.mkv", 9, rate=30.0))
+    assert len(list(even)) == even.announced == 9
+    assert even.rate == 30.0
+    assert (even.missing(), even.uneven()) == ("", "")
+    assert VideoFrames(clip(tmp_path / "b.avi", rate=500.0)).rate == 25.0
+
+
+def test_control_c_while_the_progress_bar_moves_leaves_a_whole_video(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, done = Progress.update, []
+
+    def stopped(self, task, **fields) -> None:
+        done.append(fields.get("advance"))
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        original(self, task, **fields)
+
+    monkeypatch.setattr(Progress, "update", stopped)
+    assert run(model, clip(tmp_path / "a.avi"), tmp_path / "out", "--batch_size=2") == 130
+    found = report(tmp_path / "out")
+    assert (found["interrupted"], found["videos"][0]["files"]) == (True, ["a_colour.mp4"])
+    assert len(list(VideoFrames(tmp_path / "out" / "a_colour.mp4"))) == found["videos"][0]["frames"] == 4
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_what_a_killed_run_left_of_the_same_video_goes(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    for name in (".a_colour.part.mp4", ".a_side.part.avi", ".b_colour.part.mp4"):
+        (tmp_path / "out" / name).write_bytes(b"half")
+    formats = "--formats=[png]"
+    assert run(model, clip(tmp_path / "a.avi"), tmp_path / "out", formats, "--png_scale=1e-6") == 0
+    assert [path.name for path in (tmp_path / "out").glob(".*")] == [".b_colour.part.mp4"]
+    entry = report(tmp_path / "out")["videos"][0]
+    assert entry["saturated_pixels"] == 7 * 36 * 54  # 65 mm are the farthest
+    assert entry["files"] == ["a_frames"]
 
 
 def test_control_c_leaves_a_whole_video(

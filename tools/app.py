@@ -43,7 +43,7 @@ from finetune.figures import colourise
 from finetune.inference import chosen_device
 from finetune.model import DepthModel, load_depth_model
 from finetune.pointcloud import point_cloud
-from finetune.whole_images import predict_image
+from finetune.whole_images import resized, seen_depths
 from spark.decoding import describe_failure, read_image
 
 VIEWER = Path(__file__).parent / "viewer"
@@ -81,7 +81,8 @@ class Session:
     Args:
         name: of the photo's file.
         image: uint8 [H, W, 3].
-        predicted: what the model says without a calibration, float32 [H, W] [m]; inverse depth if `relative`.
+        seen: what the model says without a calibration, float32 [h, w] [m], at the size at which it sees the photo;
+            inverse depth if `relative`.
         camera: that took the photo.
         folder: for files to download; goes with the session.
         own: the calibration that the model brought.
@@ -95,7 +96,7 @@ class Session:
 
     name: str
     image: np.ndarray
-    predicted: np.ndarray
+    seen: np.ndarray
     camera: Intrinsics
     folder: tempfile.TemporaryDirectory
     own: Calibration | None = None
@@ -107,12 +108,22 @@ class Session:
     fit: Fit = "scale"
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the photo [px]."""
+        return self.image.shape[0], self.image.shape[1]
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """What the model says without a calibration at each pixel, float32 [H, W]; fits are to this."""
+        return resized(self.seen, self.size)
+
+    @property
     def depth(self) -> np.ndarray:
-        """Depth as it is shown, float32 [H, W] [m]."""
+        """Depth as it is shown, float32 [H, W] [m]: calibrated, then resized, as a calibrated model's is."""
         calibration = self.calibration or self.own
         if calibration is None:
             return self.predicted
-        return calibration.metres(self.predicted, self.relative).astype(np.float32)
+        return resized(calibration.metres(self.seen, self.relative).astype(np.float32), self.size)
 
 
 def open_photo(
@@ -144,7 +155,7 @@ def open_photo(
     return Session(
         name,
         image,
-        predict_image(model, image),
+        seen_depths(model, [image])[0],
         camera,
         tempfile.TemporaryDirectory(dir=folder),
         own,
@@ -154,7 +165,7 @@ def open_photo(
 
 def pick(session: Session, x: Any, y: Any) -> Session:
     """Choose a pixel; ValueError if the photo has none there."""
-    height, width = session.predicted.shape
+    height, width = session.size
     if not (isinstance(x, int) and isinstance(y, int) and 0 <= x < width and 0 <= y < height):
         raise ValueError(f"the photo has no pixel at column {x}, row {y}: click on the photo")
     return replace(session, chosen=Point(x, y))
@@ -176,8 +187,9 @@ def calibrate(session: Session, model: DepthModel, kind: str) -> Session:
     if not session.points:
         raise ValueError("there is no known distance yet: click on the photo, type the distance, and add it")
     space, fit = FITS[kind]
+    predicted = session.predicted
     readings = Readings(
-        np.array([session.predicted[p.y, p.x] for p in session.points], np.float64),
+        np.array([predicted[p.y, p.x] for p in session.points], np.float64),
         np.array([p.metres for p in session.points], np.float64),
         np.arange(len(session.points)),
         [f"column {p.x}, row {p.y}" for p in session.points],

@@ -9,6 +9,7 @@ What is found is part of the model's config.json; predict, evaluate and export a
 
 import csv
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,9 @@ from finetune.model import DepthModel, load_depth_model, write_calibration
 from finetune.whole_images import predict_image
 from spark.config import parse_config, require
 from spark.decoding import describe_failure, read_image
+from spark.export import CONFIG, WEIGHTS
+from spark.folders import check_replaceable, check_writable
+from spark.hub import PREFIX
 from spark.run import one_line_errors
 
 DESCRIPTION = """Calibrate a depth model: to known distances (--points), to RGB-D pairs (--data.root), or to a camera
@@ -47,7 +51,8 @@ class PairsConfig:
         list: list of the pairs, a name inside root or a path; null takes a split of the layout.
         split: official split, of a layout that has some.
         white_border: of the labelled NYU images; keep, black, or fill.
-        depth_scale: metres of one unit of the depth files of a plain folder; null is 0.001 for PNG, 1 for NPY and PFM.
+        depth_scale: metres of one unit of the depth files of a plain folder; null is what a PNG says itself, else
+            0.001, and 1 for NPY and PFM.
         bad_depth: NaN, infinite and negative depths are refused, or taken for holes.
     """
 
@@ -127,12 +132,18 @@ class CalibrateConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     with one_line_errors():
-        calibrate(parse_config(CalibrateConfig, argv, DESCRIPTION))
+        config = parse_config(CalibrateConfig, argv, DESCRIPTION)
+        try:
+            calibrate(config)
+        except KeyboardInterrupt:
+            print("interrupted: a calibration is written at the end, whole or not at all", file=sys.stderr)
+            raise SystemExit(130) from None
 
 
 def calibrate(config: CalibrateConfig) -> Calibration:
     """Find the calibration, write the model, print what was found; returns it."""
     console = Console()
+    check_target(config)
     model = load_depth_model(config.model, config.encoder_name)
     if (earlier := model.calibration) is not None:
         console.print(f"takes the place of: {earlier}", highlight=False, markup=False, soft_wrap=True)
@@ -182,6 +193,25 @@ def calibrate(config: CalibrateConfig) -> Calibration:
             soft_wrap=True,
         )
     return found
+
+
+def check_target(config: CalibrateConfig) -> None:
+    """Refuse, before anything is fitted, where the calibration could not be written or would take something away.
+
+    Raises:
+        ValueError: it is the model's own folder, or holds something else; a model card counts as that.
+        OSError: it could not be written.
+    """
+    if config.output is None:
+        if config.model.startswith(PREFIX):
+            raise ValueError(f"{config.model} is no folder of yours to calibrate in place: give --output")
+        return
+    if Path(config.output).resolve() == Path(config.model).resolve():
+        raise ValueError(
+            f"output {config.output} is the model's own folder: give --in_place true instead, which keeps its card"
+        )
+    check_replaceable(config.output, (CONFIG, WEIGHTS))
+    check_writable(config.output)
 
 
 def by_camera(config: CalibrateConfig, model: DepthModel) -> Calibration:

@@ -31,7 +31,8 @@ class OpenOptions:
         white_border: what becomes of the white border of labelled NYU images, see `nyu.paint_border`.
         labels: classes of each pixel to read along; None reads none.
         polarity: what the relation `>` of DIW says of its point A.
-        depth_scale: metres of one unit of the depth files of a plain folder; None: 0.001 for PNG, 1 for NPY and PFM.
+        depth_scale: metres of one unit of the depth files of a plain folder; None: what a PNG says itself, else 0.001,
+            and 1 for NPY and PFM.
         bad_depth: "refuse" a depth map with NaN, infinite or negative values, or take them for holes.
     """
 

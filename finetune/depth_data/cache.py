@@ -34,7 +34,7 @@ from finetune.depth_data.sample import DepthFileError, DepthSample
 from spark.folders import write_whole
 from spark.run import ignore_stop_signals
 
-FORMAT = 1
+FORMAT = 2
 """Of the files below; a change of it makes all caches anew."""
 
 PART = 64

@@ -12,6 +12,7 @@ import numpy as np
 from finetune.depth_data import kitti
 from finetune.depth_data.base import DepthSet
 from finetune.depth_data.densedepth import DenseDepth
+from finetune.depth_data.depth_files import stored_scale
 from finetune.depth_data.folder import PlainFolder, pair_lists
 from finetune.depth_data.ibims import MAT, IBims
 from finetune.depth_data.nyu import NYULabeled, NYUSync, read_split
@@ -122,6 +123,7 @@ def diagnose(
         isinstance(data, PlainFolder)
         and data.depth_scale is None
         and data.entries[0].depth.lower().endswith(".png")
+        and stored_scale(data.root / data.entries[0].depth) is None
     ):
         # Street scenes in KITTI's unit look like rooms when read as millimetres: only who took them knows.
         found.note(
@@ -163,7 +165,7 @@ def other_unit(median: float, data: DepthSet) -> str:
         return ""  # 8 bits have no unit
     unit = 0.001 if isinstance(data, NYUSync) else kitti.SCALE if isinstance(data, kitti.KITTI) else 1.0
     if isinstance(data, PlainFolder):
-        unit = data.scale(Path(data.entries[0].depth).suffix)
+        unit = data.scale(data.root / data.entries[0].depth)
     taken = {metres: name for name, metres in UNITS.items()}.get(unit, f"units of {unit:g} m")
     better = min(UNITS, key=lambda name: abs(np.log(median * UNITS[name] / unit / NYU_MEDIAN)))
     would = f"a median of {median * UNITS[better] / unit:.2g} m would follow"

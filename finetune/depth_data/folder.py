@@ -1,18 +1,22 @@
 """A plain folder of images and depth maps, as of one's own camera."""
 
+import math
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from finetune.depth_data.base import BadDepth, DepthSet, OpenOptions, at_line, line_text
-from finetune.depth_data.depth_files import DEPTH_EXTENSIONS, read_npy, read_pfm
+from finetune.depth_data.depth_files import DEPTH_EXTENSIONS, MILLIMETRE, read_npy, read_pfm, stored_scale
 from finetune.depth_data.nyu import SyncEntry, existing_root, find_list, parse_list, refuse_missing
 from finetune.depth_data.sample import (
+    DepthFileError,
     DepthSample,
     check_pair_headers,
     checked_metres,
+    file_error,
     read_depth_png,
     read_rgb,
 )
@@ -35,7 +39,8 @@ class PlainFolder(DepthSet):
         root: the folder.
         split: "train" or "test".
         list_file: list of the pairs instead.
-        depth_scale: metres of one unit of the depth files; None: 0.001 for PNG (16 bits), 1 for NPY and PFM.
+        depth_scale: metres of one unit of the depth files; None: what a PNG (16 bits) says itself, else 0.001, and 1
+            for NPY and PFM.
         bad_depth: see `checked_metres`.
 
     Raises:
@@ -105,14 +110,35 @@ class PlainFolder(DepthSet):
 
     def __repr__(self) -> str:
         """What a run prints about its data."""
-        kinds = sorted({Path(entry.depth).suffix.lower() for entry in self.entries})
-        units = ", ".join(f"{kind[1:].upper()} of {self.scale(kind):g} m a unit" for kind in kinds)
+        first = {
+            Path(entry.depth).suffix.lower(): self.root / entry.depth for entry in reversed(self.entries)
+        }
+        scales = dict.fromkeys(sorted(first), "unknown")
+        for kind in scales:
+            with suppress(DepthFileError):  # which reading it will tell
+                scales[kind] = f"{self.scale(first[kind]):g}"
+        units = ", ".join(f"{kind[1:].upper()} of {scale} m a unit" for kind, scale in scales.items())
         listed = f" of {self.list_file}" if self.list_file else ""
         return f"plain folder, {len(self)} pairs{listed} under {self.root}, depth as {units}"
 
-    def scale(self, extension: str) -> float:
-        """Metres of one unit of a depth file with this extension."""
-        return self.depth_scale or (0.001 if extension.lower() == ".png" else 1.0)
+    def scale(self, path: Path) -> float:
+        """Metres of one unit of a depth file.
+
+        Raises:
+            DepthFileError: the file cannot be read, or says another number than `depth_scale`.
+        """
+        if path.suffix.lower() != ".png":
+            return self.depth_scale or 1.0
+        said = stored_scale(path)
+        if said is None:
+            return self.depth_scale or MILLIMETRE
+        if self.depth_scale is not None and not math.isclose(said, self.depth_scale, rel_tol=1e-6):
+            raise file_error(
+                path,
+                f"says itself that one unit is {said:g} m, but data.depth_scale is {self.depth_scale:g}, leave that"
+                " out, or give the one that is right for files which say nothing",
+            )
+        return said
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -139,6 +165,7 @@ class PlainFolder(DepthSet):
         for entry in self.entries:
             if entry.depth.lower().endswith(".png"):
                 check_pair_headers(self.root / entry.image, self.root / entry.depth)
+                self.scale(self.root / entry.depth)
 
     def __getitem__(self, index: int) -> DepthSample:
         entry = self.entries[index]
@@ -150,7 +177,7 @@ class PlainFolder(DepthSet):
     def _read(self, entry: SyncEntry) -> DepthSample:
         image, path = read_rgb(self.root / entry.image), self.root / entry.depth
         extension = path.suffix.lower()
-        scale = self.scale(extension)
+        scale = self.scale(path)
         if extension == ".png":
             depth = read_depth_png(path, scale)
         else:
