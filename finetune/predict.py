@@ -62,7 +62,7 @@ class PredictConfig:
         model: folder of a depth model, such as OUTPUT_DIR/model of a training run, or hf-hub:OWNER/NAME.
         input: an image, a video, a folder (searched recursively), a pattern in quotes ("clips/*.mp4"), a text file with
             one path a line, or the number of a camera (0 is the first).
-        output: folder that everything is written to.
+        output: folder that everything is written to; what an earlier run wrote there under other names stays.
         formats: what to write of each image or frame; npy and pfm are float32 metres, png is 16-bit with its scale in
             the file, colour a picture (for a video a video), side the same beside the image, ply a point cloud, mesh a
             surface (PLY). null is npy, png and colour for images and colour for videos.
@@ -151,19 +151,44 @@ def predict(config: PredictConfig) -> int:
                     bar.update(task, advance=count, total=total)
         except KeyboardInterrupt:
             interrupted = True
-    report = {
+    report: dict[str, Any] = {
         "model": str(config.model),
         "calibration": model.calibration.as_config() if model.calibration else None,
         "colour_range_m": list(job.limits) if job.metric else None,
         "png_scale_m": config.png_scale,
+        "formats": sorted({*(job.image_formats if images else ()), *(job.video_formats if videos else ())}),
         "predicted": job.written,
         "videos": job.videos,
         "failed": job.failed,
         "interrupted": interrupted,
     }
+    report["earlier"] = earlier_reports(output / "predictions.json", report)
     write_whole(output / "predictions.json", (json.dumps(report, indent=1) + "\n").encode())
     job.tell(console, images, videos, interrupted)
     return 130 if interrupted else 0 if job.written or any(video["frames"] for video in job.videos) else 1
+
+
+def earlier_reports(file: Path, report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Reports of earlier runs into the same folder, the newest first, but for those whose files were all written anew.
+
+    Args:
+        file: predictions.json as it is before this run writes it; it may be missing.
+        report: of this run.
+    """
+
+    def written(one: dict[str, Any]) -> set[tuple[str, str]]:
+        return {
+            (entry["output"], name)
+            for entry in one["predicted"] + one["videos"]
+            for name in one.get("formats", [""])
+        }
+
+    try:
+        former = json.loads(file.read_text(encoding="utf-8"))
+        reports = [former, *former.pop("earlier", [])]
+        return [one for one in reports if not written(one) <= written(report)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or not one of ours
+        return []
 
 
 class Job:
