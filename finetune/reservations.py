@@ -5,7 +5,6 @@ from typing import Any
 
 from finetune.metrics import METRIC
 
-
 READING = {
     "ground_truth": "ground truth",
     "white_border": "white border",

@@ -43,8 +43,8 @@ def results_blocks(scored: Mapping[str, list[Results]]) -> list[Any]:
             alike.setdefault(measured_as(result), {}).setdefault(label, []).append(result)
     blocks: list[Any] = []
     if len(alike) > 1:
-        said = "Not all was scored alike (protocol, its settings, images, how they were read): a table for each way. Do not compare numbers"
-        blocks.append(Text(f"{said} of different tables.", note=True))
+        said = "Not all was scored alike (protocol, its settings, images, how they were read): a table for each way."
+        blocks.append(Text(f"{said} Do not compare numbers of different tables.", note=True))
     for group in alike.values():
         blocks += [table(group), *reading(group)]
     return blocks
@@ -149,7 +149,9 @@ def reading(scored: Mapping[str, list[Results]]) -> list[Text]:
     settings = result.get("settings") or {}
     about = f" ({str(settings['description']).rstrip('.')})" if settings.get("description") else ""
     text = [f"Protocol {result['protocol']}{about}, {result['images']} images of {scenes} scenes."]
-    read = [f"{name} {result[key]}" for key, name in READING.items() if key in result and result[key] is not None]
+    read = [
+        f"{name} {result[key]}" for key, name in READING.items() if key in result and result[key] is not None
+    ]
     if read:
         text.append(f"Read with {', '.join(read)}.")
     if len(scored) > 1:
@@ -172,7 +174,9 @@ def protocol_table(result: Results) -> Table | None:
     settings = result.get("settings")
     if not isinstance(settings, dict) or not settings:
         return None
-    extra = {name: result[name] for name in ("image_size", "data", "model", "step", *READING) if name in result}
+    extra = {
+        name: result[name] for name in ("image_size", "data", "model", "step", *READING) if name in result
+    }
     rows = [[Cell(str(name), head=True), Cell(_said(value))] for name, value in {**settings, **extra}.items()]
     return Table(["setting", ""], rows, textual=True)
 
