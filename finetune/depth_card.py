@@ -30,6 +30,10 @@ from spark.hub import (
 )
 
 EVALUATION = "evaluation.json"
+WHITE_BORDER = {
+    "fill": "The white border of the images was filled from the pixels beside it.",
+    "black": "The white border of the images was painted black.",
+}
 AUGMENTATION = (
     "zoom",
     "flip",
@@ -66,7 +70,9 @@ class Evaluation:
     def setting(self) -> str:
         """The protocol, and what was done otherwise than it says by itself."""
         flips = self.results.get("settings", {}).get("flip_average")
-        return str(self.results["protocol"]) + (" with flip average" if flips else "")
+        border = self.results.get("white_border", "keep")
+        more = ["flip average"] * bool(flips) + [f"white border {border}"] * (border in WHITE_BORDER)
+        return str(self.results["protocol"]) + (f" with {', '.join(more)}" if more else "")
 
 
 def run_of(model: Path) -> tuple[RunRecord | None, Selection | None]:
@@ -347,5 +353,7 @@ def _scores(evaluation: Evaluation, image_size: tuple[int, int] | None) -> str:
         )
     if seen is not None and image_size is not None and list(seen) != list(image_size):
         lines.append(f"The model saw images at {seen[0]}x{seen[1]} px.")
+    if border := WHITE_BORDER.get(results.get("white_border", "keep")):
+        lines.append(border)
     lines += [f"{sentence[0].upper()}{sentence[1:]}." for sentence in reservations(results)]
     return "\n\n".join([*lines, table(own_metrics(results))])

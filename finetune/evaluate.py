@@ -97,8 +97,9 @@ class EvaluationConfig:
         protocol: name of the evaluation protocol, several separated by commas, or all, which is all that fit
             (docs/protocols.md).
         flip_average: average predictions with those of the mirror image; null is the protocol's own choice.
-        threshold: of protocol diw, largest difference between the predictions at two points that counts as equally far
-            (metres, or the unit of inverse depth of head fusion); it bears on WKDR only; null is the protocol's own.
+        threshold: largest difference between the predictions at two points that counts as equally far (metres, or the
+            unit of inverse depth of head fusion); it bears on WKDR of the protocols of pairs of points only; null is
+            0 for diw and redweb, and chosen on the scored images for nyu-wkdr and nyu-wkdr-sampled.
         image_size: size [height, width] in pixels at which the model sees an image; null is the size it was trained
             at.
         batch_size: images of one forward.

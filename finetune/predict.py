@@ -67,7 +67,7 @@ class PredictConfig:
         model: folder of a depth model, such as OUTPUT_DIR/model of a training run, or hf-hub:OWNER/NAME.
         input: an image, a video, a folder (searched recursively), a pattern in quotes ("clips/*.mp4"), a text file with
             one path a line, or the number of a camera (0 is the first).
-        output: folder that everything is written to.
+        output: folder that everything is written to; what an earlier run wrote there under other names stays.
         formats: what to write of each image or frame; npy and pfm are float32 metres, png is 16-bit with its scale in
             the file, colour a picture (for a video a video), side the same beside the image, ply a point cloud, mesh a
             surface (PLY). null is npy, png and colour for images and colour for videos.
@@ -176,6 +176,29 @@ def predict(config: PredictConfig) -> int:
     return 130 if interrupted else 0 if job.written or any(video["frames"] for video in job.videos) else 1
 
 
+def earlier_reports(file: Path, report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Reports of earlier runs into the same folder, the newest first, but for those whose files were all written anew.
+
+    Args:
+        file: predictions.json as it is before this run writes it; it may be missing.
+        report: of this run.
+    """
+
+    def written(one: dict[str, Any]) -> set[tuple[str, str]]:
+        return {
+            (entry["output"], name)
+            for entry in one["predicted"] + one["videos"]
+            for name in one.get("formats", [""])
+        }
+
+    try:
+        former = json.loads(file.read_text(encoding="utf-8"))
+        reports = [former, *former.pop("earlier", [])]
+        return [one for one in reports if not written(one) <= written(report)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or not one of ours
+        return []
+
+
 class Job:
     """What is asked of every image and frame, and the record of what came of it.
 
@@ -243,17 +266,21 @@ class Job:
     def record(self, interrupted: bool, error: str | None = None) -> None:
         """Write predictions.json: what was written so far, and the error that ended it if there was one."""
         calibration = self.model.calibration
-        report = {
+        report: dict[str, Any] = {
             "model": str(self.config.model),
             "calibration": calibration.as_config() if calibration else None,
             "colour_range_m": list(self.limits) if self.metric else None,
             "png_scale_m": self.config.png_scale,
+            "formats": sorted(
+                {*(self.image_formats if self.written else ()), *(self.video_formats if self.videos else ())}
+            ),
             "predicted": self.written,
             "videos": self.videos,
             "failed": self.failed,
             "interrupted": interrupted,
             "error": error,
         }
+        report["earlier"] = earlier_reports(self.output / RECORD, report)
         write_whole(self.output / RECORD, (json.dumps(report, indent=1) + "\n").encode())
 
     def predict_images(

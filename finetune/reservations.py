@@ -5,6 +5,15 @@ from typing import Any
 
 from finetune.metrics import METRIC, count
 
+READING = {
+    "ground_truth": "ground truth",
+    "white_border": "white border",
+    "polarity": "polarity",
+    "depth_scale": "metres of one unit of depth files",
+    "bad_depth": "bad depth",
+}
+"""How images and ground truth were read: entries of results.json beside the protocol, and what to call them."""
+
 
 def reservations(results: Mapping[str, Any]) -> list[str]:
     """Sentences on what a reader of the metrics must know, without capital and full stop.

@@ -249,7 +249,7 @@ def results_of(data_name: str, setting: str, metrics: Mapping[str, float]) -> li
     return [
         EvalResult(
             task_type="depth-estimation",
-            dataset_type="-".join(data_name.lower().split()),
+            dataset_type=re.sub(r"[^a-z0-9._]+", "-", data_name.lower()).strip("-"),
             dataset_config=setting,  # the hub merges results that agree in type and config
             dataset_name=f"{data_name}, protocol {setting}",
             metric_type=name,

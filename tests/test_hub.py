@@ -259,8 +259,15 @@ def test_a_runs_own_evaluation_is_of_the_weights_that_it_scored(model: Path, tmp
 
 def test_what_makes_scores_less_is_on_the_card(model: Path, tmp_path: Path) -> None:
     out, file = tmp_path / "out", tmp_path / "results.json"
-    results = {"protocol": "nyu-bts", "images": 100, "metrics": SCORES, "model": str(model), "data": "rooms"}
+    results = {
+        "protocol": "nyu-bts",
+        "images": 100,
+        "metrics": SCORES,
+        "model": str(model),
+        "data": "NYU, rooms",
+    }
     flipped = {"settings": {"flip_average": True}, "skipped": ["a.jpg", "b.jpg"], "image_size": [96, 128]}
+    flipped["white_border"] = "fill"
     spoilt = {
         "nonfinite_pixels": 7,
         "nonfinite_images": 1,
@@ -275,11 +282,17 @@ def test_what_makes_scores_less_is_on_the_card(model: Path, tmp_path: Path) -> N
     ]  # what the run says of the same scores is not said again
     assert "2 of 102 images have no pixel that counts and were left out, the first is a.jpg." in first
     assert "The model saw images at 96x128 px." in first
+    assert "The white border of the images was filled" in first
+    assert "white border" not in second
     assert "7 predicted values, in 1 image, not finite" in second
     assert "3 images without PE flat" in second
     assert "saw images at" not in second
     entries = card.data.to_dict()["model-index"][0]["results"]
-    assert [one["dataset"]["config"] for one in entries] == ["nyu-bts with flip average", "nyu-bts"]
+    assert [one["dataset"]["config"] for one in entries] == [
+        "nyu-bts with flip average, white border fill",
+        "nyu-bts",
+    ]
+    assert {one["dataset"]["type"] for one in entries} == {"nyu-rooms"}
     assert [len(one["metrics"]) for one in entries] == [3, 3]
 
 

@@ -384,3 +384,30 @@ def test_long_names_lose_their_middle() -> None:
     assert len(short) <= 40
     assert short.startswith("aaa")
     assert short.endswith("_0017.jpg")
+
+
+def test_predictions_of_an_earlier_run_stay_in_the_record(model: Path, tmp_path: Path) -> None:
+    """A second run into the folder must not forget with which range and camera the first one's files were written."""
+    for name in ("a.png", "b.png"):
+        photo(tmp_path / name, 30, 40)
+    for name, more in (
+        ("a.png", ["--formats", "[npy,ply]", "--camera", "60"]),
+        ("b.png", ["--formats", "[png]", "--png_scale", "0.01"]),
+        ("a.png", ["--formats", "[npy]"]),  # the point cloud of the first run is still there
+        ("b.png", ["--formats", "[png]"]),  # all of the second run is written anew
+    ):
+        assert run(model, tmp_path / name, tmp_path / "out", *more) == 0
+    report = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    told = [(one["formats"], one["predicted"][0]["output"]) for one in (report, *report["earlier"])]
+    assert told == [(["png"], "b"), (["npy"], "a"), (["npy", "ply"], "a")]
+    assert report["earlier"][-1]["predicted"][0]["camera"]["assumed"] is False
+    assert not any("earlier" in one for one in report["earlier"])
+
+
+def test_a_record_that_is_none_of_ours_does_not_stop_prediction(model: Path, tmp_path: Path) -> None:
+    photo(tmp_path / "a.png", 30, 40)
+    (tmp_path / "out").mkdir()
+    for text in ("[1]", "{", '{"predicted": 3}'):
+        (tmp_path / "out" / "predictions.json").write_text(text)
+        assert run(model, tmp_path / "a.png", tmp_path / "out", "--formats", "[npy]") == 0
+        assert json.loads((tmp_path / "out" / "predictions.json").read_text())["earlier"] == []

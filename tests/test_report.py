@@ -224,7 +224,7 @@ def test_smallness_is_said(runs, tmp_path):
     assert "are few" not in write(tmp_path, full)
     official = scores(settings={"aggregation": "per_image", "expected_images": 654})
     run = make_run(tmp_path / "official", depth_config(), official)
-    assert "stand on 654 images" in write(tmp_path, run)
+    assert "official list of this protocol has 654 images" in write(tmp_path, run)
 
 
 def test_what_differs_between_configurations_is_listed(runs, tmp_path):
@@ -253,6 +253,8 @@ def test_results_that_cannot_be_compared_have_tables_of_their_own(runs, tmp_path
     for changes in (
         {"protocol": "nyu-bts-scaled"},
         {"settings": {"flip_average": True}},
+        {"white_border": "fill"},
+        {"ground_truth": "filled"},
         {"per_image": scores(scenes=2)["per_image"], "images": 8},
     ):
         other = make_run(
@@ -270,7 +272,7 @@ def test_several_protocols_of_a_run_have_a_table_each(tmp_path):
     page = write(tmp_path, run)
     assert page.count("<th>δ1↑</th><th>δ2↑</th>") == 2
     assert f"{second['metrics']['rmse']:.3f}" in page
-    assert "1 image without a prediction left out." in page
+    assert "1 image without a prediction left out, the first is a." in page
     alone = write(tmp_path, make_run(tmp_path / "alone", depth_config(), first))
     assert "0.400 … 0.600" in alone
 

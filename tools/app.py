@@ -523,7 +523,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--max_megapixels", type=float, default=24.0, help="largest photo taken (%(default)s)"
     )
     parser.add_argument("--max_megabytes", type=float, default=32.0, help="largest file taken (%(default)s)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (%(default)s)"
+    )
     parser.add_argument(
         "--encoder_name", metavar="MODULE:FACTORY", help="of a model over a convnet of your own"
     )

@@ -114,20 +114,29 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         layouts = name == "layouts"
         models = ["resnet18", "convnext_atto"] if layouts else []
         models += ["resnet50", "convnext_tiny"]
-        command.add_argument("--model", nargs="+", default=models, help="timm names")
-        command.add_argument("--batch", type=whole_number(1), nargs=many, default=[16] if many else 16)
+        command.add_argument("--model", nargs="+", default=models, help="timm names (%(default)s)")
+        command.add_argument(
+            "--batch",
+            type=whole_number(1),
+            nargs=many,
+            default=[16] if many else 16,
+            help="images of a step (default: 16)",
+        )
         command.add_argument(
             "--size",
             type=whole_number(1),
             nargs="+",
             default=[224],
-            help="image sizes in pixels, of squares" if many else "image size in pixels: one number, or H W",
+            help="image sizes in pixels, of squares (default: 224)"
+            if many
+            else "image size in pixels: one number, or H W (default: 224)",
         )
         command.add_argument(
             "--mask_ratio",
             type=float,
             nargs="+" if layouts else many,
             default=[0.3, 0.6, 0.9] if layouts else [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9] if many else 0.6,
+            help="share of the patches that are hidden (%(default)s)",
         )
         if name not in ("encoder", "layouts"):
             command.add_argument(
@@ -136,13 +145,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
                 default=ORIGINAL_DECODER,
                 metavar="WIDTH[/STAGES/KERNEL]",
                 help=f"of ours: decoder_width, decoder_stages, densify_kernel; the original keeps {ORIGINAL_DECODER}, "
-                "with which it is compared with ours first",
+                "with which it is compared with ours first (%(default)s)",
             )
         command.add_argument(
             "--precision",
             choices=["fp32", "bf16"],
             nargs="+" if layouts else None,
             default=["fp32", "bf16"] if layouts else "fp32",
+            help="of the computation (%(default)s)",
         )
         command.set_defaults(channels_last=False, official=None, original_precision=None)
         if not layouts:
@@ -171,12 +181,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             help="CPU threads (default: one for each core that this process may use)",
         )
         if name != "memory":
-            command.add_argument("--rounds", type=int, default=7, help="timed steps of each contender")
+            command.add_argument(
+                "--rounds", type=int, default=7, help="timed steps of each contender (default: 7)"
+            )
         command.add_argument(
             "--device",
             type=usable_device,
             default="cuda" if torch.cuda.is_available() else "cpu",
-            help="cpu, cuda or cuda:N",
+            help="cpu, cuda or cuda:N (default: a GPU if there is one)",
         )
         command.add_argument("--csv", type=Path, help="write the rows to this file")
         if many:
@@ -248,8 +260,12 @@ def add_depth_commands(commands: Any) -> None:
     """The commands on depth training, in which SparK takes no part."""
     about = "time and GMACs of a training step with the segmentation loss of a run card over those without"
     command = commands.add_parser("distillation", help=about, description=about)
-    command.add_argument("--config", default="zoedepth_distil", help="name of a run card in configs/depth")
-    command.add_argument("--encoder", default="resnet18", help="timm name, where the card names none")
+    command.add_argument(
+        "--config", default="zoedepth_distil", help="name of a run card in configs/depth (%(default)s)"
+    )
+    command.add_argument(
+        "--encoder", default="resnet18", help="timm name, where the card names none (%(default)s)"
+    )
     command.add_argument(
         "--size",
         type=height_by_width,
@@ -259,7 +275,9 @@ def add_depth_commands(commands: Any) -> None:
         help="image sizes [px], each measured (default: 96x128 192x256)",
     )
     command.add_argument("--batch", type=whole_number(1), default=4, help="images of a step (default: 4)")
-    command.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    command.add_argument(
+        "--precision", choices=["fp32", "bf16"], default="fp32", help="of training (default: fp32)"
+    )
 
     about = "pairs/s of the depth loader in one process, decoding or from data.cache, and of the training it feeds"
     command = commands.add_parser("cache", help=about, description=about)

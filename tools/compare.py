@@ -44,8 +44,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("results", nargs="+", help="results.json files, the first is the base")
     parser.add_argument("--protocol", help="which one to compare, of files with several protocols")
-    parser.add_argument("--images", type=int, default=5, help="how many of the best and worst images to name")
-    parser.add_argument("--output", help="CSV file for the comparison")
+    parser.add_argument(
+        "--images", type=int, default=5, help="how many of the best and worst images to name (%(default)s)"
+    )
+    parser.add_argument("--output", help="CSV file for the comparison (none is written)")
     options = parser.parse_args(argv)
     with one_line_errors():
         if len(options.results) < 2:

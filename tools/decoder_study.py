@@ -67,15 +67,27 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--results", type=Path, required=True, help="RESULTS: .csv and .md are added")
     parser.add_argument(
-        "--decoders", type=Decoder.parse, nargs="+", default=decoders, help="WIDTH/STAGES/KERNEL"
+        "--decoders",
+        type=Decoder.parse,
+        nargs="+",
+        default=decoders,
+        help=f"WIDTH/STAGES/KERNEL ({' '.join(map(str, decoders))})",
     )
     parser.add_argument("--equal_time", type=Decoder.parse, nargs="*", default=[], help="also at equal time")
     parser.add_argument("--depth", type=Decoder.parse, nargs="*", default=[], help="also scored by depth")
-    parser.add_argument("--epochs", type=float, default=2, help="of all decoders, at equal images")
-    parser.add_argument("--depth_epochs", type=float, default=15)
-    parser.add_argument("--pretrain_config", default="configs/pretrain/nyu_resnet18.yaml")
-    parser.add_argument("--depth_config", default="configs/depth/unetpp_nyu_small.yaml")
-    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
+    parser.add_argument(
+        "--epochs", type=float, default=2, help="of all decoders, at equal images (%(default)s)"
+    )
+    parser.add_argument("--depth_epochs", type=float, default=15, help="of depth training (%(default)s)")
+    parser.add_argument(
+        "--pretrain_config", default="configs/pretrain/nyu_resnet18.yaml", help="of pretraining (%(default)s)"
+    )
+    parser.add_argument(
+        "--depth_config", default="configs/depth/unetpp_nyu_small.yaml", help="of depth runs (%(default)s)"
+    )
+    parser.add_argument(
+        "--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of all training (%(default)s)"
+    )
     parser.add_argument("--busy", action="store_true", help="measure even though other programs run")
     options = parser.parse_args()
     for decoder in (*options.equal_time, *options.depth):

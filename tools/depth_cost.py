@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", required=True, help="CSV file to write")
-    parser.add_argument("--encoder", default="resnet50", help="timm name where a config names none")
+    parser.add_argument(
+        "--encoder", default="resnet50", help="timm name where a config names none (%(default)s)"
+    )
     args = parser.parse_args(argv)
     rows = [cost_of(card, args.encoder) for card in sorted(CARDS.glob("*.yaml"))]
     table = io.StringIO()

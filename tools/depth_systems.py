@@ -83,22 +83,32 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with images/ and nyu/")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--results", type=Path, required=True, help="RESULTS: .csv and .md are added")
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
-    parser.add_argument("--encoder", default="resnet18", help="timm name where a system does not say its own")
-    parser.add_argument("--size", type=int, nargs=2, default=[96, 128], metavar=("H", "W"))
-    parser.add_argument("--epochs", type=float, default=10, help="on NYU, of every system")
-    parser.add_argument("--diw_epochs", type=float, default=2, help="of a second stage")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
-    parser.add_argument("--pretrain_config", default="configs/pretrain/nyu_resnet18.yaml")
-    parser.add_argument("--pretrain_epochs", type=float, default=5)
+    parser.add_argument(
+        "--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="all of them by default"
+    )
+    parser.add_argument(
+        "--encoder", default="resnet18", help="timm name where a system does not say its own (%(default)s)"
+    )
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=[96, 128], metavar=("H", "W"), help="of images, in px (96 128)"
+    )
+    parser.add_argument("--epochs", type=float, default=10, help="on NYU, of every system (%(default)s)")
+    parser.add_argument("--diw_epochs", type=float, default=2, help="of a second stage (%(default)s)")
+    parser.add_argument("--batch_size", type=int, default=8, help="of all training (%(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of depth training (0)")
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS), help="both by default")
+    parser.add_argument(
+        "--pretrain_config", default="configs/pretrain/nyu_resnet18.yaml", help="of pretraining (%(default)s)"
+    )
+    parser.add_argument("--pretrain_epochs", type=float, default=5, help="of pretraining (%(default)s)")
     parser.add_argument(
         "--diw", type=Path, help="Depth in the Wild; without it, files in its layout are written"
     )
-    parser.add_argument("--protocol", default="nyu-bts")
-    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
-    parser.add_argument("--rounds", type=int, default=10, help="timed forwards of each system")
+    parser.add_argument("--protocol", default="nyu-bts", help="which scores the table has (%(default)s)")
+    parser.add_argument(
+        "--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of all training (%(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=10, help="timed forwards of each system (%(default)s)")
     parser.add_argument("--busy", action="store_true", help="take times on a machine that others use")
     options = parser.parse_args()
     for folder in (options.data / "images", options.data / "nyu"):

@@ -34,11 +34,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--list", help="list of the training pairs, for layouts that have lists")
     parser.add_argument("--val_list", help="list of the pairs to validate on, to compare scenes with")
     parser.add_argument("--kind", choices=get_args(Kind), help="layout; recognised where it is not given")
-    parser.add_argument("--depth_scale", type=float, help="metres of one unit, of a plain folder")
-    parser.add_argument("--bad_depth", choices=("refuse", "hole"), default="refuse")
-    parser.add_argument("--white_border", choices=("keep", "black", "fill"), default="keep")
-    parser.add_argument("--samples", type=int, default=24, help="how many samples are read")
-    parser.add_argument("--output", type=Path, help="PNG file for five pairs")
+    parser.add_argument(
+        "--depth_scale",
+        type=float,
+        help="metres of one unit of the depth files of a plain folder (0.001 for PNG, 1 for NPY and PFM)",
+    )
+    parser.add_argument(
+        "--bad_depth",
+        choices=("refuse", "hole"),
+        default="refuse",
+        help="NaN, infinite and negative depths are refused, or taken for holes (%(default)s)",
+    )
+    parser.add_argument(
+        "--white_border",
+        choices=("keep", "black", "fill"),
+        default="keep",
+        help="of the labelled NYU images: kept, painted black, or filled from the pixels beside it (%(default)s)",
+    )
+    parser.add_argument("--samples", type=int, default=24, help="how many samples are read (%(default)s)")
+    parser.add_argument("--output", type=Path, help="PNG file for five pairs (none is drawn)")
     options = parser.parse_args(argv)
     if not options.path.exists():
         parser.error(f"{options.path} does not exist")

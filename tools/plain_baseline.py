@@ -59,9 +59,9 @@ def main() -> None:
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--results", type=Path, required=True, help="RESULTS: .csv and .md are added")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the runs (0)")
+    parser.add_argument("--epochs", type=int, default=15, help="of each run (%(default)s)")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of both (%(default)s)")
     options = parser.parse_args()
     for name in ("nyu_train.txt", "nyu_val.txt"):
         if not (options.data / name).is_file():

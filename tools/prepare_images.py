@@ -90,15 +90,24 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="channels, as in model.in_chans of the run that reads the shards: 3 (default) and 1 read photographs and "
         "arrays, other numbers read arrays and multi-band TIFF files",
     )
-    parser.add_argument("--short_side", type=int, default=256, help="of the images, unless smaller [px]")
-    parser.add_argument("--min_side", type=int, default=1, help="smaller images are left out [px]")
-    parser.add_argument("--quality", type=int, default=90, help="of the JPEGs, 1 to 100")
-    parser.add_argument("--shard_size", type=int, default=1000, help="images a shard")
-    parser.add_argument("--max_pixels", type=int, default=MAX_PIXELS, help="larger images are left out")
     parser.add_argument(
-        "--max_unreadable", type=float, default=0.0, help="share of shards of an address to do without"
+        "--short_side", type=int, default=256, help="of the images, unless smaller, in px (%(default)s)"
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument(
+        "--min_side", type=int, default=1, help="smaller images are left out, in px (%(default)s)"
+    )
+    parser.add_argument("--quality", type=int, default=90, help="of the JPEGs, 1 to 100 (%(default)s)")
+    parser.add_argument("--shard_size", type=int, default=1000, help="images a shard (%(default)s)")
+    parser.add_argument(
+        "--max_pixels", type=int, default=MAX_PIXELS, help="images of more pixels are left out (%(default)s)"
+    )
+    parser.add_argument(
+        "--max_unreadable",
+        type=float,
+        default=0.0,
+        help="share of shards of an address to do without (%(default)s)",
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (one a core)")
     options = parser.parse_args(arguments)
     for name in ("in_chans", "short_side", "min_side", "shard_size", "max_pixels", "workers"):
         if getattr(options, name) < 1:

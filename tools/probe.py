@@ -362,9 +362,15 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=int, default=0, help="of random weights and of the held-out tenth (default: 0)"
     )
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the encoder")
-    parser.add_argument("--batch_size", type=_positive, default=64)
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute (default: auto)"
+    )
+    parser.add_argument(
+        "--precision", choices=["fp32", "bf16"], default="fp32", help="of the encoder (default: fp32)"
+    )
+    parser.add_argument(
+        "--batch_size", type=_positive, default=64, help="images of one forward (default: 64)"
+    )
     parser.add_argument(
         "--workers", type=int, default=0, help="processes that read images; 0: this one (default: 0)"
     )

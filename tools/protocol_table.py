@@ -3,6 +3,7 @@
 python tools/protocol_table.py
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -15,8 +16,10 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "protocols.md"
 BEGIN, END = "<!-- table: tools/protocol_table.py -->\n", "<!-- end of table -->\n"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Replace the table in the page."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=formatter).parse_args(argv)
     write_whole(PAGE, page(PAGE.read_text(encoding="utf-8")).encode())
 
 

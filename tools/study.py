@@ -48,19 +48,30 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with images/ and nyu/")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--results", type=Path, required=True, help="RESULTS: .csv and .md are added")
-    parser.add_argument("--encoders", nargs="+", default=["resnet18", "convnext_atto"], help="timm names")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--pretrain_epochs", type=float, default=5)
-    parser.add_argument("--depth_epochs", type=float, default=15)
     parser.add_argument(
-        "--pretrain_config", default="configs/pretrain/nyu_{encoder}.yaml", help="{encoder} is filled in"
+        "--encoders",
+        nargs="+",
+        default=["resnet18", "convnext_atto"],
+        help="timm names (resnet18 convnext_atto)",
     )
-    parser.add_argument("--depth_config", default="configs/depth/unetpp_nyu_small.yaml")
-    parser.add_argument("--protocol", default="nyu-bts")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of depth training (0 1)")
+    parser.add_argument("--pretrain_epochs", type=float, default=5, help="of pretraining (%(default)s)")
+    parser.add_argument("--depth_epochs", type=float, default=15, help="of depth training (%(default)s)")
+    parser.add_argument(
+        "--pretrain_config",
+        default="configs/pretrain/nyu_{encoder}.yaml",
+        help="{encoder} is filled in (%(default)s)",
+    )
+    parser.add_argument(
+        "--depth_config", default="configs/depth/unetpp_nyu_small.yaml", help="of depth runs (%(default)s)"
+    )
+    parser.add_argument("--protocol", default="nyu-bts", help="which scores the table has (%(default)s)")
     parser.add_argument(
         "--readme", type=Path, help="also put the table between this file's `<!-- study -->` marks"
     )
-    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
+    parser.add_argument(
+        "--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of all training (%(default)s)"
+    )
     options = parser.parse_args()
     for folder in (options.data / "images", options.data / "nyu"):
         if not folder.is_dir():

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from finetune.metrics import METRIC, count, own_metrics
+from finetune.reservations import READING, reservations
 from spark.reporting.charts import number
 from spark.reporting.page import Cell, Table, Text
 from spark.reporting.sections import plain_path
@@ -42,8 +43,8 @@ def results_blocks(scored: Mapping[str, list[Results]]) -> list[Any]:
             alike.setdefault(measured_as(result), {}).setdefault(label, []).append(result)
     blocks: list[Any] = []
     if len(alike) > 1:
-        said = "Not all was scored alike (protocol, its settings, images): a table for each way. Do not compare numbers"
-        blocks.append(Text(f"{said} of different tables.", note=True))
+        said = "Not all was scored alike (protocol, its settings, images, how they were read): a table for each way."
+        blocks.append(Text(f"{said} Do not compare numbers of different tables.", note=True))
     for group in alike.values():
         blocks += [table(group), *reading(group)]
     return blocks
@@ -61,9 +62,10 @@ def result_tiles(result: Results) -> list[tuple[str, str, str]]:
 
 
 def measured_as(result: Results) -> str:
-    """Equal for results that may stand in one table: of one protocol, its settings, and the same images."""
+    """Equal for results that may stand in one table: of one protocol, its settings, and the same images, read alike."""
     names = sorted(str(row["name"]) for row in result["per_image"])
-    return json.dumps([result["protocol"], result.get("settings"), names], sort_keys=True, default=str)
+    read = {key: result.get(key) for key in READING}
+    return json.dumps([result["protocol"], result.get("settings"), read, names], sort_keys=True, default=str)
 
 
 def table(scored: Mapping[str, list[Results]]) -> Table:
@@ -149,32 +151,23 @@ def reading(scored: Mapping[str, list[Results]]) -> list[Text]:
     text = [
         f"Protocol {result['protocol']}{about}, {count(result['images'], 'image')} of {count(scenes, 'scene')}."
     ]
+    read = [
+        f"{name} {result[key]}" for key, name in READING.items() if key in result and result[key] is not None
+    ]
+    if read:
+        text.append(f"Read with {', '.join(read)}.")
     if len(scored) > 1:
         text.append(
             "Differences are to the first row; below each is the 95 % bootstrap interval over scenes (paired, whole"
             " scenes drawn together), and colour marks intervals without 0. The interval knows the choice of test"
             " images only, not the chance in training, which takes several seeds."
         )
-    expected = settings.get("expected_images")
-    caution = []
-    if expected and expected != result["images"]:
-        caution.append(
-            f"Published numbers of this protocol stand on {expected} images: do not compare with them."
-        )
+    caution = [f"{sentence[0].upper()}{sentence[1:]}." for sentence in reservations(result)]
     if len(scored) > 1 and max(len(results) for results in scored.values()) == 1:
         caution.append("One seed each: a second one may turn a small difference around.")
     if result["images"] < FEW_IMAGES:
         few = "1 image is little" if result["images"] == 1 else f"{result['images']} images are few"
         caution.append(f"{few}: this shows that the path works, not what a method is worth.")
-    if result.get("missing"):
-        caution.append(f"{count(len(result['missing']), 'image')} without a prediction left out.")
-    if result.get("skipped"):
-        caution.append(f"{count(len(result['skipped']), 'image')} without a pixel that counts left out.")
-    if result.get("unusable"):
-        listed = ", ".join(map(str, result["unusable"]))
-        caution.append(f"No value of the prediction could be used of {listed}: scored as the worst.")
-    if result.get("nonfinite_images"):
-        caution.append(f"{count(result['nonfinite_images'], 'image')} with predictions that were not finite.")
     return [Text(" ".join(text)), *([Text(" ".join(caution), note=True)] if caution else [])]
 
 
@@ -183,7 +176,9 @@ def protocol_table(result: Results) -> Table | None:
     settings = result.get("settings")
     if not isinstance(settings, dict) or not settings:
         return None
-    extra = {name: result[name] for name in ("image_size", "data", "model", "step") if name in result}
+    extra = {
+        name: result[name] for name in ("image_size", "data", "model", "step", *READING) if name in result
+    }
     rows = [[Cell(str(name), head=True), Cell(_said(value))] for name, value in {**settings, **extra}.items()]
     return Table(["setting", ""], rows, textual=True)
 
