@@ -162,7 +162,9 @@ class Readings:
             raise ValueError("there is no known distance to fit to: give points, or pairs with readings")
         for name, number in zip(self.names, self.metres, strict=False):
             if not (math.isfinite(number) and number > 0):
-                raise ValueError(f"{name} has a distance of {number:g} m: distances are above 0, correct it")
+                raise ValueError(
+                    f"{name} has a distance of {number:g} m: distances are above 0 and finite, correct it"
+                )
         if self.metres.max() > LARGEST_DEPTH:
             raise ValueError(f"a distance of {self.metres.max():g} m is none of a photo: give metres")
         if not (np.isfinite(self.predicted).all() and (self.relative or self.predicted.min() > 0)):
@@ -264,6 +266,10 @@ def fit_calibration(
     farthest = float(readings.metres.max())
     if limit is None:
         limit = max(max_depth if space == "disparity" else _mapped(space, scale, shift, max_depth), farthest)
+    elif tolerance is not None and limit < farthest:
+        raise ValueError(
+            f"max_depth {limit:g} m is nearer than a known distance, {farthest:g} m: raise it, or leave it out"
+        )
     found = Calibration(space, scale, shift, min_depth, limit, origin)
     after = found.metres(readings.predicted, readings.relative)
     if tolerance is not None and (wrong := contradictions(after, readings.metres, tolerance)):

@@ -114,6 +114,12 @@ def test_a_fit_beyond_all_depths_is_a_sentence() -> None:
     assert kept.max_depth == 20.0
 
 
+def test_a_limit_nearer_than_a_known_distance_contradicts_nobody() -> None:
+    near = readings(np.array([1.0]), np.array([2.5]))
+    with pytest.raises(ValueError, match=r"max_depth 1 m is nearer than a known distance, 2\.5 m: raise it"):
+        fit_calibration(near, "depth", "scale", 1e-3, 10.0, limit=1.0)
+
+
 def test_relative_depth_below_zero_is_no_lack_of_spread() -> None:
     inverse = np.linspace(-9.0, -1.0, 9)
     metres = 1 / (0.05 * inverse + 0.6)
