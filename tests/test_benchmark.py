@@ -5,6 +5,7 @@ No timing is asserted. With SPARK_ORIGINAL naming a clone of github.com/keyu-tia
 
 import csv
 import json
+import logging
 import multiprocessing
 import os
 import subprocess
@@ -158,6 +159,7 @@ def test_a_busy_machine_is_refused_and_a_fading_load_waited_for(monkeypatch):
 def test_rows_of_a_timing(command, tmp_path, capsys):
     width = [] if command == "encoder" else ["--decoder", "32"]
     benchmark.main([command, *SMALL, "--mask_ratio", "0.75", *width, "--csv", str(tmp_path / "a.csv")])
+    assert logging.getLogger("spark.official").level == logging.NOTSET  # was silenced meanwhile
     masked, packed = read(tmp_path / "a.csv")
     assert (masked["contender"], packed["contender"], packed["base"]) == ("masked", "packed", "masked")
     assert (packed["kind"], packed["batch"], packed["height"], packed["rounds"]) == (command, "2", "64", "2")

@@ -29,6 +29,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -419,12 +420,24 @@ def _each(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
+@contextmanager
+def errors_alone(name: str) -> Iterator[None]:
+    """A logger that says nothing but errors meanwhile."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+# What it says of keys is for users' files; a weight that went astray fails the check of parity here.
+@errors_alone("spark.official")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line, measure, write CSV rows as they come, print a table."""
     options = parse_arguments(arguments)
     rows: list[dict[str, str]] = []
-    # What it says of keys is for users' files; a weight that went astray fails the check of parity here.
-    logging.getLogger("spark.official").setLevel(logging.ERROR)
     try:
         check(options)
         refuse_busy_machine(options.busy)
