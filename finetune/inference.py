@@ -207,9 +207,9 @@ def ahead(items: Iterable[T]) -> Iterator[T]:
 
 
 def summary(metrics: dict[str, float]) -> str:
-    """The numbers that the field quotes, in one line."""
+    """The numbers that the field quotes, in one line; of relations those that need no threshold."""
     if "whdr" in metrics:
-        return f"WHDR {metrics['whdr']:.3f}   accuracy {metrics['accuracy']:.3f}   WKDR {metrics['wkdr']:.3f}"
+        return f"WHDR {metrics['whdr']:.3f}   accuracy {metrics['accuracy']:.3f}"
     return f"delta1 {metrics['delta1']:.3f}   AbsRel {metrics['abs_rel']:.3f}   RMSE {metrics['rmse']:.3f} m"
 
 

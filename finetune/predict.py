@@ -636,13 +636,18 @@ def output_stems(source: str | Path, output: Path, left_out: Collection[str] = (
 
 
 def _listed(source: Path) -> list[Path]:
-    """The files of a folder, list or pattern; ValueError if there are none."""
+    """The files of a folder, list or pattern, or one file; ValueError if there are none."""
     if not source.exists() and re.search(r"[*?\[]", str(source)):
         fitting = [Path(name) for name in sorted(glob.glob(str(source), recursive=True))]
         found = [path for path in fitting if path.suffix.lower() in (*IMAGE, *VIDEO) and path.is_file()]
         if not found:
             raise ValueError(f"no image and no video fits {source}: check the pattern, and put it in quotes")
         return found
+    if not source.exists():
+        raise ValueError(
+            f"there is no image, video, folder or list at {source.absolute()}: check the path (a relative one starts at"
+            " the current folder)"
+        )
     videos: list[Path] = []
     if source.is_dir():
         videos = sorted(

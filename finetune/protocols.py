@@ -534,6 +534,7 @@ def get_protocol(name: str, *, flip_average: bool | None = None, threshold: floa
     protocol = PROTOCOLS[name]
     if threshold is not None:
         if protocol.family != "relations":
-            raise ValueError(f"threshold is for relations of points (protocol diw), not {name}: leave it out")
+            relations = ", ".join(key for key, each in PROTOCOLS.items() if each.family == "relations")
+            raise ValueError(f"threshold is for relations of points ({relations}), not {name}: leave it out")
         protocol = replace(protocol, threshold=threshold)
     return protocol if flip_average is None else replace(protocol, flip_average=flip_average)

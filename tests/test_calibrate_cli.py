@@ -115,6 +115,24 @@ def test_evaluation_applies_and_states_it(world: Path, tmp_path: Path) -> None:
         assert other["rmse"] != pytest.approx(one["rmse"], rel=0.01)
 
 
+def test_a_wrong_point_counts_less_where_that_is_asked_for(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = image_of(world)
+    predicted = predict_image(load_depth_model(world / "metric"), cv2.imread(str(image))[..., ::-1].copy())
+    places = [(5, 40, 2.5), (60, 3, 2.5), (31, 24, 2.5), (9, 9, 2.5)]
+    places.append((50, 30, 25))  # a slip of the decimal point
+    points = "; ".join(f"{x},{y},{factor * predicted[y, x]}" for x, y, factor in places)
+    options = (f"--image={image}", f"--points={points}", "--outliers=downweight")
+    run(world, *options, f"--output={tmp_path / 'model'}")
+    calibration = load_depth_model(tmp_path / "model").calibration
+    assert calibration is not None
+    assert calibration.scale == 1  # in log depth: the scale of depth is its shift
+    assert calibration.shift == pytest.approx(np.log(2.5), abs=0.01)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "1 of 5 points counted less (point 5 at x 50, y 30: measured " in printed
+
+
 def test_points_give_metres_to_a_head_without(world: Path, tmp_path: Path) -> None:
     image = image_of(world)
     inverse = predict_image(load_depth_model(world / "relative"), cv2.imread(str(image))[..., ::-1].copy())
@@ -147,6 +165,11 @@ def test_a_longer_lens_sees_things_nearer_than_they_are(world: Path, tmp_path: P
         (["--points=64,1,2", "--image={image}"], "metric", "lies outside"),
         (["--points=1,1,-2", "--image={image}"], "metric", "distances are above 0"),
         (["--points=1,1,1; 2,2,9", "--image={image}"], "metric", "2 of 2 points contradict"),
+        (
+            ["--points=1,1,1; 9,9,1; 2,2,9; 8,8,9", "--image={image}", "--outliers=downweight"],
+            "metric",
+            "less weight does not tell which half is right",
+        ),
         (
             ["--points=1,1,2", "--image={image}", "--fit=scale_shift"],
             "metric",

@@ -345,7 +345,7 @@ def test_proportions_are_kept(
         (["--camera", "lens"], "camera 'lens' is neither nyu"),
         (["--camera", "500"], "field of view is between 1 and 170"),
         (["--formats", "[ply,stl]"], "formats"),
-        (["--input", "{tmp}/nothing"], "there is no image folder"),
+        (["--input", "{tmp}/nothing.jpg"], "there is no image, video, folder or list at"),
         (["--input", "{tmp}/empty"], "no image in"),
         (["--model", "{tmp}"], "is not a depth model"),
         (["--colour_far", "0"], "colour_near must be"),

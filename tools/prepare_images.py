@@ -348,8 +348,9 @@ def make_report(
 
 def summary(report: dict[str, Any], output: Path) -> str:
     """The report in a few lines."""
+    shards = "shard" if report["shards"] == 1 else "shards"
     lines = [
-        f"{report['written']} of {report['images']} images in {report['shards']} shards of {output}, "
+        f"{report['written']} of {report['images']} images in {report['shards']} {shards} in {output}, "
         f"{report['bytes'] / 1e6:.1f} MB; {report['dropped']} left out"
     ]
     lines += [f"  {count} x {reason}" for reason, count in list(report["reasons"].items())[:10]]
