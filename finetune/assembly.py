@@ -34,12 +34,16 @@ def build_model(config: DepthConfig) -> tuple[DepthModel, KeyReport]:
     encoders can be compared.
 
     Raises:
-        ValueError: The encoder is none, or `pretrained` or `encoder_name` do not go with it.
+        ValueError: The encoder is none, or an option of it does not go with it.
         FileNotFoundError: A path that does not exist.
     """
     torch.manual_seed(derive_seed(config.seed, ENCODER_WEIGHTS))
     encoder, report = open_encoder(
-        config.encoder, config.encoder_name, config.pretrained, config.model.drop_path
+        config.encoder,
+        config.encoder_name,
+        config.pretrained,
+        config.model.drop_path,
+        config.model.encoder_options,
     )
     torch.manual_seed(derive_seed(config.seed, HEAD_WEIGHTS))
     model = DepthModel(

@@ -36,6 +36,8 @@ class DepthModelConfig:
         max_depth: farthest depth in metres that the model can say; readings beyond it do not train it.
         initial_depth: depth in metres near which an untrained head starts; the median of NYU is 2.7.
         drop_path: stochastic depth rate of the encoder.
+        encoder_options: further arguments of timm.create_model for the encoder (of the factory of your own), such as
+            zero_init_last of a ResNet, which false makes all residual branches count from the start.
     """
 
     head: str = "unetpp"
@@ -45,6 +47,7 @@ class DepthModelConfig:
     max_depth: float = 10.0
     initial_depth: float = 2.7
     drop_path: float = 0.0
+    encoder_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         expand_home(self, "init")

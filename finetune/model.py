@@ -29,6 +29,20 @@ from spark.keys import KeyReport
 ENCODER_NAME = "encoder_name= (--encoder_name)"
 """How sentences call the argument and the option that name an encoder which a file does not say, or may not."""
 
+# Arguments of `read_encoder` and `timm.create_model` that a depth model sets itself.
+_NOT_FREE = {
+    **dict.fromkeys(("drop_path", "drop_path_rate"), "set drop_path"),
+    **dict.fromkeys(("model_name", "name_option"), "set encoder_name"),
+    "pretrained": "set pretrained",
+    "in_chans": "depth is of colour images",
+    "averaged": "export the averaged weights",
+    "source": "set encoder",
+    **dict.fromkeys(
+        ("features_only", "out_indices", "feature_cls", "num_classes", "global_pool"),
+        "the head takes the feature maps that it wants",
+    ),
+}
+
 
 class DepthModel(nn.Module):
     """Encoder, head and depth range.
@@ -51,6 +65,8 @@ class DepthModel(nn.Module):
         std: What RGB is then divided by; default likewise.
         encoder_name: timm name of the encoder in a `.pth` file that does not say it; "package.module:factory" of one's
             own convnet in a file or folder, for no file decides which code is run.
+        encoder_options: Further arguments of `timm.create_model` (of the factory of one's own convnet), unless the
+            encoder is already made.
         head_options: Arguments of the head, such as `decoder_channels` of unetpp.
 
     Attributes:
@@ -73,17 +89,18 @@ class DepthModel(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         encoder_name: str | None = None,
+        encoder_options: Mapping[str, Any] | None = None,
         **head_options: Any,
     ) -> None:
         super().__init__()
         if isinstance(encoder, nn.Module):
-            if pretrained or drop_path or encoder_name:
+            if pretrained or drop_path or encoder_name or encoder_options:
                 raise ValueError(
-                    "pretrained, drop_path and encoder_name shape an encoder given by name: one that is already made "
-                    "keeps its own"
+                    "pretrained, drop_path, encoder_name and encoder_options shape an encoder given by name: one that"
+                    " is already made keeps its own"
                 )
         else:
-            encoder, _ = open_encoder(encoder, encoder_name, pretrained, drop_path)
+            encoder, _ = open_encoder(encoder, encoder_name, pretrained, drop_path, encoder_options or {})
         self.encoder: nn.Module = encoder
         self.encoder_frozen = False
         levels = pyramid_info(encoder)
@@ -198,16 +215,22 @@ class DepthModel(nn.Module):
 
 
 def open_encoder(
-    encoder: str | Path, encoder_name: str | None, pretrained: bool, drop_path: float
+    encoder: str | Path,
+    encoder_name: str | None,
+    pretrained: bool,
+    drop_path: float,
+    encoder_options: Mapping[str, Any],
 ) -> tuple[nn.Module, KeyReport]:
     """The encoder of a depth model, as the arguments of `DepthModel` say, and what became of its weights.
 
     Raises:
-        ValueError: It is none, or `pretrained` or `encoder_name` do not go with it.
+        ValueError: It is none, or `pretrained`, `encoder_name` or `encoder_options` do not go with it.
         FileNotFoundError: A path that does not exist.
         OSError: timm's published weights could not be downloaded.
     """
-    options: dict[str, Any] = {}
+    if wrong := sorted(_NOT_FREE.keys() & encoder_options):
+        raise ValueError(f"encoder_options cannot set {wrong[0]}: {_NOT_FREE[wrong[0]]}")
+    options = dict(encoder_options)
     if drop_path:
         own = is_own(str(encoder)) or is_own(encoder_name or "")
         options["drop_path" if own else "drop_path_rate"] = drop_path

@@ -182,6 +182,12 @@ def test_encoder_that_is_already_made_is_used() -> None:
         ({"min_depth": 3.0}, "min_depth < initial_depth"),
         ({"max_depth": 2.0}, "initial_depth < max_depth"),
         ({"mean": (0.5,)}, "three numbers"),
+        (
+            {"encoder_options": {"drop_path_rate": 0.1}},
+            "encoder_options cannot set drop_path_rate: set drop_path",
+        ),
+        ({"encoder_options": {"in_chans": 1}}, "cannot set in_chans: depth is of colour images"),
+        ({"encoder_options": {"zero_init": False}}, "does not accept these options: .*zero_init"),
     ],
 )
 def test_wrong_arguments_say_what_to_do(options: dict, message: str) -> None:
@@ -192,6 +198,21 @@ def test_wrong_arguments_say_what_to_do(options: dict, message: str) -> None:
 def test_made_encoder_refuses_what_shapes_a_named_one() -> None:
     with pytest.raises(ValueError, match="already made"):
         DepthModel(build_encoder("test_resnet"), pretrained=True)
+    with pytest.raises(ValueError, match="already made"):
+        DepthModel(build_encoder("test_resnet"), encoder_options={"zero_init_last": False})
+
+
+def test_options_of_the_encoder_reach_timm_and_come_back_from_a_file(tmp_path: Path) -> None:
+    encoder: Any = DepthModel("resnet18", encoder_options={"zero_init_last": False}).encoder
+    assert torch.equal(encoder.layer1[0].bn2.weight, torch.ones(64))
+    assert torch.equal(build_encoder("resnet18").layer1[0].bn2.weight, torch.zeros(64))  # type: ignore[union-attr]
+
+    model = tiny(encoder_options={"replace_stem_pool": True}).eval()
+    assert model.state_dict().keys() != tiny().state_dict().keys()
+    again = load_depth_model(model.save(tmp_path / "model"))
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(again(images).depth, model(images).depth)
 
 
 @pytest.mark.parametrize("shape", [(3, 64, 64), (1, 4, 64, 64), (1, 3, 0, 64)])

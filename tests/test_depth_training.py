@@ -521,6 +521,7 @@ def test_checkpoint_of_another_architecture(
         ({"optim.lr": -1}, "optim.lr must be above 0"),
         ({"model.head_options": '{"decoder_chanels": [8]}'}, "did you mean 'decoder_channels'"),
         ({"loss_options": '{"silog": {"variance": 1}}'}, "variance_focus"),
+        ({"model.encoder_options.pretrained": "true"}, "encoder_options cannot set pretrained"),
         ({"precision": "fp16"}, "fp16 needs a GPU"),
         (
             {"encoder_name": "resnet18"},

@@ -83,6 +83,11 @@ def test_the_table_holds_the_scores_of_the_runs(options, monkeypatch):
     assert "old" not in readme
 
 
+def test_random_weights_get_a_good_start():
+    assert study.good_start("resnet18") == {"model.encoder_options": '{"zero_init_last": false}'}
+    assert study.good_start("convnext_atto") == {}
+
+
 def test_a_readme_without_marks_is_left_alone(options):
     options.readme.write_text("no marks\n")
     with pytest.raises(SystemExit, match="must hold the mark"):

@@ -23,6 +23,7 @@ import timm
 import torch
 import yaml
 from benchmarks.rows import rows_as_csv
+from timm.models.resnet import ResNet
 
 from spark.folders import write_whole
 from spark.run import read_rows
@@ -110,15 +111,30 @@ def pretrain(encoder: str, images: Path, options: argparse.Namespace) -> None:
 
 def finetune(encoder: str, start: str, seed: int, options: argparse.Namespace) -> None:
     """Depth from an encoder, or from scratch."""
-    weights = pretraining_of(encoder, options) / "encoder" if start == "spark" else encoder
-    depth(run_of(encoder, start, seed, options), weights, seed, options.protocol, options)
+    run = run_of(encoder, start, seed, options)
+    if start == "spark":
+        depth(run, pretraining_of(encoder, options) / "encoder", seed, options.protocol, options)
+    else:
+        depth(run, encoder, seed, options.protocol, options, **good_start(encoder))
 
 
-def depth(run: Path, encoder: object, seed: int, protocol: str, options: argparse.Namespace) -> None:
+def good_start(encoder: str) -> dict[str, str]:
+    """Options for random weights, so that pretraining is not compared with a bad start.
+
+    timm's ResNets begin with every residual branch multiplied by zero, which costs depth from scratch (docs/log.md).
+    """
+    if not isinstance(timm.create_model(encoder), ResNet):
+        return {}
+    return {"model.encoder_options": json.dumps({"zero_init_last": False})}
+
+
+def depth(
+    run: Path, encoder: object, seed: int, protocol: str, options: argparse.Namespace, **more: object
+) -> None:
     """UNet++ on the training pairs, then its score on the validation list, in results.json of the run."""
     data = {"data.root": options.data / "nyu"}
     lists = {"data.list": "nyu_train.txt", "data.val_list": "nyu_val.txt"}
-    scores, given = run / "results.json", {"encoder": encoder, "seed": seed, **data, **lists}
+    scores, given = run / "results.json", {"encoder": encoder, "seed": seed, **data, **lists, **more}
     if complete(
         "finetune/depth.py", run, "model", options.depth_epochs, options.depth_config, options, **given
     ):
@@ -231,7 +247,7 @@ def markdown(rows: list[dict], options: argparse.Namespace) -> str:
         f"Protocol `{rows[0]['protocol']}` on {rows[0]['images']} validation images, white border filled. "
         f"Every row: UNet++, {rows[0]['depth_epochs']:g} epochs at {rows[0]['depth_size']} px. "
         f"SparK: {options.pretrain_epochs:g} epochs, one pretraining an encoder; seeds are of depth training. "
-        "Mean, and range over seeds.",
+        "Scratch: random weights, with no branch of a ResNet at zero. Mean, and range over seeds.",
         "",
         "| encoder | start | seeds | " + " | ".join(SHOWN.values()) + " |",
         "|---|---|---|" + "---|" * len(SHOWN),
