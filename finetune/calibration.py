@@ -243,6 +243,7 @@ def fit_calibration(
     *,
     limit: float | None = None,
     tolerance: float | None = 0.5,
+    downweight: bool = False,
     origin: str = "",
 ) -> Calibration:
     """Fit a calibration and say how good it is.
@@ -257,13 +258,24 @@ def fit_calibration(
             distance (the calibrated inverse of `max_depth` may be infinite), else what `max_depth` becomes.
         tolerance: relative error after the fit beyond which a point contradicts the others; from four points on one
             that is off by three robust deviations and a quarter does too. None: nobody contradicts.
+        downweight: accept points that contradict, in less than half of all; they do not move `max_depth` either.
         origin: sentence on the readings.
 
     Raises:
         ValueError: too few or contradictory points, which are named.
     """
     scale, shift = fit_line(readings, space, fit)
-    farthest = float(readings.metres.max())
+    wrong: list[int] = []
+    if tolerance is not None and downweight:
+        wrong = contradictions(
+            Calibration(space, scale, shift, min_depth, LARGEST_DEPTH, origin).metres(
+                readings.predicted, readings.relative
+            ),
+            readings.metres,
+            tolerance,
+        )
+    trusted = np.delete(readings.metres, wrong) if 2 * len(wrong) < len(readings.metres) else readings.metres
+    farthest = float(trusted.max())
     if limit is None:
         limit = max(max_depth if space == "disparity" else _mapped(space, scale, shift, max_depth), farthest)
     elif tolerance is not None and limit < farthest:
@@ -272,14 +284,17 @@ def fit_calibration(
         )
     found = Calibration(space, scale, shift, min_depth, limit, origin)
     after = found.metres(readings.predicted, readings.relative)
-    if tolerance is not None and (wrong := contradictions(after, readings.metres, tolerance)):
-        stated = "; ".join(
-            f"{readings.names[i]}: measured {readings.metres[i]:.3g} m, the fit says {after[i]:.3g} m"
-            for i in wrong
-        )
+    if tolerance is not None:
+        wrong = contradictions(after, readings.metres, tolerance)
+    if len(wrong) >= (max(1, len(after) / 2) if downweight else 1):
+        advice = ["correct or remove them"]
+        if fit == "scale":
+            advice.append("fit scale and shift instead of the scale")
+        if not downweight:
+            advice.append("accept them with less weight (outliers downweight)")
         raise ValueError(
-            f"{len(wrong)} of {len(after)} points contradict the others or the model ({stated}): correct or remove"
-            " them, fit scale and shift instead of the scale, or accept them with less weight (outliers downweight)"
+            f"{stated_contradictions(readings, after, wrong)}: {', or '.join(advice)}"
+            + ("; less weight does not tell which half is right" if downweight else "")
         )
     errors = {"after": _abs_rel(after, readings.metres)}
     if not readings.relative:
@@ -302,6 +317,17 @@ def _mapped(space: Space, scale: float, shift: float, max_depth: float) -> float
             " say the farthest depth (max_depth)"
         )
     return mapped
+
+
+def stated_contradictions(readings: Readings, fitted: np.ndarray, wrong: Sequence[int]) -> str:
+    """Which points contradict the others or the model, with both distances of each."""
+    if not wrong:
+        return "no point contradicts the others"
+    listed = "; ".join(
+        f"{readings.names[i]}: measured {readings.metres[i]:.3g} m, the fit says {fitted[i]:.3g} m"
+        for i in wrong
+    )
+    return f"{len(wrong)} of {len(fitted)} points contradict the others or the model ({listed})"
 
 
 def contradictions(fitted: np.ndarray, metres: np.ndarray, tolerance: float) -> list[int]:

@@ -36,7 +36,14 @@ _NOT_FREE = {
     "pretrained": "set pretrained",
     "in_chans": "depth is of colour images",
     "averaged": "export the averaged weights",
-    "source": "set encoder",
+    **dict.fromkeys(
+        ("source", "name", "model_name_or_path", "checkpoint_path", "cache_dir"),
+        "set encoder, which says the weights",
+    ),
+    **dict.fromkeys(
+        ("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "kwargs_filter"),
+        "weights are loaded whole or not at all",
+    ),
     **dict.fromkeys(
         ("features_only", "out_indices", "feature_cls", "num_classes", "global_pool"),
         "the head takes the feature maps that it wants",
@@ -236,14 +243,21 @@ def open_encoder(
         options["drop_path" if own else "drop_path_rate"] = drop_path
     if re.match(r"swin(v2)?_", str(encoder)):
         options["strict_img_size"] = False  # images may have any size
-    made, report = read_encoder(
-        encoder,
-        in_chans=3,
-        pretrained=pretrained,
-        model_name=encoder_name,
-        name_option=ENCODER_NAME,
-        **options,
-    )
+    try:
+        made, report = read_encoder(
+            encoder,
+            in_chans=3,
+            pretrained=pretrained,
+            model_name=encoder_name,
+            name_option=ENCODER_NAME,
+            **options,
+        )
+    except ValueError as error:
+        if encoder_options and error.__cause__ is not None:
+            raise ValueError(
+                f"{error} (encoder_options are {dict(encoder_options)}, '{{}}' gives none)"
+            ) from error
+        raise
     asked = report.source and (Path(encoder).is_file() or hasattr(made, "own_encoder"))
     if encoder_name is not None and not asked:
         raise ValueError(

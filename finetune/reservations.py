@@ -40,8 +40,8 @@ def reservations(results: Mapping[str, Any]) -> list[str]:
         said.append("averages over flips, which files are taken to have been")
     if results.get("skipped"):
         said.append(
-            f"{count(len(results['skipped']), 'image')} of {results['images'] + len(results['skipped'])} without a"
-            f" pixel that counts left out, the first is {results['skipped'][0]}"
+            f"{len(results['skipped'])} of {results['images'] + len(results['skipped'])} images left out for want of a"
+            f" pixel that counts, the first is {results['skipped'][0]}"
         )
     if results.get("missing"):
         said.append(

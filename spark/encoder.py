@@ -106,7 +106,7 @@ def create_model(name: str, *, pretrained: bool = False, **options: Any) -> nn.M
     require_timm_name(name)
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
-    except (AssertionError, TypeError, RuntimeError) as error:
+    except (AssertionError, TypeError, RuntimeError, KeyError) as error:
         raise ValueError(f"timm model {name!r} does not accept these options: {error}") from error
     except OSError as error:  # huggingface_hub's errors, and urllib's, are of this kind
         if not pretrained:

@@ -130,7 +130,15 @@ def test_a_wrong_point_counts_less_where_that_is_asked_for(
     assert calibration.scale == 1  # in log depth: the scale of depth is its shift
     assert calibration.shift == pytest.approx(np.log(2.5), abs=0.01)
     printed = " ".join(capsys.readouterr().out.split())
-    assert "1 of 5 points counted less (point 5 at x 50, y 30: measured " in printed
+    assert "1 of 5 points contradict the others or the model (point 5 at x 50, y 30: measured " in printed
+    assert "and counted less" in printed
+    assert calibration.max_depth == pytest.approx(2.5 * 10, rel=0.01), "the slip, 67 m, is no farthest depth"
+    right = points.rpartition(";")[0]
+    run(world, f"--image={image}", f"--points={right}", "--outliers=downweight", f"--output={tmp_path / 'b'}")
+    assert "no point contradicts the others" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        run(world, *options, "--max_depth=4", f"--output={tmp_path / 'c'}")
+    assert "max_depth 4 m is nearer than a known distance" in capsys.readouterr().err
 
 
 def test_points_give_metres_to_a_head_without(world: Path, tmp_path: Path) -> None:

@@ -187,7 +187,13 @@ def test_encoder_that_is_already_made_is_used() -> None:
             "encoder_options cannot set drop_path_rate: set drop_path",
         ),
         ({"encoder_options": {"in_chans": 1}}, "cannot set in_chans: depth is of colour images"),
-        ({"encoder_options": {"zero_init": False}}, "does not accept these options: .*zero_init"),
+        (
+            {"encoder_options": {"zero_init": False}},
+            "does not accept these options: .*zero_init.*'{}' gives none",
+        ),
+        ({"encoder_options": {"act_layer": "gelux"}}, "does not accept these options: .*gelux"),
+        ({"encoder_options": {"checkpoint_path": "a.pth"}}, "cannot set checkpoint_path: set encoder"),
+        ({"encoder_options": {"pretrained_strict": False}}, "weights are loaded whole or not at all"),
     ],
 )
 def test_wrong_arguments_say_what_to_do(options: dict, message: str) -> None:

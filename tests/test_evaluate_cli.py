@@ -174,7 +174,7 @@ def test_images_without_ground_truth_are_listed(
     results = run(model, world, tmp_path / "results.json")
     assert results["images"] == 2
     assert results["skipped"] == ["val_scene/rgb_0001.png"]
-    assert " without a pixel that counts left out, the first is " in capsys.readouterr().out
+    assert " left out for want of a pixel that counts, the first is " in capsys.readouterr().out
 
 
 def test_figures_draw_holes_apart(model: Path, world: Path, tmp_path: Path) -> None:

@@ -280,7 +280,7 @@ def test_what_makes_scores_less_is_on_the_card(model: Path, tmp_path: Path) -> N
     first, second = card.text.split("Protocol `")[
         1:
     ]  # what the run says of the same scores is not said again
-    assert "2 images of 102 without a pixel that counts left out, the first is a.jpg." in first
+    assert "2 of 102 images left out for want of a pixel that counts, the first is a.jpg." in first
     assert "The model saw images at 96x128 px." in first
     assert "The white border of the images was filled" in first
     assert "white border" not in second

@@ -50,7 +50,9 @@ def options(tmp_path):
     scores = {("spark", 0): 0.5, ("spark", 1): 0.7, ("scratch", 0): 0.4, ("scratch", 1): 0.4}
     for (start, seed), delta1 in scores.items():
         run = run_folder(study.run_of("resnet18", start, seed, options), "model", [15.0])
-        config = {"epochs": 15, "data": {"crop_size": [128, 160]}, "precision": "bf16"}
+        config = {"epochs": 15, "data": {"crop_size": [128, 160]}, "precision": "bf16", "model": {}}
+        if start == "scratch":
+            config["model"] = {"encoder_options": {"zero_init_last": False}}
         (run / "config.yaml").write_text(yaml.safe_dump(config))
         metrics = dict.fromkeys(study.METRICS, 0.25) | {"delta1": delta1}
         results = {"metrics": metrics, "images": 103, "protocol": "nyu-bts"}
@@ -86,6 +88,22 @@ def test_the_table_holds_the_scores_of_the_runs(options, monkeypatch):
 def test_random_weights_get_a_good_start():
     assert study.good_start("resnet18") == {"model.encoder_options": '{"zero_init_last": false}'}
     assert study.good_start("convnext_atto") == {}
+
+
+def test_only_scratch_gets_it_and_an_older_run_is_not_taken_for_one(options, monkeypatch):
+    called = []
+    monkeypatch.setattr(study, "depth", lambda run, encoder, *_, **more: called.append((str(encoder), more)))
+    options.protocol = "nyu-bts"
+    for start in study.STARTS:
+        study.finetune("resnet18", start, 0, options)
+    assert called == [
+        (str(study.pretraining_of("resnet18", options) / "encoder"), {}),
+        ("resnet18", {"model.encoder_options": '{"zero_init_last": false}'}),
+    ]
+    path = study.run_of("resnet18", "scratch", 1, options) / "config.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "model": {}}))
+    with pytest.raises(SystemExit, match="depth_resnet18_scratch_1 began from other random weights"):
+        study.write_results([("resnet18", "scratch", 1)], options)
 
 
 def test_a_readme_without_marks_is_left_alone(options):

@@ -27,6 +27,7 @@ from finetune.calibration import (
     contradictions,
     fit_calibration,
     for_intrinsics,
+    stated_contradictions,
 )
 from finetune.camera import known_camera
 from finetune.config import expand_home
@@ -174,11 +175,14 @@ def calibrate(config: CalibrateConfig) -> Calibration:
             model.depth_range.max_depth,
             limit=config.max_depth,
             # Pixels of pairs are many, noisy and nobody's typing error: they are weighted, not named.
-            tolerance=config.tolerance if config.points is not None and config.outliers == "refuse" else None,
+            tolerance=config.tolerance if config.points is not None else None,
+            downweight=config.outliers == "downweight",
             origin=f"{'scale and shift' if fit == 'scale_shift' else 'scale'} in {space} fitted to {origin}",
         )
         if config.points is not None and config.outliers == "downweight":
-            told = outvoted(readings, found, config.tolerance)
+            fitted = found.metres(readings.predicted, readings.relative)
+            wrong = contradictions(fitted, readings.metres, config.tolerance)
+            told = stated_contradictions(readings, fitted, wrong) + (", and counted less" if wrong else "")
             console.print(told, highlight=False, markup=False, soft_wrap=True)
     model.calibrate(found)
     if config.output is None:
@@ -204,26 +208,6 @@ def calibrate(config: CalibrateConfig) -> Calibration:
             soft_wrap=True,
         )
     return found
-
-
-def outvoted(readings: Readings, found: Calibration, tolerance: float) -> str:
-    """What to say of the points that contradict a fit in which they counted less.
-
-    Raises:
-        ValueError: half of them or more do, so that nothing tells which half is right.
-    """
-    fitted = found.metres(readings.predicted, readings.relative)
-    wrong = contradictions(fitted, readings.metres, tolerance)
-    listed = "; ".join(
-        f"{readings.names[i]}: measured {readings.metres[i]:.3g} m, the fit says {fitted[i]:.3g} m"
-        for i in wrong
-    )
-    if 2 * len(wrong) >= len(fitted):
-        raise ValueError(
-            f"{len(wrong)} of {len(fitted)} points contradict the others or the model ({listed}): less weight does not"
-            " tell which half is right, so correct or remove points, or fit scale and shift instead of the scale"
-        )
-    return f"{len(wrong)} of {len(fitted)} points counted less{f' ({listed})' if wrong else ''}"
 
 
 def check_target(config: CalibrateConfig) -> None:

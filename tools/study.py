@@ -23,7 +23,6 @@ import timm
 import torch
 import yaml
 from benchmarks.rows import rows_as_csv
-from timm.models.resnet import ResNet
 
 from spark.folders import write_whole
 from spark.run import read_rows
@@ -121,9 +120,12 @@ def finetune(encoder: str, start: str, seed: int, options: argparse.Namespace) -
 def good_start(encoder: str) -> dict[str, str]:
     """Options for random weights, so that pretraining is not compared with a bad start.
 
-    timm's ResNets begin with every residual branch multiplied by zero, which costs depth from scratch (docs/log.md).
+    timm's ResNets, and networks like them, begin with every residual branch multiplied by zero, which costs depth from
+    scratch (docs/log.md).
     """
-    if not isinstance(timm.create_model(encoder), ResNet):
+    try:
+        timm.create_model(encoder, zero_init_last=False)
+    except TypeError:  # no such argument
         return {}
     return {"model.encoder_options": json.dumps({"zero_init_last": False})}
 
@@ -214,6 +216,13 @@ def write_results(jobs: list[tuple[str, str, int]], options: argparse.Namespace)
         results = json.loads(result_of(encoder, start, seed, options).read_text())
         config = yaml.safe_load((run_of(encoder, start, seed, options) / "config.yaml").read_text())
         pretraining = yaml.safe_load((pretraining_of(encoder, options) / "config.yaml").read_text())
+        if start == "scratch" and (wanted := good_start(encoder)):
+            had = config["model"].get("encoder_options", {})
+            if had != json.loads(wanted["model.encoder_options"]):
+                run = run_of(encoder, start, seed, options)
+                sys.exit(
+                    f"error: {run} began from other random weights (encoder_options {had}): move it away"
+                )
         rows.append(
             {
                 "encoder": encoder,
