@@ -310,20 +310,21 @@ def test_the_best_model_is_kept_and_patience_ends_a_run(
     assert [(row["step"], row["val_abs_rel"]) for row in rows][4:] == [(5, 0.1), (6, 0.1)]
 
 
+def train_with_settled_norms(model: DepthModel, mode: bool = True) -> DepthModel:
+    """In place of `DepthModel.train`: batch norms keep their statistics, so that images do not depend on each other."""
+    torch.nn.Module.train(model, mode)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    return model
+
+
 def test_accumulation_changes_nothing(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts with equally many readings, and batch norms that keep their statistics: the gradients add up to the same.
 
     Nothing hides a gradient that is lost or too large: plain descent, without clipping.
     """
-
-    def train(model: DepthModel, mode: bool = True) -> DepthModel:
-        torch.nn.Module.train(model, mode)
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.eval()
-        return model
-
-    monkeypatch.setattr(DepthModel, "train", train)
+    monkeypatch.setattr(DepthModel, "train", train_with_settled_norms)
     options = {
         "encoder": "test_convnext",
         "losses": '{"l1": 1.0}',
@@ -757,3 +758,38 @@ def test_two_processes_with_a_frozen_encoder(world: Path, tmp_path: Path) -> Non
     assert "2 processes x 1 parts x 1 pairs" in (tmp_path / "rank0.out").read_text()
     assert "step 4" not in (tmp_path / "rank1.out").read_text()
     assert "step 4" not in (tmp_path / "rank1.err").read_text()
+
+
+def with_settled_norms(rank: int, argv: list[str]) -> None:
+    DepthModel.train = train_with_settled_norms  # type: ignore[method-assign]
+    main(argv)
+
+
+def test_two_processes_train_and_measure_as_one(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a batch each, with equally many readings: losses, weights and scores are those of one process."""
+    options = {
+        "encoder": "test_convnext",
+        "losses": '{"l1": 1.0}',
+        "data.crop_size": "[48,64]",
+        "data.zoom": "[1,1]",
+        "optim.name": "sgd",
+        "optim.lr": 1e-2,
+        "max_steps": 3,
+    }
+    done = together(
+        with_settled_norms,
+        arguments(world, tmp_path / "two", **options),
+        folder=tmp_path,
+        ACCELERATE_USE_CPU="true",
+    )
+    assert done.codes == [0, 0], done.stderr
+    monkeypatch.setattr(DepthModel, "train", train_with_settled_norms)
+    one = run(world, tmp_path / "one", **options)
+    assert losses_of(rows_of(tmp_path / "two")) == pytest.approx(losses_of(one), rel=1e-5)
+    for name, value in weights_of(tmp_path / "one").items():
+        torch.testing.assert_close(weights_of(tmp_path / "two")[name], value, rtol=1e-4, atol=1e-5)
+    scores = [json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two")]
+    assert scores[1]["metrics"] == pytest.approx(scores[0]["metrics"], rel=1e-4)
+    assert len(scores[0]["per_image"]) == len(scores[1]["per_image"])
