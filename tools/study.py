@@ -120,8 +120,8 @@ def finetune(encoder: str, start: str, seed: int, options: argparse.Namespace) -
 def good_start(encoder: str) -> dict[str, str]:
     """Options for random weights, so that pretraining is not compared with a bad start.
 
-    timm's ResNets, and networks like them, begin with every residual branch multiplied by zero, which costs depth from
-    scratch (docs/log.md).
+    timm's ResNets, and networks like them, begin with every residual branch multiplied by zero, with which errors of
+    depth from scratch are larger (docs/log.md).
     """
     try:
         timm.create_model(encoder, zero_init_last=False)
