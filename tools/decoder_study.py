@@ -8,10 +8,11 @@ taken, in turns, on 32 images. Then each pretrains the same encoder on the same 
 --equal_time also for as many epochs as fit into the time that the first one takes. Every encoder is scored by kNN and a
 linear probe on the scenes, and, if named by --depth, by the depth network of tools/study.py on nyu_val.txt. The decoder
 is thrown away, only the encoder counts. A study that was stopped continues where it was. Writes RESULTS.csv, a row a
-pretraining, and RESULTS.md.
+pretraining, and RESULTS.md; with --keep, rows of RESULTS.csv that were made elsewhere, on the device they name, stay.
 """
 
 import argparse
+import csv
 import dataclasses
 import json
 import shlex
@@ -88,6 +89,9 @@ def main() -> None:
     parser.add_argument(
         "--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of all training (%(default)s)"
     )
+    parser.add_argument(
+        "--keep", action="store_true", help="rows of RESULTS.csv whose runs are not in OUTPUT_DIR stay as they are"
+    )
     parser.add_argument("--busy", action="store_true", help="measure even though other programs run")
     options = parser.parse_args()
     for decoder in (*options.equal_time, *options.depth):
@@ -99,18 +103,43 @@ def main() -> None:
     options.output_dir.mkdir(parents=True, exist_ok=True)
     images = write_image_list(options.data, options.output_dir / "images.txt")
 
+    kept = kept_rows(options) if options.keep else {}
     costs = step_costs(options)
     jobs = [Job(decoder, options.epochs, "images") for decoder in options.decoders]
     jobs += [equal_time_job(decoder, costs, options) for decoder in options.equal_time]
-    for job in jobs:
+    made_here = [job for job in jobs if job.name not in kept]
+    for job in made_here:
         pretrain(job, images, options)
         probe(job, options)
-        write_results(jobs, costs, options)
-    for job in jobs:
+        write_results(jobs, kept, costs, options)
+    for job in made_here:
         if job.decoder in options.depth:
             encoder = options.output_dir / f"pretrain_{job.name}" / "encoder"
             depth(options.output_dir / f"depth_{job.name}", encoder, 0, "nyu-bts", options)
-            write_results(jobs, costs, options)
+            write_results(jobs, kept, costs, options)
+
+
+def kept_rows(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Rows of RESULTS.csv, by the name of their job, whose pretraining is not in OUTPUT_DIR.
+
+    Raises:
+        SystemExit: one of them is of another number of epochs or precision than is asked for.
+    """
+    kept = {}
+    path = options.results.with_suffix(".csv")
+    rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines()) if path.exists() else []
+    for row in rows:
+        decoder = Decoder(*(int(row[name]) for name in Decoder().options))
+        job = Job(decoder, float(row["epochs"]), row["equal"])
+        if (options.output_dir / f"pretrain_{job.name}").exists():
+            continue
+        if row["precision"] != options.precision or (job.equal == "images" and job.epochs != options.epochs):
+            sys.exit(
+                f"error: {path} has {decoder} with {job.epochs:g} epochs in {row['precision']}, "
+                f"not {options.epochs:g} in {options.precision}: a table has one setting"
+            )
+        kept[job.name] = row
+    return kept
 
 
 def step_costs(options: argparse.Namespace) -> dict[str, dict[str, str]]:
@@ -210,9 +239,16 @@ def probe(job: Job, options: argparse.Namespace) -> None:
         )
 
 
-def write_results(jobs: list[Job], costs: dict[str, dict[str, str]], options: argparse.Namespace) -> None:
+def write_results(
+    jobs: list[Job],
+    kept: dict[str, dict[str, Any]],
+    costs: dict[str, dict[str, str]],
+    options: argparse.Namespace,
+) -> None:
     """RESULTS.csv and RESULTS.md from the files of the runs that are done; values are read, never typed."""
-    rows = [row for job in jobs if (row := result(job, costs, options)) is not None]
+    others = [row for name, row in kept.items() if name not in {job.name for job in jobs}]
+    rows = [kept.get(job.name) or result(job, costs, options) for job in jobs]
+    rows = [row for row in (*rows, *others) if row is not None]
     write_whole(options.results.with_suffix(".csv"), rows_as_csv(rows).encode())
     write_whole(options.results.with_suffix(".md"), markdown(rows).encode())
 
@@ -252,17 +288,18 @@ def result(job: Job, costs: dict[str, dict[str, str]], options: argparse.Namespa
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table: speed of a step over the first decoder's, probes [%], depth scores where there are some."""
     lines = [
-        "| decoder | equal | epochs | step, speed | kNN-20 | linear | δ1 ↑ | AbsRel ↓ | RMSE [m] ↓ |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| decoder | equal | epochs | step, speed | kNN-20 | linear | δ1 ↑ | AbsRel ↓ | RMSE [m] ↓ | speed of |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        decoder = Decoder(*(row[name] for name in Decoder().options))
+        decoder = Decoder(*(int(row[name]) for name in Decoder().options))
         shown = [
             f"{float(row['step_speedup']):.2f}x",
             *(f"{100 * float(row[k]):.1f} %" for k in ("knn_20", "linear")),
         ]
         shown += [f"{float(row[k]):.3f}" if row[k] else "" for k in ("delta1", "abs_rel", "rmse")]
-        lines.append(f"| {decoder} | {row['equal']} | {row['epochs']:g} | " + " | ".join(shown) + " |")
+        shown.append(row["device"])
+        lines.append(f"| {decoder} | {row['equal']} | {float(row['epochs']):g} | " + " | ".join(shown) + " |")
     command = shlex.join(["python", "tools/decoder_study.py", *hidden_paths(sys.argv[1:])])
     return "\n".join([*lines, "", f"Written by `{command}`.", ""])
 

@@ -4,7 +4,6 @@
 """
 
 import csv
-import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from spark.sparse import LAYOUTS
+from spark.sparse.processor import cpu_name
 
 AUTO = "auto"
 MEASURED = Path(__file__).with_name("measured.csv")
@@ -87,10 +87,7 @@ def device_name(device: str) -> str:
     """
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device) if torch.cuda.is_available() else ""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
-    return f"cpu ({model or platform.machine()})"
+    return f"cpu ({cpu_name()})"
 
 
 def is_available(layout: str) -> bool:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from spark.sparse.packed_conv import TILES_FROM
+from spark.sparse.packed_conv import TILES_FROM, by_mkl, transposed
 from spark.sparse.sites import Cells, Sites, as_image, as_rows
 from spark.sparse.tensor import SparseTensor
 
@@ -84,18 +84,18 @@ class _Reach(NamedTuple):
         read = self.cells.gather(as_rows(grad))
         return as_image(read.flatten(1)) if self.sides is None else read.permute(0, 3, 1, 2)
 
+    def product_by_mkl(self, rows: Tensor) -> bool:
+        """Whether the convolution is a matrix product, and MKL's."""
+        return self.sides is None and by_mkl(rows)
+
     def kernel(self, weight: Tensor) -> Tensor:
         """[O, C, 3, 3] -> that of the transposed convolution from patches to tiles, [C, O, 3, 3] or [C, 9 O, 1, 1]."""
-        turned = weight.transpose(0, 1).flip(2, 3)
-        if self.sides is None:
-            return turned.permute(0, 2, 3, 1).reshape(len(turned), -1, 1, 1)
-        return turned.contiguous(memory_format=torch.channels_last)
+        turned = transposed(weight, 1)
+        return turned if self.sides else turned.permute(0, 2, 3, 1).reshape(len(turned), -1, 1, 1)
 
     def kernel_transposed(self, grad: Tensor) -> Tensor:
         """Gradient of such a kernel -> gradient of the weight."""
-        if self.sides is None:
-            grad = grad.view(len(grad), 3, 3, -1).permute(0, 3, 1, 2)
-        return grad.transpose(0, 1).flip(2, 3)
+        return transposed(grad if self.sides else grad.view(len(grad), 3, 3, -1).permute(0, 3, 1, 2), 1)
 
 
 def _reach(sites: Sites, h: int, w: int) -> _Reach:
@@ -132,8 +132,12 @@ class _SpreadConv(torch.autograd.Function):
         h, w = onto.shape[2:]
         reach = ctx.reach = _reach(sites, h, w)
         ctx.save_for_backward(rows, weight)
-        tiles = F.conv_transpose2d(reach.patches(rows), reach.kernel(weight))
-        out = reach.cells.spread(tiles.permute(0, 2, 3, 1).reshape(-1, len(weight)))
+        kernel = reach.kernel(weight)
+        if reach.product_by_mkl(rows):
+            tiles = rows @ kernel.flatten(1)
+        else:
+            tiles = F.conv_transpose2d(reach.patches(rows), kernel).permute(0, 2, 3, 1)
+        out = reach.cells.spread(tiles.reshape(-1, len(weight)))
         return (out.view(-1, h, w, len(weight)) + onto.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     @staticmethod
@@ -142,9 +146,13 @@ class _SpreadConv(torch.autograd.Function):
         rows, weight = ctx.saved_tensors
         reach: _Reach = ctx.reach
         tiles, kernel = reach.tiles(grad), reach.kernel(weight)
-        grad_rows = F.conv2d(tiles, kernel)
-        _, grad_kernel, _ = torch.ops.aten.convolution_backward(
-            *(reach.patches(rows), tiles, kernel, None),
-            *([1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False]),
-        )
-        return as_rows(grad_rows), reach.kernel_transposed(grad_kernel), grad.sum(0, keepdim=True), None
+        if reach.product_by_mkl(rows):
+            grad_rows = as_rows(tiles) @ kernel.flatten(1).t()
+            grad_kernel = rows.t() @ as_rows(tiles)
+        else:
+            grad_rows = as_rows(F.conv2d(tiles, kernel))
+            _, grad_kernel, _ = torch.ops.aten.convolution_backward(
+                *(reach.patches(rows), tiles, kernel, None),
+                *([1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False]),
+            )
+        return grad_rows, reach.kernel_transposed(grad_kernel), grad.sum(0, keepdim=True), None

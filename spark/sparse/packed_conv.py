@@ -3,13 +3,16 @@
 A convolution reads each visible patch with its surroundings (`Sites.tiles`).  How it is computed depends on the shape:
 
 - pointwise: one matrix product over all rows;
-- tiles: patches of 4 sites and more become a batch of small images, convolved without padding;
+- blocks: windows that lie side by side inside of a patch (stride at least the kernel) are the columns of one matrix
+  product, by views of the rows alone;
+- tiles: where 4 outputs and more lie along a patch, patches become a batch of small images, convolved without padding;
 - columns: below that, every output gets its window as columns (im2col), and one matrix product does the rest;
 - dense: grouped and depthwise convolutions of small patches, whose tiles would be mostly surroundings, scatter into a
   zero-filled map instead (`common_ops.window`).
 
 Everything is written as `conv2d` on channels_last memory, matrix products included: PyTorch's CPU convolution is
 oneDNN, on some processors twice as fast as the matrix product behind `F.linear` (docs/log.md has the measurements).
+Only matrix products without bias are left to MKL where MKL is at home (`by_mkl`).
 The backward pass gathers again instead of keeping tiles or columns, and where a recipe says how the rows came about,
 they are not kept either.
 """
@@ -21,12 +24,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from spark.sparse.processor import cpu_name
 from spark.sparse.sites import Cells, Sites, as_image, as_rows
 from spark.sparse.tensor import Recipe
 
-# Sites along a patch from which a batch of tiles beats the alternative.
+# Outputs along a patch from which a batch of tiles beats the alternative.
 TILES_FROM = 4
 GROUPED_TILES_FROM = 8
+# The weight gradient of a depthwise convolution as matrix products multiplies tile / kernel times as much as it has to:
+# up to this factor it is the faster way, from 4 sites along a patch.
+PRODUCTS_UP_TO = 4
+_PRODUCTS_FROM = 4
 
 
 class Window(NamedTuple):
@@ -57,6 +65,15 @@ class Window(NamedTuple):
         return same and self.stride == (1, 1)
 
     @property
+    def side_by_side(self) -> bool:
+        """Whether windows neither overlap nor reach beyond their outputs' strides."""
+        return (
+            all(k <= s for k, s in zip(self.kernel, self.stride, strict=True))
+            and self.padding == (0, 0)
+            and (self.dilation == (1, 1) or self.kernel == (1, 1))
+        )
+
+    @property
     def reach(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Sites that it reads around a patch: (up, left), (down, right)."""
         after = [max(0, d * (k - 1) - p - s + 1) for k, s, p, d in zip(*self, strict=True)]
@@ -72,6 +89,9 @@ class Plan:
         window: of the plain convolution.
         groups: of channels.
     """
+
+    surroundings: Cells | None = None
+    """Tiles from which a depthwise convolution's weight gradient is computed by products, where that is faster."""
 
     def __init__(self, window: Window, groups: int):
         self.window = window
@@ -105,9 +125,10 @@ class Plan:
     def convolve(self, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The convolution: rows [N, C] -> rows [N', O]."""
         _, stride, padding, dilation = self.window
-        return self.output(
-            F.conv2d(self.image(rows), self.filters(weight), bias, stride, padding, dilation, self.groups)
-        )
+        image, filters = self.image(rows), self.filters(weight)
+        if bias is None and self._product_by_mkl(image):
+            return as_rows(image) @ filters.flatten(1).t()
+        return self.output(F.conv2d(image, filters, bias, stride, padding, dilation, self.groups))
 
     def convolve_transposed(self, grad: Tensor, weight: Tensor) -> Tensor | None:
         """Gradient of the input by the same gathering as forwards, where the window allows that."""
@@ -117,7 +138,19 @@ class Plan:
         self, grad: Tensor, rows: Tensor, weight: Tensor, wanted: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of rows and weights, those that are wanted."""
+        depthwise = wanted[1] and self._depthwise_on_cpu(rows, weight)
+        if depthwise and self.surroundings is not None:
+            of_weight = depthwise_products(rows, grad, self.surroundings, weight.shape[2:])
+            of_rows = self.gradients(grad, rows, weight, (True, False))[0] if wanted[0] else None
+            return of_rows, of_weight
         image, filters = self.image(rows), self.filters(weight)
+        if self._product_by_mkl(image):
+            of_columns = grad @ filters.flatten(1) if wanted[0] else None
+            of_filters = grad.t() @ as_rows(image) if wanted[1] else None
+            return (
+                None if of_columns is None else self.image_transposed(as_image(of_columns)),
+                None if of_filters is None else self.filters_transposed(of_filters[..., None, None], weight),
+            )
         kernel, stride, padding, dilation = filters.shape[2:], *self.window[1:]
         h, w = (
             (n + 2 * p - d * (k - 1) - 1) // s + 1
@@ -125,7 +158,7 @@ class Plan:
         )
         out = self.output_transposed(grad, (len(image), len(weight), h, w))
         of_filters = None
-        if wanted[1] and self._depthwise_on_cpu(image, filters):
+        if depthwise:
             of_filters = depthwise_weight_gradient(image, out, padding)
             wanted = (wanted[0], False)
         if not any(wanted):
@@ -139,15 +172,26 @@ class Plan:
             self.filters_transposed(of_weight, weight) if wanted[1] else of_filters,
         )
 
-    def _depthwise_on_cpu(self, image: Tensor, filters: Tensor) -> bool:
-        """Whether `depthwise_weight_gradient` does it, and faster (fp32: other precisions were not measured)."""
+    def _product_by_mkl(self, image: Tensor) -> bool:
+        return self.groups == 1 and self.window == _POINTWISE and by_mkl(image)
+
+    def _depthwise_on_cpu(self, rows: Tensor, weight: Tensor) -> bool:
+        """Whether our own weight gradients do it, and faster (half precision was not measured)."""
         dense = self.window.stride == self.window.dilation == (1, 1)
-        return (
-            dense
-            and self.groups == image.shape[1] == len(filters)
-            and image.device.type == "cpu"
-            and (image.dtype == torch.float32)
-        )
+        return dense and self.groups == rows.shape[1] == len(weight) and _wide_on_cpu(rows)
+
+
+_POINTWISE = Window((1, 1), (1, 1), (0, 0))
+
+
+def _wide_on_cpu(x: Tensor) -> bool:
+    """Whether it is in fp32 or fp64 on the CPU."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+
+
+def by_mkl(x: Tensor) -> bool:
+    """Whether matrix products are MKL's: on Intel's processors it is the faster library for them, but with biases."""
+    return _wide_on_cpu(x) and torch.backends.mkl.is_available() and "Intel" in cpu_name()
 
 
 class _Tiles(Plan):
@@ -168,12 +212,12 @@ class _Tiles(Plan):
         return self.convolve(grad, transposed(weight, self.groups)) if self.symmetric else None
 
 
-class _Columns(_Tiles):
+class _Columns(Plan):
     """The window of each output as columns; the convolution is a matrix product."""
 
-    def __init__(self, cells: Cells, window: Window):
-        super().__init__(cells, window, 1)
-        self.window = Window((1, 1), (1, 1), (0, 0))
+    def __init__(self, cells: Cells):
+        super().__init__(_POINTWISE, 1)
+        self.cells = cells
 
     def image(self, rows: Tensor) -> Tensor:
         return as_image(self.cells.gather(rows).flatten(1))
@@ -187,6 +231,41 @@ class _Columns(_Tiles):
     def filters_transposed(self, grad: Tensor, weight: Tensor) -> Tensor:
         o, c, kh, kw = weight.shape
         return grad.view(o, kh, kw, c).permute(0, 3, 1, 2)
+
+
+class _SymmetricColumns(_Columns):
+    """Those of a symmetric window."""
+
+    def convolve_transposed(self, grad: Tensor, weight: Tensor) -> Tensor:
+        if by_mkl(grad):
+            taps = weight.permute(2, 3, 0, 1).flatten(0, 1).unbind()
+            return as_rows(self.image(grad)) @ torch.cat(taps[::-1])
+        return self.convolve(grad, transposed(weight, 1))
+
+
+class _Blocks(_Columns):
+    """Columns of windows side by side, which need no table."""
+
+    def __init__(self, sites: Sites, h: int, w: int, window: Window):
+        Plan.__init__(self, _POINTWISE, 1)
+        (ph, pw), (sh, sw), self.kernel = sites.patch_sides(h, w), window.stride, window.kernel
+        self.blocks = (len(sites.patches()), ph // sh, sh, pw // sw, sw)
+        self.covers = window.kernel == window.stride
+
+    def image(self, rows: Tensor) -> Tensor:
+        kh, kw = self.kernel
+        windows = rows.view(*self.blocks, -1)[:, :, :kh, :, :kw]
+        return as_image(windows.transpose(2, 3).reshape(-1, kh * kw * rows.shape[1]))
+
+    def image_transposed(self, image: Tensor) -> Tensor:
+        m, oh, _, ow, _ = self.blocks
+        kh, kw = self.kernel
+        windows = as_rows(image).view(m, oh, ow, kh, kw, -1).transpose(2, 3)
+        if self.covers:
+            return windows.reshape(-1, windows.shape[-1])
+        rows = windows.new_zeros(*self.blocks, windows.shape[-1])
+        rows[:, :, :kh, :, :kw] = windows
+        return rows.flatten(0, 4)
 
 
 class _Dense(Plan):
@@ -222,13 +301,21 @@ def plan_of(sites: Sites, h: int, w: int, window: Window, groups: int) -> Plan:
     """Choose by shape."""
     if groups == 1 and window.kernel == window.stride == (1, 1) and window.padding == (0, 0):
         return Plan(window, 1)
-    small = min(sites.patch_sides(h, w)) < (TILES_FROM if groups == 1 else GROUPED_TILES_FROM)
-    if not window.keeps_patches(sites, h, w) or (small and groups > 1):
+    if not window.keeps_patches(sites, h, w):
         return _Dense(sites, h, w, window, groups)
     before, after = window.reach
-    if small:
+    if groups > 1:
+        small = min(sites.patch_sides(h, w)) < GROUPED_TILES_FROM
+        tiles = sites.tiles(h, w, before, after)
+        plan = _Dense(sites, h, w, window, groups) if small else _Tiles(tiles, window, groups)
+        if window.symmetric and _products_pay(sites.patch_sides(h, w), window.kernel):
+            plan.surroundings = tiles
+        return plan
+    if window.side_by_side:
+        return _Blocks(sites, h, w, window)
+    if min(sites.patch_sides(*window.output_size(h, w))) < TILES_FROM:
         cells = sites.columns(h, w, before, after, window.kernel, window.stride, window.dilation)
-        return _Columns(cells, window)
+        return (_SymmetricColumns if window.symmetric else _Columns)(cells)
     return _Tiles(sites.tiles(h, w, before, after), window, groups)
 
 
@@ -250,9 +337,42 @@ def depthwise_weight_gradient(image: Tensor, grad: Tensor, padding: tuple[int, i
     return each.view(m, c, 1, *each.shape[2:]).sum(0)
 
 
+def _products_pay(patch: tuple[int, int], kernel: tuple[int, int]) -> bool:
+    """Whether `depthwise_products` is faster: patches are large enough, and kernels for their size."""
+    waste = [(p + k - 1) / k for p, k in zip(patch, kernel, strict=True)]
+    return min(patch) >= _PRODUCTS_FROM and waste[0] * waste[1] <= PRODUCTS_UP_TO
+
+
+def depthwise_products(rows: Tensor, grad: Tensor, tiles: Cells, kernel: tuple[int, ...]) -> Tensor:
+    """Weight gradient [C, 1, kh, kw] of a depthwise convolution, as a matrix product for each channel.
+
+    All sites of a patch meet all sites of its tile, summed over patches: each tap is the sum of a diagonal of that.
+    More is multiplied than is used, but at the speed of matrix products.
+
+    Args:
+        rows: [N, C].
+        grad: of the output, [N, C].
+        tiles: cells [M, ph + kh - 1, pw + kw - 1] that the kernel reads around each patch.
+        kernel: (kh, kw).
+    """
+    (m, th, tw), (kh, kw), c = tiles.shape, kernel, rows.shape[1]
+    ph, pw = th - kh + 1, tw - kw + 1
+    channels = F.pad(rows, (0, 0, 0, 1)).t().contiguous()  # the last site, zero, is under cells without a row
+    x = channels.index_select(1, tiles.rows_or(len(rows))).view(c, m, th * tw)
+    g = grad.t().contiguous().view(c, m, ph * pw)
+    pairs = torch.bmm(g.transpose(1, 2), x)  # [C, ph * pw, th * tw]
+    step = th * tw
+    diagonals = pairs.as_strided((c, ph, pw, kh, kw), (ph * pw * step, pw * step + tw, step + 1, tw, 1))
+    return diagonals.sum((1, 2))[:, None]
+
+
 def transposed(weight: Tensor, groups: int) -> Tensor:
     """Weights that carry gradients back through a symmetric window: in and out swapped, taps reversed."""
     o, c, kh, kw = weight.shape
+    if groups == 1:
+        # Two dimensions are transposed by a kernel of their own, ten times as fast as four.
+        taps = weight.permute(0, 2, 3, 1).reshape(o, -1).t().contiguous().view(kh * kw, c, o)
+        return taps.flip(0).transpose(0, 1).reshape(c, kh, kw, o).permute(0, 3, 1, 2)
     swapped = (
         weight.view(groups, o // groups, c, kh, kw).transpose(1, 2).reshape(groups * c, o // groups, kh, kw)
     )

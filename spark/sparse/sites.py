@@ -54,11 +54,13 @@ class Cells:
 
     def _keep(self, row: Tensor, masked: Tensor, outside: Tensor) -> None:
         self.row = row
-        self.masked, self.outside = (cells.nonzero().squeeze(1) for cells in (masked, outside))
+        self.masked, self.outside, self.nowhere = (
+            cells.nonzero().squeeze(1) for cells in (masked, outside, masked | outside)
+        )
 
     def rows_or(self, nowhere: int) -> Tensor:
         """Row under each cell, `nowhere` where there is none: flat, int64."""
-        return self.row.index_fill(0, self.masked, nowhere).index_fill_(0, self.outside, nowhere)
+        return self.row.index_fill(0, self.nowhere, nowhere)
 
     def gather(self, rows: Tensor, outside: float = 0.0) -> Tensor:
         """[N, C] -> [..., w, C]: 0 over masked patches, `outside` beyond the border."""
@@ -66,8 +68,9 @@ class Cells:
 
     def _read(self, rows: Tensor, outside: float) -> Tensor:
         rows = rows.index_select(0, self.row)
-        rows.index_fill_(0, self.masked, 0)
-        return rows.index_fill_(0, self.outside, outside)
+        if outside == 0:
+            return rows.index_fill_(0, self.nowhere, 0)
+        return rows.index_fill_(0, self.masked, 0).index_fill_(0, self.outside, outside)
 
     def spread(self, cells: Tensor) -> Tensor:
         """The transpose of `gather`: [..., w, C] -> [N, C], each row the sum of its cells."""
