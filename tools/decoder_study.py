@@ -90,7 +90,9 @@ def main() -> None:
         "--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of all training (%(default)s)"
     )
     parser.add_argument(
-        "--keep", action="store_true", help="rows of RESULTS.csv whose runs are not in OUTPUT_DIR stay as they are"
+        "--keep",
+        action="store_true",
+        help="rows of RESULTS.csv whose runs are not in OUTPUT_DIR stay as they are",
     )
     parser.add_argument("--busy", action="store_true", help="measure even though other programs run")
     options = parser.parse_args()

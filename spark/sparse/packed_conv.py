@@ -372,7 +372,7 @@ def transposed(weight: Tensor, groups: int) -> Tensor:
     if groups == 1:
         # Two dimensions are transposed by a kernel of their own, ten times as fast as four.
         taps = weight.permute(0, 2, 3, 1).reshape(o, -1).t().contiguous().view(kh * kw, c, o)
-        return taps.flip(0).transpose(0, 1).reshape(c, kh, kw, o).permute(0, 3, 1, 2)
+        return taps.flip(0).transpose(0, 1).contiguous().view(c, kh, kw, o).permute(0, 3, 1, 2)
     swapped = (
         weight.view(groups, o // groups, c, kh, kw).transpose(1, 2).reshape(groups * c, o // groups, kh, kw)
     )
