@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -117,6 +118,32 @@ def test_runs_and_table(monkeypatch, data, calls):
         ("1.000", "3.0"),
         ("1.000", "3.0"),
         ("1.000", "12.0"),
+    ]
+
+
+def test_rows_made_elsewhere_stay(monkeypatch, data, calls):
+    choice = ["--decoders", "768/5/3", "256/2/1", "--equal_time", "256/2/1", "--epochs", "3"]
+    before = run(monkeypatch, data, *choice)
+    shutil.rmtree(data.parent / "runs")
+    calls.clear()
+
+    more = ["--keep", "--decoders", "768/5/3", "384/3/1", "--epochs", "3"]
+    after = run(monkeypatch, data, *more)
+    assert [c["model.decoder_width"] for c in calls if c["script"] == "spark/pretrain.py"] == [384]
+    assert [(r["decoder_width"], r["equal"]) for r in after] == [
+        ("768", "images"),
+        ("384", "images"),
+        ("256", "images"),
+        ("256", "time"),
+    ]
+    assert [after[0], *after[2:]] == before
+    assert "| 256/2/1 | time | 12 | 4.00x |" in (data.parent / "table.md").read_text()
+
+    for other in (["--epochs", "2"], ["--epochs", "3", "--precision", "bf16"]):
+        with pytest.raises(SystemExit, match="a table has one setting"):
+            run(monkeypatch, data, "--keep", "--decoders", "768/5/3", *other)
+    assert [r["decoder_width"] for r in run(monkeypatch, data, "--decoders", "768/5/3", "--epochs", "3")] == [
+        "768"
     ]
 
 
