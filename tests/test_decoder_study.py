@@ -139,6 +139,11 @@ def test_rows_made_elsewhere_stay(monkeypatch, data, calls):
     assert [after[0], *after[2:]] == before
     assert "| 256/2/1 | time | 12 | 4.00x |" in (data.parent / "table.md").read_text()
 
+    # Of runs that are there, those that are not asked for stay too; a decoder without stages is read as it was written.
+    kept = run(monkeypatch, data, "--keep", "--decoders", "768", "--epochs", "3")
+    assert [r["decoder_stages"] for r in kept] == ["", "5", "3", "2", "2"]
+    assert run(monkeypatch, data, "--keep", "--decoders", "768", "--epochs", "3") == kept
+
     for other in (["--epochs", "2"], ["--epochs", "3", "--precision", "bf16"]):
         with pytest.raises(SystemExit, match="a table has one setting"):
             run(monkeypatch, data, "--keep", "--decoders", "768/5/3", *other)

@@ -61,6 +61,8 @@ CASES = {
     "depthwise 7x5, patches of 5x4": (Window((7, 5), (1, 1), (3, 2)), 6, (5, 4), "_Dense by products"),
     "depthwise 7x7, patches of 8": (Window((7, 7), (1, 1), (3, 3)), 6, (8, 8), "_Tiles by products"),
     "depthwise 3x3, patches of 8": (Window((3, 3), (1, 1), (1, 1)), 6, (8, 8), "_Tiles"),
+    "depthwise 15x15, patches of 4": (Window((15, 15), (1, 1), (7, 7)), 6, (4, 4), "_Dense"),
+    "depthwise 9x9, patches of 9": (Window((9, 9), (1, 1), (4, 4)), 6, (9, 9), "_Tiles"),
     "grouped 3x3, patches of 4": (Window((3, 3), (1, 1), (1, 1)), 2, (4, 4), "_Dense by products"),
 }
 """Name -> window, groups, sides of a patch, and the way that is taken."""
@@ -106,6 +108,20 @@ def test_filled_convolution_equals_the_dense_one(sides):
         torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("stride", [1, 2])
+def test_one_channel_is_not_depthwise(stride):
+    sites, h, w, rows = sites_and_rows((2, 2), 1)
+    k = 3 if stride == 1 else 2
+    window = Window((k, k), (stride, stride), (k // 3, k // 3))
+    weight = torch.randn(1, 1, k, k, dtype=torch.float64, requires_grad=True)
+    full = F.conv2d(dense(sites, h, w, rows), weight, None, stride, k // 3)
+    expected = full.permute(0, 2, 3, 1).reshape(-1, 1)[sites.rows(*full.shape[2:])]
+    out = packed_conv.packed_conv(rows, sites, h, w, window, weight)
+    (ours,), (theirs,) = (torch.autograd.grad(x.square().sum(), weight) for x in (out, expected))
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_rows_may_be_a_slice_of_wider_ones():

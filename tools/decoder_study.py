@@ -18,7 +18,7 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,18 +122,20 @@ def main() -> None:
 
 
 def kept_rows(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Rows of RESULTS.csv, by the name of their job, whose pretraining is not in OUTPUT_DIR.
+    """Rows of RESULTS.csv, by the name of their job, which is not asked for or has no pretraining in OUTPUT_DIR.
 
     Raises:
         SystemExit: one of them is of another number of epochs or precision than is asked for.
     """
     kept = {}
+    asked = {Job(decoder, 0, "images").name for decoder in options.decoders}
+    asked |= {Job(decoder, 0, "time").name for decoder in options.equal_time}
     path = options.results.with_suffix(".csv")
     rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines()) if path.exists() else []
     for row in rows:
-        decoder = Decoder(*(int(row[name]) for name in Decoder().options))
+        decoder = decoder_of(row)
         job = Job(decoder, float(row["epochs"]), row["equal"])
-        if (options.output_dir / f"pretrain_{job.name}").exists():
+        if job.name in asked and (options.output_dir / f"pretrain_{job.name}").exists():
             continue
         if row["precision"] != options.precision or (job.equal == "images" and job.epochs != options.epochs):
             sys.exit(
@@ -142,6 +144,11 @@ def kept_rows(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             )
         kept[job.name] = row
     return kept
+
+
+def decoder_of(row: Mapping[str, Any]) -> Decoder:
+    """That of a row, as it was written or as it is read again."""
+    return Decoder(*(None if row[name] in (None, "") else int(row[name]) for name in Decoder().options))
 
 
 def step_costs(options: argparse.Namespace) -> dict[str, dict[str, str]]:
@@ -290,11 +297,11 @@ def result(job: Job, costs: dict[str, dict[str, str]], options: argparse.Namespa
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table: speed of a step over the first decoder's, probes [%], depth scores where there are some."""
     lines = [
-        "| decoder | equal | epochs | step, speed | kNN-20 | linear | δ1 ↑ | AbsRel ↓ | RMSE [m] ↓ | speed of |",
+        "| decoder | equal | epochs | step, speed | kNN-20 | linear | δ1 ↑ | AbsRel ↓ | RMSE [m] ↓ | device |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        decoder = Decoder(*(int(row[name]) for name in Decoder().options))
+        decoder = decoder_of(row)
         shown = [
             f"{float(row['step_speedup']):.2f}x",
             *(f"{100 * float(row[k]):.1f} %" for k in ("knn_20", "linear")),

@@ -10,13 +10,16 @@ A convolution reads each visible patch with its surroundings (`Sites.tiles`).  H
 - dense: grouped and depthwise convolutions of small patches, whose tiles would be mostly surroundings, scatter into a
   zero-filled map instead (`common_ops.window`).
 
-Everything is written as `conv2d` on channels_last memory, matrix products included: PyTorch's CPU convolution is
-oneDNN, on some processors twice as fast as the matrix product behind `F.linear` (docs/log.md has the measurements).
-Only matrix products without bias are left to MKL where MKL is at home (`by_mkl`).
+Weight gradients of depthwise convolutions on a CPU are convolutions (`depthwise_weight_gradient`) or matrix products
+(`depthwise_products`) of their own. Everything else is written as `conv2d` on channels_last memory, matrix products
+included: PyTorch's CPU convolution is oneDNN, on some processors twice as fast as the matrix product behind `F.linear`
+(docs/log.md has the measurements). Only matrix products without bias are left to MKL where MKL is at home (`by_mkl`).
 The backward pass gathers again instead of keeping tiles or columns, and where a recipe says how the rows came about,
 they are not kept either.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -31,10 +34,11 @@ from spark.sparse.tensor import Recipe
 # Outputs along a patch from which a batch of tiles beats the alternative.
 TILES_FROM = 4
 GROUPED_TILES_FROM = 8
-# The weight gradient of a depthwise convolution as matrix products multiplies tile / kernel times as much as it has to:
-# up to this factor it is the faster way, from 4 sites along a patch.
-PRODUCTS_UP_TO = 4
-_PRODUCTS_FROM = 4
+# Depthwise weight gradients as matrix products were the faster way at 4 to 8 sites along a patch, up to tiles of so
+# many times the patch's sites (what is gathered) and the kernel's taps (what is multiplied for each that is needed).
+_PRODUCTS_AT = range(4, 9)
+_PRODUCTS_GATHER_UP_TO = 8
+_PRODUCTS_WASTE_UP_TO = 4
 
 
 class Window(NamedTuple):
@@ -90,8 +94,8 @@ class Plan:
         groups: of channels.
     """
 
-    surroundings: Cells | None = None
-    """Tiles from which a depthwise convolution's weight gradient is computed by products, where that is faster."""
+    surroundings: Callable[[], Cells] | None = None
+    """Makes the tiles of `depthwise_products`, where that is faster."""
 
     def __init__(self, window: Window, groups: int):
         self.window = window
@@ -140,7 +144,7 @@ class Plan:
         """Gradients of rows and weights, those that are wanted."""
         depthwise = wanted[1] and self._depthwise_on_cpu(rows, weight)
         if depthwise and self.surroundings is not None:
-            of_weight = depthwise_products(rows, grad, self.surroundings, weight.shape[2:])
+            of_weight = depthwise_products(rows, grad, self.surroundings(), weight.shape[2:])
             of_rows = self.gradients(grad, rows, weight, (True, False))[0] if wanted[0] else None
             return of_rows, of_weight
         image, filters = self.image(rows), self.filters(weight)
@@ -178,7 +182,7 @@ class Plan:
     def _depthwise_on_cpu(self, rows: Tensor, weight: Tensor) -> bool:
         """Whether our own weight gradients do it, and faster (half precision was not measured)."""
         dense = self.window.stride == self.window.dilation == (1, 1)
-        return dense and self.groups == rows.shape[1] == len(weight) and _wide_on_cpu(rows)
+        return dense and 1 < self.groups == rows.shape[1] == len(weight) and _wide_on_cpu(rows)
 
 
 _POINTWISE = Window((1, 1), (1, 1), (0, 0))
@@ -190,7 +194,9 @@ def _wide_on_cpu(x: Tensor) -> bool:
 
 
 def by_mkl(x: Tensor) -> bool:
-    """Whether matrix products are MKL's: on Intel's processors it is the faster library for them, but with biases."""
+    """Whether matrix products are MKL's: on Intel's processors it is the faster library, where no bias is added."""
+    if torch.compiler.is_compiling():  # which would trace how the processor's name is read
+        return False
     return _wide_on_cpu(x) and torch.backends.mkl.is_available() and "Intel" in cpu_name()
 
 
@@ -212,18 +218,11 @@ class _Tiles(Plan):
         return self.convolve(grad, transposed(weight, self.groups)) if self.symmetric else None
 
 
-class _Columns(Plan):
-    """The window of each output as columns; the convolution is a matrix product."""
+class _Product(Plan):
+    """Columns for each output, the window's sites one after the other; the convolution is a matrix product."""
 
-    def __init__(self, cells: Cells):
+    def __init__(self) -> None:
         super().__init__(_POINTWISE, 1)
-        self.cells = cells
-
-    def image(self, rows: Tensor) -> Tensor:
-        return as_image(self.cells.gather(rows).flatten(1))
-
-    def image_transposed(self, image: Tensor) -> Tensor:
-        return self.cells.spread(image.permute(0, 2, 3, 1))
 
     def filters(self, weight: Tensor) -> Tensor:
         return weight.permute(0, 2, 3, 1).reshape(len(weight), -1, 1, 1)
@@ -231,6 +230,20 @@ class _Columns(Plan):
     def filters_transposed(self, grad: Tensor, weight: Tensor) -> Tensor:
         o, c, kh, kw = weight.shape
         return grad.view(o, kh, kw, c).permute(0, 3, 1, 2)
+
+
+class _Columns(_Product):
+    """Columns that a table reads."""
+
+    def __init__(self, cells: Cells):
+        super().__init__()
+        self.cells = cells
+
+    def image(self, rows: Tensor) -> Tensor:
+        return as_image(self.cells.gather(rows).flatten(1))
+
+    def image_transposed(self, image: Tensor) -> Tensor:
+        return self.cells.spread(image.permute(0, 2, 3, 1))
 
 
 class _SymmetricColumns(_Columns):
@@ -243,27 +256,28 @@ class _SymmetricColumns(_Columns):
         return self.convolve(grad, transposed(weight, 1))
 
 
-class _Blocks(_Columns):
+class _Blocks(_Product):
     """Columns of windows side by side, which need no table."""
 
     def __init__(self, sites: Sites, h: int, w: int, window: Window):
-        Plan.__init__(self, _POINTWISE, 1)
+        super().__init__()
         (ph, pw), (sh, sw), self.kernel = sites.patch_sides(h, w), window.stride, window.kernel
         self.blocks = (len(sites.patches()), ph // sh, sh, pw // sw, sw)
         self.covers = window.kernel == window.stride
 
     def image(self, rows: Tensor) -> Tensor:
         kh, kw = self.kernel
-        windows = rows.view(*self.blocks, -1)[:, :, :kh, :, :kw]
+        windows = rows.view(*self.blocks, rows.shape[1])[:, :, :kh, :, :kw]
         return as_image(windows.transpose(2, 3).reshape(-1, kh * kw * rows.shape[1]))
 
     def image_transposed(self, image: Tensor) -> Tensor:
         m, oh, _, ow, _ = self.blocks
         kh, kw = self.kernel
-        windows = as_rows(image).view(m, oh, ow, kh, kw, -1).transpose(2, 3)
+        c = image.shape[1] // (kh * kw)
+        windows = as_rows(image).view(m, oh, ow, kh, kw, c).transpose(2, 3)
         if self.covers:
-            return windows.reshape(-1, windows.shape[-1])
-        rows = windows.new_zeros(*self.blocks, windows.shape[-1])
+            return windows.reshape(-1, c)
+        rows = windows.new_zeros(*self.blocks, c)
         rows[:, :, :kh, :, :kw] = windows
         return rows.flatten(0, 4)
 
@@ -306,9 +320,11 @@ def plan_of(sites: Sites, h: int, w: int, window: Window, groups: int) -> Plan:
     before, after = window.reach
     if groups > 1:
         small = min(sites.patch_sides(h, w)) < GROUPED_TILES_FROM
-        tiles = sites.tiles(h, w, before, after)
-        plan = _Dense(sites, h, w, window, groups) if small else _Tiles(tiles, window, groups)
-        if window.symmetric and _products_pay(sites.patch_sides(h, w), window.kernel):
+        tiles = partial(sites.tiles, h, w, before, after)
+        plan = _Dense(sites, h, w, window, groups) if small else _Tiles(tiles(), window, groups)
+        # `torch.compile` traces no backward pass that still has to make tiles.
+        traced = torch.compiler.is_compiling()
+        if window.symmetric and not traced and _products_pay(sites.patch_sides(h, w), window.kernel):
             plan.surroundings = tiles
         return plan
     if window.side_by_side:
@@ -338,9 +354,11 @@ def depthwise_weight_gradient(image: Tensor, grad: Tensor, padding: tuple[int, i
 
 
 def _products_pay(patch: tuple[int, int], kernel: tuple[int, int]) -> bool:
-    """Whether `depthwise_products` is faster: patches are large enough, and kernels for their size."""
-    waste = [(p + k - 1) / k for p, k in zip(patch, kernel, strict=True)]
-    return min(patch) >= _PRODUCTS_FROM and waste[0] * waste[1] <= PRODUCTS_UP_TO
+    """Whether `depthwise_products` is the faster way for a symmetric window."""
+    (ph, pw), (kh, kw) = patch, kernel
+    tile = (ph + kh - 1) * (pw + kw - 1)
+    measured = ph in _PRODUCTS_AT and pw in _PRODUCTS_AT
+    return measured and tile <= _PRODUCTS_GATHER_UP_TO * ph * pw and tile <= _PRODUCTS_WASTE_UP_TO * kh * kw
 
 
 def depthwise_products(rows: Tensor, grad: Tensor, tiles: Cells, kernel: tuple[int, ...]) -> Tensor:
