@@ -148,7 +148,8 @@ def kept_rows(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def decoder_of(row: Mapping[str, Any]) -> Decoder:
     """That of a row, as it was written or as it is read again."""
-    return Decoder(*(None if row[name] in (None, "") else int(row[name]) for name in Decoder().options))
+    width, stages, kernel = (row[name] for name in Decoder().options)
+    return Decoder(int(width), None if stages in (None, "") else int(stages), int(kernel))
 
 
 def step_costs(options: argparse.Namespace) -> dict[str, dict[str, str]]:
