@@ -46,6 +46,15 @@ def dense(sites, h, w, rows, outside=None):
     return image.view(sites.batch, h, w, -1).permute(0, 3, 1, 2)
 
 
+def assert_same(out, expected, inputs):
+    """Equal results, and gradients of all inputs."""
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    grad = torch.randn_like(expected)
+    gradients = (torch.autograd.grad(result, inputs, grad) for result in (out, expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
 CASES = {
     "pointwise": (Window((1, 1), (1, 1), (0, 0)), 1, (2, 3), "Plan"),
     "1x1 stride 2": (Window((1, 1), (2, 2), (0, 0)), 1, (4, 2), "_Blocks"),
@@ -84,13 +93,7 @@ def test_equals_the_dense_convolution(name, with_bias):
     out = packed_conv.packed_conv(rows, sites, h, w, window, weight, bias, groups)
     full = F.conv2d(dense(sites, h, w, rows), weight, bias, window.stride, window.padding, 1, groups)
     expected = full.permute(0, 2, 3, 1).reshape(-1, 6)[sites.rows(*full.shape[2:])]
-    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
-
-    grad = torch.randn_like(out)
-    for ours, theirs in zip(
-        torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    assert_same(out, expected, inputs)
 
 
 @pytest.mark.usefixtures("library")
@@ -102,12 +105,7 @@ def test_filled_convolution_equals_the_dense_one(sides):
     inputs = [t.requires_grad_() for t in (rows, token, weight, bias)]
     out = filled_conv(SparseTensor(rows, sites, PACKED, (sites.batch, 6, h, w)), token, weight, bias)
     expected = F.conv2d(dense(sites, h, w, rows, token.flatten()), weight, bias, padding=1)
-    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
-    grad = torch.randn_like(expected)
-    for ours, theirs in zip(
-        torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    assert_same(out, expected, inputs)
 
 
 @pytest.mark.usefixtures("library")

@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument(
         "--keep",
         action="store_true",
-        help="rows of RESULTS.csv whose runs are not in OUTPUT_DIR stay as they are",
+        help="rows of RESULTS.csv stay as they are where their runs are not asked for or not in OUTPUT_DIR",
     )
     parser.add_argument("--busy", action="store_true", help="measure even though other programs run")
     options = parser.parse_args()
