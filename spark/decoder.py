@@ -13,8 +13,10 @@ from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
 from spark.folding import folded_upsample_conv, folding_pays
+from spark.parts import block_in_parts, parts_pay
 from spark.sparse import SparseTensor, SyncBatchNorm2d
-from spark.sparse.filled_conv import filled_conv, filled_conv_pays
+from spark.sparse.batch_norm import world_size
+from spark.sparse.filled_conv import Filled, filled_conv, filled_conv_pays
 
 
 class Densify(nn.Module):
@@ -53,14 +55,21 @@ class Densify(nn.Module):
             self.projection = nn.Conv2d(channels, width, kernel_size, padding=kernel_size // 2, bias=True)
         self.pointwise = isinstance(self.projection, nn.Conv2d) and kernel_size == 1
 
-    def forward(self, x: SparseTensor | Tensor) -> Tensor:
-        """[B, channels, h, w], sparse if there is a token -> [B, width, h, w] dense."""
+    def forward(self, x: SparseTensor | Tensor, dense: bool = True) -> Tensor | Filled:
+        """[B, channels, h, w], sparse if there is a token -> [B, width, h, w].
+
+        Args:
+            x: features of the encoder.
+            dense: False: what has the same values at all masked sites stays rows and token, where that saves work.
+        """
         x = self.norm(x)
         if isinstance(x, Tensor):
             return self.projection(x)
-        if self.pointwise:  # a projection site by site: of the visible sites, and once of the token
-            return self.projection(x).to_dense(self.projection(self.token))
-        if isinstance(self.projection, nn.Conv2d) and filled_conv_pays(x) and not _hooked(self.projection):
+        if not isinstance(self.projection, nn.Conv2d) or self.pointwise:
+            # Site by site: of the visible sites, and once of the token.
+            filled = Filled(self.projection(x), self.projection(self.token))
+            return filled.dense() if dense or not filled_conv_pays(filled.x) else filled
+        if filled_conv_pays(x) and not _hooked(self.projection):
             return filled_conv(x, self.token, self.projection.weight, self.projection.bias)
         return self.projection(x.to_dense(self.token))
 
@@ -84,15 +93,29 @@ class DecoderBlock(nn.Module):
         self.conv2 = nn.Conv2d(in_chans, out_chans, 3, padding=1, bias=False)
         self.norm2 = SyncBatchNorm2d(out_chans, sync=sync_bn)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, in_chans, h, w] -> [B, out_chans, 2h, 2w]."""
+    def forward(self, x: Tensor | Filled, head: nn.Conv2d | None = None) -> Tensor:
+        """[B, in_chans, h, w] -> [B, out_chans, 2h, 2w], or what a 1x1 convolution makes of that, if one is given."""
         up, conv = self.upsample, self.conv1
         assert up.bias is not None
-        if folding_pays(x) and not _hooked(up, conv):
+        folds = folding_pays(x.x if isinstance(x, Filled) else x)
+        if isinstance(x, Filled) and (folds or _hooked(up)):
+            x = x.dense()
+        if isinstance(x, Filled):
+            x = conv(x.upsampled(up.weight, up.bias))
+        elif folds and parts_pay(x) and not self._needs_modules(head):
+            return block_in_parts(x, up, conv, self.norm1, self.conv2, self.norm2, head)
+        elif folds and not _hooked(up, conv):
             x = folded_upsample_conv(x, up.weight, up.bias, conv.weight)
         else:
             x = conv(up(x))
-        return self.norm2(self.conv2(self.act(self.norm1(x))))
+        x = self.norm2(self.conv2(self.act(self.norm1(x))))
+        return x if head is None else head(x)
+
+    def _needs_modules(self, head: nn.Conv2d | None) -> bool:
+        """Whether norms are no longer those of one process in training, or someone waits for a module to be called."""
+        norms = (self.norm1, self.norm2)
+        alone = all(norm.training and not (norm.sync and world_size() > 1) for norm in norms)
+        return not alone or _hooked(*self.children(), *([] if head is None else [head]))
 
 
 def _hooked(*modules: nn.Module) -> bool:
@@ -132,14 +155,17 @@ class LightDecoder(nn.Module):
         self.upscale = upscale
         self.apply(_init_weights)
 
-    def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Dense features, deepest first, [B, widths[i], h * 2**i, w * 2**i] -> [B, out_chans, H, W]."""
-        x = features[0]
-        for i, block in enumerate(self.blocks, start=1):
-            x = block(x)
-            if i < len(features):
-                x = x + features[i]
-        return F.pixel_shuffle(self.head(x), self.upscale)
+    def forward(self, features: Sequence[Tensor | Filled]) -> Tensor:
+        """Features, deepest first, [B, widths[i], h * 2**i, w * 2**i], dense but for the first -> [B, out_chans, H, W]."""
+        x, *others = features
+        for i, block in enumerate(self.blocks):
+            if i < len(others):
+                x = block(x) + others[i]
+            else:
+                x = block(x, self.head if i == len(self.blocks) - 1 else None)
+        if len(others) == len(self.blocks):  # the head comes after the last sum
+            x = self.head(x)
+        return F.pixel_shuffle(x, self.upscale)
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -43,11 +43,15 @@ def folded_upsample_conv(x: Tensor, up: Tensor, up_bias: Tensor, conv: Tensor) -
     device = x.device.type
     casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64  # autocast leaves fp64 alone
     with torch.autocast(device, enabled=False):
-        weight, bias = compose(up, conv), conv.sum((2, 3)) @ up_bias
-        tensors = (x, weight, bias, up, up_bias, conv)
+        tensors = (x, *folded_weights(up, up_bias, conv))
         if casts:
             tensors = (t.to(torch.get_autocast_dtype(device)) for t in tensors)
         return _Folded.apply(*tensors)  # type: ignore[return-value]
+
+
+def folded_weights(up: Tensor, up_bias: Tensor, conv: Tensor) -> tuple[Tensor, ...]:
+    """What `Fold` works with: composed weight and bias, and the parts they are composed of."""
+    return compose(up, conv), conv.sum((2, 3)) @ up_bias, up, up_bias, conv
 
 
 def compose(up: Tensor, conv: Tensor) -> Tensor:
@@ -62,45 +66,83 @@ def compose(up: Tensor, conv: Tensor) -> Tensor:
     return weight.contiguous(memory_format=torch.channels_last)
 
 
-class _Folded(torch.autograd.Function):
-    """The composed convolution (weight, and bias [o]), its squares unfolded, the border corrected.
+class Fold:
+    """The composed convolution of maps [B, c, h, w]; its results are squares [B, h, w, 2, 2, o], not yet an image.
 
-    The corrections are small: the backward pass computes them again, and adds their gradient to x's in place.
+    Args:
+        weights: as of `folded_weights`.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, up: Tensor, up_bias: Tensor, conv: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, up, up_bias, conv)
+    def __init__(self, *weights: Tensor):
+        self.weight, self.bias, *self.parts = weights
+
+    def beyond(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What to take off at the border of the image that the squares of x form, see `_border`."""
+        return _beyond(_border(x), *self.parts)
+
+    def squares(self, x: Tensor, beyond: Sequence[Tensor]) -> Tensor:
+        """The convolution."""
         b, _, h, w = x.shape
-        squares = F.conv2d(x, weight, bias.repeat(4), padding=1).permute(0, 2, 3, 1)
-        pixels = squares.reshape(b, h, w, 2, -1).transpose(2, 3).reshape(b, 2 * h, 2 * w, -1)
-        out = pixels.permute(0, 3, 1, 2)
-        for place, beyond in zip(_border(out), _beyond(_border(x), up, up_bias, conv), strict=True):
-            place -= beyond
-        return out
+        flat = F.conv2d(x, self.weight, self.bias.repeat(4), padding=1).permute(0, 2, 3, 1)
+        squares = flat.view(b, h, w, 2, 2, -1)
+        for place, less in zip(_border_of_squares(squares), beyond, strict=True):
+            place -= less.permute(0, *range(2, less.ndim), 1).reshape(place.shape)
+        return squares
+
+    def gradients(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of x (without what the border contributes) and of the composed weight, from that of the squares."""
+        b, _, h, w = x.shape
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            *(grad.view(b, h, w, -1).permute(0, 3, 1, 2), x, self.weight, None),
+            *([1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]),
+        )
+        return grad_x, grad_weight
+
+    def border_gradients(self, grads: Sequence[Tensor], x: Tensor, grad_x: Tensor) -> tuple[Tensor, ...]:
+        """Add the border's contribution to the gradient of x, in place; gradients of the parts.
+
+        The corrections are small: they are computed again.
+
+        Args:
+            grads: of the border of the image, as `border_of` reads them.
+        """
+        with torch.enable_grad():
+            inputs = [t.detach().requires_grad_() for t in (*_border(x), *self.parts)]
+            beyond = _beyond(inputs[:5], *inputs[5:])
+        found = torch.autograd.grad(beyond, inputs, [-grad for grad in grads])
+        for place, more in zip(_border(grad_x), found, strict=False):
+            place += more
+        return found[5:]
+
+
+def border_of(squares: Tensor) -> list[Tensor]:
+    """Border of the image that squares [B, h, w, 2, 2, o] form, in the shapes of `_border`."""
+    *lines, corners = _border_of_squares(squares)
+    return [*(line.flatten(1, 2).transpose(1, 2) for line in lines), corners.permute(0, 3, 1, 2)]
+
+
+class _Folded(torch.autograd.Function):
+    """The composed convolution, its squares unfolded."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *weights)
+        fold = Fold(*weights)
+        b, _, h, w = x.shape
+        pixels = fold.squares(x, fold.beyond(x)).transpose(2, 3).reshape(b, 2 * h, 2 * w, -1)
+        return pixels.permute(0, 3, 1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        x, weight, *parts = ctx.saved_tensors
+        x, *weights = ctx.saved_tensors
+        fold = Fold(*weights)
         b, o, h, w = grad.shape
         pixels = grad.permute(0, 2, 3, 1)
-        squares = (
-            pixels.reshape(b, h // 2, 2, w // 2, 2 * o).transpose(2, 3).reshape(b, h // 2, w // 2, 4 * o)
-        )
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            *(squares.permute(0, 3, 1, 2), x, weight, None),
-            *([1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]),
-        )
-        with torch.enable_grad():
-            inputs = [t.detach().requires_grad_() for t in (*_border(x), *parts)]
-            beyond = _beyond(inputs[:5], *inputs[5:])
-        grads = torch.autograd.grad(beyond, inputs, [-place for place in _border(grad)])
-        for place, more in zip(_border(grad_x), grads, strict=False):
-            place += more
-        return grad_x, grad_weight, pixels.sum((0, 1, 2)), *grads[5:]
+        squares = pixels.reshape(b, h // 2, 2, w // 2, 2, o).transpose(2, 3).contiguous()
+        grad_x, grad_weight = fold.gradients(squares, x)
+        grad_parts = fold.border_gradients(border_of(squares), x, grad_x)
+        return grad_x, grad_weight, pixels.sum((0, 1, 2)), *grad_parts
 
 
 def _border(image: Tensor) -> tuple[Tensor, ...]:
@@ -108,6 +150,16 @@ def _border(image: Tensor) -> tuple[Tensor, ...]:
     h, w = image.shape[2:]
     rows, columns = (image[:, :, 0], image[:, :, -1]), (image[..., 0], image[..., -1])
     return *rows, *columns, image[:, :, :: h - 1, :: w - 1]
+
+
+def _border_of_squares(squares: Tensor) -> tuple[Tensor, ...]:
+    """The same of squares [B, h, w, 2, 2, o]: views [B, w, 2, o] (two), [B, h, 2, o] (two), [B, 2, 2, o]."""
+    b, h, w, _, _, o = squares.shape
+    rows, columns = (squares[:, 0, :, 0], squares[:, -1, :, 1]), (squares[:, :, 0, :, 0], squares[:, :, -1, :, 1])
+    (image, y, x, row, column, channel), start = squares.stride(), squares.storage_offset()
+    # From corner to corner: to the last square, and there to the last row or column.
+    steps = (image, (h - 1) * y + row, (w - 1) * x + column, channel)
+    return *rows, *columns, squares.as_strided((b, 2, 2, o), steps, start)
 
 
 def _beyond(border: Sequence[Tensor], up: Tensor, up_bias: Tensor, conv: Tensor) -> tuple[Tensor, ...]:

@@ -21,7 +21,7 @@ LAYERS = [
     {"sparse"},
     {"hog"},
     {"folding", "encoder", "criterion"},
-    {"dense"},
+    {"parts", "dense"},
     {"decoder"},
     {"model"},
     {"decoding"},
