@@ -60,7 +60,7 @@ class Densify(nn.Module):
 
         Args:
             x: features of the encoder.
-            dense: False: what has the same values at all masked sites stays rows and token, where that saves work.
+            dense: False hands a map whose masked sites are all equal on as rows and token, where that saves work.
         """
         x = self.norm(x)
         if isinstance(x, Tensor):
@@ -101,15 +101,15 @@ class DecoderBlock(nn.Module):
         if isinstance(x, Filled) and (folds or _hooked(up)):
             x = x.dense()
         if isinstance(x, Filled):
-            x = conv(x.upsampled(up.weight, up.bias))
+            y = conv(x.upsampled(up.weight, up.bias))
         elif folds and parts_pay(x) and not self._needs_modules(head):
             return block_in_parts(x, up, conv, self.norm1, self.conv2, self.norm2, head)
         elif folds and not _hooked(up, conv):
-            x = folded_upsample_conv(x, up.weight, up.bias, conv.weight)
+            y = folded_upsample_conv(x, up.weight, up.bias, conv.weight)
         else:
-            x = conv(up(x))
-        x = self.norm2(self.conv2(self.act(self.norm1(x))))
-        return x if head is None else head(x)
+            y = conv(up(x))
+        y = self.norm2(self.conv2(self.act(self.norm1(y))))
+        return y if head is None else head(y)
 
     def _needs_modules(self, head: nn.Conv2d | None) -> bool:
         """Whether norms are no longer those of one process in training, or someone waits for a module to be called."""
@@ -156,7 +156,11 @@ class LightDecoder(nn.Module):
         self.apply(_init_weights)
 
     def forward(self, features: Sequence[Tensor | Filled]) -> Tensor:
-        """Features, deepest first, [B, widths[i], h * 2**i, w * 2**i], dense but for the first -> [B, out_chans, H, W]."""
+        """Features, deepest first, [B, widths[i], h * 2**i, w * 2**i] -> [B, out_chans, H, W].
+
+        Args:
+            features: dense, the first one perhaps `Filled`.
+        """
         x, *others = features
         for i, block in enumerate(self.blocks):
             if i < len(others):
@@ -165,6 +169,7 @@ class LightDecoder(nn.Module):
                 x = block(x, self.head if i == len(self.blocks) - 1 else None)
         if len(others) == len(self.blocks):  # the head comes after the last sum
             x = self.head(x)
+        assert isinstance(x, Tensor)
         return F.pixel_shuffle(x, self.upscale)
 
 

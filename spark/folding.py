@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from spark.sparse import SparseTensor
+
 # At both ends of a line of pixels: the taps of the two convolutions that reach the pixel beyond it, and use it.
 _ENDS = ((0, 0), (3, 2))
 
 
-def folding_pays(x: Tensor) -> bool:
+def folding_pays(x: Tensor | SparseTensor) -> bool:
     """Whether composing the weights costs less than it saves, for as many channels as x [B, c, h, w] has.
 
     It costs about 1,000 c^3 multiplications forwards and backwards, half as much again to be worth while, and saves
@@ -155,7 +157,10 @@ def _border(image: Tensor) -> tuple[Tensor, ...]:
 def _border_of_squares(squares: Tensor) -> tuple[Tensor, ...]:
     """The same of squares [B, h, w, 2, 2, o]: views [B, w, 2, o] (two), [B, h, 2, o] (two), [B, 2, 2, o]."""
     b, h, w, _, _, o = squares.shape
-    rows, columns = (squares[:, 0, :, 0], squares[:, -1, :, 1]), (squares[:, :, 0, :, 0], squares[:, :, -1, :, 1])
+    rows, columns = (
+        (squares[:, 0, :, 0], squares[:, -1, :, 1]),
+        (squares[:, :, 0, :, 0], squares[:, :, -1, :, 1]),
+    )
     (image, y, x, row, column, channel), start = squares.stride(), squares.storage_offset()
     # From corner to corner: to the last square, and there to the last row or column.
     steps = (image, (h - 1) * y + row, (w - 1) * x + column, channel)

@@ -1,16 +1,17 @@
 """A decoder block of large maps, one part of the batch after the other.
 
-What large maps cost on a CPU is memory more than arithmetic: glibc's allocator asks the kernel for every tensor above 32
-MiB anew, and the kernel fills its pages with zeros when they are first touched. Layer after layer, a block makes a
-dozen such tensors. Here the batch goes through it in parts whose maps stay below that, so that memory is used again,
-and what is between two convolutions is written once, into memory that the next part overwrites. In the backward pass it
-is computed again. Batch norm needs the statistics of all parts first, forwards and backwards; nothing else crosses them.
+What large maps cost on a CPU is memory more than arithmetic. glibc's allocator asks the kernel for every tensor above
+32 MiB anew, and the kernel fills its pages with zeros when they are first touched. Layer after layer, a block makes a
+dozen such tensors. Here the batch goes through it in parts whose maps stay below that, so that memory is used again.
+What is between two convolutions is written once, into memory that the next part overwrites; the backward pass computes
+it again. Batch norm needs the statistics of all parts first, forwards and backwards.
 
-Legend: x [B, c, h, w], squares of the folded convolution [b, h, w, 2, 2, m] (`spark/folding.py`), their image [b, m, 2h,
-2w], result of the second convolution [b, o, 2h, 2w], prediction [B, k, 2h, 2w]; b images of a part.
+Legend: x [B, c, h, w], squares of the folded convolution [b, h, w, 2, 2, m] (`spark/folding.py`), their image
+[b, m, 2h, 2w], result of the second convolution [b, o, 2h, 2w], prediction [B, k, 2h, 2w]; b images of a part.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -30,8 +31,9 @@ _PIECE, _LINE = 2**18, 1024
 
 def parts_pay(x: Tensor) -> bool:
     """Whether a block works on x [B, c, h, w] in parts: on a CPU, in full precision, where it is trained."""
-    exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
-    return x.device.type == "cpu" and exact and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
 
 
 def block_in_parts(
@@ -43,7 +45,7 @@ def block_in_parts(
     norm2: nn.BatchNorm2d,
     head: nn.Conv2d | None = None,
 ) -> Tensor:
-    """`norm2(conv2(relu6(norm1(conv1(upsample(x))))))` in training, then `head`, a 1x1 convolution: [B, o or k, 2h, 2w].
+    """`norm2(conv2(relu6(norm1(conv1(upsample(x))))))` in training, then the head, a 1x1 convolution, if there is one.
 
     Running statistics move as the modules would move them.
 
@@ -101,39 +103,6 @@ class _Normed(NamedTuple):
         return a, b, -a * of_bias - b * self.mean
 
 
-def _statistics(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and variance (divided by the count) of the channels of rows [N, C], those of the parts merged."""
-    count = sum(len(part) for part in parts)
-    found = [torch.ops.aten.batch_norm_update_stats(as_image(part), None, None, 0.0) for part in parts]
-    shares = [len(part) / count for part in parts]
-    mean = sum(share * m for share, (m, _) in zip(shares, found, strict=True))
-    assert isinstance(mean, Tensor)
-    var = sum(share * (v + (m - mean).square()) for share, (m, v) in zip(shares, found, strict=True))
-    assert isinstance(var, Tensor)
-    return mean, var
-
-
-def _pieces(channels: int, rows: Sequence[Tensor], vectors: Sequence[Tensor]) -> Any:
-    """Rows [N, C] in pieces of long lines, with vectors [C] as long: what is done to a piece is done in the cache."""
-    lines = max(1, _LINE // channels)
-    while rows[0].numel() % (lines * channels):
-        lines -= 1
-    long = [vector.repeat(lines) for vector in vectors]
-    height = max(1, _PIECE // (lines * channels))
-    for pieces in zip(*(row.view(-1, lines * channels).split(height) for row in rows), strict=True):
-        yield *pieces, *long
-
-
-def _activated(squares: Tensor, norm: _Normed, image: Tensor) -> Tensor:
-    """ReLU6 of the batch norm of squares, written into an image's memory [b, h, 2, w, 2 m]: a view [b, m, 2h, 2w]."""
-    b, h, w, _, _, m = squares.shape
-    scale, shift = (t.repeat(2) for t in norm.line)
-    for i in range(b):
-        torch.addcmul(shift, squares[i].view(h, w, 2, 2 * m), scale, out=image[i].transpose(1, 2))
-        image[i].clamp_(0, 6)
-    return image[:b].view(b, 2 * h, 2 * w, m).permute(0, 3, 1, 2)
-
-
 class _InParts(torch.autograd.Function):
     """See `block_in_parts`. Keeps squares and results of the second convolution, part by part."""
 
@@ -141,31 +110,25 @@ class _InParts(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *args: Any) -> Any:
         *weights, weight1, bias1, conv2, weight2, bias2, head, head_bias, eps = args
         fold = Fold(*weights)
-        ctx.size = _images_per_part(x, len(bias1))
-        parts = x.split(ctx.size)
-        beyond = zip(*(t.split(ctx.size) for t in fold.beyond(x)), strict=True)
-        squares = [fold.squares(part, less) for part, less in zip(parts, beyond, strict=True)]
-        mean1, var1 = _statistics([s.view(-1, s.shape[-1]) for s in squares])
+        size = ctx.size = _images_per_part(x, len(bias1))
+        beyond = zip(*(t.split(size) for t in fold.beyond(x)), strict=True)
+        squares = [fold.squares(part, less) for part, less in zip(x.split(size), beyond, strict=True)]
+        mean1, var1 = _statistics([_rows(s) for s in squares])
         norm1 = _Normed(mean1, (var1 + eps[0]).rsqrt(), weight1, bias1)
         image = _image_of(squares[0])
         results = [as_rows(F.conv2d(_activated(s, norm1, image), conv2, padding=1)) for s in squares]
         mean2, var2 = _statistics(results)
         norm2 = _Normed(mean2, (var2 + eps[1]).rsqrt(), weight2, bias2)
+        b, _, h, w = x.shape
+        out = x.new_empty(b, 2 * h, 2 * w, len(bias2) if head is None else len(head))
+        for part, rows in zip(out.split(size), results, strict=True):
+            if head is None:
+                _on_line(rows, norm2.line, _rows(part))
+            else:
+                _predict(rows, norm2, head, head_bias, _rows(part))
         ctx.parts = len(squares)
         ctx.save_for_backward(x, *norm1, *norm2, *weights, conv2, head, *squares, *results)
         ctx.mark_non_differentiable(mean1, var1, mean2, var2)
-        b, _, h, w = x.shape
-        scale, shift = norm2.line
-        if head is not None:
-            flat = head.flatten(1)
-            out = x.new_empty(b, 2 * h, 2 * w, len(head))
-            for part, rows in zip(out.split(ctx.size), results, strict=True):
-                torch.addmm(head_bias + flat @ shift, rows, (flat * scale).t(), out=part.view(-1, len(head)))
-        else:
-            out = x.new_empty(b, 2 * h, 2 * w, len(bias2))
-            for part, rows in zip(out.split(ctx.size), results, strict=True):
-                for to, given, a, c in _pieces(len(scale), [part, rows], [scale, shift]):
-                    torch.addcmul(c, given, a, out=to)
         return out.permute(0, 3, 1, 2), mean1, var1, mean2, var2
 
     @staticmethod
@@ -178,60 +141,48 @@ class _InParts(torch.autograd.Function):
         grads = [as_rows(g) for g in grad.contiguous(memory_format=torch.channels_last).split(ctx.size)]
         count = 4 * x.numel() // x.shape[1]
 
-        grad_head = grad_head_bias = None
+        of_head = of_head_bias = None
         if head is None:
-            sums = sum(norm2.sums(g, rows) for g, rows in zip(grads, results, strict=True))
+            sums2 = _sum(norm2.sums(g, rows) for g, rows in zip(grads, results, strict=True))
         else:
-            flat = head.flatten(1)
-            grad_head_bias = sum(g.sum(0) for g in grads)
-            products = sum(g.t() @ rows for g, rows in zip(grads, results, strict=True))
-            normed = (products - torch.outer(grad_head_bias, norm2.mean)) * norm2.invstd
-            sums = torch.stack([(flat * normed).sum(0), grad_head_bias @ flat])
-            grad_head = (normed * norm2.weight + torch.outer(grad_head_bias, norm2.bias)).view_as(head)
-        grad_norm2 = sums
-        a2, b2, c2 = norm2.plane(sums, count)
+            sums2, of_head, of_head_bias = _head_sums(grads, results, norm2, head)
+        plane = norm2.plane(sums2, count)
 
+        # Back to the squares, whose batch norm needs the sums over all parts before it goes on.
         image, buffer = _image_of(squares[0]), torch.empty_like(results[0])
-        grad_squares, grad_norm1, grad_conv2 = [], 0, 0
+        sums1, of_conv2, of_squares = fold.bias.new_zeros(2, len(fold.bias)), torch.zeros_like(conv2), []
         for square, rows, g in zip(squares, results, grads, strict=True):
             of_result = buffer[: len(rows)]
             if head is None:
-                for to, given, r, a, b, c in _pieces(len(a2), [of_result, g, rows], [a2, b2, c2]):
-                    torch.addcmul(c, r, b, out=to).addcmul_(given, a)
+                _on_plane(g, rows, plane, of_result)
             else:
-                for to, r, b, c in _pieces(len(a2), [of_result, rows], [b2, c2]):
-                    torch.addcmul(c, r, b, out=to)
-                of_result.addmm_(g, head.flatten(1) * a2)
+                _on_line(rows, plane[1:], of_result)
+                of_result.addmm_(g, head.flatten(1) * plane[0])
             activated = _activated(square, norm1, image)
-            n, _, height, width = activated.shape
-            of_image, of_conv2, _ = torch.ops.aten.convolution_backward(
+            n, (height, width) = len(activated), activated.shape[2:]
+            of_image, of_weight = torch.ops.aten.convolution_backward(
                 *(of_result.view(n, height, width, -1).permute(0, 3, 1, 2), activated, conv2, None),
                 *([1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]),
-            )
-            grad_conv2 = grad_conv2 + of_conv2
-            of_square = _through_relu6(of_image, activated, square)
-            m = square.shape[-1]
-            grad_norm1 = grad_norm1 + norm1.sums(of_square.view(-1, m), square.view(-1, m))
-            grad_squares.append(of_square)
+            )[:2]
+            of_conv2 += of_weight
+            of_squares.append(_through_relu6(of_image, activated, square))
+            sums1 += norm1.sums(_rows(of_squares[-1]), _rows(square))
 
-        plane = norm1.plane(grad_norm1, count)
-        grad_x, grad_weight, grad_bias, borders = torch.empty_like(x), 0, 0, []
-        for part, to, square, g in zip(
-            x.split(ctx.size), grad_x.split(ctx.size), squares, grad_squares, strict=True
-        ):
-            for of, s, a, b, c in _pieces(len(plane[0]), [g, square], plane):
-                of.mul_(a).addcmul_(s, b).add_(c)
-            of_part, of_weight = fold.gradients(g, part)
-            to.copy_(of_part)
-            grad_weight = grad_weight + of_weight
-            borders.append(border_of(g))
-        of_borders = [torch.cat(same) for same in zip(*borders, strict=True)]
-        grad_parts = fold.border_gradients(of_borders, x, grad_x)
-        # Batch norm takes the mean off again: what is added to all sites alike has no gradient but rounding errors.
-        grad_bias = torch.zeros_like(fold.bias)
+        plane1 = norm1.plane(sums1, count)
+        of_x, of_fold, borders = torch.empty_like(x), torch.zeros_like(fold.weight), []
+        parts = zip(x.split(ctx.size), of_x.split(ctx.size), squares, of_squares, strict=True)
+        for part, of_part, square, of_square in parts:
+            _on_plane(_rows(of_square), _rows(square), plane1, _rows(of_square))
+            found, of_weight = fold.gradients(of_square, part)
+            of_part.copy_(found)
+            of_fold += of_weight
+            borders.append(border_of(of_square))
+        of_border = [torch.cat(same) for same in zip(*borders, strict=True)]
+        of_composed = fold.border_gradients(of_border, x, of_x)
+        # The bias is the same everywhere, so that batch norm takes it off again: it has no gradient but by the border.
         return (
-            *(grad_x, grad_weight, grad_bias, *grad_parts, *grad_norm1, grad_conv2, *grad_norm2),
-            *(grad_head, grad_head_bias, None),
+            *(of_x, of_fold, torch.zeros_like(fold.bias), *of_composed),
+            *(*sums1.unbind(), of_conv2, *sums2.unbind(), of_head, of_head_bias, None),
         )
 
 
@@ -241,16 +192,89 @@ def _images_per_part(x: Tensor, channels: int) -> int:
     return max(1, PART_BYTES // one)
 
 
+def _rows(x: Tensor) -> Tensor:
+    """View [..., C] as rows [N, C]."""
+    return x.view(-1, x.shape[-1])
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.add, terms)
+
+
+def _statistics(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and variance (divided by the count) of the channels of rows [N, C], those of the parts merged."""
+    count = sum(len(part) for part in parts)
+    shares = [len(part) / count for part in parts]
+    found = [torch.ops.aten.batch_norm_update_stats(as_image(part), None, None, 0.0) for part in parts]
+    mean = _sum(share * m for share, (m, _) in zip(shares, found, strict=True))
+    var = _sum(share * (v + (m - mean).square()) for share, (m, v) in zip(shares, found, strict=True))
+    return mean, var
+
+
 def _image_of(squares: Tensor) -> Tensor:
     """Memory for the image of squares, [b, h, 2, w, 2 m]."""
     b, h, w, _, _, m = squares.shape
     return squares.new_empty(b, h, 2, w, 2 * m)
 
 
+def _activated(squares: Tensor, norm: _Normed, image: Tensor) -> Tensor:
+    """ReLU6 of the batch norm of squares, written into an image's memory: a view [b, m, 2h, 2w]."""
+    b, h, w, _, _, m = squares.shape
+    scale, shift = (t.repeat(2) for t in norm.line)
+    for i in range(b):
+        torch.addcmul(shift, squares[i].view(h, w, 2, 2 * m), scale, out=image[i].transpose(1, 2))
+        image[i].clamp_(0, 6)
+    return image[:b].view(b, 2 * h, 2 * w, m).permute(0, 3, 1, 2)
+
+
 def _through_relu6(grad: Tensor, activated: Tensor, squares: Tensor) -> Tensor:
     """Gradient of squares from that of their activated image [b, m, 2h, 2w]."""
     b, h, w, _, _, m = squares.shape
     out = torch.empty_like(squares)
-    lines = [t.permute(0, 2, 3, 1).view(b, h, 2, w, 2 * m).transpose(2, 3) for t in (grad, activated)]
+    lines = [t.permute(0, 2, 3, 1).reshape(b, h, 2, w, 2 * m).transpose(2, 3) for t in (grad, activated)]
     torch.ops.aten.hardtanh_backward.grad_input(*lines, 0, 6, grad_input=out.view(b, h, w, 2, 2 * m))
     return out
+
+
+def _pieces(rows: Sequence[Tensor], vectors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """Rows [N, C] in pieces of long lines, with vectors [C] as long: what is done to a piece is done in the cache."""
+    channels = rows[0].shape[1]
+    lines = max(1, _LINE // channels)
+    while len(rows[0]) % lines:
+        lines -= 1
+    long = [vector.repeat(lines) for vector in vectors]
+    height = max(1, _PIECE // (lines * channels))
+    for pieces in zip(*(row.view(-1, lines * channels).split(height) for row in rows), strict=True):
+        yield *pieces, *long
+
+
+def _on_line(rows: Tensor, line: Sequence[Tensor], out: Tensor) -> None:
+    """`scale x + shift` of rows, by channel."""
+    for to, x, scale, shift in _pieces([out, rows], line):
+        torch.addcmul(shift, x, scale, out=to)
+
+
+def _predict(rows: Tensor, norm: _Normed, head: Tensor, bias: Tensor, out: Tensor) -> None:
+    """The head's 1x1 convolution of the batch norm of rows: two lines, one line."""
+    scale, shift = norm.line
+    flat = head.flatten(1)
+    torch.addmm(bias + flat @ shift, rows, (flat * scale).t(), out=out)
+
+
+def _head_sums(
+    grads: Sequence[Tensor], results: Sequence[Tensor], norm: _Normed, head: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_Normed.sums` for the norm before the head, gradients of the head's weight and bias."""
+    flat = head.flatten(1)
+    of_bias = _sum(g.sum(0) for g in grads)
+    products = _sum(g.t() @ rows for g, rows in zip(grads, results, strict=True))
+    of_normed = (products - torch.outer(of_bias, norm.mean)) * norm.invstd
+    sums = torch.stack([(flat * of_normed).sum(0), of_bias @ flat])
+    of_head = of_normed * norm.weight + torch.outer(of_bias, norm.bias)
+    return sums, of_head.view_as(head), of_bias
+
+
+def _on_plane(grad: Tensor, rows: Tensor, plane: Sequence[Tensor], out: Tensor) -> None:
+    """`a grad + b x + c` of rows, by channel; may be written over the gradient."""
+    for to, g, x, a, b, c in _pieces([out, grad, rows], plane):
+        torch.addcmul(torch.addcmul(c, x, b), g, a, out=to)

@@ -1,16 +1,20 @@
-"""The decoder's two shortcuts against the operators that they replace, in outputs and gradients."""
+"""The decoder's shortcuts against the operators that they replace, in outputs, gradients and running statistics."""
+
+import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from spark import SparK
 from spark.decoder import DecoderBlock
 from spark.folding import compose, folded_upsample_conv, folding_pays
 from spark.masking import random_visible
-from spark.sparse import sparsify
-from spark.sparse.filled_conv import constant_conv, filled_conv, filled_conv_pays
+from spark.parts import parts_pay
+from spark.sparse import SparseTensor, sparsify
+from spark.sparse.filled_conv import Filled, constant_conv, filled_conv, filled_conv_pays
 
 
 def upsample_then_conv(x: Tensor, up: Tensor, up_bias: Tensor, conv: Tensor) -> Tensor:
@@ -82,14 +86,144 @@ def test_folding_pays_on_large_maps_of_few_channels() -> None:
     assert not folding_pays(torch.empty(16, 48, 112, 112, device="meta"))
 
 
-def test_a_folded_block_equals_its_modules() -> None:
+def _block(dtype: torch.dtype, has_head: bool) -> tuple[DecoderBlock, nn.Conv2d | None]:
+    """4 -> 2 channels with norms that do something, and a head of 3."""
     torch.manual_seed(0)
-    block = DecoderBlock(4, 2, sync_bn=False).double()
-    x = torch.randn(2, 4, 16, 16, dtype=torch.float64, requires_grad=True)
+    block = DecoderBlock(4, 2, sync_bn=False)
+    for norm in (block.norm1, block.norm2):
+        nn.init.uniform_(norm.weight, 0.5, 2)
+        nn.init.uniform_(norm.bias, -1, 3)
+    return block.to(dtype), nn.Conv2d(2, 3, 1).to(dtype) if has_head else None
+
+
+def _plain(block: DecoderBlock, x: Tensor, head: nn.Conv2d | None) -> Tensor:
+    y = block.norm2(block.conv2(F.relu6(block.norm1(block.conv1(block.upsample(x))))))
+    return y if head is None else head(y)
+
+
+def _parts_of(
+    images: int, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], dtype: torch.dtype
+) -> None:
+    one = 4 * size[0] * size[1] * 4 * dtype.itemsize  # four channels at twice the resolution
+    monkeypatch.setattr("spark.parts.PART_BYTES", images * one + 1)
+
+
+@pytest.mark.parametrize("has_head", [False, True])
+@pytest.mark.parametrize("images", [9, 2, 1, 0])  # of a part; five in all
+@pytest.mark.parametrize("size", [(40, 3), (16, 16), (9, 14)])
+def test_a_block_in_parts_equals_its_modules(
+    size: tuple[int, int], images: int, has_head: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _parts_of(images, monkeypatch, size, torch.float64)
+    block, head = _block(torch.float64, has_head)
+    plain = copy.deepcopy(block)
+    x = torch.randn(5, 4, *size, dtype=torch.float64, requires_grad=True)
     assert folding_pays(x)
-    inputs = [x, *block.parameters()]
-    plain = block.norm2(block.conv2(F.relu6(block.norm1(block.conv1(block.upsample(x))))))
-    _same(block(x), plain, inputs, 1e-9)
+    assert parts_pay(x)
+    result, expected = block(x, head), _plain(plain, x, head)
+    assert type(result.grad_fn).__name__ == "_InPartsBackward"
+    cotangent = torch.randn_like(expected)
+    ends = [] if head is None else list(head.parameters())
+    found = torch.autograd.grad(result, [x, *block.parameters(), *ends], cotangent, retain_graph=True)
+    wanted = torch.autograd.grad(expected, [x, *plain.parameters(), *ends], cotangent)
+    for ours, theirs in zip([result, *found], [expected, *wanted], strict=True):
+        assert (ours - theirs).norm() <= 1e-11 * theirs.norm()
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(block.state_dict()[name], value, rtol=1e-12, atol=1e-14)
+    # Nothing that the backward pass needs was overwritten by it.
+    again = torch.autograd.grad(result, [x, *block.parameters(), *ends], cotangent)
+    assert all(torch.equal(a, b) for a, b in zip(again, found, strict=True))
+
+
+def test_parts_in_fp32_are_as_exact_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    _parts_of(2, monkeypatch, (24, 24), torch.float32)
+    x, cotangent = torch.randn(8, 4, 24, 24), torch.randn(8, 3, 48, 48)
+    errors = []
+    exact, head = _block(torch.float64, True)
+    assert head is not None
+    for parts in (True, False):
+        block, ours = copy.deepcopy(exact).float(), copy.deepcopy(head).float()
+        monkeypatch.setattr("spark.decoder.parts_pay", lambda x, parts=parts: parts)
+        inputs = [x.requires_grad_(), *block.parameters(), *ours.parameters()]
+        out = block(x, ours)
+        results = [out, *torch.autograd.grad(out, inputs, cotangent), *(b.double() for b in block.buffers())]
+        reference = copy.deepcopy(exact)
+        wide = x.detach().double().requires_grad_()
+        expected = _plain(reference, wide, head)
+        inputs = [wide, *reference.parameters(), *head.parameters()]
+        grads = torch.autograd.grad(expected, inputs, cotangent.double())
+        truth = [expected, *grads, *(b.double() for b in reference.buffers())]
+        errors.append([((a - b).norm() / b.norm()).item() for a, b in zip(results, truth, strict=True)])
+    assert all(ours <= 1.5 * theirs + 2e-7 for ours, theirs in zip(*errors, strict=True))
+
+
+def test_parts_keep_what_two_convolutions_made_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    _parts_of(2, monkeypatch, (16, 16), torch.float64)
+    block, head = _block(torch.float64, True)
+    x = torch.randn(4, 4, 16, 16, dtype=torch.float64, requires_grad=True)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        block(x, head)
+    maps = (
+        4 * 16 * 16 * 4 * (1 + 4 + 2)
+    )  # x, its squares at twice the resolution, and the two channels made of them
+    assert maps <= sum(kept) <= 1.2 * maps
+
+
+def test_parts_are_for_training_in_full_precision_on_a_cpu() -> None:
+    x = torch.randn(2, 4, 16, 16, requires_grad=True)
+    block, _ = _block(torch.float32, False)
+    assert type(block(x).grad_fn).__name__ == "_InPartsBackward"
+    with torch.no_grad():
+        assert not parts_pay(x)
+    assert not parts_pay(x.bfloat16())
+    assert not parts_pay(x.to("meta"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not parts_pay(x)
+    block.norm1.eval()
+    assert type(block(x).grad_fn).__name__ != "_InPartsBackward"
+    block.norm1.train()
+    block.act.register_forward_hook(lambda module, args, out: None)
+    assert type(block(x).grad_fn).__name__ != "_InPartsBackward"
+
+
+def test_parts_move_running_statistics_once_a_step_under_checkpointing() -> None:
+    block, _ = _block(torch.float64, False)
+    plain = copy.deepcopy(block)
+    x = torch.randn(2, 4, 16, 16, dtype=torch.float64, requires_grad=True)
+    checkpoint(block, x, use_reentrant=False).sum().backward()  # type: ignore[union-attr]
+    _plain(plain, x, None)
+    for ours, theirs in zip((block.norm1, block.norm2), (plain.norm1, plain.norm2), strict=True):
+        torch.testing.assert_close(ours.running_mean, theirs.running_mean, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(ours.running_var, theirs.running_var, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("mkl", [True, False])
+@pytest.mark.parametrize(("grid", "side"), [((3, 4), 1), ((1, 1), 1), ((2, 3), 2), ((1, 2), 3), ((7, 7), 1)])
+def test_upsampled_rows_equal_the_transposed_convolution_of_the_filled_map(
+    grid: tuple[int, int], side: int, mkl: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spark.sparse.filled_conv.by_mkl", lambda x: mkl)
+    visible = torch.rand(3, 1, *grid, generator=torch.Generator().manual_seed(2)) < 0.5
+    visible[0, 0, 0, 0] = True
+    size = (grid[0] * side, grid[1] * side)
+    image, token, weight, bias = inputs = _parameters((3, 5, *size), (1, 5, 1, 1), (5, 4, 4, 4), (4,))
+    filled = Filled(sparsify(image, visible, "packed"), token)
+    _same(filled.upsampled(weight, bias), F.conv_transpose2d(filled.dense(), weight, bias, 2, 1), inputs)
+
+
+def test_the_deepest_map_stays_rows_where_that_saves_work() -> None:
+    torch.manual_seed(0)
+    model = SparK("test_resnet", 64, 0.6, decoder_width=1024, sync_bn=False)
+    seen: list[object] = []
+    model.decoder.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    images = torch.randn(2, 3, 64, 64)
+    model(images)
+    model.layout = "masked"
+    model(images)
+    assert isinstance(seen[0], Filled)
+    assert isinstance(seen[0].x, SparseTensor)
+    assert isinstance(seen[1], Tensor)
 
 
 @pytest.mark.parametrize(
@@ -148,13 +282,13 @@ def test_who_waits_for_a_convolution_sees_it_called() -> None:
     short = model(images, visible)
     seen = []
     watched = [
-        model.decoder.blocks[-1].upsample,
-        model.decoder.blocks[-1].conv1,
         model.densify[-1].projection,
+        model.decoder.blocks[0].upsample,
+        *model.decoder.blocks[-1].children(),
+        model.decoder.head,
     ]
     for module in watched:
         module.register_forward_hook(lambda module, args, out: seen.append(module))
     hooked = model(images, visible)
-    assert [m for m in watched if m in seen] == watched
-    assert len(seen) == 3
+    assert seen == watched
     torch.testing.assert_close(hooked.prediction, short.prediction, rtol=1e-10, atol=1e-10)

@@ -1,6 +1,6 @@
 """Convolutions of a map that has rows at the visible sites and one token at all others, for the price of the rows.
 
-A convolution with stride 1 is linear: that of the map is that of a constant map, the token everywhere, plus that of a sparse one,
+A 3x3 convolution is linear: that of the map is that of a constant map, the token everywhere, plus that of a sparse one,
 `row - token` at the visible sites and zero elsewhere. The first takes nine different values (inside, four edges, four
 corners). The second is the transpose of reading patches with their surroundings: every patch is spread over its tile,
 and overlapping tiles add up.
@@ -115,7 +115,7 @@ class _Upsampling:
         row = torch.full((sites.batch, h * w), n, device=device).flatten()
         row = row.index_copy(0, places, torch.arange(n, device=device)).view(-1, h, w)
         row = F.pad(row, (1, 1, 1, 1), value=n + 1)
-        # Of a line, result 2 i adds up sites i (tap 1) and i - 1 (tap 3), result 2 i + 1 sites i (tap 2), i + 1 (tap 0).
+        # Of a line, result 2 i adds up sites i (tap 1) and i - 1 (tap 3), result 2 i + 1 sites i (2) and i + 1 (0).
         y, x = torch.arange(2 * h, device=device), torch.arange(2 * w, device=device)
         near = [(y // 2, 1 + y % 2), (y // 2 + 2 * (y % 2) - 1, 3 - 3 * (y % 2))]
         across = [(x // 2, 1 + x % 2), (x // 2 + 2 * (x % 2) - 1, 3 - 3 * (x % 2))]

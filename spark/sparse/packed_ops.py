@@ -210,23 +210,43 @@ def relu(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> SparseTe
     before = valid_recipe(x)
     if before is None:
         return common.elementwise(func, x, *args, **kwargs)
-    rows = _RecomputedReLU.apply(x.data, before, common.is_inplace(func, kwargs))
+    compute = _ReLUOf(before.compute)
+    rows = _RecomputedReLU.apply(x.data, compute, before.inputs, common.is_inplace(func, kwargs))
     result = common.finish(func, kwargs, x, rows)
-    result.recipe = recipe(partial(_relu_of, before.compute), before.inputs, rows, before.terms)
+    result.recipe = recipe(compute, before.inputs, rows, before.terms)
     return result
 
 
-def _relu_of(compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    return compute(*inputs).relu_()
+class _ReLUOf:
+    """ReLU of what a recipe computes again. The last result stays for whoever needs it next, who takes it away.
+
+    That is the ReLU's own backward pass, right after that of the convolution which computed its input again.
+    """
+
+    def __init__(self, compute: Callable[..., Tensor]):
+        self.compute = compute
+        self.last: tuple[Tensor, int] | None = None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        result = self.compute(*inputs).relu_()
+        self.last = result, result._version
+        return result
+
+    def take(self, *inputs: Tensor) -> Tensor:
+        """The last result, unless somebody changed it since; computed again otherwise."""
+        last, self.last = self.last, None
+        return last[0] if last is not None and last[0]._version == last[1] else self.compute(*inputs)
 
 
 class _RecomputedReLU(torch.autograd.Function):
     """ReLU of what a recipe can compute again."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, before: Recipe, inplace: bool) -> Tensor:
-        ctx.compute = before.compute
-        ctx.save_for_backward(*before.inputs)
+    def forward(
+        ctx: Any, rows: Tensor, compute: _ReLUOf, inputs: tuple[Tensor, ...], inplace: bool
+    ) -> Tensor:
+        ctx.compute = compute
+        ctx.save_for_backward(*inputs)
         if not inplace:
             return rows.relu()
         ctx.mark_dirty(rows)
@@ -235,7 +255,10 @@ class _RecomputedReLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        return torch.ops.aten.threshold_backward(grad, ctx.compute(*ctx.saved_tensors), 0), None, None
+        result = ctx.compute.take(*ctx.saved_tensors)
+        # Nobody else has this result: it makes room.
+        out = torch.ops.aten.threshold_backward.grad_input(grad, result, 0, grad_input=result)
+        return out, None, None, None
 
 
 def gelu(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
