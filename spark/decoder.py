@@ -68,8 +68,8 @@ class Densify(nn.Module):
         if not isinstance(self.projection, nn.Conv2d) or self.pointwise:
             # Site by site: of the visible sites, and once of the token.
             filled = Filled(self.projection(x), self.projection(self.token))
-            return filled.dense() if dense or not filled_conv_pays(filled.x) else filled
-        if filled_conv_pays(x) and not _hooked(self.projection):
+            return filled.dense() if dense or hooked(self) or not filled_conv_pays(filled.x) else filled
+        if filled_conv_pays(x) and not hooked(self.projection):
             return filled_conv(x, self.token, self.projection.weight, self.projection.bias)
         return self.projection(x.to_dense(self.token))
 
@@ -98,13 +98,13 @@ class DecoderBlock(nn.Module):
         up, conv = self.upsample, self.conv1
         assert up.bias is not None
         folds = folding_pays(x.x if isinstance(x, Filled) else x)
-        if isinstance(x, Filled) and (folds or _hooked(up)):
+        if isinstance(x, Filled) and (folds or hooked(up)):
             x = x.dense()
         if isinstance(x, Filled):
             y = conv(x.upsampled(up.weight, up.bias))
         elif folds and parts_pay(x) and not self._needs_modules(head):
             return block_in_parts(x, up, conv, self.norm1, self.conv2, self.norm2, head)
-        elif folds and not _hooked(up, conv):
+        elif folds and not hooked(up, conv):
             y = folded_upsample_conv(x, up.weight, up.bias, conv.weight)
         else:
             y = conv(up(x))
@@ -112,13 +112,20 @@ class DecoderBlock(nn.Module):
         return y if head is None else head(y)
 
     def _needs_modules(self, head: nn.Conv2d | None) -> bool:
-        """Whether norms are no longer those of one process in training, or someone waits for a module to be called."""
-        norms = (self.norm1, self.norm2)
-        alone = all(norm.training and not (norm.sync and world_size() > 1) for norm in norms)
-        return not alone or _hooked(*self.children(), *([] if head is None else [head]))
+        """Whether layers were replaced or frozen, wait for other processes, or someone waits for them to be called."""
+        stock = isinstance(self.act, nn.ReLU6) and (head is None or head.bias is not None)
+        stock = stock and all(_in_training_alone(norm) for norm in (self.norm1, self.norm2))
+        return not stock or hooked(*self.children(), *([] if head is None else [head]))
 
 
-def _hooked(*modules: nn.Module) -> bool:
+def _in_training_alone(norm: nn.Module) -> bool:
+    """Whether it normalises by the statistics of this process's batch, and follows them at a steady pace."""
+    if not isinstance(norm, SyncBatchNorm2d) or not norm.affine or not norm.track_running_stats:
+        return False
+    return norm.training and norm.momentum is not None and not (norm.sync and world_size() > 1)
+
+
+def hooked(*modules: nn.Module) -> bool:
     """Whether someone waits for these modules to be called, which shortcuts that read their weights do not do."""
     return any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
@@ -155,6 +162,11 @@ class LightDecoder(nn.Module):
         self.upscale = upscale
         self.apply(_init_weights)
 
+    @property
+    def takes_filled(self) -> bool:
+        """Whether the deepest features may come as `Filled`: unless someone looks at what the decoder receives."""
+        return not hooked(self, self.blocks[0])
+
     def forward(self, features: Sequence[Tensor | Filled]) -> Tensor:
         """Features, deepest first, [B, widths[i], h * 2**i, w * 2**i] -> [B, out_chans, H, W].
 
@@ -162,12 +174,15 @@ class LightDecoder(nn.Module):
             features: dense, the first one perhaps `Filled`.
         """
         x, *others = features
+        last = self.blocks[-1]
+        together = len(others) < len(self.blocks) and not hooked(
+            last
+        )  # nothing stands between last block and head
         for i, block in enumerate(self.blocks):
+            x = block(x, self.head if together and block is last else None)
             if i < len(others):
-                x = block(x) + others[i]
-            else:
-                x = block(x, self.head if i == len(self.blocks) - 1 else None)
-        if len(others) == len(self.blocks):  # the head comes after the last sum
+                x = x + others[i]
+        if not together:
             x = self.head(x)
         assert isinstance(x, Tensor)
         return F.pixel_shuffle(x, self.upscale)

@@ -269,9 +269,11 @@ class SparK(nn.Module):
         if not sites.static_on(images.device) and not visible.any():
             raise ValueError("visible hides every patch of every image: leave at least one True")
         features = self._features(images, visible, visible_count)
-        densify, (deepest, *others) = self.densify, reversed(features)
-        dense = [layer(x) for layer, x in zip(densify[1:], others, strict=True)]
-        prediction = self.decoder([densify[0](deepest, dense=False), *dense])
+        densified = [
+            densify(x, dense=depth > 0 or not self.decoder.takes_filled)
+            for depth, (densify, x) in enumerate(zip(self.densify, reversed(features), strict=True))
+        ]
+        prediction = self.decoder(densified)
         task = TARGETS[self.target]
         target = task.make(images, self.patch_size)
         side = self.patch_size // task.cell

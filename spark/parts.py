@@ -48,9 +48,6 @@ def block_in_parts(
     """`norm2(conv2(relu6(norm1(conv1(upsample(x))))))` in training, then the head, a 1x1 convolution, if there is one.
 
     Running statistics move as the modules would move them.
-
-    Raises:
-        ValueError: batch norm over a single site.
     """
     assert upsample.bias is not None
     weights = folded_weights(upsample.weight, upsample.bias, conv1.weight)
@@ -69,7 +66,8 @@ def _count_batch(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) ->
     assert norm.num_batches_tracked is not None
     norm.num_batches_tracked.add_(1)
     if not in_recomputation():
-        call = BatchNormCall(norm.running_mean, norm.running_var, momentum=float(norm.momentum or 0.0))
+        assert norm.momentum is not None
+        call = BatchNormCall(norm.running_mean, norm.running_var, momentum=norm.momentum)
         move_running_statistics(call, mean, var, count)
 
 
@@ -129,7 +127,8 @@ class _InParts(torch.autograd.Function):
         ctx.parts = len(squares)
         ctx.save_for_backward(x, *norm1, *norm2, *weights, conv2, head, *squares, *results)
         ctx.mark_non_differentiable(mean1, var1, mean2, var2)
-        return out.permute(0, 3, 1, 2), mean1, var1, mean2, var2
+        # A view is none to autograd once detached: who calls the block may work in place on its result.
+        return out.permute(0, 3, 1, 2).detach(), mean1, var1, mean2, var2
 
     @staticmethod
     @once_differentiable
@@ -255,7 +254,7 @@ def _on_line(rows: Tensor, line: Sequence[Tensor], out: Tensor) -> None:
 
 
 def _predict(rows: Tensor, norm: _Normed, head: Tensor, bias: Tensor, out: Tensor) -> None:
-    """The head's 1x1 convolution of the batch norm of rows: two lines, one line."""
+    """Batch norm of rows and the head's 1x1 convolution, as one affine map."""
     scale, shift = norm.line
     flat = head.flatten(1)
     torch.addmm(bias + flat @ shift, rows, (flat * scale).t(), out=out)

@@ -1,6 +1,7 @@
 """The decoder's shortcuts against the operators that they replace, in outputs, gradients and running statistics."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -164,9 +165,8 @@ def test_parts_keep_what_two_convolutions_made_and_no_more(monkeypatch: pytest.M
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         block(x, head)
-    maps = (
-        4 * 16 * 16 * 4 * (1 + 4 + 2)
-    )  # x, its squares at twice the resolution, and the two channels made of them
+    # x of 4 channels; at twice the resolution its squares of 4 and what becomes of them, 2 channels.
+    maps = 4 * 16 * 16 * (4 + 4 * 4 + 4 * 2)
     assert maps <= sum(kept) <= 1.2 * maps
 
 
@@ -180,11 +180,54 @@ def test_parts_are_for_training_in_full_precision_on_a_cpu() -> None:
     assert not parts_pay(x.to("meta"))
     with torch.autocast("cpu", torch.bfloat16):
         assert not parts_pay(x)
+
+
+def _cumulative(block: DecoderBlock) -> None:
+    block.norm2.momentum = None
+
+
+def _frozen(block: DecoderBlock) -> None:
     block.norm1.eval()
-    assert type(block(x).grad_fn).__name__ != "_InPartsBackward"
-    block.norm1.train()
+
+
+def _watched(block: DecoderBlock) -> None:
     block.act.register_forward_hook(lambda module, args, out: None)
-    assert type(block(x).grad_fn).__name__ != "_InPartsBackward"
+
+
+def _other_activation(block: DecoderBlock) -> None:
+    block.act = nn.GELU()  # type: ignore[assignment]
+
+
+def _other_norm(block: DecoderBlock) -> None:
+    block.norm1 = nn.BatchNorm2d(4)  # type: ignore[assignment]
+
+
+def _without_affine(block: DecoderBlock) -> None:
+    block.norm2.weight = block.norm2.bias = None  # type: ignore[assignment]
+    block.norm2.affine = False
+
+
+@pytest.mark.parametrize(
+    "change", [_cumulative, _frozen, _watched, _other_activation, _other_norm, _without_affine]
+)
+def test_changed_blocks_run_their_own_modules(change: Callable[[DecoderBlock], None]) -> None:
+    block, _ = _block(torch.float32, False)
+    change(block)
+    plain = copy.deepcopy(block)
+    x = torch.randn(2, 4, 16, 16, requires_grad=True)
+    result = block(x)
+    assert type(result.grad_fn).__name__ != "_InPartsBackward"
+    expected = plain.norm2(plain.conv2(plain.act(plain.norm1(plain.conv1(plain.upsample(x))))))
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(block.state_dict()[name], value, rtol=1e-4, atol=1e-4)
+
+
+def test_a_block_s_result_may_be_changed_in_place() -> None:
+    block, _ = _block(torch.float64, False)
+    x = torch.randn(2, 4, 16, 16, dtype=torch.float64, requires_grad=True)
+    changed, plain = block(x).mul_(2), block(x) * 2
+    _same(changed, plain, [x, *block.parameters()])
 
 
 def test_parts_move_running_statistics_once_a_step_under_checkpointing() -> None:
@@ -215,15 +258,17 @@ def test_upsampled_rows_equal_the_transposed_convolution_of_the_filled_map(
 def test_the_deepest_map_stays_rows_where_that_saves_work() -> None:
     torch.manual_seed(0)
     model = SparK("test_resnet", 64, 0.6, decoder_width=1024, sync_bn=False)
-    seen: list[object] = []
-    model.decoder.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    images = torch.randn(2, 3, 64, 64)
-    model(images)
-    model.layout = "masked"
-    model(images)
-    assert isinstance(seen[0], Filled)
-    assert isinstance(seen[0].x, SparseTensor)
-    assert isinstance(seen[1], Tensor)
+    features = sparsify(torch.randn(2, 96, 2, 2), random_visible(2, model.grid, 0.6), "packed")
+    densify = model.densify[0]
+    assert isinstance(densify(features), Tensor)
+    filled = densify(features, dense=False)
+    assert isinstance(filled, Filled)
+    assert isinstance(filled.x, SparseTensor)
+    assert model.decoder.takes_filled
+    model.decoder.blocks[0].register_forward_pre_hook(lambda module, args: None)
+    assert not model.decoder.takes_filled
+    densify.register_forward_hook(lambda module, args, out: None)
+    assert isinstance(densify(features, dense=False), Tensor)
 
 
 @pytest.mark.parametrize(
@@ -280,15 +325,21 @@ def test_who_waits_for_a_convolution_sees_it_called() -> None:
     images = torch.rand(4, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     visible = random_visible(4, model.grid, 0.75, generator=torch.Generator().manual_seed(1))
     short = model(images, visible)
-    seen = []
+    seen: dict[nn.Module, Tensor] = {}
+    last = model.decoder.blocks[-1]
     watched = [
+        model.densify[0],
         model.densify[-1].projection,
         model.decoder.blocks[0].upsample,
-        *model.decoder.blocks[-1].children(),
+        model.decoder.blocks[0],
+        *last.children(),
+        last,
         model.decoder.head,
     ]
     for module in watched:
-        module.register_forward_hook(lambda module, args, out: seen.append(module))
+        module.register_forward_hook(lambda module, args, out: seen.update({module: out}))
     hooked = model(images, visible)
-    assert seen == watched
+    assert set(seen) == set(watched)
+    torch.testing.assert_close(seen[last], seen[last.norm2])
+    assert seen[model.densify[0]].shape == (4, 32, *model.grid)
     torch.testing.assert_close(hooked.prediction, short.prediction, rtol=1e-10, atol=1e-10)

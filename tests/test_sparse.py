@@ -640,3 +640,24 @@ def test_statistics_over_two_processes_equal_one_process(tmp_path, backend):
             torch.testing.assert_close(running_mean, norm.running_mean)
             torch.testing.assert_close(running_var, norm.running_var)
             assert batches == 1
+
+
+def test_gradients_where_relus_share_what_was_computed_again() -> None:
+    """A sum writes into what a ReLU computed again for it; other consumers of that ReLU must not take it for theirs."""
+    torch.manual_seed(0)
+    visible = torch.zeros(2, 1, 2, 2, dtype=torch.bool)
+    visible[:, 0, 0, 0] = True
+    x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    layers = [nn.Conv2d(4, 4, 3, padding=1), *(nn.BatchNorm2d(4) for _ in range(3)), nn.Conv2d(4, 4, 1)]
+    first, *norms, last = [layer.double() for layer in layers]
+    parameters = [p for layer in layers for p in layer.parameters()]
+
+    def gradients(layout: str) -> tuple[torch.Tensor, ...]:
+        y = first(sparsify(x, visible, layout))
+        a, b = F.relu(norms[0](y)), F.relu(norms[1](y))
+        results = [last(a + b), last(F.relu(F.relu(norms[2](y)))), last(a)]
+        total = sum((r.to_dense() ** n).sum() for n, r in enumerate(results, start=2))
+        return torch.autograd.grad(total, parameters)
+
+    for ours, theirs in zip(gradients("packed"), gradients("masked"), strict=True):
+        assert (ours - theirs).norm() <= 1e-9 * theirs.norm() + 1e-12

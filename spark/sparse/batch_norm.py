@@ -113,7 +113,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             return super().forward(input)
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
-        momentum = float(self.momentum or 0.0)
+        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         call = BatchNormCall(
             self.running_mean, self.running_var, self.weight, self.bias, True, momentum, self.eps
         )
@@ -157,7 +157,8 @@ class _RowsBatchNorm(torch.autograd.Function):
             *(as_image(grad.contiguous()), as_image(rows), weight, None, None, mean, invstd, True, ctx.eps),
             ctx.needs_input_grad[:3],
         )
-        return as_rows(grad_rows), grad_weight, grad_bias, None, None, None, None
+        grad_rows = None if grad_rows is None else as_rows(grad_rows)
+        return grad_rows, grad_weight, grad_bias, None, None, None, None
 
 
 class _SyncBatchNorm(torch.autograd.Function):

@@ -64,7 +64,7 @@ def constant_conv(token: Tensor, weight: Tensor, bias: Tensor | None, h: int, w:
 
 
 class Filled(NamedTuple):
-    """A map [B, C, h, w] of which every masked site is the token.
+    """A map [B, C, h, w] of which every masked site is the token. No tensor, as reentrant checkpointing wants them.
 
     Attributes:
         x: its visible sites, packed.
@@ -129,8 +129,10 @@ class _Upsampling:
         nowhere = len(self.products)
         self.results = torch.full((16 * (n + 2),), nowhere, device=device).index_copy(0, flat, result)
         self.results[16 * n :] = nowhere
-        taps = F.one_hot(flat % 16, 16) * (flat // 16 == n)[:, None]
-        self.of_token = taps.view(sites.batch, nowhere // sites.batch, 4, 16).sum(2).transpose(1, 2)
+        taps = (F.one_hot(flat % 16, 16) * (flat // 16 == n)[:, None]).to(torch.uint8)
+        self.of_token = (
+            taps.view(sites.batch, nowhere // sites.batch, 4, 16).sum(2, dtype=torch.uint8).transpose(1, 2)
+        )
 
 
 class _FilledUpsample(torch.autograd.Function):
