@@ -129,10 +129,9 @@ class _Upsampling:
         nowhere = len(self.products)
         self.results = torch.full((16 * (n + 2),), nowhere, device=device).index_copy(0, flat, result)
         self.results[16 * n :] = nowhere
-        taps = (F.one_hot(flat % 16, 16) * (flat // 16 == n)[:, None]).to(torch.uint8)
-        self.of_token = (
-            taps.view(sites.batch, nowhere // sites.batch, 4, 16).sum(2, dtype=torch.uint8).transpose(1, 2)
-        )
+        # One line for every result and tap, 1 where that product of the token is in it (`F.one_hot` reads values).
+        of_token = flat[:, None] == 16 * n + torch.arange(16, device=device)
+        self.of_token = of_token.view(sites.batch, -1, 4, 16).any(2).transpose(1, 2)
 
 
 class _FilledUpsample(torch.autograd.Function):
