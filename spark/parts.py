@@ -178,7 +178,7 @@ class _InParts(torch.autograd.Function):
             borders.append(border_of(of_square))
         of_border = [torch.cat(same) for same in zip(*borders, strict=True)]
         of_composed = fold.border_gradients(of_border, x, of_x)
-        # The bias is the same everywhere, so that batch norm takes it off again: it has no gradient but by the border.
+        # The composed bias is added to all sites alike, and batch norm takes it off again: its gradient is zero.
         return (
             *(of_x, of_fold, torch.zeros_like(fold.bias), *of_composed),
             *(*sums1.unbind(), of_conv2, *sums2.unbind(), of_head, of_head_bias, None),

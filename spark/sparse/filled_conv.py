@@ -64,7 +64,9 @@ def constant_conv(token: Tensor, weight: Tensor, bias: Tensor | None, h: int, w:
 
 
 class Filled(NamedTuple):
-    """A map [B, C, h, w] of which every masked site is the token. No tensor, as reentrant checkpointing wants them.
+    """A map [B, C, h, w] of which every masked site is the token.
+
+    It is not a tensor: reentrant gradient checkpointing of what receives one would find nothing to differentiate.
 
     Attributes:
         x: its visible sites, packed.
@@ -106,7 +108,7 @@ class _Upsampling:
         size: of the result, (B, 2h, 2w).
         products: that each result adds up, [B * 2h * 2w, 4].
         results: that has each product in it, [16 (N + 2)]; B * 2h * 2w if none has, or many, as those of the token.
-        of_token: 1 where a result has a product of the token in it, [B, 16, 2h * 2w].
+        of_token: whether a result has the token's product of each tap in it, [B, 16, 2h * 2w] bool.
     """
 
     def __init__(self, sites: Sites, h: int, w: int):
@@ -129,7 +131,7 @@ class _Upsampling:
         nowhere = len(self.products)
         self.results = torch.full((16 * (n + 2),), nowhere, device=device).index_copy(0, flat, result)
         self.results[16 * n :] = nowhere
-        # One line for every result and tap, 1 where that product of the token is in it (`F.one_hot` reads values).
+        # By comparison: `F.one_hot` reads values, for which a GPU would have to be waited for.
         of_token = flat[:, None] == 16 * n + torch.arange(16, device=device)
         self.of_token = of_token.view(sites.batch, -1, 4, 16).any(2).transpose(1, 2)
 
