@@ -69,8 +69,11 @@ def permute(func: Callable, x: SparseTensor, *dims: Any) -> SparseTensor:
         raise MissingRuleError(
             f"no sparse rule for permute{order} on {x!r}: only {expected} keeps sites in order"
         )
-    data = x.data.permute(order) if x.data.ndim == 4 else x.data
-    return x.like(data, channels_last=not x.channels_last)
+    if x.data.ndim == 4:
+        return x.like(x.data.permute(order), channels_last=not x.channels_last)
+    result = x.like(x.data, channels_last=not x.channels_last)
+    result.recipe = x.recipe
+    return result
 
 
 def window(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
