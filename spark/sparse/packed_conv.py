@@ -10,7 +10,7 @@ A convolution reads each visible patch with its surroundings (`Sites.tiles`).  H
 - dense: grouped and depthwise convolutions of small patches, whose tiles would be mostly surroundings, scatter into a
   zero-filled map instead (`common_ops.window`).
 
-Weight gradients of depthwise convolutions on a CPU are convolutions (`depthwise_weight_gradient`) or matrix products
+Weight gradients of depthwise convolutions on a CPU are convolutions (`correlation`) or matrix products
 (`depthwise_products`) of their own. Everything else is written as `conv2d` on channels_last memory, matrix products
 included: PyTorch's CPU convolution is oneDNN, on some processors twice as fast as the matrix product behind `F.linear`
 (docs/log.md has the measurements). Only matrix products without bias are left to MKL where MKL is at home (`by_mkl`).
@@ -142,11 +142,9 @@ class Plan:
         self, grad: Tensor, rows: Tensor, weight: Tensor, wanted: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of rows and weights, those that are wanted."""
-        depthwise = wanted[1] and self._depthwise_on_cpu(rows, weight)
-        if depthwise and self.surroundings is not None:
-            of_weight = depthwise_products(rows, grad, self.surroundings(), weight.shape[2:])
+        if wanted[1] and self._depthwise_on_cpu(rows, weight):
             of_rows = self.gradients(grad, rows, weight, (True, False))[0] if wanted[0] else None
-            return of_rows, of_weight
+            return of_rows, self.depthwise_gradient(grad, rows, weight.shape[2:])
         image, filters = self.image(rows), self.filters(weight)
         if self._product_by_mkl(image):
             of_columns = grad @ filters.flatten(1) if wanted[0] else None
@@ -155,26 +153,32 @@ class Plan:
                 None if of_columns is None else self.image_transposed(as_image(of_columns)),
                 None if of_filters is None else self.filters_transposed(of_filters[..., None, None], weight),
             )
-        kernel, stride, padding, dilation = filters.shape[2:], *self.window[1:]
-        h, w = (
-            (n + 2 * p - d * (k - 1) - 1) // s + 1
-            for n, k, s, p, d in zip(image.shape[2:], kernel, stride, padding, dilation, strict=True)
-        )
-        out = self.output_transposed(grad, (len(image), len(weight), h, w))
-        of_filters = None
-        if depthwise:
-            of_filters = depthwise_weight_gradient(image, out, padding)
-            wanted = (wanted[0], False)
-        if not any(wanted):
-            return None, of_filters
+        window = self.window._replace(kernel=(filters.shape[2], filters.shape[3]))
+        size = (len(image), len(weight), *window.output_size(*image.shape[2:]))
+        out = self.output_transposed(grad, size)
+        _, stride, padding, dilation = window
         of_image, of_weight, _ = torch.ops.aten.convolution_backward(
             *(out, image, filters, None),
             *(stride, padding, dilation, False, [0, 0], self.groups, [*wanted, False]),
         )
         return (
             self.image_transposed(of_image) if wanted[0] else None,
-            self.filters_transposed(of_weight, weight) if wanted[1] else of_filters,
+            self.filters_transposed(of_weight, weight) if wanted[1] else None,
         )
+
+    def depthwise_gradient(self, grad: Tensor, rows: Tensor, kernel: tuple[int, ...]) -> Tensor:
+        """Gradient of the weights [C, 1, kh, kw] of a depthwise convolution with stride 1, by a way of our own."""
+        if self.surroundings is not None:
+            return depthwise_products(rows, grad, self.surroundings(), kernel)
+        return correlation(*self.planes(rows, grad), self.window.padding, rows.shape[1])
+
+    def planes(self, rows: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Input and gradient of the result of the plain convolution, for `correlation`."""
+        image = self.image(rows)
+        size = self.window.output_size(*image.shape[2:])
+        out = self.output_transposed(grad, (len(image), grad.shape[1], *size))
+        first, second = (t.permute(2, 3, 0, 1).flatten(2) for t in (image, out))
+        return first, second
 
     def _product_by_mkl(self, image: Tensor) -> bool:
         return self.groups == 1 and self.window == POINTWISE and by_mkl(image)
@@ -290,6 +294,8 @@ class _Dense(Plan):
         self.shape = (sites.batch, h, w)
         self.places = sites.rows(h, w)
         self.output_places = sites.rows(*window.output_size(h, w))
+        self.output_shape = (sites.batch, *window.output_size(h, w))
+        self.symmetric = window.symmetric
 
     def image(self, rows: Tensor) -> Tensor:
         return _scatter(rows, self.places, self.shape)
@@ -301,7 +307,17 @@ class _Dense(Plan):
         return as_rows(image).index_select(0, self.output_places)
 
     def output_transposed(self, rows: Tensor, size: tuple[int, ...]) -> Tensor:
-        return _scatter(rows, self.output_places, (size[0], *size[2:]))
+        return _scatter(rows, self.output_places, self.output_shape)
+
+    def convolve_transposed(self, grad: Tensor, weight: Tensor) -> Tensor | None:
+        if not self.symmetric or not self._depthwise_on_cpu(grad, weight):
+            return None
+        return self.convolve(grad, transposed(weight, self.groups))
+
+    def planes(self, rows: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Scattered into their order at once."""
+        first = _scatter_planes(rows, self.places, self.shape)
+        return first, _scatter_planes(grad, self.output_places, self.output_shape)
 
 
 def _scatter(rows: Tensor, places: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -309,6 +325,14 @@ def _scatter(rows: Tensor, places: Tensor, shape: tuple[int, ...]) -> Tensor:
     b, h, w = shape
     flat = rows.new_zeros(b * h * w, rows.shape[1]).index_copy_(0, places, rows)
     return flat.view(b, h, w, -1).permute(0, 3, 1, 2)
+
+
+def _scatter_planes(rows: Tensor, places: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Rows at places of a zero-filled [B, h, w, C], in the order [h, w, B * C]."""
+    b, h, w = shape
+    image, site = places // (h * w), places % (h * w)
+    flat = rows.new_zeros(h * w * b, rows.shape[1]).index_copy_(0, site * b + image, rows)
+    return flat.view(h, w, -1)
 
 
 def plan_of(sites: Sites, h: int, w: int, window: Window, groups: int) -> Plan:
@@ -335,22 +359,21 @@ def plan_of(sites: Sites, h: int, w: int, window: Window, groups: int) -> Plan:
     return _Tiles(sites.tiles(h, w, before, after), window, groups)
 
 
-def depthwise_weight_gradient(image: Tensor, grad: Tensor, padding: tuple[int, int]) -> Tensor:
+def correlation(planes: Tensor, kernels: Tensor, padding: tuple[int, int], channels: int) -> Tensor:
     """Weight gradient [C, 1, kh, kw] of a depthwise convolution with stride 1, as a depthwise convolution itself.
 
     Every channel of every image is a channel here, and its output gradient the kernel that slides over it. oneDNN's own
     routine for this gradient is several times slower where images are small.
 
     Args:
-        image: [M, C, h, w].
-        grad: of the output, [M, C, h', w'].
+        planes: [h, w, M * C], the input.
+        kernels: [h', w', M * C], the output's gradient.
         padding: of the convolution.
+        channels: C.
     """
-    m, c, h, w = image.shape
-    planes = image.permute(2, 3, 0, 1).reshape(1, h, w, m * c).permute(0, 3, 1, 2)
-    kernels = grad.permute(2, 3, 0, 1).reshape(*grad.shape[2:], m * c, 1).permute(2, 3, 0, 1)
-    each = F.conv2d(planes, kernels, padding=padding, groups=m * c)
-    return each.view(m, c, 1, *each.shape[2:]).sum(0)
+    image, filters = planes[None].permute(0, 3, 1, 2), kernels[..., None].permute(2, 3, 0, 1)
+    each = F.conv2d(image, filters, padding=padding, groups=planes.shape[2])
+    return each.view(-1, channels, 1, *each.shape[2:]).sum(0)
 
 
 def _products_pay(patch: tuple[int, int], kernel: tuple[int, int]) -> bool:
