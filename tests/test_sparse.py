@@ -191,6 +191,28 @@ def test_checkpointing_really_recomputes():
     assert flops[1] > flops[0]
 
 
+def test_a_recipe_outlives_a_change_of_order():
+    """ConvNeXt keeps as many bytes with 1x1 convolutions, around which layer norm permutes, as with linear layers."""
+
+    def saved(conv_mlp):
+        options = {"depths": (1, 1, 1, 1), "dims": (12, 20, 36, 44), "conv_mlp": conv_mlp}
+        encoder = build_encoder("convnext_tiny", **options).double()
+        own = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
+        kept = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage  # held, so that no other takes its place
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            pyramid(encoder, sparsify(*images_and_mask()))
+        return sum(storage.nbytes() for storage in kept.values())
+
+    assert saved(True) == saved(False) > 0
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
 def test_bf16_autocast_is_close_to_fp64(name, layout):

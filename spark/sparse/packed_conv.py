@@ -181,7 +181,7 @@ class Plan:
         return first, second
 
     def _product_by_mkl(self, image: Tensor) -> bool:
-        return self.groups == 1 and self.window == POINTWISE and by_mkl(image)
+        return self.groups == 1 and self.window == _POINTWISE and by_mkl(image)
 
     def _depthwise_on_cpu(self, rows: Tensor, weight: Tensor) -> bool:
         """Whether our own weight gradients do it, and faster (half precision was not measured)."""
@@ -189,7 +189,7 @@ class Plan:
         return dense and 1 < self.groups == rows.shape[1] == len(weight) and _wide_on_cpu(rows)
 
 
-POINTWISE = Window((1, 1), (1, 1), (0, 0))
+_POINTWISE = Window((1, 1), (1, 1), (0, 0))
 
 
 def _wide_on_cpu(x: Tensor) -> bool:
@@ -226,7 +226,7 @@ class _Product(Plan):
     """Columns for each output, the window's sites one after the other; the convolution is a matrix product."""
 
     def __init__(self) -> None:
-        super().__init__(POINTWISE, 1)
+        super().__init__(_POINTWISE, 1)
 
     def filters(self, weight: Tensor) -> Tensor:
         return weight.permute(0, 2, 3, 1).reshape(len(weight), -1, 1, 1)

@@ -18,10 +18,9 @@ from torch.autograd.function import once_differentiable
 from spark.sparse import common_ops as common
 from spark.sparse.batch_norm import BatchNormCall
 from spark.sparse.batch_norm import batch_norm as synced_batch_norm
-from spark.sparse.packed_conv import POINTWISE, Window, packed_conv, packed_max_pool
-from spark.sparse.pieces import Product, may_follow, mlp_in_pieces, pieces_pay
+from spark.sparse.packed_conv import Window, packed_conv, packed_max_pool
 from spark.sparse.sites import Sites
-from spark.sparse.tensor import Deferred, Layout, MissingRuleError, Recipe, SparseTensor
+from spark.sparse.tensor import Layout, MissingRuleError, Recipe, SparseTensor
 
 
 def from_dense(dense: Tensor, sites: Sites) -> Tensor:
@@ -78,8 +77,7 @@ def recipe(
 
 def valid_recipe(x: SparseTensor) -> Recipe | None:
     """The recipe of x, unless its data were changed in place through an alias."""
-    data = x.data  # read first: data that waited come with their recipe
-    return x.recipe if x.recipe is not None and x.recipe.version == data._version else None
+    return x.recipe if x.recipe is not None and x.recipe.version == x.data._version else None
 
 
 class ConvCall(NamedTuple):
@@ -105,32 +103,9 @@ def conv2d(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> Sparse
     window = call.window
     if window is None:
         return common.window(func, x, *call)
-    if window == POINTWISE and call.groups == 1:
-        return pointwise(x, call.weight, call.bias)
     b, _, h, w = x.size4
     rows = packed_conv(x.data, x.sites, h, w, window, call.weight, call.bias, call.groups, valid_recipe(x))
     return SparseTensor(rows, x.sites, x.layout, (b, len(call.weight), *window.output_size(h, w)))
-
-
-def pointwise(x: SparseTensor, weight: Tensor, bias: Tensor | None) -> SparseTensor:
-    """Matrix product of the rows and a weight [O, C, 1, 1]; waits where another may follow a GELU, see `pieces.py`."""
-    if may_follow(x.deferred, weight):
-        return x.like(mlp_in_pieces(x.deferred, weight, bias), channels=len(weight))
-    rows, before = x.data, valid_recipe(x)
-
-    def product() -> SparseTensor:
-        made = packed_conv(rows, x.sites, *x.size4[2:], POINTWISE, weight, bias, recipe=before)
-        return x.like(made, channels=len(weight))
-
-    if not pieces_pay(rows, weight, bias):
-        return product()
-    call = Product(rows, rows._version, weight, bias, before)
-
-    def when_read() -> SparseTensor:
-        call.require_unchanged()
-        return product()
-
-    return x.like(Deferred(call, when_read), channels=len(weight))
 
 
 def max_pool2d(
@@ -286,19 +261,15 @@ class _RecomputedReLU(torch.autograd.Function):
         return out, None, None, None
 
 
-def gelu(func: Callable, x: SparseTensor, approximate: str = "none") -> SparseTensor:
-    """Its own backward keeps x, from which the result can be computed again. Of a product that waits, it waits, too."""
-    usual = partial(_gelu, func, x, approximate)
-    call: Product | None = x.deferred
-    if call is None or call.gelu is not None:
-        return usual()
-    return x.like(Deferred(call._replace(gelu=approximate), usual))
-
-
-def _gelu(func: Callable, x: SparseTensor, approximate: str) -> SparseTensor:
-    result = x.like(func(x.data, approximate=approximate))
-    result.recipe = recipe(partial(func, approximate=approximate), (x.data,), result.data)
+def gelu(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
+    """Its own backward keeps x, from which the result can be computed again."""
+    result = common.elementwise(func, x, *args, **kwargs)
+    result.recipe = recipe(partial(_call, func, args, kwargs), (x.data,), result.data)
     return result
+
+
+def _call(func: Callable, args: Any, kwargs: Any, *inputs: Tensor) -> Tensor:
+    return func(*inputs, *args, **kwargs)
 
 
 def dropout(
@@ -379,7 +350,10 @@ def _layer_norm_of(shape: Any, dtype: torch.dtype, args: Any, kwargs: Any, rows:
 def linear(func: Callable, x: SparseTensor, weight: Tensor, bias: Tensor | None = None) -> SparseTensor:
     """Per site, over channels: a pointwise convolution."""
     common.require_channels_last(func, x)
-    return pointwise(x, weight[:, :, None, None], bias)
+    window = Window((1, 1), (1, 1), (0, 0))
+    kernel = weight[:, :, None, None]
+    rows = packed_conv(x.data, x.sites, *x.size4[2:], window, kernel, bias, recipe=valid_recipe(x))
+    return x.like(rows, channels=len(weight))
 
 
 def _sum_over_sites(x: SparseTensor) -> Tensor:

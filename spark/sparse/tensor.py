@@ -75,20 +75,6 @@ class Recipe(NamedTuple):
     terms: int = 1
 
 
-class Deferred(NamedTuple):
-    """Data that wait for the operator after them, which may have a faster way than to read them.
-
-    Only where gradients are recorded and autocast is off, as they are then when the data are made.
-
-    Attributes:
-        call: what they are the result of, in a form that the operator after them knows.
-        usual: makes them as they would have been made at once, for every other operator.
-    """
-
-    call: Any
-    usual: Callable[[], "SparseTensor"]
-
-
 def _operator(name: str) -> Callable[..., Any]:
     """The method of an operator that PyTorch's own tensors have under this name."""
     method = getattr(torch.Tensor, name)
@@ -102,7 +88,7 @@ class SparseTensor:
         recipe: how to compute the data again, where that saves memory; gone as soon as the data are replaced.
 
     Args:
-        data: in the form that `layout` says, or what makes them when they are read.
+        data: in the form that `layout` says.
         sites: the visible sites.
         layout: how data lie, and the rules of that form.
         size: (B, C, h, w), whatever the order below.
@@ -111,11 +97,9 @@ class SparseTensor:
 
     __slots__ = ("_data", "channels_last", "layout", "recipe", "sites", "size4")
 
-    _data: Tensor | Deferred
-
     def __init__(
         self,
-        data: Tensor | Deferred,
+        data: Tensor,
         sites: Sites,
         layout: Layout,
         size: tuple[int, int, int, int],
@@ -130,24 +114,15 @@ class SparseTensor:
     @property
     def data(self) -> Tensor:
         """In the form that the layout says."""
-        if isinstance(self._data, Deferred):
-            with torch.enable_grad(), torch.autocast("cpu", enabled=False):
-                made = self._data.usual()
-            self._data, self.recipe = made.data, made.recipe
         return self._data
 
     @data.setter
-    def data(self, data: Tensor | Deferred) -> None:
+    def data(self, data: Tensor) -> None:
         self._data = data
         self.recipe: Recipe | None = None
 
-    @property
-    def deferred(self) -> Any:
-        """The call that the data wait for, None where they are there."""
-        return self._data.call if isinstance(self._data, Deferred) else None
-
     def like(
-        self, data: Tensor | Deferred, *, channels: int | None = None, channels_last: bool | None = None
+        self, data: Tensor, *, channels: int | None = None, channels_last: bool | None = None
     ) -> "SparseTensor":
         """The same sites with other data (and other channels, or the other order of dimensions)."""
         b, c, h, w = self.size4
