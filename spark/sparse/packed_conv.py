@@ -113,10 +113,9 @@ class Plan:
         """Result of the plain convolution -> rows [N', O]."""
         return as_rows(image)
 
-    def output_transposed(self, rows: Tensor, size: tuple[int, ...]) -> Tensor:
-        """Gradient of the rows -> gradient of the plain convolution's result [M, O, h, w], of this size."""
-        m, o, h, w = size
-        return rows.view(m, h, w, o).permute(0, 3, 1, 2)
+    def output_transposed(self, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Gradient of the rows -> gradient of the plain convolution's result [M, O, h, w]; `shape` is (M, h, w)."""
+        return rows.view(*shape, rows.shape[1]).permute(0, 3, 1, 2)
 
     def filters(self, weight: Tensor) -> Tensor:
         """Weights [O, C / groups, kh, kw] -> those of the plain convolution."""
@@ -153,10 +152,8 @@ class Plan:
                 None if of_columns is None else self.image_transposed(as_image(of_columns)),
                 None if of_filters is None else self.filters_transposed(of_filters[..., None, None], weight),
             )
-        window = self.window._replace(kernel=(filters.shape[2], filters.shape[3]))
-        size = (len(image), len(weight), *window.output_size(*image.shape[2:]))
-        out = self.output_transposed(grad, size)
-        _, stride, padding, dilation = window
+        _, stride, padding, dilation = self.window
+        out = self.output_transposed(grad, (len(image), *self.window.output_size(*image.shape[2:])))
         of_image, of_weight, _ = torch.ops.aten.convolution_backward(
             *(out, image, filters, None),
             *(stride, padding, dilation, False, [0, 0], self.groups, [*wanted, False]),
@@ -175,8 +172,7 @@ class Plan:
     def planes(self, rows: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Input and gradient of the result of the plain convolution, for `correlation`."""
         image = self.image(rows)
-        size = self.window.output_size(*image.shape[2:])
-        out = self.output_transposed(grad, (len(image), grad.shape[1], *size))
+        out = self.output_transposed(grad, (len(image), *self.window.output_size(*image.shape[2:])))
         first, second = (t.permute(2, 3, 0, 1).flatten(2) for t in (image, out))
         return first, second
 
@@ -306,8 +302,8 @@ class _Dense(Plan):
     def output(self, image: Tensor) -> Tensor:
         return as_rows(image).index_select(0, self.output_places)
 
-    def output_transposed(self, rows: Tensor, size: tuple[int, ...]) -> Tensor:
-        return _scatter(rows, self.output_places, self.output_shape)
+    def output_transposed(self, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return _scatter(rows, self.output_places, shape)
 
     def convolve_transposed(self, grad: Tensor, weight: Tensor) -> Tensor | None:
         if not self.symmetric or not self._depthwise_on_cpu(grad, weight):
