@@ -71,6 +71,7 @@ CASES = {
     "depthwise 7x7, patches of 8": (Window((7, 7), (1, 1), (3, 3)), 6, (8, 8), "_Tiles by products"),
     "depthwise 3x3, patches of 8": (Window((3, 3), (1, 1), (1, 1)), 6, (8, 8), "_Tiles"),
     "depthwise 15x15, patches of 4": (Window((15, 15), (1, 1), (7, 7)), 6, (4, 4), "_Dense"),
+    "depthwise 13x13, patches of 6 to 2x3": (Window((13, 13), (1, 1), (0, 0)), 6, (6, 6), "_Dense"),
     "depthwise 9x9, patches of 9": (Window((9, 9), (1, 1), (4, 4)), 6, (9, 9), "_Tiles"),
     "grouped 3x3, patches of 4": (Window((3, 3), (1, 1), (1, 1)), 2, (4, 4), "_Dense by products"),
 }
