@@ -306,6 +306,7 @@ class _Dense(Plan):
         return _scatter(rows, self.output_places, shape)
 
     def convolve_transposed(self, grad: Tensor, weight: Tensor) -> Tensor | None:
+        # Where the weights' gradient is not one of our own, one call gives both.
         if not self.symmetric or not self._depthwise_on_cpu(grad, weight):
             return None
         return self.convolve(grad, transposed(weight, self.groups))
