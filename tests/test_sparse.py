@@ -213,6 +213,55 @@ def test_a_recipe_outlives_a_change_of_order():
     assert saved(True) == saved(False) > 0
 
 
+@pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("scale",), ("x",)])
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_layer_scale_joins_the_product_before_it(frozen, channels_last, reverse):
+    """Gradients are those of the dense modules, of a factor of 0, too; the product's result is not kept."""
+    _, packed, _ = sparse_pair(6)
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"weight": (5, 6), "bias": (5,), "scale": (5,), "x": packed.data.shape}
+    values = {
+        key: torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_(key not in frozen)
+        for key, shape in shapes.items()
+    }
+    with torch.no_grad():
+        values["scale"][2] = 0
+    weight, bias, scale, rows = values.values()
+
+    x = F.gelu(packed.like(rows))
+    if channels_last:
+        y, factor = F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2), scale.view(-1, 1, 1)
+    else:
+        y, factor = F.conv2d(x, weight[..., None, None], bias), scale.view(1, -1, 1, 1)
+    out = (factor * y if reverse else y * factor).data
+    assert type(out.grad_fn).__name__ == "_ScaledProductBackward"
+    dense = F.linear(F.gelu(rows), weight, bias) * scale
+    torch.testing.assert_close(out, dense, rtol=1e-12, atol=1e-12)
+
+    wanted = [v for v in values.values() if v.requires_grad]
+    cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    ours, theirs = (torch.autograd.grad(o, wanted, cotangent) for o in (out, dense))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_a_product_that_was_changed_or_is_used_twice():
+    _, packed, _ = sparse_pair(6)
+    weight, bias = (torch.randn(s, dtype=torch.float64).requires_grad_() for s in ((6, 6, 1, 1), (6,)))
+    scale = torch.randn(1, 6, 1, 1, dtype=torch.float64)
+
+    changed = F.conv2d(packed, weight, bias)
+    changed.data.mul_(2)
+    plain = F.conv2d(packed, weight, bias)
+    torch.testing.assert_close((changed * scale).data, 2 * (plain * scale).data)
+
+    twice = (plain * scale + plain).data.square().sum()
+    dense = (F.linear(packed.data, weight.flatten(1), bias) * (1 + scale.flatten())).square().sum()
+    for a, b in zip(*(torch.autograd.grad(o, (weight, bias)) for o in (twice, dense)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
 def test_bf16_autocast_is_close_to_fp64(name, layout):

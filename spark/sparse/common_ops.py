@@ -72,7 +72,7 @@ def permute(func: Callable, x: SparseTensor, *dims: Any) -> SparseTensor:
     if x.data.ndim == 4:
         return x.like(x.data.permute(order), channels_last=not x.channels_last)
     result = x.like(x.data, channels_last=not x.channels_last)
-    result.recipe = x.recipe
+    result.recipe, result.product = x.recipe, x.product
     return result
 
 

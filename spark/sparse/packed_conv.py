@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from spark.sparse.processor import cpu_name
 from spark.sparse.sites import Cells, Sites, as_image, as_rows
-from spark.sparse.tensor import Recipe
+from spark.sparse.tensor import Product, Recipe
 
 # Outputs along a patch from which a batch of tiles beats the alternative.
 TILES_FROM = 4
@@ -433,17 +433,69 @@ class _PackedConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         weight, *kept = ctx.saved_tensors
-        plan: Plan = ctx.plan
-        grad = grad.contiguous()
         need_rows, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_weight = None
-        grad_rows = plan.convolve_transposed(grad, weight) if need_rows else None
-        wanted = (need_rows and grad_rows is None, need_weight)
-        if any(wanted):
-            rows = (ctx.compute(*kept) if ctx.compute else kept[0]).to(grad.dtype)
-            of_rows, grad_weight = plan.gradients(grad, rows, weight, wanted)
-            grad_rows = of_rows if wanted[0] else grad_rows
+        grad_rows, grad_weight = _gradients(ctx, grad.contiguous(), weight, kept, (need_rows, need_weight))
         return grad_rows, grad_weight, grad.sum(0) if need_bias else None, None, None
+
+
+def _gradients(
+    ctx: Any, grad: Tensor, weight: Tensor, kept: list[Tensor], wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of rows and weights, those that are wanted, from what the forward pass has kept."""
+    plan: Plan = ctx.plan
+    grad_rows = plan.convolve_transposed(grad, weight) if wanted[0] else None
+    wanted = (wanted[0] and grad_rows is None, wanted[1])
+    if not any(wanted):
+        return grad_rows, None
+    rows = (ctx.compute(*kept) if ctx.compute else kept[0]).to(grad.dtype)
+    of_rows, grad_weight = plan.gradients(grad, rows, weight, wanted)
+    return of_rows if wanted[0] else grad_rows, grad_weight
+
+
+class _ScaledProduct(torch.autograd.Function):
+    """A product times a factor per channel, as the product with scaled weights: the backward pass needs no result.
+
+    Factor and weights share their gradient: that of a factor is the sum, over its row, of weights times gradients of
+    the scaled weights. So two passes over the rows take the place of six.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        scale: Tensor,
+        data: Tensor,
+        recipe: Recipe | None,
+    ) -> Tensor:
+        ctx.plan, ctx.compute = Plan(_POINTWISE, 1), None if recipe is None else recipe.compute
+        ctx.save_for_backward(weight, bias, scale, *((rows,) if recipe is None else recipe.inputs))
+        return data * scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        weight, bias, scale, *kept = ctx.saved_tensors
+        need_rows, need_weight, need_bias, need_scale = ctx.needs_input_grad[:4]
+        grad, per_filter = grad.contiguous(), scale.view(-1, 1, 1, 1)
+        wanted = (need_rows, need_weight or need_scale)
+        grad_rows, of_scaled = _gradients(ctx, grad, weight * per_filter, kept, wanted)
+        of_sum = grad.sum(0) if need_bias or need_scale else None
+        grad_weight = grad_bias = grad_scale = None
+        if of_scaled is not None:
+            grad_weight = of_scaled * per_filter if need_weight else None
+            grad_scale = (of_scaled * weight).flatten(1).sum(1) if need_scale else None
+        if of_sum is not None:
+            grad_bias = of_sum * scale if need_bias else None
+            grad_scale = None if grad_scale is None else grad_scale + of_sum * bias
+        return grad_rows, grad_weight, grad_bias, grad_scale, None, None
+
+
+def scaled_product(product: Product, data: Tensor, scale: Tensor) -> Tensor:
+    """Result [N, O] of a product times a factor for each channel, [O]."""
+    rows, weight, bias, recipe, _ = product
+    return _ScaledProduct.apply(rows, weight, bias, scale, data.detach(), recipe)  # type: ignore[return-value]
 
 
 def packed_conv(

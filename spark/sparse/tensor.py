@@ -75,6 +75,24 @@ class Recipe(NamedTuple):
     terms: int = 1
 
 
+class Product(NamedTuple):
+    """The matrix product that made data, for a factor per channel that may follow (a layer scale) to join.
+
+    Attributes:
+        rows: what was multiplied, [N, C].
+        weight: [O, C, 1, 1].
+        bias: [O].
+        recipe: of the rows.
+        version: of the data when they were made, as of a recipe.
+    """
+
+    rows: Tensor
+    weight: Tensor
+    bias: Tensor
+    recipe: Recipe | None
+    version: int
+
+
 def _operator(name: str) -> Callable[..., Any]:
     """The method of an operator that PyTorch's own tensors have under this name."""
     method = getattr(torch.Tensor, name)
@@ -86,6 +104,7 @@ class SparseTensor:
 
     Attributes:
         recipe: how to compute the data again, where that saves memory; gone as soon as the data are replaced.
+        product: what made them, where that may save more; gone likewise.
 
     Args:
         data: in the form that `layout` says.
@@ -95,7 +114,7 @@ class SparseTensor:
         channels_last: logical order of dimensions is [B, h, w, C] (after `permute(0, 2, 3, 1)`).
     """
 
-    __slots__ = ("_data", "channels_last", "layout", "recipe", "sites", "size4")
+    __slots__ = ("_data", "channels_last", "layout", "product", "recipe", "sites", "size4")
 
     def __init__(
         self,
@@ -120,6 +139,7 @@ class SparseTensor:
     def data(self, data: Tensor) -> None:
         self._data = data
         self.recipe: Recipe | None = None
+        self.product: Product | None = None
 
     def like(
         self, data: Tensor, *, channels: int | None = None, channels_last: bool | None = None
