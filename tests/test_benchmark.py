@@ -214,6 +214,8 @@ def test_scaling_measures_every_combination_and_draws(tmp_path):
             ["scaling", "--processes", "2", "--official", "SparK"],
             "--official takes part in a single process only",
         ),
+        (["scaling", "--processes", "2", "--compile", "packed"], "--compile takes part in a single process"),
+        (["step", "--layouts", "spconv", "--compile", "packed"], "name packed among --layouts, too"),
         (
             ["scaling", "--busy", "--device", "cpu", "--threads", "3", "--processes", "2"],
             "error: --threads 3 cannot be shared out evenly to 2 processes",
@@ -275,6 +277,29 @@ def test_another_layout_takes_part(tmp_path):
     rows = read(tmp_path / "a.csv")
     assert [row["contender"] for row in rows] == ["masked", "packed", "spconv"]
     assert [bool(row["gflops"]) for row in rows] == [True, True, False]  # its kernels cannot be counted
+
+
+def test_what_is_compiled_takes_part(tmp_path, monkeypatch):
+    """Traced, forward and backward, and checked like the others; without the C++ compiler that Inductor needs."""
+    monkeypatch.setattr(contenders.torch, "compile", partial(torch.compile, backend="aot_eager"))
+    to = ["--compile", "packed", "--csv", str(tmp_path / "a.csv")]
+    benchmark.main(["step", *SMALL, "--model", "test_convnext", "--decoder", "32", *to])
+    rows = read(tmp_path / "a.csv")
+    assert [row["contender"] for row in rows] == ["masked", "packed", "packed, compiled"]
+    assert [bool(row["gflops"]) for row in rows] == [True, True, False]
+
+
+def test_what_cannot_be_compiled_is_said(monkeypatch, capsys):
+    def broken(graph, inputs):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(contenders.torch, "compile", partial(torch.compile, backend=broken))
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main(["encoder", *SMALL, "--compile", "masked"])
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: torch.compile fails on test_resnet (")
+    assert "no C++ compiler" in message
 
 
 def test_the_original_in_a_precision_of_its_own():

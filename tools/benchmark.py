@@ -3,6 +3,7 @@
     python tools/benchmark.py step --model resnet50 convnext_tiny --csv step.csv
     python tools/benchmark.py step --official ~/SparK          # a clone of github.com/keyu-tian/SparK takes part
     python tools/benchmark.py encoder                          # the encoder alone: forward, backward of all features
+    python tools/benchmark.py step --compile packed            # and through torch.compile, which takes minutes
     python tools/benchmark.py memory                           # bytes saved for the backward, and the peak of a step
     python tools/benchmark.py scaling --mask_ratio 0.3 0.6 0.9 --csv scaling.csv --plot scaling.png
     python tools/benchmark.py scaling --mask_ratio 0.6 --processes 1 2 4 --csv processes.csv
@@ -155,7 +156,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             default=["fp32", "bf16"] if layouts else "fp32",
             help="of the computation (%(default)s)",
         )
-        command.set_defaults(channels_last=False, official=None, original_precision=None)
+        command.set_defaults(channels_last=False, official=None, original_precision=None, compile=[])
         if not layouts:
             command.add_argument(
                 "--channels_last",
@@ -174,6 +175,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
                 choices=[layout for layout in LAYOUTS if layout != "masked"],
                 default=["packed"],
                 help="of ours, compared beside masked, which always takes part (default: packed)",
+            )
+        if name in ("step", "encoder", "scaling"):
+            command.add_argument(
+                "--compile",
+                nargs="+",
+                choices=["masked", "packed"],
+                help="layouts that take part through torch.compile, too, which takes minutes for each model and "
+                "precision (default: none)",
             )
         command.add_argument(
             "--threads",
@@ -218,8 +227,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error(
             "--layouts spconv computes nothing in bf16, it would be packed: leave it out, or use fp32"
         )
+    if not set(getattr(options, "compile", [])) <= {"masked", *getattr(options, "layouts", ["packed"])}:
+        parser.error("--compile packed: name packed among --layouts, too")
     if many_sizes(options):
         options.processes = sorted({1, *options.processes})
+        if options.compile and options.processes != [1]:
+            parser.error("--compile takes part in a single process only: leave it out, or --processes")
         if options.official and options.processes != [1]:
             parser.error("--official takes part in a single process only: leave it out, or --processes")
     return options
@@ -404,6 +417,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
             layouts=tuple(
                 x for x in layouts if (x, precision) != ("spconv", "bf16")
             ),  # it has none: packed twice
+            compiled=tuple(dict.fromkeys(options.compile)),
         )
         for model, batch, size, precision, ratio in itertools.product(
             options.model,

@@ -5,7 +5,7 @@ Shapes: images [B, 3, H, W], visible [B, 1, fh, fw] bool, True = seen; feature m
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from spark.masking import mean_ratio, num_visible, random_visible
 from spark.official import load_official
 from spark.sparse import sparsify
 
+_COMPILED = ", compiled"
+
 
 @dataclass(frozen=True)
 class Case:
@@ -45,6 +47,7 @@ class Case:
         official: folder of a clone of the original, or None.
         original_precision: of the original, where it is another than `precision`.
         layouts: of ours, "masked" first.
+        compiled: those of `layouts` that take part through `torch.compile`, too.
         processes: that train together, each on a batch; the batch statistics of ours are then over all of them.
     """
 
@@ -60,6 +63,7 @@ class Case:
     official: Path | None = None
     original_precision: str | None = None
     layouts: tuple[str, ...] = ("masked", "packed")
+    compiled: tuple[str, ...] = ()
     processes: int = 1
 
     @property
@@ -70,7 +74,11 @@ class Case:
     @property
     def names(self) -> list[str]:
         """Of the contenders, the base of all ratios first."""
-        return ["original"] * self.has_original + list(self.layouts)
+        return [
+            *["original"] * self.has_original,
+            *self.layouts,
+            *(layout + _COMPILED for layout in self.compiled),
+        ]
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ class Contender:
     """One implementation of SparK.
 
     Attributes:
-        name: a layout of ours, or "original".
+        name: "original", or a layout of ours, with ", compiled" behind it where `torch.compile` takes part.
         model: the whole of it, in training mode.
         decoder: what shapes its decoder.
         precision: in which it is timed, see `Case`.
@@ -146,7 +154,15 @@ class Bench:
                     return [contender.loss(self.images[contender.name], self.visible)]
                 return contender.features(self.images[contender.name], self.visible)
         except RuntimeError as error:
-            if contender.name != "original" or isinstance(error, torch.cuda.OutOfMemoryError):
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise
+            if contender.name.endswith(_COMPILED):
+                reason = " ".join(str(error).splitlines()[:2]).strip()
+                raise ValueError(
+                    f"torch.compile fails on {case.model} ({reason}): leave --compile out; docs/compile.md says what it "
+                    "needs"
+                ) from error
+            if contender.name != "original":
                 raise
             raise ValueError(
                 f"the original does not run {case.model} in {precision} ({error}): pass --original_precision fp32, "
@@ -185,7 +201,7 @@ def _build(case: Case, names: list[str]) -> list[Contender]:
         model = lively(build_original(code, case.model, case.size, case.mask_ratio))
         contenders.append(_original(code, model, case))
     ours: dict[str, SparK] = {}
-    for layout in [name for name in names if name != "original"]:
+    for layout in [name for name in names if name in case.layouts]:
         if contenders and case.decoder == ORIGINAL_DECODER:
             ours[layout] = _with_weights_of(contenders[0].model, case, layout)
             continue
@@ -205,7 +221,19 @@ def _build(case: Case, names: list[str]) -> list[Contender]:
     contenders += [our_own(model, case) for model in ours.values()]
     for contender in contenders:
         contender.model.to(case.device, memory_format=_memory_format(contender.channels_last)).train()  # type: ignore[call-overload]
-    return contenders
+    if case.compiled:
+        torch.compiler.reset()  # what was traced for another case counts against the limit of recompilations
+    return contenders + [_compiled(our_own(ours[x], case)) for x in case.compiled if x + _COMPILED in names]
+
+
+def _compiled(contender: Contender) -> Contender:
+    """The same model, forward and backward through `torch.compile`; a break of its graph is an error."""
+    return replace(
+        contender,
+        name=contender.name + _COMPILED,
+        loss=torch.compile(contender.loss, fullgraph=True),
+        features=torch.compile(contender.features, fullgraph=True),
+    )
 
 
 def our_own(model: SparK, case: Case, wrapped: nn.Module | None = None) -> Contender:

@@ -22,8 +22,10 @@ _COLOURS = {
     "packed": "tab:orange",
     "spconv": "tab:green",
     "triton": "tab:red",
+    "masked, compiled": "tab:cyan",
+    "packed, compiled": "tab:brown",
 }
-_UNCOUNTED = ("spconv", "triton")  # kernels of their own, which PyTorch's counter does not see
+_COUNTED = ("original", "masked", "packed")  # the others have kernels that PyTorch's counter does not see
 
 
 def count_flops(run: Callable[[], object]) -> int:
@@ -44,7 +46,7 @@ def flops_per_image(bench: Bench, kind: str) -> tuple[dict[str, float], float]:
         contender = bench.contenders[name]
         return count_flops(lambda: bench.forward(contender, what)) / bench.case.batch
 
-    computed = {name: count(name, kind) for name in bench.contenders if name not in _UNCOUNTED}
+    computed = {name: count(name, kind) for name in bench.contenders if name in _COUNTED}
     sparse = count("masked", "encoder") + (densify_flops(bench) if kind == "step" else 0)
     return computed, computed["masked"] - (1 - bench.visible_share) * sparse
 
