@@ -159,8 +159,8 @@ class Bench:
             if contender.name.endswith(_COMPILED):
                 reason = " ".join(str(error).splitlines()[:2]).strip()
                 raise ValueError(
-                    f"torch.compile fails on {case.model} ({reason}): leave --compile out; docs/compile.md says what it "
-                    "needs"
+                    f"torch.compile fails on {case.model} ({reason}): leave --compile out; docs/compile.md says "
+                    "what it needs"
                 ) from error
             if contender.name != "original":
                 raise
