@@ -256,6 +256,15 @@ def test_a_product_that_was_changed_or_is_used_twice():
     plain = F.conv2d(packed, weight, bias)
     torch.testing.assert_close((changed * scale).data, 2 * (plain * scale).data)
 
+    for of in ("input", "weight"):  # found by autograd, as without a layer scale
+        x = packed.like(packed.data.clone())
+        turned = weight * 1
+        product = F.conv2d(x, turned, bias)
+        with torch.no_grad():
+            (x.data if of == "input" else turned).mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            (product * scale).data.sum().backward()
+
     twice = (plain * scale + plain).data.square().sum()
     dense = (F.linear(packed.data, weight.flatten(1), bias) * (1 + scale.flatten())).square().sum()
     for a, b in zip(*(torch.autograd.grad(o, (weight, bias)) for o in (twice, dense)), strict=True):

@@ -181,8 +181,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
                 "--compile",
                 nargs="+",
                 choices=["masked", "packed"],
-                help="layouts that take part through torch.compile, too, which takes minutes for each model and "
-                "precision (default: none)",
+                help="layouts that take part through torch.compile, too, which takes minutes for each case "
+                "(default: none)",
             )
         command.add_argument(
             "--threads",

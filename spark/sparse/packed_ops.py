@@ -20,7 +20,7 @@ from spark.sparse.batch_norm import BatchNormCall
 from spark.sparse.batch_norm import batch_norm as synced_batch_norm
 from spark.sparse.packed_conv import Window, packed_conv, packed_max_pool, scaled_product
 from spark.sparse.sites import Sites
-from spark.sparse.tensor import Layout, MissingRuleError, Product, Recipe, SparseTensor
+from spark.sparse.tensor import Layout, MissingRuleError, Product, Recipe, SparseTensor, versions_of
 
 
 def from_dense(dense: Tensor, sites: Sites) -> Tensor:
@@ -125,7 +125,7 @@ def _product(
     wide = rows.dtype == weight.dtype == data.dtype and rows.dtype in (torch.float32, torch.float64)
     if bias is None or not wide or not data.requires_grad or torch.compiler.is_compiling():
         return None
-    return Product(rows, weight, bias, before, data._version)
+    return Product(rows, weight, bias, before, versions_of(rows, weight, bias, data))
 
 
 def max_pool2d(
@@ -327,7 +327,7 @@ def multiply(func: Callable, a: Any, b: Any, **kwargs: Any) -> SparseTensor:
     """A layer scale joins the product before it."""
     for x, factor in ((a, b), (b, a)):
         product = x.product if isinstance(x, SparseTensor) else None
-        if product is None or not isinstance(factor, Tensor) or product.version != x.data._version or kwargs:
+        if product is None or not isinstance(factor, Tensor) or kwargs or not product.fits(x.data):
             continue
         scale = _as_rows(factor, x) if factor.numel() == x.data.shape[1] else factor
         if scale.shape == (1, x.data.shape[1]) and scale.dtype == x.data.dtype:

@@ -83,14 +83,23 @@ class Product(NamedTuple):
         weight: [O, C, 1, 1].
         bias: [O].
         recipe: of the rows.
-        version: of the data when they were made, as of a recipe.
+        versions: of rows, weight, bias and data when these were made; changed in place since, they do not fit.
     """
 
     rows: Tensor
     weight: Tensor
     bias: Tensor
     recipe: Recipe | None
-    version: int
+    versions: tuple[int, ...]
+
+    def fits(self, data: Tensor) -> bool:
+        """Whether neither the data nor what made them was changed in place."""
+        return self.versions == versions_of(self.rows, self.weight, self.bias, data)
+
+
+def versions_of(*tensors: Tensor) -> tuple[int, ...]:
+    """How often each was changed in place."""
+    return tuple(x._version for x in tensors)
 
 
 def _operator(name: str) -> Callable[..., Any]:
