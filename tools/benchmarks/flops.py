@@ -63,8 +63,8 @@ def densify_flops(bench: Bench) -> float:
 def plot_scaling(rows: Sequence[Mapping[str, str]], path: Path) -> None:
     """Draw images/s against the mask ratio, a panel for each model, batch and size (whose rows follow each other).
 
-    The dashed limit is that of visible FLOPs, computed as fast as the fastest of the panel's counted contenders computes
-    its own.
+    The dashed limit is that of visible FLOPs, computed as fast as the panel's fastest counted contender computes its
+    own.
     """
     panels = [
         (key, list(group)) for key, group in itertools.groupby(rows, lambda row: [row[c] for c in _PANEL])
