@@ -95,6 +95,26 @@ def test_a_stage_is_told_the_budget_and_its_old_scores_go(
     assert not (run / "results.json").exists()
 
 
+def test_only_scratch_gets_a_good_start_and_an_older_run_is_not_taken_for_one(
+    options: Namespace, monkeypatch: pytest.MonkeyPatch
+):
+    calls: list[dict] = []
+    monkeypatch.setattr(
+        tool, "call", lambda script, **given: calls.append(given) if "depth" in script else None
+    )
+    monkeypatch.setattr(tool, "require_finished", lambda *_: None)
+    for start in tool.STARTS:
+        tool.train("unetpp_resnext50", start, 0, options)
+    given = [call.get("model.encoder_options") for call in calls]
+    assert given == ['{"zero_init_last": false}'] * 2 + [None] * 2  # both stages of each
+    run = tool.run_of("unetpp_resnext50", "scratch", 0, options)
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(yaml.safe_dump({"model": {}}))
+    with pytest.raises(SystemExit, match="unetpp_resnext50_nyu_scratch_0 began from other random weights"):
+        tool.train("unetpp_resnext50", "scratch", 0, options)
+    assert len(calls) == 4
+
+
 def test_the_table_holds_scores_and_costs(options: Namespace, monkeypatch: pytest.MonkeyPatch):
     torch.manual_seed(0)
     model = DepthModel("test_resnet", decoder_channels=(8, 8, 8, 8, 8), image_size=(32, 64))

@@ -32,7 +32,17 @@ import yaml
 from benchmarks.rows import rows_as_csv
 from benchmarks.timing import interleaved, refuse_busy_machine
 from depth_cost import count_macs, parameters
-from study import ROOT, call, finished, hidden_paths, require_finished, spread, write_image_list
+from study import (
+    ROOT,
+    call,
+    finished,
+    good_start,
+    hidden_paths,
+    require_finished,
+    require_good_start,
+    spread,
+    write_image_list,
+)
 
 from finetune.depth_data import NYUSync
 from finetune.model import load_depth_model
@@ -201,15 +211,18 @@ def train(name: str, start: str, seed: int, options: argparse.Namespace) -> None
     encoder = system.named(options)
     weights = pretraining_of(encoder, options) / "encoder" if start == "spark" else encoder
     first = run_of(name, start, seed, options)
+    scratch = good_start(encoder) if start == "scratch" else {}
     lists = {"data.root": nyu, "data.list": "nyu_train.txt", "data.val_list": "nyu_val.txt"}
-    stage(system.card, first, options.epochs, weights, seed, lists, options)
+    if start == "scratch" and (first / "config.yaml").exists():
+        require_good_start(first, encoder)
+    stage(system.card, first, options.epochs, weights, seed, {**lists, **scratch}, options)
     scored = {"model": first / "model", "protocol": options.protocol}
     val = {"data.root": nyu, "data.list": "nyu_val.txt", "data.white_border": "fill"}
     evaluate(result_of(name, start, seed, options), {**scored, **val})
     if system.then is None:
         return
     second, root = run_of(name, start, seed, options, "diw"), options.diw or options.output_dir / "diw"
-    more = {"data.root": root, "model.init": first / "model"}
+    more = {"data.root": root, "model.init": first / "model", **scratch}
     stage(system.then, second, options.diw_epochs, encoder, seed, more, options)
     scored["model"] = second / "model"
     evaluate(result_of(name, start, seed, options, "diw"), {**scored, **val})
@@ -224,7 +237,7 @@ def stage(
     epochs: float,
     encoder: object,
     seed: int,
-    data: dict[str, object],
+    more: dict[str, object],
     options: argparse.Namespace,
 ) -> None:
     """One training run from a card; its scores, if it had any, are those of an unfinished one and go."""
@@ -243,7 +256,7 @@ def stage(
         resume="true",
         validate_every=0,
         triptychs=0,
-        **data,
+        **more,
         **{
             "data.image_size": size,
             "data.crop_size": size,
@@ -398,8 +411,8 @@ def markdown(rows: list[dict], options: argparse.Namespace) -> str:
         f"Protocol `{first['protocol']}` on {first['images']} validation images, white border filled. Every system:"
         f" {options.epochs:g} epochs on NYU at {first['size']} px, batch {options.batch_size};"
         f" a second stage adds {options.diw_epochs:g} on relations, and says nothing of metres."
-        f" SparK: {options.pretrain_epochs:g} epochs, one pretraining an encoder. Latency is that of one image on one"
-        " thread, relative to the first system."
+        f" SparK: {options.pretrain_epochs:g} epochs, one pretraining an encoder. Scratch: random weights, with no"
+        " branch of a ResNet at zero. Latency is that of one image on one thread, relative to the first system."
         f"{relations}",
         "",
         "| system | encoder | stage | start | parameters [M] | GMACs | latency | "

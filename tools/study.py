@@ -130,6 +130,14 @@ def good_start(encoder: str) -> dict[str, str]:
     return {"model.encoder_options": json.dumps({"zero_init_last": False})}
 
 
+def require_good_start(run: Path, encoder: str) -> None:
+    """Stop if a run from scratch, perhaps one of an older version, did not have `good_start`."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    wanted, had = good_start(encoder), config["model"].get("encoder_options") or {}
+    if wanted and had != json.loads(wanted["model.encoder_options"]):
+        sys.exit(f"error: {run} began from other random weights (encoder_options {had}): move it away")
+
+
 def depth(
     run: Path, encoder: object, seed: int, protocol: str, options: argparse.Namespace, **more: object
 ) -> None:
@@ -216,13 +224,8 @@ def write_results(jobs: list[tuple[str, str, int]], options: argparse.Namespace)
         results = json.loads(result_of(encoder, start, seed, options).read_text())
         config = yaml.safe_load((run_of(encoder, start, seed, options) / "config.yaml").read_text())
         pretraining = yaml.safe_load((pretraining_of(encoder, options) / "config.yaml").read_text())
-        if start == "scratch" and (wanted := good_start(encoder)):
-            had = config["model"].get("encoder_options", {})
-            if had != json.loads(wanted["model.encoder_options"]):
-                run = run_of(encoder, start, seed, options)
-                sys.exit(
-                    f"error: {run} began from other random weights (encoder_options {had}): move it away"
-                )
+        if start == "scratch":
+            require_good_start(run_of(encoder, start, seed, options), encoder)
         rows.append(
             {
                 "encoder": encoder,
