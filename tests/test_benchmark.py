@@ -35,6 +35,8 @@ from benchmarks.decoders import Decoder
 from benchmarks.flops import count_flops, flops_per_image
 from benchmarks.loader import LoaderCase, check_pictures, write_photos
 from benchmarks.parity import check_parity, checked
+from functorch.compile import make_boxed_func, nop
+from torch._dynamo.backends.common import aot_autograd
 
 from spark.images import Normalise, PretrainTransform
 from tests.together import server
@@ -289,11 +291,17 @@ def test_what_is_compiled_takes_part(tmp_path, monkeypatch):
     assert [bool(row["gflops"]) for row in rows] == [True, True, False]
 
 
-def test_what_cannot_be_compiled_is_said(monkeypatch, capsys):
-    def broken(graph, inputs):
-        raise RuntimeError("no C++ compiler")
+def broken(*_):
+    raise RuntimeError("no C++ compiler")
 
-    monkeypatch.setattr(contenders.torch, "compile", partial(torch.compile, backend=broken))
+
+@pytest.mark.parametrize(
+    "backend",
+    [broken, aot_autograd(fw_compiler=nop, bw_compiler=lambda *_: make_boxed_func(broken))],
+    ids=["forward", "backward"],
+)
+def test_what_cannot_be_compiled_is_said(backend, monkeypatch, capsys):
+    monkeypatch.setattr(contenders.torch, "compile", partial(torch.compile, backend=backend))
     with pytest.raises(SystemExit) as stopped:
         benchmark.main(["encoder", *SMALL, "--compile", "masked"])
     assert stopped.value.code == 2

@@ -45,6 +45,9 @@ def clean(func: Callable, x: SparseTensor, data: Tensor) -> Tensor:
     """Zero the masked sites of what arithmetic made of x, in place where that worked in place."""
     if not common.is_inplace(func, {}):
         return remask(x, data)
+    if torch.compiler.is_compiling():
+        # masked_fill_ of a view in another order of dimensions cannot be traced.
+        return data.copy_(remask(x, data))
     mask = x.sites.mask(*x.size4[2:])
     return data.masked_fill_(~(mask.permute(0, 2, 3, 1) if x.channels_last else mask), 0)
 

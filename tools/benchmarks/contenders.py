@@ -4,7 +4,8 @@ Shapes: images [B, 3, H, W], visible [B, 1, fh, fw] bool, True = seen; feature m
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -148,43 +149,53 @@ class Bench:
     def forward(self, contender: Contender, kind: str, precision: str | None = None) -> list[Tensor]:
         """[loss] of a "step", or the feature maps of an "encoder", in this precision or the contender's own."""
         case, precision = self.case, precision or contender.precision
-        try:
-            with torch.autocast(torch.device(case.device).type, torch.bfloat16, enabled=precision == "bf16"):
-                if kind == "step":
-                    return [contender.loss(self.images[contender.name], self.visible)]
-                return contender.features(self.images[contender.name], self.visible)
-        except RuntimeError as error:
-            if isinstance(error, torch.cuda.OutOfMemoryError):
-                raise
-            if contender.name.endswith(_COMPILED):
-                reason = " ".join(str(error).splitlines()[:2]).strip()
-                raise ValueError(
-                    f"torch.compile fails on {case.model} ({reason}): leave --compile out; docs/compile.md says "
-                    "what it needs"
-                ) from error
-            if contender.name != "original":
-                raise
-            raise ValueError(
-                f"the original does not run {case.model} in {precision} ({error}): pass --original_precision fp32, "
-                "or leave --official out"
-            ) from error
+        with (
+            _explained(contender, case, precision),
+            torch.autocast(torch.device(case.device).type, torch.bfloat16, enabled=precision == "bf16"),
+        ):
+            if kind == "step":
+                return [contender.loss(self.images[contender.name], self.visible)]
+            return contender.features(self.images[contender.name], self.visible)
 
-    def backward(self, outputs: list[Tensor]) -> None:
+    def backward(self, contender: Contender, outputs: list[Tensor], precision: str | None = None) -> None:
         """Gradients of the loss, or of the sum of all features, each weighted by its own fixed random number."""
-        if outputs[0].ndim == 0:
-            outputs[0].backward()
-            return
-        if not self._cotangents:
-            generator = torch.Generator().manual_seed(1)
-            self._cotangents = [torch.randn(x.shape, generator=generator).to(x.device) for x in outputs]
-        torch.autograd.backward(
-            outputs, [c.to(x.dtype) for c, x in zip(self._cotangents, outputs, strict=True)]
-        )
+        with _explained(contender, self.case, precision or contender.precision):
+            if outputs[0].ndim == 0:
+                outputs[0].backward()
+                return
+            if not self._cotangents:
+                generator = torch.Generator().manual_seed(1)
+                self._cotangents = [torch.randn(x.shape, generator=generator).to(x.device) for x in outputs]
+            torch.autograd.backward(
+                outputs, [c.to(x.dtype) for c, x in zip(self._cotangents, outputs, strict=True)]
+            )
 
     def step(self, contender: Contender, kind: str) -> None:
         """What is timed: forward, backward, gradients dropped."""
-        self.backward(self.forward(contender, kind))
+        self.backward(contender, self.forward(contender, kind))
         contender.model.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def _explained(contender: Contender, case: Case, precision: str) -> Iterator[None]:
+    """Failures of what is not our code as a ValueError that says what to leave out; ours stay as they are."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        if contender.name.endswith(_COMPILED):
+            reason = " ".join(str(error).splitlines()[:2]).strip()
+            raise ValueError(
+                f"torch.compile fails on {case.model} ({reason}): leave --compile out; docs/compile.md says "
+                "what it needs"
+            ) from error
+        if contender.name != "original":
+            raise
+        raise ValueError(
+            f"the original does not run {case.model} in {precision} ({error}): pass --original_precision fp32, "
+            "or leave --official out"
+        ) from error
 
 
 def _memory_format(channels_last: bool) -> torch.memory_format:

@@ -63,7 +63,7 @@ def _exact_numbers(bench: Bench, contender: Contender, kind: str) -> dict[str, T
     contender.model.double()
     images = bench.images[contender.name] = single.double().requires_grad_()
     outputs = bench.forward(contender, kind, "fp64")
-    bench.backward(outputs)
+    bench.backward(contender, outputs, "fp64")
     norms = [p.grad.norm() for p in contender.model.parameters() if p.grad is not None]
     assert images.grad is not None
     numbers = {
