@@ -107,11 +107,13 @@ def test_only_scratch_gets_a_good_start_and_an_older_run_is_not_taken_for_one(
         tool.train("unetpp_resnext50", start, 0, options)
     given = [call.get("model.encoder_options") for call in calls]
     assert given == ['{"zero_init_last": false}'] * 2 + [None] * 2  # both stages of each
-    run = tool.run_of("unetpp_resnext50", "scratch", 0, options)
-    run.mkdir(parents=True)
-    (run / "config.yaml").write_text(yaml.safe_dump({"model": {}}))
-    with pytest.raises(SystemExit, match="unetpp_resnext50_nyu_scratch_0 began from other random weights"):
-        tool.train("unetpp_resnext50", "scratch", 0, options)
+    for stage in ("nyu", "diw"):
+        run = tool.run_of("unetpp_resnext50", "scratch", 0, options, stage)
+        run.mkdir(parents=True)
+        (run / "config.yaml").write_text(yaml.safe_dump({"model": {}}))
+        with pytest.raises(SystemExit, match=f"unetpp_resnext50_{stage}_scratch_0 began from other random"):
+            tool.train("unetpp_resnext50", "scratch", 0, options)
+        (run / "config.yaml").unlink()
     assert len(calls) == 4
 
 

@@ -213,8 +213,9 @@ def train(name: str, start: str, seed: int, options: argparse.Namespace) -> None
     first = run_of(name, start, seed, options)
     scratch = good_start(encoder) if start == "scratch" else {}
     lists = {"data.root": nyu, "data.list": "nyu_train.txt", "data.val_list": "nyu_val.txt"}
-    if start == "scratch" and (first / "config.yaml").exists():
-        require_good_start(first, encoder)
+    if start == "scratch":
+        for run in (first, run_of(name, start, seed, options, "diw")):  # the second began from the first
+            require_good_start(run, encoder)
     stage(system.card, first, options.epochs, weights, seed, {**lists, **scratch}, options)
     scored = {"model": first / "model", "protocol": options.protocol}
     val = {"data.root": nyu, "data.list": "nyu_val.txt", "data.white_border": "fill"}

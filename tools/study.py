@@ -131,7 +131,9 @@ def good_start(encoder: str) -> dict[str, str]:
 
 
 def require_good_start(run: Path, encoder: str) -> None:
-    """Stop if a run from scratch, perhaps one of an older version, did not have `good_start`."""
+    """Stop if a run from scratch that has begun, perhaps with an older version, did not have `good_start`."""
+    if not (run / "config.yaml").exists():
+        return
     config = yaml.safe_load((run / "config.yaml").read_text())
     wanted, had = good_start(encoder), config["model"].get("encoder_options") or {}
     if wanted and had != json.loads(wanted["model.encoder_options"]):
