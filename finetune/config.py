@@ -1,14 +1,14 @@
-"""The options of a depth run: dataclasses that `spark.config.parse_config` reads and explains."""
+"""The options of a depth run: dataclasses that `spark.training.cli.parse_config` reads and explains."""
 
 import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from finetune.depth_data.labels import LabelOptions
-from finetune.depth_data.opening import Kind
+from finetune.depth_data.registry import Kind
 from finetune.protocols import PROTOCOLS
-from spark.config import require
-from spark.encoder import is_own
+from spark.model.encoder import is_own
+from spark.training.cli import require
 
 
 def expand_home(options: object, *names: str) -> None:

@@ -3,8 +3,8 @@
     python finetune/depth.py --config configs/depth/unetpp_nyu.yaml --encoder ENCODER --data.root NYU --output_dir DIR
 
 One process or several (`accelerate launch finetune/depth.py ...`), on CPUs or GPUs, run this same file. Every random
-number is a function of the seed and of the position in the stream of pairs (see `spark.run`), so a resumed run goes on
-exactly where it was.
+number is a function of the seed and of the position in the stream of pairs (see `spark.training.accelerator`), so a
+resumed run goes on exactly where it was.
 """
 
 import copy
@@ -21,47 +21,41 @@ from accelerate.utils import gather_object
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch.utils.data import DataLoader
 
-from finetune.assembly import add_segmentation, build_model, cached, open_data
 from finetune.config import DepthConfig
 from finetune.depth_data import MixedSampler, check_room, collate_depth, fill
 from finetune.losses import NoGroundTruth, WeightedLoss, nothing
-from finetune.model import start_from
-from finetune.outputs import Outputs
-from finetune.overview import describe
-from finetune.phases import learning_rate, momentum, run_phases
-from finetune.predictions import check_protocol
+from finetune.model.depth_model import start_from
 from finetune.protocols import get_protocol
-from finetune.selection import Selection
-from finetune.state import RunState, changes, fingerprint, refuse_empty
-from spark.checkpoint import find_run, refuse_new_beginning
-from spark.config import config_dict, parse_config, save_config
-from spark.images import UnreadableImages
-from spark.optim import build_optimizer, parameter_groups, set_hyperparameters, update_average
-from spark.reporting import record_environment
-from spark.run import (
-    RunLog,
-    StopRequest,
-    check_finite,
-    check_output_dir,
-    derive_seed,
-    ignore_stop_signals,
-    make_output_dir,
+from finetune.scoring.best import Selection
+from finetune.scoring.sources import check_protocol
+from finetune.tasks.build import add_segmentation, build_model, cached, open_data
+from finetune.tasks.outputs import Outputs
+from finetune.tasks.schedule import learning_rate, momentum, run_phases
+from finetune.tasks.state import RunState, changes, fingerprint, refuse_empty
+from finetune.tasks.summary import describe
+from spark.errors import UserError, one_line_errors
+from spark.report import record_environment
+from spark.seeds import derive_seed
+from spark.training.accelerator import (
     micro_batch_size,
-    one_line_errors,
     prepare,
-    progress_bar,
-    read_rows,
     reduce_sum,
-    resume_command,
     start_accelerator,
     worker_count,
 )
+from spark.training.checkpoint import find_run, refuse_new_beginning
+from spark.training.cli import config_dict, parse_config, save_config
+from spark.training.log import RunLog, progress_bar, read_rows
+from spark.training.optim import build_optimizer, parameter_groups, set_hyperparameters, update_average
+from spark.training.run_folder import check_output_dir, make_output_dir
+from spark.training.skipped import UnreadableImages
+from spark.training.stop import StopRequest, check_finite, ignore_stop_signals, resume_command
 
 DESCRIPTION = """Train a depth model (encoder and head) on RGB-D pairs. SIGTERM and Ctrl-C save a checkpoint and end
 a run of one process with exit code 0 (a launcher of several may report its own); continue with --resume true. SIGUSR1
 to the main process writes the model to output_dir/model at once; the end of the run does so anyway."""
 
-# What a seed is for, apart from those of finetune/assembly.py.
+# What a seed is for, apart from those of finetune/tasks/build.py.
 STEP = 12
 
 
@@ -265,7 +259,7 @@ def train(config: DepthConfig) -> None:
                     if folder := outputs.rescue():
                         bar.say(f"the state before this step is saved in {folder}")
                 if isinstance(error, torch.cuda.OutOfMemoryError):
-                    raise ValueError(
+                    raise UserError(
                         f"the GPU has too little memory for {micro_batch} images at once; a larger accumulation than "
                         f"{config.accumulation} divides the batch further, or use precision bf16"
                     ) from error

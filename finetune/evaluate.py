@@ -22,17 +22,17 @@ from rich.table import Table
 
 from finetune.config import expand_home
 from finetune.depth_data import DepthFileError, DepthSet, Kind, open_depth_data
-from finetune.figures import WorstRows, save_figure, triptychs
-from finetune.inference import check_ground_truth, chosen_device, score_all, summary, transform_of
-from finetune.intervals import LEVEL, with_intervals
-from finetune.metrics import METRIC, ORDINAL_METRICS, WKDR_METRICS, count, own_metrics, write_results
-from finetune.model import load_depth_model
-from finetune.predictions import BaselineSource, FolderSource, ModelSource, Source, mean_depth
+from finetune.model.depth_model import load_depth_model
 from finetune.protocols import PROTOCOLS, Protocol, get_protocol
-from finetune.reporting import depth_page
-from finetune.reservations import reservations
-from spark.config import parse_config, require
-from spark.run import one_line_errors
+from finetune.report import depth_page
+from finetune.report.figures import WorstRows, save_figure, triptychs
+from finetune.scoring.caveats import reservations
+from finetune.scoring.intervals import LEVEL, with_intervals
+from finetune.scoring.metrics import METRIC, ORDINAL_METRICS, WKDR_METRICS, count, own_metrics, write_results
+from finetune.scoring.score import check_ground_truth, chosen_device, score_all, summary, transform_of
+from finetune.scoring.sources import BaselineSource, FolderSource, ModelSource, Source, mean_depth
+from spark.errors import UserError, one_line_errors
+from spark.training.cli import parse_config, require
 
 DESCRIPTION = """Evaluate depth predictions (of a model, a folder or a baseline) on RGB-D pairs under named protocols:
 print a table, and write it with every setting and the metrics of every image to the output file."""
@@ -133,7 +133,7 @@ class EvaluationConfig:
         expand_home(self, "model", "predictions", "baseline_list", "output", "figures")
         given = [name for name in ("model", "predictions", "baseline") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(
+            raise UserError(
                 f"give one of --model, --predictions and --baseline, not {' and '.join(given) or 'none of them'}"
             )
         require(self.scale is None or self.scale > 0, "scale", self.scale, "above 0")
@@ -152,7 +152,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     console = Console()
     protocols = asked_protocols(config)
     if config.figures and len(protocols) == 1 and protocols[0].family == "relations":
-        raise ValueError(f"protocol {protocols[0].name} has no maps to draw: leave figures out")
+        raise UserError(f"protocol {protocols[0].name} has no maps to draw: leave figures out")
     opened: dict[str, DepthSet] = {}
     for kind in map(kind_to_open, protocols):
         if kind not in opened:
@@ -224,7 +224,7 @@ def asked_protocols(config: EvaluationConfig) -> list[Protocol]:
     """
     names = [name.strip() for name in config.protocol.split(",") if name.strip()]
     if not names or len(set(names)) < len(names):
-        raise ValueError(
+        raise UserError(
             f"protocol {config.protocol!r} must name protocols, each once: {', '.join(PROTOCOLS)}, or all"
         )
     every = list(PROTOCOLS) if names == ["all"] else names
@@ -295,7 +295,7 @@ def open_source(config: EvaluationConfig, data: DepthSet, protocols: Sequence[Pr
             bad_depth=config.data.bad_depth,
         )
         return BaselineSource(mean_depth(training), {**about, "baseline_data": repr(training)})
-    raise ValueError(
+    raise UserError(
         f"baseline must be constant:METRES with a depth above 0, or mean, not {config.baseline!r}"
     )
 
@@ -331,11 +331,11 @@ def fitting(
             left_out[protocol.name] = str(error)
     if not fit:
         reasons = "; ".join(dict.fromkeys(left_out.values()))
-        raise ValueError(f"no protocol fits {next(iter(sets.values()))}: {reasons}")
+        raise UserError(f"no protocol fits {next(iter(sets.values()))}: {reasons}")
     return fit, left_out
 
 
-class OtherBenchmark(ValueError):
+class OtherBenchmark(UserError):
     """A protocol is of another data set than this."""
 
 

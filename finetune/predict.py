@@ -6,7 +6,7 @@ For every image, under its own name and subfolder: NAME.npy (float32, metres, th
 (uint16, millimetres; 0 = no prediction, 65535 = 65.535 m or more) and NAME_colour.png (a picture with a colour bar in
 metres); for every video NAME_colour.mp4. `--formats` asks for others. predictions.json says what was written and what
 could not be read. A model without metres (head fusion) writes NAME_disparity.npy, float32 inverse depth up to scale and
-shift, and NAME_colour.png from its nearest to its farthest, until it is calibrated (tools/calibrate.py).
+shift, and NAME_colour.png from its nearest to its farthest, until it is calibrated (finetune/commands/calibrate.py).
 """
 
 import glob
@@ -25,22 +25,30 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from finetune.camera import Intrinsics, camera_for, known_camera
 from finetune.config import expand_home
 from finetune.depth_data.depth_files import MILLIMETRE, npy_bytes, pfm_bytes, png_bytes
-from finetune.figures import depth_map, save_figure
-from finetune.inference import chosen_device, transform_of
-from finetune.model import DepthModel, load_depth_model
-from finetune.pointcloud import MOST_POINTS, mesh, point_cloud, step_of
-from finetune.video import CODECS, ColourRange, VideoFrames, VideoWriter, forget_killed, legend, paint
-from finetune.video import EXTENSIONS as VIDEO
-from finetune.whole_images import fitted_size, predict_image, predict_images
-from spark.config import parse_config, require
-from spark.decoding import EXTENSIONS as IMAGE
-from spark.decoding import MAX_PIXELS, describe_failure, read_image
-from spark.folders import write_whole
-from spark.run import one_line_errors
-from spark.sources.files import list_images, walk
+from finetune.model.depth_model import DepthModel, load_depth_model
+from finetune.predicting.camera import Intrinsics, camera_for, known_camera
+from finetune.predicting.pointcloud import MOST_POINTS, mesh, point_cloud, step_of
+from finetune.predicting.tiles import fitted_size, predict_image, predict_images
+from finetune.predicting.video import (
+    CODECS,
+    ColourRange,
+    VideoFrames,
+    VideoWriter,
+    forget_killed,
+    legend,
+    paint,
+)
+from finetune.predicting.video import EXTENSIONS as VIDEO
+from finetune.report.figures import depth_map, save_figure
+from finetune.scoring.score import chosen_device, transform_of
+from spark.errors import UserError, one_line_errors
+from spark.files import write_whole
+from spark.images.decode import EXTENSIONS as IMAGE
+from spark.images.decode import MAX_PIXELS, describe_failure, read_image
+from spark.images.sources.files import list_images, walk
+from spark.training.cli import parse_config, require
 
 DESCRIPTION = """Predict depth for images and videos: for each image NAME.npy (metres), NAME_mm.png (16-bit millimetres)
 and NAME_colour.png, for each video NAME_colour.mp4, others by --formats; and predictions.json with what was written and
@@ -142,7 +150,7 @@ def predict(config: PredictConfig) -> int:
     output = Path(config.output)
     present = next(place for place in (output, *output.parents) if place.exists())
     if not present.is_dir():
-        raise ValueError(f"output {output} cannot be a folder, {present} is a file: choose another --output")
+        raise UserError(f"output {output} cannot be a folder, {present} is a file: choose another --output")
     earlier = earlier_outputs(config.input, output)
     inputs = find_inputs(config.input, output, {path for paths in earlier.values() for path in paths})
     job.check_names(inputs)
@@ -225,9 +233,9 @@ class Job:
         self.image_formats: tuple[Format, ...] = tuple(config.formats or usual)
         self.video_formats: tuple[Format, ...] = tuple(config.formats or ("colour",))
         if not self.metric and (wrong := [name for name in self.image_formats if name in NEED_METRES]):
-            raise ValueError(
+            raise UserError(
                 f"formats {', '.join(wrong)} need metres, which head {model.head_name} does not give: leave them out,"
-                " or calibrate the model with a few known distances (tools/calibrate.py)"
+                " or calibrate the model with a few known distances (finetune/commands/calibrate.py)"
             )
         if config.camera is not None:
             known_camera(config.camera, (1, 1))  # a wrong one is refused before anything is written
@@ -246,7 +254,7 @@ class Job:
                     continue  # in a folder of the video's own
                 file = stem + ("_" + name if is_video(source) else self._ending(name))
                 if (other := owners.setdefault(file, source)) != source:
-                    raise ValueError(
+                    raise UserError(
                         f"{other} and {source} would both be predicted into {file}: rename one, or ask for other"
                         " formats"
                     )
@@ -621,7 +629,7 @@ def output_stems(source: str | Path, output: Path, left_out: Collection[str] = (
         if inside not in path.resolve().parents and name not in left_out
     }
     if not images:
-        raise ValueError(
+        raise UserError(
             f"{source} holds no image and no video outside the output folder {output} that is not itself a prediction:"
             " choose another output folder, or other images"
         )
@@ -641,10 +649,10 @@ def _listed(source: Path) -> list[Path]:
         fitting = [Path(name) for name in sorted(glob.glob(str(source), recursive=True))]
         found = [path for path in fitting if path.suffix.lower() in (*IMAGE, *VIDEO) and path.is_file()]
         if not found:
-            raise ValueError(f"no image and no video fits {source}: check the pattern, and put it in quotes")
+            raise UserError(f"no image and no video fits {source}: check the pattern, and put it in quotes")
         return found
     if not source.exists():
-        raise ValueError(
+        raise UserError(
             f"there is no image, video, folder or list at {source.absolute()}: check the path (a relative one starts at"
             " the current folder)"
         )

@@ -4,7 +4,7 @@ Numbers of two protocols cannot be compared: on NYU the crop, the cap, flip aver
 RMSE by more than separates published models. So a protocol is data with a name: one record, from which results take
 every setting and a hash, and docs/protocols.md its table. Nothing is adapted on the quiet: ground truth of another
 size, for instance, is an error unless the protocol scales its crop. How records act on arrays is said by their family,
-see `finetune.families`; of maps of depth it is `finetune.scoring`.
+see `finetune.scoring.evaluators`; of maps of depth it is `finetune.scoring.depth`.
 """
 
 import difflib
@@ -15,13 +15,14 @@ from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
-from finetune.metrics import (
+from finetune.scoring.metrics import (
     GEOMETRY_METRICS,
     METRICS,
     ORDINAL_METRICS,
     SYMMETRIC_GEOMETRY_METRICS,
     WKDR_METRICS,
 )
+from spark.errors import UserError
 
 PROSE = ("description", "tables", "source", "expected_images")
 """Fields that bear on no number, and so not on the hash of a record."""
@@ -66,7 +67,7 @@ class Protocol:
         source: the public code that its constants were compared with, REPOSITORY FILE; "" for none.
         data: the data set that it is of: "nyu", "kitti", ...; "any" for protocols that any data with such ground truth
             can be scored under.
-        family: which evaluator acts on the record (`finetune.families.EVALUATORS`).
+        family: which evaluator acts on the record (`finetune.scoring.evaluators.EVALUATORS`).
         supervision: what the ground truth is. "metric": maps in metres. "affine": disparity up to scale and shift.
             "ordinal": pairs of points.
         depth: the kind of ground truth that published numbers of this protocol stand on. "raw" and "filled" are of
@@ -94,20 +95,22 @@ class Protocol:
         flip_average: whether the prediction is averaged with that of the mirror image.
         clip_before_average: clip both predictions to [min_depth, max_depth] before they are averaged.
         alignment: what is fitted to the ground truth of each image, over the pixels that count
-            (`finetune.alignment`). "none": predictions are metres. "median": one factor, by the medians. "depth",
+            (`finetune.scoring.alignment`). "none": predictions are metres. "median": one factor, by the medians.
+            "depth",
             "disparity", "log_depth": scale and shift by least squares there. The ground truth helps the prediction:
             such numbers say what a model knows of shape, and do not stand beside metric ones.
         clip: clip what was aligned to [min_depth, max_depth]. Without it only values that have no logarithm are raised
             to min_depth.
         aggregation: "per_image": mean over images of each image's metric; "pooled": one metric over all
             pixels, or all pairs.
-        metrics: names of the metrics by which models can be compared (`finetune.metrics.METRIC`).
+        metrics: names of the metrics by which models can be compared (`finetune.scoring.metrics.METRIC`).
         expected_images: how many images the official list has; results state it beside the number that was
             scored.
         threshold: of relations, largest difference at which a prediction says that two points are equally far (in
             metres, or in the unit of inverse depth of a head without metres); 0 lets protocols with `thresholds` among
-            their options choose it (`finetune.ordinal`).
-        edges: of iBims-1, which version of its script finds depth boundaries and measures them (`finetune.ibims`):
+            their options choose it (`finetune.scoring.pairwise`).
+        edges: of iBims-1, which version of its script finds depth boundaries and measures them
+        (`finetune.scoring.ibims`):
             "directed" (dbe_com) or "symmetric" (dbe_com_sym).
         options: further settings that one family alone reads, as (name, value) pairs.
 
@@ -147,24 +150,24 @@ class Protocol:
 
     def __post_init__(self):
         if not self.threshold >= 0:
-            raise ValueError(f"{self.name}: threshold must be 0 or more, not {self.threshold}")
+            raise UserError(f"{self.name}: threshold must be 0 or more, not {self.threshold}")
         if not 0 < self.min_depth < self.max_depth:
-            raise ValueError(f"{self.name}: depths must satisfy 0 < min_depth < max_depth")
+            raise UserError(f"{self.name}: depths must satisfy 0 < min_depth < max_depth")
         if self.crop is not None and self.frame is None:
-            raise ValueError(f"{self.name}: a crop needs the frame that its pixels are counted in")
+            raise UserError(f"{self.name}: a crop needs the frame that its pixels are counted in")
         if self.crop is not None and self.crop_shares is not None:
-            raise ValueError(f"{self.name}: a crop is given in pixels or in shares, not in both")
+            raise UserError(f"{self.name}: a crop is given in pixels or in shares, not in both")
         for field, known in CHOICES.items():
             if (value := getattr(self, field)) not in known:
                 listed = ", ".join(map(repr, known[:-1])) + f" or {known[-1]!r}"
-                raise ValueError(f"{self.name}: {field} is {listed}, not {value!r}")
+                raise UserError(f"{self.name}: {field} is {listed}, not {value!r}")
         for step, *_ in self.view:
             if step not in ("resize", "centre_crop", "bottom_crop"):
-                raise ValueError(f"{self.name}: a view has no step {step!r}")
+                raise UserError(f"{self.name}: a view has no step {step!r}")
         if self.view and self.scale_crop:
-            raise ValueError(f"{self.name}: the crop of a view is not scaled")
+            raise UserError(f"{self.name}: the crop of a view is not scaled")
         if self.alignment == "disparity" and self.space != "disparity":
-            raise ValueError(f"{self.name}: alignment 'disparity' needs space 'disparity'")
+            raise UserError(f"{self.name}: alignment 'disparity' needs space 'disparity'")
 
     def option(self, name: str, default: float = 0) -> float:
         """A number among `options`."""
@@ -186,7 +189,7 @@ class Protocol:
             border = int(self.option("border"))
             top, bottom, left, right = border - 1, height - border, border - 1, width - border
         if top < 0 or left < 0 or bottom <= top or right <= left:
-            raise ValueError(
+            raise UserError(
                 f"protocol {self.name} shows a model less than the whole image, and one of {height}x{width} is too"
                 " small for that: use images at their native size"
             )
@@ -200,7 +203,7 @@ class Protocol:
         """
         height, width = size
         if self.frame is not None and tuple(size) != self.frame and not self.scale_crop:
-            raise ValueError(
+            raise UserError(
                 f"protocol {self.name} is defined on ground truth of {self.frame[0]}x{self.frame[1]}, this is"
                 f" {height}x{width}: use ground truth at its native size, or a protocol that scales its crop"
                 " (such as nyu-bts-scaled), whose numbers must not stand beside published ones"
@@ -270,7 +273,7 @@ _IBIMS = Protocol(
     " above 0, no crop, no cap; with planarity (PE), depth boundaries (DBE) and directed errors at 3 m (DDE).",
     tables="tables made with evaluate_ibims.py; DBE of the paper itself comes from other edges",
     source="evaluate_ibims_error_metrics.py of the data set; the copies of it in YiLiM1/DANet and xuefeng-cvr/BS-Net"
-    " are alike but for DBE (finetune/ibims.py says how)",
+    " are alike but for DBE (finetune/scoring/ibims.py says how)",
     data="ibims",
     family="ibims",
     min_depth=1e-3,
@@ -530,11 +533,11 @@ def get_protocol(name: str, *, flip_average: bool | None = None, threshold: floa
     if name not in PROTOCOLS:
         near = difflib.get_close_matches(name, PROTOCOLS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"no evaluation protocol {name!r}: {hint}known: {', '.join(PROTOCOLS)}")
+        raise UserError(f"no evaluation protocol {name!r}: {hint}known: {', '.join(PROTOCOLS)}")
     protocol = PROTOCOLS[name]
     if threshold is not None:
         if protocol.family != "relations":
             relations = ", ".join(key for key, each in PROTOCOLS.items() if each.family == "relations")
-            raise ValueError(f"threshold is for relations of points ({relations}), not {name}: leave it out")
+            raise UserError(f"threshold is for relations of points ({relations}), not {name}: leave it out")
         protocol = replace(protocol, threshold=threshold)
     return protocol if flip_average is None else replace(protocol, flip_average=flip_average)

@@ -4,8 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spark.checkpoint import load_encoder, load_official, save_encoder
-    from spark.model import SparK, SparKOutput
+    from spark.model.spark import SparK, SparKOutput
+    from spark.training.checkpoint import load_encoder, load_official, save_encoder
 
 __all__ = ["SparK", "SparKOutput", "load_encoder", "load_official", "save_encoder"]
 
@@ -14,4 +14,6 @@ def __getattr__(name: str) -> Any:
     """A public name, imported when it is first asked for: what only lists or decodes images does not wait for timm."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("spark.model" if name.startswith("SparK") else "spark.checkpoint"), name)
+    return getattr(
+        import_module("spark.model.spark" if name.startswith("SparK") else "spark.training.checkpoint"), name
+    )

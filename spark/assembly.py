@@ -10,9 +10,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from spark.config import ModelConfig, PretrainConfig
-from spark.images import PretrainTransform
-from spark.masking import check_masks, mean_ratio, visible_at
-from spark.model import SparK, norm_kind
+from spark.errors import UserError
+from spark.images.transform import PretrainTransform
+from spark.model.masking import check_masks, mean_ratio, visible_at
+from spark.model.spark import SparK, norm_kind
 from spark.sparse.batch_norm import in_recomputation
 from spark.sparse.choice import AUTO, Choice, is_available
 
@@ -70,18 +71,18 @@ def checkpoint_activations(spark: SparK, name: str) -> None:
         ValueError: the timm model cannot do so, or it runs dense: its batch norms would move their statistics twice.
     """
     if spark.masked_pixels != "absent":
-        raise ValueError(
+        raise UserError(
             f"model.grad_checkpointing needs model.masked_pixels absent, not {spark.masked_pixels}: a dense encoder "
             "would count every batch twice in its batch statistics. Raise accumulation to save memory"
         )
     switch = getattr(spark.encoder, "set_grad_checkpointing", None)
     advice = "leave model.grad_checkpointing false; a larger accumulation saves memory too"
     if switch is None:
-        raise ValueError(f"timm model {name} cannot checkpoint its activations: {advice}")
+        raise UserError(f"timm model {name} cannot checkpoint its activations: {advice}")
     try:
         switch(True)
     except (AssertionError, NotImplementedError, TypeError) as error:  # what timm's models refuse with
-        raise ValueError(
+        raise UserError(
             f"timm model {name} refuses to checkpoint its activations ({error}): {advice}"
         ) from error
 
@@ -148,7 +149,7 @@ def default_betas(spark: SparK) -> tuple[float, float]:
     """Betas of the paper's recipes: with batch norm those of ResNets, without those of ConvNeXts.
 
     Tian et al. (ICLR 2023) give them for these two families only; for others they are an extrapolation, by the rule
-    that also chooses the norm between encoder and decoder (`spark.model.norm_kind`).
+    that also chooses the norm between encoder and decoder (`spark.model.spark.norm_kind`).
     """
     return (0.9, 0.95) if norm_kind(spark.encoder) == "bn" else (0.9, 0.999)
 

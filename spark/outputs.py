@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spark.checkpoint import save_encoder
 from spark.config import PretrainConfig
-from spark.images import Normalise
-from spark.monitor import reconstruction_panels, save_panels
-from spark.reporting import pretraining_page
-from spark.sharding import on_device
-from spark.state import RunState
+from spark.images.transform import Normalise
+from spark.monitor.measures import reconstruction_panels, save_panels
+from spark.report import pretraining_page
+from spark.training.checkpoint import save_encoder
+from spark.training.sharding import on_device
+from spark.training.state import RunState
 
 
 class Outputs:

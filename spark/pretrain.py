@@ -4,7 +4,7 @@
         --data.train PATH --output_dir DIR
 
 One process or several, on CPUs or GPUs, run this same file. Every random number is a function of the seed and of the
-position in the stream of images (see `spark.run`), so a resumed run goes on exactly where it was.
+position in the stream of images (see `spark.training.accelerator`), so a resumed run goes on exactly where it was.
 """
 
 import copy
@@ -20,13 +20,22 @@ import torch
 from accelerate.utils import gather_object
 
 from spark.assembly import build_model, choose_layout, resolve, summary, training_sizes, try_forward
-from spark.checkpoint import refuse_new_beginning
-from spark.config import PretrainConfig, config_dict, parse_config, save_config
-from spark.continuation import start_from
-from spark.feed import FeedOptions, open_feed
-from spark.guard import Guard
-from spark.images import Normalise, PretrainTransform, UnreadableImages
-from spark.optim import (
+from spark.config import PretrainConfig
+from spark.errors import UserError, one_line_errors
+from spark.images.batches import MaskedBatches, StepPlan
+from spark.images.loader import FeedOptions, open_feed
+from spark.images.transform import Normalise, PretrainTransform
+from spark.monitor.watch import Watch, build_monitor, fixed_batch
+from spark.outputs import Outputs
+from spark.report import record_environment
+from spark.seeds import derive_seed
+from spark.start import start_from
+from spark.training.accelerator import micro_batch_size, prepare, reduce_sum, start_accelerator
+from spark.training.checkpoint import refuse_new_beginning
+from spark.training.cli import config_dict, parse_config, save_config
+from spark.training.guard import Guard
+from spark.training.log import RunLog, progress_bar
+from spark.training.optim import (
     build_optimizer,
     lr_at,
     parameter_groups,
@@ -34,28 +43,12 @@ from spark.optim import (
     update_average,
     weight_decay_at,
 )
-from spark.outputs import Outputs
-from spark.reporting import record_environment
-from spark.run import (
-    RunLog,
-    StopRequest,
-    check_output_dir,
-    make_output_dir,
-    micro_batch_size,
-    one_line_errors,
-    prepare,
-    progress_bar,
-    reduce_sum,
-    resume_command,
-    run_length,
-    start_accelerator,
-    stop_run,
-)
-from spark.seeding import derive_seed
-from spark.sharding import shard_average
-from spark.state import RunState, changes, find_checkpoint, read_extra
-from spark.steps import MaskedBatches, StepPlan
-from spark.watching import Watch, build_monitor, fixed_batch
+from spark.training.run_folder import check_output_dir, make_output_dir
+from spark.training.sampling import run_length
+from spark.training.sharding import shard_average
+from spark.training.skipped import UnreadableImages
+from spark.training.state import RunState, changes, find_checkpoint, read_extra
+from spark.training.stop import StopRequest, resume_command, stop_run
 
 DESCRIPTION = """Pretrain a timm convnet on unlabeled images with SparK (sparse and hierarchical masked modelling).
 SIGTERM and Ctrl-C save a checkpoint; continue with --resume true. A single process then ends with exit code 0; of
@@ -105,12 +98,12 @@ def pretrain(config: PretrainConfig) -> None:
     before = None if checkpoint is None else read_extra(checkpoint)
     layout = choose_layout(spark, device.type, config.precision, before)
     if config.compile and layout.layout not in ("masked", "packed"):
-        raise ValueError(
+        raise UserError(
             f"compile cannot trace the layout {layout.layout} ({layout.reason}): add --model.layout packed, or leave "
             "compile false"
         )
     if config.compile and accelerator.is_fsdp2:
-        raise ValueError("compile and FSDP have not been made to work together: leave compile false")
+        raise UserError("compile and FSDP have not been made to work together: leave compile false")
     spark.layout = layout.layout
     plan = StepPlan(training_sizes(config, spark), spark.mask_ratio, config.optim.batch_size, config.seed)
     try_forward(spark, device, plan.sizes)
@@ -286,7 +279,7 @@ def pretrain(config: PretrainConfig) -> None:
                     ) as failure:  # a broken GPU, a full disk: the first error is the one to show
                         bar.say(f"the state before this step could not be saved: {failure}")
                 if isinstance(error, torch.cuda.OutOfMemoryError):
-                    raise ValueError(
+                    raise UserError(
                         f"the GPU has too little memory for {micro_batch} images at once: divide the batch further "
                         f"with accumulation (it is {config.accumulation}), or use precision bf16"
                     ) from error

@@ -109,7 +109,7 @@ def test_only_encoder_modules_call_timm_create_model():
         for module, path in modules()
         if "timm.create_model(" in re.sub(r"#.*|\"\"\".*?\"\"\"", "", path.read_text(), flags=re.S)
     ]
-    assert set(users) <= {"spark.encoder", "spark.export", "spark.official"}, users
+    assert set(users) <= {"spark.model.encoder", "spark.weights.encoder", "spark.weights.official"}, users
 
 
 def import_anew():
@@ -118,10 +118,12 @@ def import_anew():
         del sys.modules[name]
     sys.argv = ["x", "--nonsense"]
     import spark
-    import spark.run
-    import spark.sources
+    import spark.images.sources
+    import spark.training.accelerator
 
-    assert not {"spark.model", "spark.checkpoint"} & set(sys.modules), "light modules need not wait for timm"
+    assert not {"spark.model.spark", "spark.training.checkpoint"} & set(sys.modules), (
+        "light modules need not wait for timm"
+    )
     for package in (spark, importlib.import_module("finetune")):
         assert package.__all__
         assert all(getattr(package, name).__name__ == name for name in package.__all__)

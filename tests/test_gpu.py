@@ -12,11 +12,11 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from spark import pretrain
-from spark.masking import random_visible
-from spark.model import SparK
-from spark.run import read_rows
-from tests.test_model import lively
-from tests.test_pretrain import small_run
+from spark.model.masking import random_visible
+from spark.model.spark import SparK
+from spark.training.log import read_rows
+from tests.spark.model.test_model import lively
+from tests.spark.test_pretrain import small_run
 
 pytestmark = [
     pytest.mark.gpu,

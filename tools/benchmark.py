@@ -52,10 +52,11 @@ from rich.console import Console
 from rich.table import Table
 
 from spark import SparK
-from spark.folders import write_whole
-from spark.run import usable_cores
+from spark.errors import UserError
+from spark.files import write_whole
 from spark.sparse import LAYOUTS, MissingRuleError
 from spark.sparse.choice import device_name
+from spark.training.accelerator import usable_cores
 
 APART = ("loader", "distillation", "cache", "scoring")
 """Commands with options of their own, in which SparK takes no part or trains nothing."""
@@ -447,7 +448,7 @@ def errors_alone(name: str) -> Iterator[None]:
 
 
 # What it says of keys is for users' files; a weight that went astray fails the check of parity here.
-@errors_alone("spark.official")
+@errors_alone("spark.weights.official")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line, measure, write CSV rows as they come, print a table."""
     options = parse_arguments(arguments)
@@ -492,7 +493,7 @@ def check(options: argparse.Namespace) -> None:
     for file in filter(None, (options.csv, getattr(options, "plot", None))):
         folder = next(parent for parent in file.absolute().parents if parent.exists())
         if file.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-            raise ValueError(f"{file} cannot be written: name a file in a folder that you may write to")
+            raise UserError(f"{file} cannot be written: name a file in a folder that you may write to")
     if options.command in ("distillation", "cache"):
         from benchmarks.depth import read_card  # depth's packages take seconds to import
 

@@ -30,10 +30,11 @@ from benchmarks.timing import interleaved, refuse_busy_machine, summary
 from study import call, complete, depth, hidden_paths, write_image_list
 
 from spark import SparK
-from spark.config import ModelConfig, PretrainConfig, parse_config
-from spark.folders import write_whole
-from spark.run import read_rows
+from spark.config import ModelConfig, PretrainConfig
+from spark.files import write_whole
 from spark.sparse.choice import device_name
+from spark.training.cli import parse_config
+from spark.training.log import read_rows
 
 _BATCH = 32
 """Images of a measured step."""
@@ -239,7 +240,7 @@ def probe(job: Job, options: argparse.Namespace) -> None:
     output = options.output_dir / f"probe_{job.name}.json"
     if not output.exists():
         call(
-            "tools/probe.py",
+            "spark/commands/probe.py",
             encoder=options.output_dir / f"pretrain_{job.name}" / "encoder",
             data=options.data / "images" / "scenes",
             size=64,

@@ -9,7 +9,7 @@ Runs the project's own scripts, exactly as they are run by hand, and prints ever
     3. timm       plain timm loads the exported encoder                  timm.create_model("local-dir:...")
     4. train      UNet++ from scratch and from that encoder, alike       finetune/depth.py, twice
     5. evaluate   both on rooms that no training saw                     finetune/evaluate.py, twice
-    6. report     OUTPUT_DIR/report.html                                tools/report.py
+    6. report     OUTPUT_DIR/report.html                                spark/commands/report.py
     7. figure     OUTPUT_DIR/figure.png                                 tools/demo_figure.py
 
 The two trainings run side by side on half of the cores each, and so do the two evaluations. The output of every step is
@@ -30,6 +30,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from spark.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = "steps.json"  # in the output folder: what has been run, and the mark that a demo made the folder
@@ -185,7 +187,7 @@ def report_step(output: str) -> Step:
         "report",
         "Write the report",
         (
-            "tools/report.py",
+            "spark/commands/report.py",
             *(f"scratch={output}/scratch", f"SparK={output}/spark", f"pretraining={output}/pretrain"),
             *("--steps", f"{output}/{RECORD}", "--title", "SparK demo", "--lead", lead),
             *("--output", f"{output}/report.html"),
@@ -222,7 +224,7 @@ class Record:
         for entry in self.entries:
             if entry["name"] == step.name:
                 if entry["command"] != step.command:
-                    raise ValueError(
+                    raise UserError(
                         f"{self.path.parent} holds a demo with other settings (step {step.name} differs):"
                         " start over with --fresh, or choose another --output_dir"
                     )
@@ -336,10 +338,10 @@ def prepare_folder(folder: Path, fresh: bool) -> None:
         ValueError: the folder holds something that no demo made; it is not touched.
     """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: --output_dir is a folder")
+        raise UserError(f"{folder} is a file: --output_dir is a folder")
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / RECORD).is_file():
-            raise ValueError(
+            raise UserError(
                 f"{folder} is not empty and holds no demo ({RECORD}): choose another --output_dir"
             )
         if fresh:

@@ -24,17 +24,18 @@ from safetensors.torch import load_file
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from finetune.depth_data import DepthSample, open_depth_data
-from finetune.figures import Page, colourise, depth_colours, save_figure, shared_range
-from finetune.inference import predict_depth, transform_of
-from finetune.model import ENCODER_NAME, load_depth_model
+from finetune.model.depth_model import ENCODER_NAME, load_depth_model
 from finetune.protocols import get_protocol
+from finetune.report.figures import Page, colourise, depth_colours, save_figure, shared_range
+from finetune.scoring.score import predict_depth, transform_of
 from spark.assembly import build_model
-from spark.checkpoint import find_run
 from spark.config import ModelConfig
-from spark.encoder import is_own
-from spark.export import name_of
-from spark.masking import mean_ratio, visible_at
-from spark.reporting import Run, read_run
+from spark.errors import UserError
+from spark.model.encoder import is_own
+from spark.model.masking import mean_ratio, visible_at
+from spark.report import Run, read_run
+from spark.training.checkpoint import find_run
+from spark.weights.encoder import name_of
 
 
 def draw(pretrain: Run | None, runs: dict[str, Run], count: int, encoder_name: str | None = None) -> Figure:
@@ -113,7 +114,7 @@ def draw(pretrain: Run | None, runs: dict[str, Run], count: int, encoder_name: s
 def validation_samples(run: Run, count: int) -> list[DepthSample]:
     """Pairs spread evenly over the validation data of a depth run."""
     if not run.option("data.root"):
-        raise ValueError(f"config.yaml of {run.folder} does not say where its data is (data.root)")
+        raise UserError(f"config.yaml of {run.folder} does not say where its data is (data.root)")
     data = open_depth_data(
         run.option("data.val_root") or run.option("data.root"),
         run.option("data.val_list"),
@@ -147,13 +148,13 @@ def masked_and_reconstructed(
     """
     channels = run.option("model.in_chans", 3)
     if channels not in (1, 3):
-        raise ValueError(
+        raise UserError(
             f"{run.folder} was trained on images of {channels} channels, and those of the depth runs have 3: leave "
             "--pretrain out"
         )
     checkpoint = find_run(run.folder, True)
     if checkpoint is None:
-        raise ValueError(f"{run.folder} has no checkpoint to reconstruct with")
+        raise UserError(f"{run.folder} has no checkpoint to reconstruct with")
     known = {item.name for item in fields(ModelConfig)}
     options: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
@@ -214,12 +215,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
         if args.images < 1:
-            raise ValueError(f"--images must be at least 1, not {args.images}")
+            raise UserError(f"--images must be at least 1, not {args.images}")
         runs = {}
         for entry in args.depth:
             label, equals, folder = entry.partition("=")
             if not equals or not label or not folder or label in runs:
-                raise ValueError(
+                raise UserError(
                     f"--depth takes LABEL=RUN, each label once, such as scratch=runs/scratch, not {entry!r}"
                 )
             runs[label] = read_run(folder, label)

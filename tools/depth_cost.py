@@ -21,9 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from finetune import DepthModel
 from finetune.config import DepthConfig
 from finetune.losses import WeightedLoss
-from finetune.segmentation import attach_segmentation
-from spark.config import parse_config
-from spark.folders import write_whole
+from finetune.model.segmentation import attach_segmentation
+from spark.files import write_whole
+from spark.training.cli import parse_config
 
 CARDS = Path(__file__).resolve().parents[1] / "configs" / "depth"
 

@@ -45,9 +45,9 @@ from study import (
 )
 
 from finetune.depth_data import NYUSync
-from finetune.model import load_depth_model
-from spark.folders import write_whole
-from spark.seeding import derive_seed
+from finetune.model.depth_model import load_depth_model
+from spark.files import write_whole
+from spark.seeds import derive_seed
 
 STARTS = ("scratch", "spark")
 SHOWN = {"delta1": "δ1 ↑", "abs_rel": "AbsRel ↓", "rmse": "RMSE [m] ↓", "log10": "log10 ↓"}

@@ -29,9 +29,9 @@ from benchmarks.rows import rows_as_csv
 from torch import Tensor, nn
 
 from spark import SparK
-from spark.encoder import PyramidLevel, build_encoder, pyramid, pyramid_info
-from spark.folders import write_whole
-from spark.masking import random_visible
+from spark.files import write_whole
+from spark.model.encoder import PyramidLevel, build_encoder, pyramid, pyramid_info
+from spark.model.masking import random_visible
 from spark.sparse import MissingRuleError, sparsify
 
 FAMILIES = {

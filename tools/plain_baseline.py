@@ -29,10 +29,10 @@ from study import METRICS, SHOWN, call, finished, require_finished, spread
 from torch import Tensor
 
 from finetune.depth_data import open_depth_data
-from finetune.metrics import write_results
 from finetune.protocols import get_protocol
-from finetune.scoring import DepthEvaluator
-from spark.folders import write_whole
+from finetune.scoring.depth import DepthEvaluator
+from finetune.scoring.metrics import write_results
+from spark.files import write_whole
 
 SIZE = (128, 160)
 BATCH = 16

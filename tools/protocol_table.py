@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from finetune.protocols import PROTOCOLS, Protocol
-from finetune.scoring import valid_text
-from spark.folders import write_whole
+from finetune.scoring.depth import valid_text
+from spark.files import write_whole
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "protocols.md"
 BEGIN, END = "<!-- table: tools/protocol_table.py -->\n", "<!-- end of table -->\n"

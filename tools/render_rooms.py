@@ -36,6 +36,8 @@ from rooms.furniture import ROOMS
 from rooms.interior import Builder
 from rooms.photo import place_camera, render_depth, render_photo
 
+from spark.errors import FileError, UserError
+
 GENERATOR = 1  # raise it when the same settings give other files than before
 
 
@@ -61,19 +63,19 @@ class Settings:
 
     def __post_init__(self):
         if self.scenes < 2 or self.views < 1 or self.unlabeled < 0:
-            raise ValueError(
+            raise UserError(
                 "at least 2 scenes (one to train, one to test) of 1 view are needed, and unlabeled >= 0"
             )
         if self.scenes > 9999 or self.views > 9999:
-            raise ValueError("scenes and views are numbered with four digits: at most 9999 of each")
+            raise UserError("scenes and views are numbered with four digits: at most 9999 of each")
         if self.seed < 0:
-            raise ValueError(f"seed must not be negative, it is {self.seed}")
+            raise UserError(f"seed must not be negative, it is {self.seed}")
         if min(self.size) < 16:
-            raise ValueError(
+            raise UserError(
                 f"size {self.size[0]} {self.size[1]} is too small to show a room: at least 16 pixels a side"
             )
         if not 0 < self.test_share < 1:
-            raise ValueError(f"test_share is a share of the scenes, between 0 and 1, not {self.test_share}")
+            raise UserError(f"test_share is a share of the scenes, between 0 and 1, not {self.test_share}")
 
     @property
     def test_scenes(self) -> int:
@@ -134,7 +136,7 @@ def render_scene(task: Task) -> int:
 def write_depth(path: Path, depth: np.ndarray) -> None:
     """Write depth [m] as a 16-bit PNG in millimetres, as NYU's "sync" layout has it."""
     if not cv2.imwrite(str(path), np.round(depth * 1000).astype(np.uint16)):
-        raise OSError(f"could not write {path}: is the disk full or the folder read-only?")
+        raise FileError(f"could not write {path}: is the disk full or the folder read-only?")
 
 
 def claim_folder(output: Path, settings: Settings) -> bool:
@@ -144,17 +146,17 @@ def claim_folder(output: Path, settings: Settings) -> bool:
         ValueError: the folder holds something else; nothing in it is touched.
     """
     if output.exists() and not output.is_dir():
-        raise ValueError(f"{output} is a file: --output is a folder")
+        raise UserError(f"{output} is a file: --output is a folder")
     card = output / "rooms.json"
     if output.is_dir() and any(output.iterdir()):
         try:
             found = json.loads(card.read_text(encoding="utf-8"))["settings"]
         except (OSError, ValueError, TypeError, KeyError):
-            raise ValueError(
+            raise UserError(
                 f"{output} is not empty and was not made by this tool: choose another --output, or empty it yourself"
             ) from None
         if found != describe(settings)["settings"]:
-            raise ValueError(
+            raise UserError(
                 f"{output} holds rooms of other settings ({found}): choose another --output, or delete that folder"
             )
         return (output / "train.txt").is_file() and (output / "test.txt").is_file()
@@ -210,7 +212,7 @@ def render(output: str | Path, settings: Settings, workers: int | None = None, s
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if workers < 1:
-        raise ValueError(f"--workers must be at least 1, not {workers}")
+        raise UserError(f"--workers must be at least 1, not {workers}")
     if claim_folder(output, settings):
         if show:
             print(f"{output} already holds these rooms: nothing to do")

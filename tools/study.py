@@ -24,8 +24,8 @@ import torch
 import yaml
 from benchmarks.rows import rows_as_csv
 
-from spark.folders import write_whole
-from spark.run import read_rows
+from spark.files import write_whole
+from spark.training.log import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = ["delta1", "delta2", "delta3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog"]

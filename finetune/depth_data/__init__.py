@@ -4,9 +4,9 @@ from finetune.depth_data.base import DepthSet, OpenOptions
 from finetune.depth_data.cache import CachedSet, check_room, fill
 from finetune.depth_data.labels import LabelOptions
 from finetune.depth_data.mixing import MixedSampler, MixedSet, TrainingMix
-from finetune.depth_data.nyu import NYULabeled, NYUSync, paint_border
-from finetune.depth_data.opening import KINDS, Kind, open_depth_data, recognise
+from finetune.depth_data.registry import KINDS, Kind, open_depth_data, recognise
 from finetune.depth_data.sample import DepthFileError, DepthSample, read_depth_mm, read_rgb
+from finetune.depth_data.sets.nyu import NYULabeled, NYUSync, paint_border
 from finetune.depth_data.transforms import DepthTrainingSet, EvalTransform, TrainTransform, collate_depth
 
 __all__ = [

@@ -31,8 +31,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from finetune.depth_data.base import DepthSet
 from finetune.depth_data.sample import DepthFileError, DepthSample
-from spark.folders import write_whole
-from spark.run import ignore_stop_signals
+from spark.errors import FileError, UserError
+from spark.files import write_whole
+from spark.training.stop import ignore_stop_signals
 
 FORMAT = 2
 """Of the files below; a change of it makes all caches anew."""
@@ -117,7 +118,7 @@ class CachedSet(DepthSet):
             # Mapped for this sample only: a process that mapped all parts would seem to use as much memory as they.
             mapped = np.memmap(path, np.uint8, "r", offset=int(row["offset"]), shape=(size,))
         except (OSError, ValueError) as error:
-            raise OSError(
+            raise FileError(
                 f"{path} cannot be read, or was cut short, after the run had begun to use it: leave a cache in its"
                 " place while runs read it. With --resume true the run goes on, and writes what is missing anew"
             ) from error
@@ -199,7 +200,7 @@ class CachedSet(DepthSet):
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise OSError(
+                raise FileError(
                     error.errno,
                     f"the disk is full, {path} of the cache was not written: free some space, or name another disk with"
                     " --data.cache FOLDER, and try again; the parts that are there stay",
@@ -234,7 +235,7 @@ class CachedSet(DepthSet):
             with suppress(DepthFileError):
                 fresh, kept = self.data[index], self[index]
                 if any(not same(getattr(fresh, name), getattr(kept, name)) for name in FIELDS):
-                    raise ValueError(
+                    raise UserError(
                         f"the cache {self.folder} does not hold what the files of {fresh.name} now give: another"
                         " version of this project or of a library of images wrote it. Remove that folder, and the run"
                         " writes it anew"
@@ -332,12 +333,12 @@ def check_room(caches: Sequence[CachedSet]) -> None:
     needed = sum({cache.folder: cache.needed() for cache in caches}.values())
     present = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if needed and not (present.is_dir() and os.access(present, os.W_OK | os.X_OK)):
-        raise OSError(
+        raise FileError(
             f"data.cache {folder} cannot be made: {present} is a file or read-only; name another folder"
         )
     free = shutil.disk_usage(present).free
     if needed > free:
-        raise OSError(
+        raise FileError(
             f"the cache needs about {needed / 1e9:.3g} GB in {folder}, where {free / 1e9:.3g} GB are free: free some"
             " space, name a folder on another disk with --data.cache FOLDER, or leave data.cache false"
         )
@@ -400,7 +401,7 @@ def prepare_folder(cache: CachedSet) -> None:
             if not (cache.folder / "fingerprint.json").exists():
                 write_whole(cache.folder / "fingerprint.json", json.dumps(cache.facts, indent=2).encode())
     except OSError as error:
-        raise OSError(
+        raise FileError(
             f"data.cache {cache.folder} cannot be made ({error.strerror}): name a folder that you may write to"
         ) from error
 

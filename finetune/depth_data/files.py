@@ -11,6 +11,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from finetune.depth_data.sample import file_error, unreadable
+from spark.errors import UserError
 
 DAMAGED = (OSError, KeyError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError)
 """What reading a damaged file or archive raises."""
@@ -36,7 +37,7 @@ class Files:
         if self.root.is_dir():
             return
         if not zipfile.is_zipfile(self.root):
-            raise ValueError(
+            raise UserError(
                 f"{self.root} is neither a folder nor a whole zip archive: copy or download it again"
             )
         with zipfile.ZipFile(self.root) as archive:

@@ -9,6 +9,7 @@ import numpy as np
 from scipy.io import loadmat
 
 from finetune.depth_data.sample import VOID, file_error, unreadable
+from spark.errors import UserError
 
 MAPPING_40 = "classMapping40.mat"
 NYU13_NAMES = (
@@ -55,7 +56,7 @@ class LabelOptions:
             ValueError: 40 classes are asked of a file of 13.
         """
         if stored < self.classes:
-            raise ValueError(
+            raise UserError(
                 f"{where} holds {stored} classes, from which {self.classes} cannot be had: give data.labels {stored}"
             )
         low, high = int(values.min()), int(values.max())
@@ -112,14 +113,14 @@ def read_mapping_40(path: Path) -> np.ndarray:
         ValueError: no such file, or not the official classMapping40.mat.
     """
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"no file {path}: {MAPPING_40} of the field is needed beside the labelled file for its classes;"
             " or give data.labels null"
         )
     try:
         mapping = np.asarray(loadmat(path)["mapClass"]).ravel()
     except Exception as error:  # scipy raises a dozen kinds of error for a file that is not MATLAB 5
-        raise ValueError(f"cannot read mapClass of {path} as a MATLAB file: {error}") from error
+        raise UserError(f"cannot read mapClass of {path} as a MATLAB file: {error}") from error
     if mapping.size != 894 or mapping.min() < 1 or mapping.max() > 40:
-        raise ValueError(f"{path} should map 894 classes to 1..40, the official {MAPPING_40} does")
+        raise UserError(f"{path} should map 894 classes to 1..40, the official {MAPPING_40} does")
     return np.concatenate([np.zeros(1, np.uint8), mapping.astype(np.uint8)])

@@ -6,8 +6,8 @@ that is farthest behind its share of m + 1 micro-batches. With weights 3 and 1 t
 with an accumulation of 4 every optimizer step sees both in these shares. No chance is involved, and nothing to save: a
 resumed run counts from the beginning whose turn it is.
 
-Within a set, the stream is that of a run on this set alone (`spark.run.StreamSampler`), seeded by the run's seed and
-the set's number; the first set has the run's seed itself, so a run on one set is the special case.
+Within a set, the stream is that of a run on this set alone (`spark.training.sampling.StreamSampler`), seeded by the
+run's seed and the set's number; the first set has the run's seed itself, so a run on one set is the special case.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,11 +18,11 @@ from torch.utils.data import Dataset, Sampler
 
 from finetune.depth_data.base import DepthSet
 from finetune.depth_data.transforms import DepthTrainingSet, TrainTransform
-from spark.run import StreamSampler
-from spark.seeding import derive_seed
+from spark.seeds import derive_seed
+from spark.training.sampling import StreamSampler
 
 SET = 13
-"""What a seed derived for a set is for, apart from the uses in finetune/assembly.py."""
+"""What a seed derived for a set is for, apart from the uses in finetune/tasks/build.py."""
 
 
 @dataclass(frozen=True)

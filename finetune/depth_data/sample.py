@@ -39,14 +39,15 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from spark.decoding import MAX_PIXELS, describe_failure
+from spark.errors import UserError
+from spark.images.decode import MAX_PIXELS, describe_failure
 
 Supervision: TypeAlias = Literal["metric", "affine", "ordinal"]
 VOID = 255
 """The label that no loss and no metric looks at."""
 
 
-class DepthFileError(ValueError):
+class DepthFileError(UserError):
     """A pair that cannot be used as it lies on disk; the message is "path: reason"."""
 
 
@@ -79,7 +80,7 @@ class Plane:
 
 @dataclass(frozen=True)
 class SceneGeometry:
-    """What is known of a scene besides its depth, for the scores of iBims-1 (`finetune.ibims`).
+    """What is known of a scene besides its depth, for the scores of iBims-1 (`finetune.scoring.ibims`).
 
     Args:
         edges: where depth jumps, bool `[H, W]`.
@@ -149,9 +150,7 @@ class DepthSample:
     def metres(self) -> np.ndarray:
         """`depth`; ValueError where no distance is known."""
         if self.depth is None:
-            raise ValueError(
-                f"{self.name} has no depth in metres, which this needs: use a set of RGB-D pairs"
-            )
+            raise UserError(f"{self.name} has no depth in metres, which this needs: use a set of RGB-D pairs")
         return self.depth
 
 

@@ -18,7 +18,8 @@ from torch.utils.data import Dataset
 
 from finetune.depth_data.base import DepthSet
 from finetune.depth_data.sample import VOID, DepthFileError, DepthSample, file_error
-from spark.seeding import derive_seed
+from spark.errors import UserError
+from spark.seeds import derive_seed
 
 NYU_FRAME = (480, 640)
 NYU_BORDER = (45, 472, 43, 608)
@@ -116,20 +117,20 @@ class TrainTransform:
         for name in ("zoom", "gamma", "brightness", "channel", "contrast"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
-                raise ValueError(f"{name} must be a range 0 < low <= high, not ({low}, {high})")
+                raise UserError(f"{name} must be a range 0 < low <= high, not ({low}, {high})")
         for name in ("flip", "colour", "cut_depth"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a probability between 0 and 1, not {getattr(self, name)}")
+                raise UserError(f"{name} is a probability between 0 and 1, not {getattr(self, name)}")
         if not 0 <= self.rotation < 90:
-            raise ValueError(f"rotation must be at least 0 and below 90 degrees, not {self.rotation}")
+            raise UserError(f"rotation must be at least 0 and below 90 degrees, not {self.rotation}")
         if not 0 <= self.min_depth < self.max_depth:
-            raise ValueError(
+            raise UserError(
                 f"depths must satisfy 0 <= min_depth < max_depth, not {self.min_depth}, {self.max_depth}"
             )
         if self.border is not None:
             top, bottom, left, right = self.border
             if not (0 <= top < bottom <= NYU_FRAME[0] and 0 <= left < right <= NYU_FRAME[1]):
-                raise ValueError(
+                raise UserError(
                     f"border is (top, bottom, left, right) inside a 480x640 frame, not {self.border}"
                 )
         window, usable = self._window_size(NYU_FRAME, self.zoom[0]), self._usable(NYU_FRAME)
@@ -139,7 +140,7 @@ class TrainTransform:
                 int(have / full * size * self.zoom[0] + 1e-6)
                 for have, full, size in zip(available, NYU_FRAME, self.image_size, strict=True)
             ]
-            raise ValueError(
+            raise UserError(
                 f"a crop of {self.crop_size} does not fit: of {self.image_size}, zoom {self.zoom[0]}"
                 f" and the border cut leave {tuple(largest)}: use a smaller crop_size or a larger image_size"
             )
@@ -256,8 +257,8 @@ class DepthTrainingSet(Dataset[dict]):
         transform: what augments a pair with torch's global generator.
         seed: of the run.
         skip_unreadable: let the next readable pair take the place of one that raises `DepthFileError` or has no
-            reading at all, and report it under "failed" as "path: reason", for `spark.images.UnreadableImages` to
-            count. Otherwise the error is raised.
+            reading at all, and report it under "failed" as "path: reason", for
+            `spark.training.skipped.UnreadableImages` to count. Otherwise the error is raised.
     """
 
     def __init__(
@@ -303,7 +304,7 @@ class DepthTrainingSet(Dataset[dict]):
                 if not self.skip_unreadable:
                     raise
                 failed.append(str(error))
-        raise ValueError(f"none of the {len(self)} pairs can be read, the first: {failed[0]}")
+        raise UserError(f"none of the {len(self)} pairs can be read, the first: {failed[0]}")
 
 
 def has_reading(sample: DepthSample) -> bool:
@@ -422,9 +423,9 @@ def _padded(values: Tensor, length: int) -> Tensor:
 def _check_sizes(**sizes: tuple[int, int]) -> None:
     for name, size in sizes.items():
         if len(size) != 2 or any(int(n) != n or n < 1 for n in size):
-            raise ValueError(f"{name} is (height, width) in whole pixels, not {size}")
+            raise UserError(f"{name} is (height, width) in whole pixels, not {size}")
 
 
 def _check_colours(mean: Sequence[float], std: Sequence[float]) -> None:
     if len(mean) != 3 or len(std) != 3 or any(s <= 0 for s in std):
-        raise ValueError(f"mean and std need three numbers each, std above 0, not {mean} and {std}")
+        raise UserError(f"mean and std need three numbers each, std above 0, not {mean} and {std}")

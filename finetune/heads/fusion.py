@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from finetune.heads.levels import levels_at
 from finetune.heads.output import DepthOutput, DepthRange
-from spark.encoder import PyramidLevel
+from spark.errors import UserError
+from spark.model.encoder import PyramidLevel
 
 STRIDES = (4, 8, 16, 32)
 
@@ -129,4 +130,4 @@ class Fusion(nn.Module):
 def check_width(width: int) -> None:
     """Refuse a width that cannot be halved."""
     if width < 2 or width % 2:
-        raise ValueError(f"width must be even and at least 2, got {width}.")
+        raise UserError(f"width must be even and at least 2, got {width}.")

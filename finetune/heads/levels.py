@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from spark.encoder import PyramidLevel
+from spark.errors import UserError
+from spark.model.encoder import PyramidLevel
 
 
 def levels_at(head: str, levels: Sequence[PyramidLevel], strides: Sequence[int]) -> list[PyramidLevel]:
@@ -13,7 +14,7 @@ def levels_at(head: str, levels: Sequence[PyramidLevel], strides: Sequence[int])
     """
     by_stride = {level.stride: level for level in levels}
     if any(stride not in by_stride for stride in strides):
-        raise ValueError(
+        raise UserError(
             f"head {head!r} needs feature maps at strides {', '.join(map(str, strides))}, and this encoder has them at"
             f" {', '.join(map(str, by_stride))}: use another encoder (ResNet, ConvNeXt, SwinV2, ...), or head 'unetpp',"
             " which takes any pyramid"

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune.heads.output import DepthOutput, DepthRange
-from spark.encoder import PyramidLevel
+from spark.model.encoder import PyramidLevel
 
 
 class Linear(nn.Module):

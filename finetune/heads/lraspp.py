@@ -8,7 +8,8 @@ from torchvision.models.segmentation.lraspp import LRASPPHead
 
 from finetune.heads.levels import levels_at
 from finetune.heads.output import DepthOutput, DepthRange
-from spark.encoder import PyramidLevel
+from spark.errors import UserError
+from spark.model.encoder import PyramidLevel
 
 
 class LiteASPP(nn.Module):
@@ -31,7 +32,7 @@ class LiteASPP(nn.Module):
     ) -> None:
         super().__init__()
         if width < 1 or maps < 1:
-            raise ValueError(f"width and maps must be at least 1, got {width} and {maps}.")
+            raise UserError(f"width and maps must be at least 1, got {width} and {maps}.")
         self.levels = levels_at("lraspp", levels, (8, max(16, levels[-1].stride)))
         low, high = (level.channels for level in self.levels)
         self.decoder = LRASPPHead(low, high, maps, width)

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from finetune.heads.fusion import STRIDES, CoreOutput, FusionCore, check_width
 from finetune.heads.levels import levels_at
 from finetune.heads.output import DepthOutput, DepthRange, full_precision
-from spark.encoder import PyramidLevel
+from spark.errors import UserError
+from spark.model.encoder import PyramidLevel
 
 ALPHA, GAMMA = 300.0, 2
 
@@ -53,14 +54,14 @@ class MetricBins(nn.Module):
         self.levels = levels_at("metric_bins", levels, STRIDES)
         check_width(width)
         if bins < 2 or embedding < 1:
-            raise ValueError(f"bins must be at least 2 and embedding at least 1, got {bins} and {embedding}.")
+            raise UserError(f"bins must be at least 2 and embedding at least 1, got {bins} and {embedding}.")
         if len(attractors) != len(STRIDES) or min(attractors) < 1:
-            raise ValueError(
+            raise UserError(
                 f"attractors must hold {len(STRIDES)} positive numbers, for strides 16, 8, 4, 2, got"
                 f" {list(attractors)}."
             )
         if not 0 < min_temperature < max_temperature:
-            raise ValueError(
+            raise UserError(
                 f"temperatures must satisfy 0 < min_temperature < max_temperature, got {min_temperature} and"
                 f" {max_temperature}."
             )

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from spark.errors import UserError
+
 
 class DepthOutput(NamedTuple):
     """What a depth model returns; None is what its head does not give."""
@@ -22,7 +24,7 @@ class DepthOutput(NamedTuple):
     has; of the padded image."""
 
     segmentation: Tensor | None = None
-    """From such a decoder (`finetune.segmentation`): logits of the classes [B, K, H, W]."""
+    """From such a decoder (`finetune.model.segmentation`): logits of the classes [B, K, H, W]."""
 
     def disparity(self) -> Tensor | None:
         """Inverse depth [B, 1, H, W]: the affine-invariant one of a head that gives it, else 1 / depth [1/m]."""
@@ -62,7 +64,7 @@ class DepthRange(nn.Module):
     def __init__(self, min_depth: float, max_depth: float, initial_depth: float) -> None:
         super().__init__()
         if not 0 < min_depth < initial_depth < max_depth:
-            raise ValueError(
+            raise UserError(
                 "depths must satisfy 0 < min_depth < initial_depth < max_depth [m], got "
                 f"min_depth={min_depth}, initial_depth={initial_depth}, max_depth={max_depth}."
             )

@@ -9,7 +9,8 @@ from segmentation_models_pytorch.decoders.unetplusplus.decoder import DecoderBlo
 from torch import Tensor, nn
 
 from finetune.heads.output import DepthOutput, DepthRange
-from spark.encoder import PyramidLevel
+from spark.errors import UserError
+from spark.model.encoder import PyramidLevel
 
 
 class UnetPlusPlus(nn.Module):
@@ -40,7 +41,7 @@ class UnetPlusPlus(nn.Module):
         self.levels = [level for level in levels if level.stride > 1]
         steps = int(math.log2(self.levels[-1].stride))
         if len(decoder_channels) != steps or min(decoder_channels) < 1:
-            raise ValueError(
+            raise UserError(
                 f"decoder_channels must hold {steps} positive numbers, one for each doubling from stride "
                 f"{self.levels[-1].stride} to 1, got {list(decoder_channels)}."
             )

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from finetune.construct import construct
 from finetune.heads.output import DepthOutput
 from finetune.losses.affine import GradientMatching, ScaleShiftInvariant
 from finetune.losses.base import DepthLoss, NoGroundTruth
@@ -22,7 +23,7 @@ from finetune.losses.segmentation import Segmentation
 from finetune.losses.silog import SILog
 from finetune.losses.structure import SSIM, Smoothness
 from finetune.losses.targets import OUTPUTS, TARGETS, supplies
-from finetune.registry import construct
+from spark.errors import UserError
 
 __all__ = [
     "L1",
@@ -89,15 +90,15 @@ class WeightedLoss(nn.Module):
         super().__init__()
         options = options or {}
         if not weights:
-            raise ValueError(f"no loss is named: give at least one of {', '.join(LOSSES)} with a weight.")
+            raise UserError(f"no loss is named: give at least one of {', '.join(LOSSES)} with a weight.")
         for name, weight in weights.items():
             if weight <= 0:
-                raise ValueError(
+                raise UserError(
                     f"the weight of loss {name!r} must be positive, got {weight}: leave it out to drop it."
                 )
         for name in options:
             if name not in weights:
-                raise ValueError(
+                raise UserError(
                     f"options are given for loss {name!r}, which is not among {', '.join(weights)}."
                 )
         self.weights = dict(weights)
@@ -135,14 +136,14 @@ class WeightedLoss(nn.Module):
             given = {*outputs, *(["disparity"] if {"depth", "disparity_affine"} & set(outputs) else [])}
             if loss.predicts != "segmentation" and loss.predicts not in given:
                 ranked = ", or rank what it gives (loss_options.ranking.output)" if name == "ranking" else ""
-                raise ValueError(
+                raise UserError(
                     f"loss {name!r} scores {loss.predicts}, and the head gives {', '.join(outputs)}: choose another"
                     f" loss or another head{ranked}"
                 )
             if not supplies(loss.needs, entries):
                 wanted = " or ".join(" and ".join(names) for names in TARGETS[loss.needs].alternatives)
                 asked = " (classes are read with data.labels 13 or 40)" if loss.needs == "labels" else ""
-                raise ValueError(
+                raise UserError(
                     f"loss {name!r} needs {wanted} of the data, which has only {', '.join(sorted(entries))}: name data"
                     f" that has it{asked}, or leave the loss out"
                 )
@@ -166,7 +167,7 @@ class WeightedLoss(nn.Module):
         for name, loss in self._terms().items():
             prediction = OUTPUTS[loss.predicts](output)
             if prediction is None:
-                raise ValueError(f"loss {name!r} scores {loss.predicts}, which the model does not give")
+                raise UserError(f"loss {name!r} scores {loss.predicts}, which the model does not give")
             if not supplies(loss.needs, batch):
                 empty.append(f"{type(loss).__name__} needs {loss.needs}, which this batch has not")
                 continue

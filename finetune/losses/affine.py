@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from finetune.losses.base import DepthLoss, NoGroundTruth, check_maps
+from spark.errors import UserError
 
 
 def align(prediction: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,7 +97,7 @@ class GradientMatching(_Aligned):
     def __init__(self, scales: int = 4) -> None:
         super().__init__()
         if scales < 1:
-            raise ValueError(f"scales must be at least 1, got {scales}.")
+            raise UserError(f"scales must be at least 1, got {scales}.")
         self.scales = scales
 
     def penalty(self, residual: Tensor, valid: Tensor) -> Tensor:

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from spark.errors import UserError
 
-class NoGroundTruth(ValueError):
+
+class NoGroundTruth(UserError):
     """A batch has too little ground truth for its loss to be defined.
 
     A loss of zero would look like a perfect prediction, so losses raise this instead; the caller decides what a batch
@@ -54,9 +56,9 @@ def at_least_fp32(values: Tensor) -> Tensor:
 def check_maps(prediction: Tensor, target: Tensor, valid: Tensor) -> None:
     """Refuse maps of different shapes and masks that are not boolean."""
     if not prediction.shape == target.shape == valid.shape:
-        raise ValueError(
+        raise UserError(
             f"prediction {tuple(prediction.shape)}, target {tuple(target.shape)} and valid {tuple(valid.shape)} "
             "must have one shape, [B, 1, H, W]: resize the prediction to the ground truth before the loss."
         )
     if valid.dtype != torch.bool:
-        raise ValueError(f"valid must be a bool mask, got {valid.dtype}: pass `target > 0` or similar.")
+        raise UserError(f"valid must be a bool mask, got {valid.dtype}: pass `target > 0` or similar.")

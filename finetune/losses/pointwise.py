@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from finetune.losses.masked import MaskedLoss
+from spark.errors import UserError
 
 
 class L1(MaskedLoss):
@@ -25,7 +26,7 @@ class MSE(MaskedLoss):
     def __init__(self, unit_depth: float = 1.0) -> None:
         super().__init__()
         if unit_depth <= 0:
-            raise ValueError(f"unit_depth must be positive, got {unit_depth}.")
+            raise UserError(f"unit_depth must be positive, got {unit_depth}.")
         self.unit_depth = unit_depth
 
     def formula(self, predicted: Tensor, truth: Tensor) -> Tensor:
@@ -43,7 +44,7 @@ class BerHu(MaskedLoss):
     def __init__(self, fraction: float = 0.2) -> None:
         super().__init__()
         if not 0 < fraction <= 1:
-            raise ValueError(f"fraction must lie in (0, 1], got {fraction}.")
+            raise UserError(f"fraction must lie in (0, 1], got {fraction}.")
         self.fraction = fraction
 
     def formula(self, predicted: Tensor, truth: Tensor) -> Tensor:

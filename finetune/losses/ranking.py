@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetune.losses.base import DepthLoss, NoGroundTruth
+from spark.errors import UserError
 
 
 class PairwiseRanking(DepthLoss):
@@ -32,13 +33,13 @@ class PairwiseRanking(DepthLoss):
     ) -> None:
         super().__init__()
         if polarity not in ("farther", "nearer"):
-            raise ValueError(
+            raise UserError(
                 f"polarity says what relation 1 means for A, farther or nearer, got {polarity!r}."
             )
         if output not in ("depth", "disparity_affine"):
-            raise ValueError(f"output must be depth or disparity_affine, got {output!r}.")
+            raise UserError(f"output must be depth or disparity_affine, got {output!r}.")
         if not 0 <= drop_smallest < 1:
-            raise ValueError(f"drop_smallest must be at least 0 and below 1, got {drop_smallest}.")
+            raise UserError(f"drop_smallest must be at least 0 and below 1, got {drop_smallest}.")
         self.predicts = output
         self.sign = 1 if polarity == "farther" else -1
         self.drop_smallest = drop_smallest
@@ -54,7 +55,7 @@ class PairwiseRanking(DepthLoss):
         points, relation, valid = targets
         batch, _, height, width = prediction.shape
         if points.shape != (*relation.shape, 4) or valid.shape != relation.shape or len(points) != batch:
-            raise ValueError(
+            raise UserError(
                 f"pairs {list(points.shape)}, relation {list(relation.shape)} and pairs_valid {list(valid.shape)}"
                 f" must be [B, P, 4], [B, P] and [B, P] for {batch} images."
             )
@@ -64,13 +65,13 @@ class PairwiseRanking(DepthLoss):
         row_a, column_a, row_b, column_b = points[image, number].long().unbind(-1)
         limits = torch.tensor([height, width] * 2, device=points.device)
         if not ((points[image, number] >= 0) & (points[image, number] < limits)).all():
-            raise ValueError(
+            raise UserError(
                 f"a point of a pair lies outside the image of {height}x{width}: pairs are (row, column) of the image"
                 " that the model sees; leave out those that a crop removes"
             )
         r = relation[image, number].to(prediction.dtype) * self.sign
         if not ((r == 0) | (r.abs() == 1)).all():
-            raise ValueError("a relation of a pair must be -1, 0 or 1.")
+            raise UserError("a relation of a pair must be -1, 0 or 1.")
         farness = prediction[:, 0] if self.predicts == "depth" else -prediction[:, 0]
         difference = farness[image, row_a, column_a] - farness[image, row_b, column_b]
         unequal = F.softplus(-r * difference)[r != 0]

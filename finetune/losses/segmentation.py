@@ -5,6 +5,7 @@ from segmentation_models_pytorch.losses import DiceLoss, FocalLoss
 from torch import Tensor
 
 from finetune.losses.base import DepthLoss, NoGroundTruth
+from spark.errors import UserError
 
 VOID = 255
 """The label that counts nowhere, as in `finetune.depth_data.sample`."""
@@ -33,11 +34,11 @@ class Segmentation(DepthLoss):
     ) -> None:
         super().__init__()
         if classes < 1:
-            raise ValueError(f"classes must be at least 1, got {classes}.")
+            raise UserError(f"classes must be at least 1, got {classes}.")
         if not 0 <= dice <= 1:
-            raise ValueError(f"dice must lie in [0, 1], got {dice}.")
+            raise UserError(f"dice must lie in [0, 1], got {dice}.")
         if gamma < 0:
-            raise ValueError(f"gamma must be 0 or more, got {gamma}.")
+            raise UserError(f"gamma must be 0 or more, got {gamma}.")
         self.classes, self.dice = classes, dice
         self.decoder_channels = tuple(decoder_channels)
         self.dice_loss = DiceLoss("multiclass", ignore_index=VOID)
@@ -52,7 +53,7 @@ class Segmentation(DepthLoss):
         """
         (labels,) = targets
         if prediction.shape[1] != self.classes or prediction.shape[:1] + prediction.shape[2:] != labels.shape:
-            raise ValueError(
+            raise UserError(
                 f"logits {list(prediction.shape)} do not go with labels {list(labels.shape)}: expected"
                 f" [B, {self.classes}, H, W] and [B, H, W]."
             )
@@ -62,7 +63,7 @@ class Segmentation(DepthLoss):
             raise NoGroundTruth(f"{type(self).__name__} needs labelled pixels, and all of this batch is void")
         low, high = int(labels.min()), int(labels[known[:, 0]].max())
         if low < 0 or high >= self.classes:
-            raise ValueError(
+            raise UserError(
                 f"labels run from {low} to {high}, and there are {self.classes} classes, 0 to {self.classes - 1},"
                 f" beside void, {VOID}: set loss_options.segmentation.classes to what the data has"
             )

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from finetune.losses.masked import MaskedLoss
+from spark.errors import UserError
 
 NEAREST = 1e-7
 """Depth that the logarithm is held at [m]."""
@@ -32,9 +33,9 @@ class SILog(MaskedLoss):
     ) -> None:
         super().__init__()
         if not 0 <= variance_focus <= 1:
-            raise ValueError(f"variance_focus must lie in [0, 1], got {variance_focus}.")
+            raise UserError(f"variance_focus must lie in [0, 1], got {variance_focus}.")
         if scale <= 0 or eps < 0:
-            raise ValueError(f"scale must be positive and eps not negative, got scale={scale}, eps={eps}.")
+            raise UserError(f"scale must be positive and eps not negative, got scale={scale}, eps={eps}.")
         self.variance_focus = variance_focus
         self.scale = scale
         self.unbiased = unbiased

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetune.losses.base import DepthLoss, NoGroundTruth, check_maps
+from spark.errors import UserError
 
 
 class SSIM(DepthLoss):
@@ -21,9 +22,9 @@ class SSIM(DepthLoss):
     def __init__(self, unit_depth: float = 10.0, window: int = 11) -> None:
         super().__init__()
         if unit_depth <= 0:
-            raise ValueError(f"unit_depth must be positive, got {unit_depth}.")
+            raise UserError(f"unit_depth must be positive, got {unit_depth}.")
         if window < 3 or window % 2 == 0:
-            raise ValueError(f"window must be odd and at least 3, got {window}.")
+            raise UserError(f"window must be odd and at least 3, got {window}.")
         self.unit_depth = unit_depth
         self.window = window
 
@@ -39,7 +40,7 @@ class SSIM(DepthLoss):
         target, valid = targets
         check_maps(prediction, target, valid)
         if min(valid.shape[-2:]) < self.window:
-            raise ValueError(
+            raise UserError(
                 f"a window of {self.window} does not fit into {valid.shape[-2]}x{valid.shape[-1]} pixels."
             )
         whole = F.max_pool2d((~valid).float(), self.window, stride=1) == 0
@@ -88,7 +89,7 @@ class Smoothness(DepthLoss):
 
         (image,) = targets
         if prediction.shape[-2:] != image.shape[-2:] or len(prediction) != len(image):
-            raise ValueError(
+            raise UserError(
                 f"prediction {tuple(prediction.shape)} and image {tuple(image.shape)} must have one size."
             )
         if self.normalise:

@@ -4,13 +4,14 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from spark.errors import UserError
 from spark.sparse.batch_norm import SyncBatchNorm2d
+from spark.sparse.kernels.spconv import spconv_layout
+from spark.sparse.kernels.triton_ops import triton_layout
 from spark.sparse.masked_ops import MASKED
 from spark.sparse.packed_ops import PACKED
 from spark.sparse.sites import Sites
-from spark.sparse.spconv_ops import spconv_layout
 from spark.sparse.tensor import Layout, MissingRuleError, SparseTensor
-from spark.sparse.triton_ops import triton_layout
 
 __all__ = [
     "LAYOUTS",
@@ -54,9 +55,9 @@ def sparsify(
             assertion of the device fails) another number of visible patches.
     """
     if layout not in LAYOUTS:
-        raise ValueError(f"layout {layout!r} does not exist: use one of {', '.join(map(repr, LAYOUTS))}")
+        raise UserError(f"layout {layout!r} does not exist: use one of {', '.join(map(repr, LAYOUTS))}")
     if images.ndim != 4 or visible.shape[0] != images.shape[0]:
-        raise ValueError(
+        raise UserError(
             f"images must be [B, C, H, W] with the batch size of visible, got {list(images.shape)} and "
             f"{list(visible.shape)}"
         )

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from spark.errors import UserError
 from spark.sparse.sites import as_image, as_rows
 
 
@@ -51,7 +52,7 @@ def require_statistics(count: int) -> None:
         ValueError: there is no second one.
     """
     if count < 2:
-        raise ValueError("batch norm needs more than one visible site: use more images or a lower mask ratio")
+        raise UserError("batch norm needs more than one visible site: use more images or a lower mask ratio")
 
 
 @torch.no_grad()

@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from spark.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -112,7 +114,7 @@ def static_on(device: torch.device) -> bool:
     return device.type == "cuda" or torch.compiler.is_compiling()
 
 
-class UnalignedError(ValueError):
+class UnalignedError(UserError):
     """A feature map's sites do not belong to patches of the mask.
 
     Attributes:
@@ -141,7 +143,7 @@ class Sites:
 
     def __init__(self, visible: Tensor, sync: bool = False, visible_count: int | None = None):
         if visible.dtype != torch.bool or visible.ndim != 4 or visible.shape[1] != 1:
-            raise ValueError(
+            raise UserError(
                 f"visible must be a bool tensor [B, 1, fh, fw], got {visible.dtype} {list(visible.shape)}"
             )
         self.visible = visible
@@ -161,7 +163,7 @@ class Sites:
                 seen == count, f"visible_count {count} is not the mask's number of visible patches"
             )
         elif seen.item() != count:
-            raise ValueError(f"visible_count is {count}, but the mask has {seen.item()} visible patches")
+            raise UserError(f"visible_count is {count}, but the mask has {seen.item()} visible patches")
 
     def cached(self, key: Hashable, build: Callable[[], T]) -> T:
         """What `build` returns, computed once for this mask."""

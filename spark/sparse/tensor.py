@@ -24,12 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from spark.errors import UserError
 from spark.sparse.sites import Sites, UnalignedError
 
 Rule = Callable[..., Any]
 
 
-class MissingRuleError(NotImplementedError):
+class MissingRuleError(UserError, NotImplementedError):
     """An operator has no rule for sparse values: the encoder cannot be used, or needs a rule in `spark/sparse`.
 
     Attributes:
@@ -171,7 +172,7 @@ class SparseTensor:
     def to_dense(self, fill: Tensor | None = None) -> Tensor:
         """Array [B, C, h, w] with `fill` ([1, C, 1, 1]; default 0) at masked sites."""
         if self.channels_last:
-            raise ValueError("to_dense needs the order [B, C, h, w]: permute back first")
+            raise UserError("to_dense needs the order [B, C, h, w]: permute back first")
         return self.layout.to_dense(self.data, self.sites, self.size4, fill)
 
     @property
@@ -218,11 +219,9 @@ class SparseTensor:
         first = values[0]
         for other in values[1:]:
             if other.sites is not first.sites:
-                raise ValueError("two sparse values with different masks met in one operation")
+                raise UserError("two sparse values with different masks met in one operation")
             if other.layout is not first.layout:
-                raise ValueError(
-                    f"a {first.layout.name} and a {other.layout.name} value met in one operation"
-                )
+                raise UserError(f"a {first.layout.name} and a {other.layout.name} value met in one operation")
         rule = first.rules.get(_OPERATORS.get(func.__name__, func.__name__))
         if rule is None:
             missing = MissingRuleError(

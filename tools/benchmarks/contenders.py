@@ -22,10 +22,11 @@ from benchmarks.original import (
     original_features,
 )
 from spark import SparK
-from spark.encoder import pyramid
-from spark.masking import mean_ratio, num_visible, random_visible
-from spark.official import load_official
+from spark.errors import UserError
+from spark.model.encoder import pyramid
+from spark.model.masking import mean_ratio, num_visible, random_visible
 from spark.sparse import sparsify
+from spark.weights.official import load_official
 
 _COMPILED = ", compiled"
 
@@ -186,13 +187,13 @@ def _explained(contender: Contender, case: Case, precision: str) -> Iterator[Non
             raise
         if contender.name.endswith(_COMPILED):
             reason = " ".join(str(error).splitlines()[:2]).strip()
-            raise ValueError(
+            raise UserError(
                 f"torch.compile fails on {case.model} ({reason}): leave --compile out; docs/compile.md says "
                 "what it needs"
             ) from error
         if contender.name != "original":
             raise
-        raise ValueError(
+        raise UserError(
             f"the original does not run {case.model} in {precision} ({error}): pass --original_precision fp32, "
             "or leave --official out"
         ) from error

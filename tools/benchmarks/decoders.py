@@ -3,6 +3,8 @@
 import argparse
 from typing import Any, NamedTuple
 
+from spark.errors import UserError
+
 
 class Decoder(NamedTuple):
     """`decoder_width`, `decoder_stages` (None: up to the image's resolution) and `densify_kernel` of SparK."""
@@ -17,7 +19,7 @@ class Decoder(NamedTuple):
         try:
             numbers = [int(part) for part in text.split("/")]
             if len(numbers) not in (1, 3) or min(numbers) < 1:
-                raise ValueError(text)
+                raise UserError(text)
         except ValueError as error:
             raise argparse.ArgumentTypeError(
                 f"{text!r} is no decoder: write WIDTH, such as 256, or WIDTH/STAGES/KERNEL, such as 256/4/1"

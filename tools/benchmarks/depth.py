@@ -25,15 +25,16 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.timing import interleaved, summary
-from finetune.assembly import add_segmentation, build_model, cached, open_data
 from finetune.config import DepthConfig
 from finetune.depth_data import MixedSampler, TrainingMix, check_room, collate_depth, fill
 from finetune.losses import WeightedLoss
 from finetune.protocols import get_protocol
-from spark.config import parse_config
-from spark.optim import build_optimizer, parameter_groups
-from spark.run import usable_cores
+from finetune.tasks.build import add_segmentation, build_model, cached, open_data
+from spark.errors import UserError
 from spark.sparse.choice import device_name
+from spark.training.accelerator import usable_cores
+from spark.training.cli import parse_config
+from spark.training.optim import build_optimizer, parameter_groups
 
 SEGMENTATION = "segmentation"
 
@@ -54,7 +55,7 @@ def read_card(card: str, encoder: str, **options: object) -> DepthConfig:
     path = CARDS / f"{card}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(found.stem for found in CARDS.glob("*.yaml")))
-        raise ValueError(f"there is no run card {card}: there are {known}")
+        raise UserError(f"there is no run card {card}: there are {known}")
     given = {"config": path, "encoder": named_encoder(path, encoder), "output_dir": ".", **options}
     return parse_config(
         DepthConfig, [f"--{name.replace('data_', 'data.')}={value}" for name, value in given.items()], ""
@@ -136,7 +137,7 @@ def distillation_rows(
             precision=precision,
         )
         if len(config.losses) < 2 or SEGMENTATION not in config.losses:
-            raise ValueError(f"card {card} has no loss {SEGMENTATION} beside another one: name one that has")
+            raise UserError(f"card {card} has no loss {SEGMENTATION} beside another one: name one that has")
         others = {name: weight for name, weight in config.losses.items() if name != SEGMENTATION}
         trainings = {"without": Training(config, others), "with": Training(config, config.losses)}
         example = made_up_batch(batch, size, int(config.loss_options[SEGMENTATION]["classes"]))
@@ -196,7 +197,7 @@ def check_distillation(trainings: Mapping[str, Training], batch: Batch) -> None:
     found["with"].pop(SEGMENTATION)
     for what, value in found["without"].items():
         if not torch.equal(value, found["with"][what]):
-            raise ValueError(f"{what} differs with and without the segmentation loss: nothing is measured")
+            raise UserError(f"{what} differs with and without the segmentation loss: nothing is measured")
 
 
 def cost_text(times: Sequence[float], base: Sequence[float]) -> dict[str, str]:
@@ -292,10 +293,10 @@ def check_batches(loaders: Mapping[str, DataLoader]) -> list[Batch]:
     passes = {name: list(loader) for name, loader in loaders.items()}
     for decoded, kept in zip(passes["decode"], passes["cache"], strict=True):
         if decoded["failed"]:
-            raise ValueError(f"{decoded['failed'][0]}: name a list without it")
+            raise UserError(f"{decoded['failed'][0]}: name a list without it")
         tensors = [key for key, value in decoded.items() if isinstance(value, Tensor)]
         if not all(torch.equal(decoded[key], kept[key]) for key in tensors):
-            raise ValueError(
+            raise UserError(
                 f"{decoded['name'][0]}: its batch from the cache is another one, nothing is measured"
             )
     return passes["decode"]

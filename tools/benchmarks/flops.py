@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.contenders import Bench
-from finetune.figures import save_figure
+from finetune.report.figures import save_figure
 from spark import SparK
-from spark.encoder import pyramid
+from spark.model.encoder import pyramid
 from spark.sparse import sparsify
 
 _PANEL = ("model", "batch", "height", "width")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from spark.encoder import build_encoder
+from spark.errors import UserError
+from spark.model.encoder import build_encoder
 from spark.sparse import LAYOUTS
 from spark.sparse.choice import convolution_kind, is_available
 
@@ -76,7 +77,7 @@ def replace_cases(path: Path, rows: Sequence[Mapping[str, str]]) -> list[dict[st
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             if tuple(reader.fieldnames or ()) != COLUMNS:
-                raise ValueError(f"{path} is no table of layouts: its first line must be {','.join(COLUMNS)}")
+                raise UserError(f"{path} is no table of layouts: its first line must be {','.join(COLUMNS)}")
             kept = list(reader)
     measured = {_case(row) for row in rows}
     return [*(row for row in kept if _case(row) not in measured), *map(dict, rows)]

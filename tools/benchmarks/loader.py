@@ -33,12 +33,14 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from benchmarks.timing import interleaved, summary
-from spark.images import Normalise, PretrainTransform, UnlabeledImages, collate_images
-from spark.masking import visible_at
-from spark.run import StreamSampler
-from spark.seeding import derive_seed
-from spark.sources import FileSource, list_images
+from spark.errors import UserError
+from spark.images.dataset import UnlabeledImages, collate_images
+from spark.images.sources import FileSource, list_images
+from spark.images.transform import Normalise, PretrainTransform
+from spark.model.masking import visible_at
+from spark.seeds import derive_seed
 from spark.sparse.choice import device_name
+from spark.training.sampling import StreamSampler
 
 PATCH = 32
 """Side of the patches that ours draws masks of [px]; a picture needs two along each side."""
@@ -130,7 +132,7 @@ def _mean_and_std(images: UnlabeledImages) -> tuple[Sequence[float], Sequence[fl
 
 
 def _collate_with_masks(samples: Sequence[dict[str, Any]], grid: tuple[int, int]) -> dict[str, Any]:
-    """As `MaskedBatches` of spark/steps.py."""
+    """As `MaskedBatches` of spark/images/batches.py."""
     batch = collate_images(samples)
     batch["visible"] = visible_at(batch["position"].tolist(), grid, _MASK_RATIO, _SEED)
     return batch
@@ -151,13 +153,13 @@ def check_pictures(case: LoaderCase) -> None:
         item = position, position
         sample = images["ours"][item]
         if sample["failed"]:
-            raise ValueError(f"{sample['failed'][0]}: repair the file, or name a list without it as --data")
+            raise UserError(f"{sample['failed'][0]}: repair the file, or name a list without it as --data")
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derive_seed(_SEED, position))
             expected = images["plain"][item]
         error = ((normalise(sample["image"]) - expected) * std).abs().mean().item()
         if not error <= _TOLERANCE:  # also for NaN
-            raise ValueError(
+            raise UserError(
                 f"{file}: ours and plain make different pictures of it (by {error:.3f} on average, of values in 0..1; "
                 f"{_TOLERANCE} is allowed), so nothing is measured: as --data name upright RGB photos without "
                 "transparency, which both read alike; if this is one, the loader is wrong"

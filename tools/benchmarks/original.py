@@ -32,6 +32,7 @@ import timm.models.resnet
 from torch import Tensor, nn
 
 from benchmarks.decoders import ORIGINAL_DECODER
+from spark.errors import UserError
 
 _FILES = ("spark.py", "encoder.py", "decoder.py", "models/convnext.py", "models/resnet.py")
 _OWN = ("encoder", "decoder", "models", "utils")
@@ -79,7 +80,7 @@ def import_original(path: Path) -> Original:
     folder = path / "pretrain"
     missing = [name for name in _FILES if not (folder / name).is_file()]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{path} is no clone of github.com/keyu-tian/SparK: it has no pretrain/{missing[0]}; "
             "run `git clone https://github.com/keyu-tian/SparK` and name the folder that it makes"
         )
@@ -95,7 +96,7 @@ def import_original(path: Path) -> Original:
             spark = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(spark)
     except (ImportError, AttributeError, SyntaxError) as error:
-        raise ValueError(f"the original in {path} does not import: {error}") from error
+        raise UserError(f"the original in {path} does not import: {error}") from error
     return Original(spark, *modules)
 
 
@@ -149,7 +150,7 @@ def build_original(original: Original, name: str, size: tuple[int, int], mask_ra
         ValueError: the size is no square.
     """
     if size[0] != size[1]:
-        raise ValueError(
+        raise UserError(
             f"the original takes square images only, not {size[0]}x{size[1]}: name one --size, "
             "or leave --official out"
         )

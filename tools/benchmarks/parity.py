@@ -7,6 +7,7 @@ from torch import Tensor
 
 from benchmarks.contenders import Bench, Case, Contender
 from benchmarks.decoders import ORIGINAL_DECODER
+from spark.errors import UserError
 
 # Relative. In fp64 all is compared; in the timed precision only results, against a path that is wrong there alone: one
 # ReLU that rounding flips moves gradients of fp32 by more than a small fault would.
@@ -38,14 +39,14 @@ def check_parity(bench: Bench, kind: str) -> None:
             )
             for what, value in numbers.items():
                 if not value.isfinite().all():
-                    raise ValueError(
+                    raise UserError(
                         f"{bench.case.model}: {name} gives a {what} that is not finite in {precision}, so nothing is "
                         "measured"
                     )
                 expected = results[base][what]
                 error = ((value - expected).norm() / expected.norm()).item()
                 if error > tolerance:
-                    raise ValueError(
+                    raise UserError(
                         f"{bench.case.model}: {name} and {base} differ in their {what} by {error:.1e} (relative, "
                         f"{precision}) on the same weights and mask, more than {tolerance:.0e}, so nothing "
                         "is measured"

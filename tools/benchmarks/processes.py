@@ -28,7 +28,8 @@ from benchmarks.contenders import Bench, Case, Contender, our_own, set_up_torch
 from benchmarks.parity import check_parity
 from benchmarks.timing import interleaved
 from spark import SparK
-from spark.run import match_gradient_strides
+from spark.errors import UserError
+from spark.training.accelerator import match_gradient_strides
 
 PASSES = 3
 """Turns of every number of processes."""
@@ -49,19 +50,19 @@ def check_counts(counts: Sequence[int], threads: int, device: str) -> None:
         return
     kind = torch.device(device)
     if kind.type not in ("cpu", "cuda") or kind.index is not None:
-        raise ValueError(
+        raise UserError(
             f"several processes run on --device cpu, or on --device cuda, where process i takes GPU i; not on {device}"
         )
     if kind.type == "cuda":
         if most > (there := torch.cuda.device_count()):
-            raise ValueError(
+            raise UserError(
                 f"--processes {most} needs {most} GPUs, one each, and this machine has {there}: ask for at most "
                 f"{there}, or pass --device cpu"
             )
         return
     for count in counts:
         if threads % count:
-            raise ValueError(
+            raise UserError(
                 f"--threads {threads} cannot be shared out evenly to {count} processes: pass a multiple of {count}, "
                 "or another number of --processes"
             )
@@ -119,9 +120,9 @@ def run_group(case: Case, rounds: int, check: bool) -> Seconds:
                 pass
         except ProcessRaisedException as error:
             reason = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-            raise ValueError(f"process {error.error_index} of {case.processes} failed: {reason}") from error
+            raise UserError(f"process {error.error_index} of {case.processes} failed: {reason}") from error
         except ProcessExitedException as error:
-            raise ValueError(
+            raise UserError(
                 f"process {error.error_index} of {case.processes} was ended from outside ({error}): if the memory "
                 "was full, lower --batch or --processes"
             ) from error

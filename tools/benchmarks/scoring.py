@@ -9,9 +9,10 @@ import torch
 from benchmarks.depth import versions
 from benchmarks.timing import interleaved, summary
 from finetune.depth_data.sample import DepthSample
-from finetune.families import evaluator_of
-from finetune.intervals import with_intervals
 from finetune.protocols import Protocol, get_protocol
+from finetune.scoring.evaluators import evaluator_of
+from finetune.scoring.intervals import with_intervals
+from spark.errors import UserError
 from spark.sparse.choice import device_name
 
 DIFFERENT = 16  # frames that are made up; what is scored goes through them again and again
@@ -38,9 +39,7 @@ def scoring_rows(
     protocols = [get_protocol(name) for name in names]
     for protocol in protocols:
         if protocol.family != "depth" or protocol.data not in ("nyu", "any"):
-            raise ValueError(
-                f"protocol {protocol.name} is not for frames of NYU with depth: name one that is"
-            )
+            raise UserError(f"protocol {protocol.name} is not for frames of NYU with depth: name one that is")
     pairs = made_up_pairs(size)
     seconds = interleaved(
         {one.name: partial(score_images, one, pairs, images) for one in protocols}, rounds, "cpu"

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from spark.errors import UserError
+
 _WARM_UP = 2  # turns that are not counted: libraries choose their kernels in them
 
 
@@ -22,7 +24,7 @@ def refuse_busy_machine(allowed: bool) -> None:
     before = math.inf
     while not allowed and (load := os.getloadavg()[0]) > 0.5:
         if load >= before:
-            raise ValueError(
+            raise UserError(
                 f"this machine is busy (load {load:.1f}): wait until other programs have ended, or pass --busy"
             )
         before = load

@@ -1,0 +1,55 @@
+"""From a name and options in a configuration to an object of a family (heads, losses)."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from spark.errors import UserError
+
+T = TypeVar("T")
+
+
+def construct(
+    kind: str,
+    registry: Mapping[str, Callable[..., T]],
+    name: str,
+    options: Mapping[str, Any],
+    *args: Any,
+    **given: Any,
+) -> T:
+    """Return `registry[name](*args, **given, **options)`.
+
+    Args:
+        kind: What the registry holds, for messages ("head", "loss").
+        registry: Name -> class or function.
+        name: The entry wanted.
+        options: The user's keyword arguments for it; must be parameters of the entry that are not in `args` or
+            `given`.
+        args: Positional arguments that the caller, not the user, supplies.
+        given: Keyword arguments likewise.
+
+    Raises:
+        ValueError: Unknown name or option; the message lists what there is and the nearest match.
+    """
+    if name not in registry:
+        raise UserError(
+            f"there is no {kind} named {name!r}{_nearest(name, list(registry))}: there is {_listed(registry)}."
+        )
+    parameters = list(inspect.signature(registry[name]).parameters)[len(args) :]
+    accepted = [parameter for parameter in parameters if parameter not in given]
+    for option in options:
+        if option not in accepted:
+            raise UserError(
+                f"{kind} {name!r} has no option {option!r}{_nearest(option, accepted)}: it has {_listed(accepted)}."
+            )
+    return registry[name](*args, **given, **options)
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(names) or "none"
+
+
+def _nearest(name: str, candidates: list[str]) -> str:
+    matches = difflib.get_close_matches(name, candidates, n=1)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""

@@ -1,0 +1,1 @@
+"""The depth model: encoder, head, calibration, saving and graphs."""

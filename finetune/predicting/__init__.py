@@ -1,0 +1,1 @@
+"""What prediction needs beside the model: tiles, videos, cameras and point clouds."""

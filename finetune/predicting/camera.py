@@ -1,0 +1,248 @@
+"""Intrinsics of the camera that took an image: from its EXIF, a file, a data set, a field of view, or assumed.
+
+The pinhole camera without distortion, in pixels, the middle of the first pixel at (0, 0). Where intrinsics come from is
+kept with them, and whether they had to be assumed: point clouds are wrong in shape where they are wrong.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import yaml
+from PIL import ExifTags
+
+from finetune.depth_data.sample import opened_image
+from spark.errors import UserError
+
+ASSUMED_VIEW = 60.0
+"""Angle of view along the long side that is assumed where nothing is known [degrees]."""
+FULL_FRAME = math.hypot(36.0, 24.0)
+"""Diagonal that "35 mm equivalent" refers to [mm] (CIPA DCG-001)."""
+
+
+@dataclass(frozen=True)
+class Intrinsics:
+    """Of an image of (height, width) pixels.
+
+    Args:
+        fx: focal length along rows [px].
+        fy: focal length along columns [px].
+        cx: column of the principal point [px].
+        cy: row of the principal point [px].
+        height: of the image [px].
+        width: of the image [px].
+        source: where they come from, for people.
+        assumed: whether nothing said so.
+
+    Raises:
+        ValueError: a number that cannot be.
+    """
+
+    fx: float
+    fy: float
+    cx: float
+    cy: float
+    height: int
+    width: int
+    source: str
+    assumed: bool = False
+
+    def __post_init__(self) -> None:
+        numbers = (self.fx, self.fy, self.cx, self.cy)
+        if not all(math.isfinite(number) for number in numbers) or min(self.fx, self.fy) <= 0:
+            raise UserError(f"intrinsics of {self.source}: fx and fy are above 0, all finite, not {numbers}")
+        if min(self.height, self.width) < 1:
+            raise UserError(f"intrinsics of {self.source}: the image has no size {self.height}x{self.width}")
+
+    def at(self, size: tuple[int, int]) -> "Intrinsics":
+        """The same camera for its image resized to (H, W) `size`.
+
+        Raises:
+            ValueError: other proportions, so it cannot be the whole image.
+        """
+        down, across = size[0] / self.height, size[1] / self.width
+        if abs(down / across - 1) > 0.02:
+            raise UserError(
+                f"the intrinsics of {self.source} are of {self.height}x{self.width}, the image is"
+                f" {size[0]}x{size[1]}, which is no such image resized: give those of this image (--camera)"
+            )
+        centre = (self.cx + 0.5) * across - 0.5, (self.cy + 0.5) * down - 0.5
+        return Intrinsics(self.fx * across, self.fy * down, *centre, *size, self.source, self.assumed)
+
+    @property
+    def relative_focal(self) -> float:
+        """Focal length in shares of the image's long side; it decides how large things look to a network."""
+        return (self.fx if self.width >= self.height else self.fy) / max(self.width, self.height)
+
+    def points(self, depth: np.ndarray, step: int = 1) -> np.ndarray:
+        """Back-project every `step`-th row and column of depth [H, W] [m] to points [h, w, 3] [m], float32.
+
+        Axes are opencv's: x right, y down, z forward.
+        """
+        camera, metres = self.at((depth.shape[0], depth.shape[1])), depth[::step, ::step]
+        columns = (np.arange(0, depth.shape[1], step) - camera.cx) / camera.fx
+        rows = (np.arange(0, depth.shape[0], step) - camera.cy) / camera.fy
+        return np.stack((columns * metres, rows[:, None] * metres, metres), -1).astype(np.float32)
+
+    def __str__(self) -> str:
+        """One line for people."""
+        view = math.degrees(2 * math.atan(self.width / 2 / self.fx))
+        return f"fx {self.fx:.1f} px, {view:.0f} degrees across, {self.source}"
+
+
+NYU = Intrinsics(518.858, 519.470, 325.582, 253.736, 480, 640, "NYU Depth V2")
+"""Of the colour camera of NYU Depth V2 (its toolbox)."""
+
+
+def camera_for(choice: str | None, image_path: str | Path | None, size: tuple[int, int]) -> Intrinsics:
+    """The camera of an image.
+
+    Args:
+        choice: "nyu", a field of view across in degrees, or a file (see `read_camera`); None: what EXIF says, else
+            `ASSUMED_VIEW` along the long side.
+        image_path: the image's file, for EXIF; None: there is none.
+        size: (H, W) of the image, upright [px].
+
+    Raises:
+        ValueError: none of these, or intrinsics that cannot be of this image.
+    """
+    if choice is not None:
+        return known_camera(choice, size).at(size)
+    found = None if image_path is None else exif_camera(image_path, size)
+    if found is not None:
+        return found
+    return from_view(ASSUMED_VIEW, size, along_long=True)
+
+
+def known_camera(choice: str, size: tuple[int, int] | None = None) -> Intrinsics:
+    """The camera that an option names; `size` (H, W) is needed for a field of view and for files without one.
+
+    Raises:
+        ValueError: no such camera.
+    """
+    if choice == "nyu":
+        return NYU
+    try:
+        degrees = float(choice)
+    except ValueError:
+        return read_camera(choice, size)
+    return from_view(degrees, size or (480, 640))
+
+
+def from_view(degrees: float, size: tuple[int, int], along_long: bool = False) -> Intrinsics:
+    """A camera by its field of view: across, or along the long side, which is an assumption here."""
+    if not 1 <= degrees <= 170:
+        raise UserError(f"a field of view is between 1 and 170 degrees, not {degrees:g}")
+    side = max(size) if along_long else size[1]
+    focal = side / 2 / math.tan(math.radians(degrees) / 2)
+    source = f"ASSUMED, {degrees:g} degrees along the long side" if along_long else "the stated field of view"
+    return Intrinsics(focal, focal, (size[1] - 1) / 2, (size[0] - 1) / 2, *size, source, along_long)
+
+
+def exif_camera(path: str | Path, size: tuple[int, int]) -> Intrinsics | None:
+    """The camera by an image's EXIF: focal length and resolution of the focal plane, or the 35 mm equivalent; or None.
+
+    The equivalent is taken over the diagonal, as it is defined. An image that was cropped after it was taken says a
+    focal length that is not its own; nothing tells. The focal plane counts only where EXIF's own image size is that of
+    the file.
+    """
+    try:
+        with opened_image(path) as image:
+            tags = image.getexif().get_ifd(ExifTags.IFD.Exif)
+            stored = image.size
+    except (OSError, SyntaxError, ValueError):
+        return None
+    focal, source = None, ""
+    millimetres, equivalent = (
+        _number(tags, ExifTags.Base.FocalLength),
+        _number(tags, ExifTags.Base.FocalLengthIn35mmFilm),
+    )
+    per_unit = _number(tags, ExifTags.Base.FocalPlaneXResolution)
+    unit = {2.0: 25.4, 3.0: 10.0, 4.0: 1.0}.get(
+        _number(tags, ExifTags.Base.FocalPlaneResolutionUnit, 2) or 0.0
+    )
+    as_taken = _number(tags, ExifTags.Base.ExifImageWidth) == stored[0]
+    if equivalent:
+        focal, source = equivalent / FULL_FRAME * math.hypot(*size), f"EXIF, {equivalent:g} mm equivalent"
+    elif millimetres and per_unit and unit and as_taken:
+        focal, source = millimetres * per_unit / unit, f"EXIF, {millimetres:g} mm and its focal plane"
+    if focal is None or not 0.1 < focal / max(size) < 100:
+        return None
+    return Intrinsics(focal, focal, (size[1] - 1) / 2, (size[0] - 1) / 2, *size, source)
+
+
+def _number(tags: Any, tag: ExifTags.Base, missing: float = 0) -> float | None:
+    """A positive number of EXIF, `missing` where there is none; cameras write 0 for unknown."""
+    try:
+        value = float(tags.get(tag, missing))
+    except (TypeError, ValueError, ZeroDivisionError):
+        return None
+    return value if math.isfinite(value) and value > 0 else None
+
+
+def read_camera(path: str | Path, size: tuple[int, int] | None = None) -> Intrinsics:
+    """Intrinsics from a file: JSON or YAML with fx, fy, cx, cy, width, height, or opencv's FileStorage (.xml, .yml).
+
+    Instead of the four numbers there may be a 3x3 matrix, `camera_matrix` or `K`, as nested lists or opencv's matrix;
+    `image_width` and `image_height` (opencv's names) do for the size. Without a size, (H, W) `size` counts.
+
+    Raises:
+        ValueError: no such file, or not what it should hold.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(
+            f"camera {str(path)!r} is neither nyu, nor a field of view in degrees, nor a file with fx, fy, cx, cy"
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+        stored: Any = _file_storage(path) if "<?xml" in text[:99] or "opencv-matrix" in text else None
+        if stored is None:
+            stored = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+        matrix = next((stored[key] for key in ("camera_matrix", "K") if key in stored), None)
+        if matrix is None:
+            fx, fy, cx, cy = (float(stored[key]) for key in ("fx", "fy", "cx", "cy"))
+        else:
+            data = matrix.get("data", matrix) if isinstance(matrix, dict) else matrix
+            values = np.asarray(data, np.float64).reshape(3, 3)
+            fx, fy, cx, cy = values[0, 0], values[1, 1], values[0, 2], values[1, 2]
+        width = stored.get("width", stored.get("image_width", size and size[1]))
+        height = stored.get("height", stored.get("image_height", size and size[0]))
+        if width is None or height is None:
+            raise KeyError("width and height")
+        numbers = (float(fx), float(fy), float(cx), float(cy), int(height), int(width))
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        ValueError,  # of JSON, of text that is none, of words in place of numbers, of a matrix that is not 3x3
+        yaml.YAMLError,
+    ) as error:
+        missing = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise UserError(
+            f"{path} holds no intrinsics ({missing}): write fx, fy, cx, cy, width and height [px] as JSON or YAML"
+        ) from error
+    return Intrinsics(*numbers, path.name)
+
+
+def _file_storage(path: Path) -> dict[str, Any]:
+    """What opencv's FileStorage has under the names that its calibration tools write."""
+    try:
+        storage = cv2.FileStorage(str(path), cv2.FILE_STORAGE_READ)
+    except cv2.error as error:
+        raise UserError(
+            f"{path} cannot be read as a FileStorage of opencv ({error.err}): write it again"
+        ) from error
+    found: dict[str, Any] = {}
+    for name in ("camera_matrix", "K"):
+        if not (node := storage.getNode(name)).empty():
+            found[name] = node.mat()
+    for name in ("image_width", "image_height"):
+        if not (node := storage.getNode(name)).empty():
+            found[name] = int(node.real())
+    storage.release()
+    return found

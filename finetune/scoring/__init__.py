@@ -1,0 +1,1 @@
+"""Evaluation: metrics, alignment, evaluators, sources of predictions, intervals and caveats."""

@@ -1,0 +1,140 @@
+"""What scoring a data set image by image has in common, whatever is scored; families of protocols fill it in.
+
+To add a family: an `Evaluator` in a module of its own, its name in `EVALUATORS` of `finetune.scoring.evaluators`, its
+metrics in `finetune.scoring.metrics.METRIC`, and records in `finetune.protocols`.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+
+from finetune.depth_data.sample import DepthSample
+from finetune.protocols import Protocol
+from finetune.scoring.metrics import Columns, Row, columns_of
+from spark.errors import UserError
+
+
+class NoValidPixels(UserError):
+    """Nothing of the ground truth of an image counts, so it has no score."""
+
+
+class Evaluator(ABC):
+    """Scores a data set image by image.
+
+    >>> evaluator = evaluator_of(get_protocol("nyu-bts"))  # of finetune.families
+    >>> evaluator.add(sample, prediction)  # for every image
+    >>> write_results("results.json", evaluator.results())
+
+    Args:
+        protocol: how.
+        skip_empty: leave out images of which nothing counts, and list them in the results, instead of raising.
+    """
+
+    def __init__(self, protocol: Protocol, *, skip_empty: bool = False):
+        self.protocol, self.skip_empty = protocol, skip_empty
+        self.rows: dict[str, Row] = {}
+        self.skipped: list[str] = []
+        self.unusable: list[str] = []
+
+    @abstractmethod
+    def score(self, sample: DepthSample, prediction: np.ndarray, inverse: bool) -> Row:
+        """The row of an image: numbers by name, None for a metric that is not defined for it; with `nonfinite`, how
+        many values of the prediction were NaN or infinite, and `nonpositive`, how many others were not above 0 and
+        should have been. One of which that is all of them has the worst scores, not none.
+
+        Raises:
+            NoValidPixels: nothing of its ground truth counts.
+            ValueError: arrays that do not fit the protocol.
+        """
+
+    @classmethod
+    @abstractmethod
+    def aggregate(cls, columns: Columns, counts: np.ndarray, aggregation: str) -> dict[str, np.ndarray]:
+        """Metrics of N images, each counted `counts` `[R, N]` times: name -> `[R]`, NaN where a metric is not defined.
+
+        It has no other input than the rows of results.json, so that intervals and comparisons can be had from files.
+        """
+
+    def check(self, prediction: np.ndarray) -> None:
+        """Refuse what is no map: ValueError."""
+        if prediction.ndim != 2:
+            raise UserError(
+                f"a prediction is depth in metres [H, W], this has shape {list(prediction.shape)}"
+            )
+
+    def add(self, sample: DepthSample, prediction: np.ndarray, *, inverse: bool = False) -> Row | None:
+        """Score one image.
+
+        Args:
+            sample: its ground truth, under a name that is unique.
+            prediction: metres `[h, w]` of the whole frame, any size. When the protocol averages over flips, the result
+                of `finetune.scoring.depth.merge_flipped`.
+            inverse: the prediction is inverse depth instead, larger is nearer.
+
+        Returns:
+            its row; None if it was skipped.
+
+        Raises:
+            NoValidPixels: nothing to compare, unless `skip_empty`.
+            ValueError: a name for the second time, or what `score` raises; the message starts with the name.
+        """
+        name = sample.name
+        if name in self.rows or name in self.skipped:
+            raise UserError(f"{name} was scored already: does the list name it twice?")
+        try:
+            self.check(prediction)
+            self.rows[name] = self.score(sample, prediction, inverse)
+        except NoValidPixels as error:
+            if not self.skip_empty:
+                raise NoValidPixels(
+                    f"{name}: {error}; skip_empty leaves such images out and lists them"
+                ) from error
+            self.skipped.append(name)
+            return None
+        except ValueError as error:
+            raise UserError(f"{name}: {error}") from error
+        row = self.rows[name]
+        if row["nonfinite"] + row["nonpositive"] == prediction.size:
+            self.unusable.append(name)
+        return row
+
+    def extras(self) -> dict[str, Any]:
+        """What else results say; of the family."""
+        return {}
+
+    def results(self) -> dict[str, Any]:
+        """What results.json holds.
+
+        Returns:
+            protocol, images (how many were scored), metrics, per_image (name and row); and what a reader must know:
+            settings (the whole record of the protocol), protocol_hash, skipped (names of which nothing counted),
+            unusable (names of which no predicted value could be used; they are scored), nonfinite_pixels and
+            nonfinite_images (replaced predictions), nonpositive_pixels and nonpositive_images, undefined (metric -> how
+            many images have none).
+
+        Raises:
+            ValueError: no image was scored, or a mean is not finite.
+        """
+        rows = [{"name": name, **row} for name, row in self.rows.items()]
+        columns = columns_of(rows)
+        means = self.aggregate(columns, np.ones((1, len(rows))), self.protocol.aggregation)
+        metrics = {name: float(values[0]) for name, values in means.items() if not np.isnan(values[0])}
+        if broken := [name for name in self.protocol.metrics if not np.isfinite(metrics.get(name, np.nan))]:
+            raise UserError(f"the mean of {', '.join(broken)} is not a finite number: no image has it")
+        results: dict[str, Any] = {"protocol": self.protocol.name, "images": len(rows), "metrics": metrics}
+        for what in ("nonfinite", "nonpositive"):
+            results[f"{what}_pixels"] = int(columns[what].sum())
+            results[f"{what}_images"] = int((columns[what] > 0).sum())
+        undefined = {
+            name: int(np.isnan(columns[name]).sum()) for name in self.protocol.metrics if name in columns
+        }
+        return results | {
+            "undefined": {name: number for name, number in undefined.items() if number},
+            "skipped": list(self.skipped),
+            "unusable": list(self.unusable),
+            **self.extras(),
+            "settings": self.protocol.record(),
+            "protocol_hash": self.protocol.hash(),
+            "per_image": rows,
+        }

@@ -1,0 +1,232 @@
+"""Metrics: one name, one formula, one unit and one direction each, in `METRIC`; and how those of images become one.
+
+Of the pixels that count, p is the prediction, g the ground truth, both in metres, and d = ln p - ln g. Sources: delta,
+abs_rel, sq_rel (its denominator is g, not g^2), rmse and rmse_log: Eigen et al. 2014, section 4.3; log10: Saxena et al.
+2009 as in Laina et al. 2016; silog: BTS (Lee et al. 2019, `compute_errors` of its evaluation), which ZoeDepth and the
+KITTI benchmark share. Eigen's scale-invariant error is silog / 100. `finetune.scoring.pairwise` says more of pairs of
+points.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from spark.errors import UserError
+from spark.files import write_whole
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a number is.
+
+    Args:
+        name: in results and options.
+        heading: in tables.
+        better: which way is better.
+        formula: in plain text; `finetune.scoring.metrics` and the module of its family say what the letters are.
+        unit: "" for none.
+    """
+
+    name: str
+    heading: str
+    better: Literal["higher", "lower"]
+    formula: str
+    unit: str = ""
+
+    @property
+    def column(self) -> str:
+        """Heading, unit and direction, as short as can be."""
+        unit = f" {self.unit}" if self.unit else ""
+        return f"{self.heading}{unit}{'↑' if self.better == 'higher' else '↓'}"
+
+
+METRIC: Mapping[str, Metric] = MappingProxyType(
+    {
+        metric.name: metric
+        for metric in (
+            Metric("delta1", "δ1", "higher", "share of pixels with max(p / g, g / p) < 1.25"),
+            Metric("delta2", "δ2", "higher", "share of pixels with max(p / g, g / p) < 1.25^2"),
+            Metric("delta3", "δ3", "higher", "share of pixels with max(p / g, g / p) < 1.25^3"),
+            Metric("abs_rel", "AbsRel", "lower", "mean(abs(p - g) / g)"),
+            Metric("sq_rel", "SqRel", "lower", "mean((p - g)^2 / g)", "m"),
+            Metric("rmse", "RMSE", "lower", "sqrt(mean((p - g)^2))", "m"),
+            Metric("rmse_log", "RMSElog", "lower", "sqrt(mean(d^2))"),
+            Metric("log10", "log10", "lower", "mean(abs(log10 p - log10 g))"),
+            Metric("silog", "SILog", "lower", "100 sqrt(mean(d^2) - mean(d)^2)"),
+            Metric("whdr", "WHDR", "lower", "share of unequal pairs ordered wrongly, ties wrong"),
+            Metric("accuracy", "accuracy", "higher", "1 - whdr"),
+            Metric("wkdr", "WKDR", "lower", "share of all pairs whose relation under the threshold is wrong"),
+            Metric("wkdr_unequal", "WKDR unequal", "lower", "wkdr among unequal pairs"),
+            Metric("wkdr_equal", "WKDR equal", "lower", "wkdr among equal pairs"),
+            Metric(
+                "pe_fla",
+                "PE flat",
+                "lower",
+                "deviation of a predicted plane from the plane fitted to it",
+                "cm",
+            ),
+            Metric(
+                "pe_ori", "PE orie", "lower", "angle between the plane fitted to it and the true one", "°"
+            ),
+            Metric("dbe_acc", "DBE acc", "lower", "distance of near predicted edges to true ones", "px"),
+            Metric("dbe_com", "DBE com", "lower", "distance of true edges to predicted ones", "px"),
+            Metric(
+                "dbe_com_sym",
+                "DBE com sym",
+                "lower",
+                "distance of true and of predicted edges to the other kind, each at most 10",
+                "px",
+            ),
+            Metric("dde_0", "DDE0", "higher", "share of pixels on their side of a plane at 3 m"),
+            Metric(
+                "dde_m", "DDE-", "lower", "share of pixels predicted before that plane and lying behind it"
+            ),
+            Metric(
+                "dde_p", "DDE+", "lower", "share of pixels predicted behind that plane and lying before it"
+            ),
+        )
+    }
+)
+METRICS = ("delta1", "delta2", "delta3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog")
+ORDINAL_METRICS = ("whdr", "accuracy", "wkdr")
+WKDR_METRICS = ("wkdr", "wkdr_equal", "wkdr_unequal")
+"""Of pairs of points, `finetune.scoring.pairwise` has their formulas."""
+PLANE_METRICS = ("pe_fla", "pe_ori")
+GEOMETRY_METRICS = (*PLANE_METRICS, "dbe_acc", "dbe_com", "dde_0", "dde_m", "dde_p")
+"""Of iBims-1, `finetune.scoring.ibims` has their formulas."""
+SYMMETRIC_GEOMETRY_METRICS = tuple({"dbe_com": "dbe_com_sym"}.get(name, name) for name in GEOMETRY_METRICS)
+"""The same with the other version of DBE."""
+
+Row: TypeAlias = dict[str, Any]
+"""Of one image: `name`, numbers, and None for a metric that is not defined for it."""
+Columns: TypeAlias = dict[str, np.ndarray]
+"""Rows the other way round: name of a number -> float64 [N], NaN where an image has none."""
+
+
+def depth_errors(prediction: np.ndarray, ground_truth: np.ndarray) -> dict[str, float]:
+    """Compare the pixels that count, in float64.
+
+    Args:
+        prediction: metres, any shape, finite and above 0.
+        ground_truth: metres, the same shape, finite and above 0.
+
+    Returns:
+        the metrics of `METRICS`, `log_bias` = mean(d), from which those of many images can be pooled, and `pixels`.
+
+    Raises:
+        ValueError: no pixels, two shapes, or values that have no logarithm: such pixels must be dealt with
+            before (see `finetune.protocols`); scored here they would turn into NaN, or vanish.
+    """
+    p, g = (np.asarray(values, np.float64).ravel() for values in (prediction, ground_truth))
+    if np.shape(prediction) != np.shape(ground_truth) or p.size == 0:
+        raise UserError(
+            "metrics need equally many pixels on both sides, at least one: got"
+            f" {np.shape(prediction)} and {np.shape(ground_truth)}"
+        )
+    for what, values in (("prediction", p), ("ground truth", g)):
+        if not (values.min() > 0 and values.max() < np.inf):  # NaN is neither
+            raise UserError(
+                f"the {what} holds depths that are not finite or not above 0: clip or mask them first"
+            )
+    n, ratio = p.size, p / g
+    difference, d = p - g, np.log(ratio)
+    squared, worst = difference**2, np.maximum(ratio, g / p)
+    # About the mean, because the difference mean(d^2) - mean(d)^2 of two nearly equal numbers loses its digits, can
+    # turn negative, and then makes silog NaN.
+    bias = float(d.mean())
+    spread = float(((d - bias) ** 2).mean())
+    return {
+        "delta1": int((worst < 1.25).sum()) / n,
+        "delta2": int((worst < 1.25**2).sum()) / n,
+        "delta3": int((worst < 1.25**3).sum()) / n,
+        "abs_rel": float((np.abs(difference) / g).mean()),
+        "sq_rel": float((squared / g).mean()),
+        "rmse": math.sqrt(squared.mean()),
+        "rmse_log": math.sqrt(spread + bias**2),
+        "log10": float(np.abs(d).mean()) / math.log(10),
+        "silog": 100.0 * math.sqrt(spread),
+        "log_bias": bias,
+        "pixels": n,
+    }
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> Columns:
+    """Rows of images as columns; ValueError without rows."""
+    if not rows:
+        raise UserError("no image was scored, so there is no mean")
+    names = [name for name in rows[0] if name != "name"]
+    return {name: np.array([row[name] for row in rows], np.float64) for name in names}
+
+
+def mean_of_images(columns: Columns, counts: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Means over images, for several ways of counting them.
+
+    Args:
+        columns: of N images; an image at which a metric is NaN does not count for it.
+        counts: how often each image counts, `[R, N]`.
+        names: the metrics.
+
+    Returns:
+        each metric, `[R]`.
+    """
+    means = {}
+    for name in names:
+        defined = np.isfinite(columns[name])
+        with np.errstate(invalid="ignore"):  # no image at all: NaN
+            means[name] = counts[:, defined] @ columns[name][defined] / counts[:, defined].sum(1)
+    return means
+
+
+def pooled_depth(columns: Columns, counts: np.ndarray) -> dict[str, np.ndarray]:
+    """The metrics of `METRICS` over the pixels of all images, as `mean_of_images` counts them, each `[R]`."""
+    weights = counts * columns["pixels"]
+    total = weights.sum(1)
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        return weights @ values / total
+
+    bias = mean(columns["log_bias"])
+    # Spreads about the images' means -> about the common mean (Chan, Golub, LeVeque 1983, equation 1.5).
+    between = (weights * (columns["log_bias"] - bias[:, None]) ** 2).sum(1) / total
+    spread = mean((columns["silog"] / 100.0) ** 2) + between
+    pooled = {
+        name: mean(columns[name]) for name in ("delta1", "delta2", "delta3", "abs_rel", "sq_rel", "log10")
+    }
+    pooled |= {"rmse": np.sqrt(mean(columns["rmse"] ** 2))}
+    pooled |= {"rmse_log": np.sqrt(spread + bias**2), "silog": 100.0 * np.sqrt(spread)}
+    return {name: pooled[name] for name in METRICS}
+
+
+def own_metrics(results: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of results that their protocol is about, in the order of `METRIC`: what people are shown.
+
+    Relations have WKDR only where a threshold was given or chosen. Results without a record have all that they hold.
+    """
+    settings, metrics = results.get("settings") or {}, results["metrics"]
+    names = settings.get("metrics", metrics)
+    if settings.get("family") == "relations" and not (
+        settings.get("threshold") or "wkdr_threshold" in results
+    ):
+        names = [name for name in names if name not in WKDR_METRICS]
+    order = [name for name in METRIC if name in metrics and name in names]
+    return {name: metrics[name] for name in [*order, *(name for name in metrics if name not in METRIC)]}
+
+
+def count(number: int, noun: str) -> str:
+    """Such as 1 image, 2 images."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def write_results(path: str | Path, results: Mapping) -> None:
+    """Write results as JSON, whole or not at all; NaN and infinity are refused, JSON has no such numbers."""
+    try:
+        text = json.dumps(results, indent=1, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise UserError(f"results for {path} hold a number that is not finite: {error}") from error
+    write_whole(path, text.encode())

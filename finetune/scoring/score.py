@@ -1,0 +1,234 @@
+"""From images to depth, and from a data set to scores: what validation, evaluation and prediction share."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from finetune.depth_data import DepthFileError, DepthSample, DepthSet, EvalTransform
+from finetune.depth_data.sample import file_error
+from finetune.model.depth_model import DepthModel
+from finetune.protocols import Protocol
+from finetune.report.figures import Triptych, WorstRows
+from finetune.scoring.depth import merge_flipped, metric_prediction
+from finetune.scoring.evaluators import evaluator_of
+from finetune.scoring.metrics import Row
+from finetune.scoring.sources import ModelSource, Source, gives_inverse, predicted_maps
+from spark.errors import UserError
+from spark.training.stop import ignore_stop_signals
+
+T = TypeVar("T")
+
+
+def transform_of(model: DepthModel, image_size: tuple[int, int] | None = None) -> EvalTransform:
+    """The image preparation that a model asks for, at its own size unless another (H, W) is given."""
+    size = image_size or model.image_size
+    if size is None:
+        raise UserError(
+            "the model does not record an image_size: say at which size [height, width] it is to see images."
+        )
+    return EvalTransform(size, model.mean, model.std)
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device of an option auto, cpu or cuda; ValueError if there is no GPU to choose."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda was asked for, but torch sees no GPU here: use auto or cpu.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def check_ground_truth(data: DepthSet, protocol: Protocol) -> None:
+    """Refuse to score on data without the ground truth that a protocol compares with.
+
+    Raises:
+        ValueError: It has none, or of another size than the protocol takes, or names a pair twice, or a header tells
+            that a file cannot be used.
+    """
+    if data.supervision != protocol.supervision:
+        has = {"metric": "depth in metres", "ordinal": "relations of points", "affine": "relative depth"}
+        raise UserError(
+            f"{data} has no {has[protocol.supervision]} to validate on or score against, only {has[data.supervision]}:"
+            " name data that has it, or a protocol for what it has (diw for relations, redweb for relative depth,"
+            " nyu-wkdr-sampled for relations drawn from NYU's depth)"
+        )
+    first: dict[str, int] = {}
+    for index, name in enumerate(data.names()):
+        if (before := first.setdefault(name, index)) != index:
+            raise UserError(
+                f"{name}{data.origin(before)} is to be scored a second time{data.origin(index)}: name each pair once"
+            )
+    data.check_headers()  # these refuse now, not after the first epoch
+    first_sample = data[0]
+    protocol.seen_at((first_sample.image.shape[0], first_sample.image.shape[1]))
+    if protocol.supervision == "metric":
+        protocol.crop_at(first_sample.metres.shape)
+
+
+def predict_depth(model: DepthModel, images: Tensor, protocol: Protocol | None = None) -> np.ndarray:
+    """Predict depth for images [B, 3, H, W] in evaluation mode; the model returns to the mode it was in.
+
+    Under a protocol whose space is inverse depth, and for a model that gives no metres, it is that, larger is nearer.
+
+    Args:
+        model: On any device; the images are moved to it.
+        images: Normalised as the model expects.
+        protocol: Averages with the prediction of the mirror image where this protocol says so.
+
+    Returns:
+        Depth [B, H, W] [m] (or inverse depth, see above), float32, or float64 where two predictions were averaged.
+    """
+    inverse = gives_inverse(model, protocol)
+    depth = predicted_maps(model, images, {inverse})[inverse]
+    if protocol is not None and protocol.flip_average:
+        mirrored = predicted_maps(model, images.flip(-1), {inverse})[inverse]
+        depth = np.stack([merge_flipped(protocol, *pair) for pair in zip(depth, mirrored, strict=True)])
+    return depth
+
+
+def score(
+    model: DepthModel,
+    data: DepthSet,
+    protocol: Protocol,
+    transform: EvalTransform,
+    *,
+    batch_size: int = 8,
+    workers: int = 0,
+    draw: int = 0,
+    worst: WorstRows | None = None,
+) -> tuple[dict[str, Any], list[Triptych]]:
+    """Evaluate a model under one protocol; see `score_all`. The model sees each image, or what the protocol shows of
+    it, at the size of `transform`."""
+    source = ModelSource(model, transform, {})
+    kept = None if worst is None else [worst]
+    options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "draw": draw, "worst": kept}
+    return score_all(source, [data], [protocol], **options)[0]
+
+
+def score_all(
+    source: Source,
+    sets: Sequence[DepthSet],
+    protocols: Sequence[Protocol],
+    *,
+    indices: Sequence[int] | None = None,
+    batch_size: int = 8,
+    workers: int = 0,
+    draw: int = 0,
+    worst: Sequence[WorstRows] | None = None,
+    progress: Callable[[int], Any] | None = None,
+) -> list[tuple[dict[str, Any], list[Triptych]]]:
+    """Score predictions, made once, under several protocols.
+
+    Pairs are read, and what the source needs is prepared, while the batch before is predicted and scored. Images
+    without a pixel that counts are left out and listed in the results.
+
+    Args:
+        source: Of the predictions.
+        sets: The data of each protocol, ground truth at its native size: the same images in the same order, of which
+            only the ground truth may differ.
+        protocols: What counts and how.
+        indices: Which samples; None: all.
+        batch_size: Images of one forward.
+        workers: Processes that read pairs; 0 is a thread.
+        draw: How many images to return for drawing, spread evenly over the data; only maps of depth are drawn.
+        worst: Of each protocol, receives the rows with the largest AbsRel for drawing.
+        progress: Called with the number of images of each batch done.
+
+    Returns:
+        Of each protocol the results as `Evaluator.results` has them, with what the source says of itself, and the
+        triptychs.
+
+    Raises:
+        ValueError: A pair or a prediction cannot be read (leaving it out would change what is measured), or no image
+            has a valid pixel.
+    """
+    evaluators = [evaluator_of(protocol, skip_empty=True) for protocol in protocols]
+    unique = list({id(data): data for data in sets}.values())
+    place = [next(i for i, one in enumerate(unique) if one is data) for data in sets]
+    prepared = _Prepared(unique, source, protocols)
+    chosen = range(len(unique[0])) if indices is None else indices
+    drawn = set(np.linspace(0, len(chosen) - 1, min(draw, len(chosen))).round().astype(int).tolist())
+    rows: list[list[Triptych]] = [[] for _ in protocols]
+    loader = DataLoader(
+        Subset(prepared, chosen),
+        batch_size,
+        num_workers=workers,
+        collate_fn=list,
+        worker_init_fn=ignore_stop_signals,
+    )
+    done = 0
+    for batch in loader if workers else ahead(loader):
+        for entry in batch:
+            if isinstance(entry, DepthFileError):
+                raise entry
+        predictions = source.predict([ready for _, ready in batch], protocols)
+        for (samples, _), predicted in zip(batch, predictions, strict=True):
+            for number, (evaluator, prediction) in enumerate(zip(evaluators, predicted, strict=True)):
+                sample = samples[place[number]]
+                values, inverse = prediction.under(evaluator.protocol, sample.image.shape[:2])
+                row = evaluator.add(sample, values, inverse=inverse)
+                error = row.get("abs_rel") if row else None
+                bad = worst is not None and error is not None and worst[number].wants(error)
+                if (bad or done in drawn) and evaluator.protocol.family != "relations":
+                    triptych = _triptych(evaluator.protocol, sample, values, inverse, row)
+                    if done in drawn:
+                        rows[number].append(triptych)
+                    if worst is not None and error is not None:
+                        worst[number].add(error, triptych)
+            done += 1
+        if progress is not None:
+            progress(len(batch))
+    return [
+        ({**evaluator.results(), **source.about}, drawings)
+        for evaluator, drawings in zip(evaluators, rows, strict=True)
+    ]
+
+
+def _triptych(
+    protocol: Protocol, sample: DepthSample, values: np.ndarray, inverse: bool, row: Row | None
+) -> Triptych:
+    caption = summary(row) if row else "no pixel of the ground truth counts"
+    if row and (inverse or protocol.alignment != "none"):
+        values = metric_prediction(protocol, values, sample.metres, inverse=inverse)
+    return Triptych(sample.image, sample.metres, values, sample.name, caption)
+
+
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """The items, each made in a thread while the one before is used (decoding and NumPy leave the others running)."""
+    end: Any = object()
+    iterator: Iterator[Any] = iter(items)
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, iterator, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, iterator, end)
+            yield item
+
+
+def summary(metrics: dict[str, float]) -> str:
+    """The numbers that the field quotes, in one line; of relations those that need no threshold."""
+    if "whdr" in metrics:
+        return f"WHDR {metrics['whdr']:.3f}   accuracy {metrics['accuracy']:.3f}"
+    return f"delta1 {metrics['delta1']:.3f}   AbsRel {metrics['abs_rel']:.3f}   RMSE {metrics['rmse']:.3f} m"
+
+
+class _Prepared(Dataset):
+    """Samples of several data sets with what the source of predictions needs of them; an unreadable one comes as its
+    error (raised in a worker it is a traceback)."""
+
+    def __init__(self, sets: Sequence[DepthSet], source: Source, protocols: Sequence[Protocol]) -> None:
+        self.sets, self.source, self.protocols = sets, source, protocols
+
+    def __len__(self) -> int:
+        return len(self.sets[0])
+
+    def __getitem__(self, index: int) -> tuple[list[DepthSample], Any] | DepthFileError:
+        try:
+            samples = [data[index] for data in self.sets]
+            return samples, self.source.prepare(samples[0], self.protocols)
+        except DepthFileError as error:
+            return error
+        except ValueError as error:
+            return file_error(self.sets[0].names()[index], str(error))

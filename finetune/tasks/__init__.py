@@ -1,0 +1,1 @@
+"""Depth training as a task of the engine."""

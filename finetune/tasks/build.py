@@ -1,0 +1,155 @@
+"""The objects of a depth run from its options: the model, the decoder that only training has, and the pairs."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from finetune.config import DepthConfig
+from finetune.depth_data import (
+    KINDS,
+    CachedSet,
+    DepthSet,
+    MixedSet,
+    TrainingMix,
+    TrainTransform,
+    open_depth_data,
+)
+from finetune.losses import WeightedLoss
+from finetune.model.depth_model import DepthModel, open_encoder
+from finetune.model.segmentation import attach_segmentation
+from finetune.protocols import Protocol
+from finetune.scoring.score import check_ground_truth
+from spark.errors import UserError
+from spark.seeds import derive_seed
+from spark.training.checkpoint import KeyReport
+
+# What a seed is for, so that no two uses share random numbers; 12 is that of a step (finetune/depth.py).
+ENCODER_WEIGHTS, HEAD_WEIGHTS, DECODER_WEIGHTS = 10, 11, 13
+
+
+def build_model(config: DepthConfig) -> tuple[DepthModel, KeyReport]:
+    """The model of a run, and what became of the encoder's weights.
+
+    The head is seeded apart from the encoder: it starts from the same weights whatever the encoder's are, so that
+    encoders can be compared.
+
+    Raises:
+        ValueError: The encoder is none, or an option of it does not go with it.
+        FileNotFoundError: A path that does not exist.
+    """
+    torch.manual_seed(derive_seed(config.seed, ENCODER_WEIGHTS))
+    encoder, report = open_encoder(
+        config.encoder,
+        config.encoder_name,
+        config.pretrained,
+        config.model.drop_path,
+        config.model.encoder_options,
+    )
+    torch.manual_seed(derive_seed(config.seed, HEAD_WEIGHTS))
+    model = DepthModel(
+        encoder,
+        head=config.model.head,
+        max_depth=config.model.max_depth,
+        min_depth=config.model.min_depth,
+        initial_depth=config.model.initial_depth,
+        image_size=config.data.image_size,
+        mean=config.data.mean,
+        std=config.data.std,
+        **config.model.head_options,
+    )
+    return model, report
+
+
+def add_segmentation(model: DepthModel, criterion: WeightedLoss, config: DepthConfig) -> None:
+    """Give a model the decoder that a loss on classes trains through; without such a loss it stays as it is.
+
+    Raises:
+        ValueError: The loss and the data differ in the number of classes; data without labels is refused elsewhere.
+    """
+    if (auxiliary := criterion.segmentation) is None:
+        return
+    classes = auxiliary.classes
+    for data in (config.data, *config.data.sets):
+        if data.labels is not None and classes != (has := data.labels + (data.void == "class")):
+            raise UserError(
+                f"the segmentation has {classes} classes and the data at {data.root} {has} (data.labels {data.labels},"
+                f" data.void {data.void}): set loss_options.segmentation.classes to {has}, of all sets alike"
+            )
+    torch.manual_seed(derive_seed(config.seed, DECODER_WEIGHTS))
+    attach_segmentation(model, classes, auxiliary.decoder_channels)
+
+
+def open_data(config: DepthConfig, protocol: Protocol) -> tuple[TrainingMix, DepthSet | None]:
+    """The sets to train on, and the pairs to validate on if there are any.
+
+    Raises:
+        ValueError: Either is not there, or the ground truth to validate on does not fit the protocol.
+    """
+    data, caches = config.data, cache_folder(config)
+    transform = train_transform(config)
+    sets: list[MixedSet] = []
+    for number, entry in enumerate((data, *data.sets), start=1):
+        opened = open_depth_data(entry.root, entry.list, "train", kind=entry.kind, **entry.reading())
+        name = next(kind for kind, of in KINDS.items() if isinstance(opened, of))
+        if caches is not None:
+            opened = CachedSet(opened, caches)
+        if name in {one.name for one in sets}:
+            name = f"{name}-{number}"
+        own = transform if entry is data else replace(transform, border=None)
+        sets.append(MixedSet(name, opened, own, entry.weight))
+    training = TrainingMix(sets, config.seed)
+    pairs = sets[0].data
+    if (
+        data.val_list is None
+        and data.val_root is None
+        and (data.list is not None or not pairs.has_test_split())
+    ):
+        return training, None
+    held_out = open_depth_data(
+        data.val_root or data.root,
+        data.val_list,
+        "test",
+        kind=data.val_kind or (data.kind if data.val_root is None else None),
+        **{**data.reading(), "depth": "filled" if protocol.depth == "filled" else "raw", "labels": None},
+    )
+    check_ground_truth(held_out, protocol)
+    return training, held_out if caches is None else CachedSet(held_out, caches)
+
+
+def cache_folder(config: DepthConfig) -> Path | None:
+    """Where the caches of a run lie; None without."""
+    if config.data.cache is True:
+        return Path(config.output_dir) / "cache"
+    return Path(config.data.cache) if config.data.cache else None
+
+
+def cached(training: TrainingMix, held_out: DepthSet | None) -> list[CachedSet]:
+    """The sets of a run that are read from caches."""
+    every = [*(one.data for one in training.sets), held_out]
+    return [data for data in every if isinstance(data, CachedSet)]
+
+
+def train_transform(config: DepthConfig) -> TrainTransform:
+    """The augmentation of a run."""
+    data = config.data
+    assert data.mean is not None
+    assert data.std is not None
+    return TrainTransform(
+        image_size=data.image_size,
+        crop_size=data.crop_size,
+        border=data.border,
+        zoom=data.zoom,
+        flip=data.flip,
+        rotation=data.rotation,
+        colour=data.colour,
+        gamma=data.gamma,
+        brightness=data.brightness,
+        channel=data.channel,
+        contrast=data.contrast,
+        cut_depth=data.cut_depth,
+        min_depth=config.model.min_depth,
+        max_depth=config.model.max_depth,
+        mean=data.mean,
+        std=data.std,
+    )

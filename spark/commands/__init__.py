@@ -1,0 +1,1 @@
+"""What users call beside pretraining: export, probe, prepare and report."""

@@ -1,0 +1,1 @@
+"""From image files to batches: sources, decoding, augmentation, loaders and streams."""

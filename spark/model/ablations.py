@@ -1,0 +1,63 @@
+"""The dense encoder of ablations: masked patches are filled with a value, and the stock network sees the whole image.
+
+Batch statistics then count every site, filled ones too; that is what sparse encoding avoids.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from spark.model.encoder import PyramidLevel, pyramid
+from spark.sparse.batch_norm import BatchNormCall, batch_norm, world_size
+
+
+def fill_masked(images: Tensor, visible: Tensor, value: Tensor | float) -> Tensor:
+    """Images with a value at masked patches.
+
+    Args:
+        images: [B, C, H, W].
+        visible: [B, 1, fh, fw] bool, True = seen.
+        value: a number, or one for each channel, [1, C, 1, 1].
+    """
+    ph, pw = images.shape[2] // visible.shape[2], images.shape[3] // visible.shape[3]
+    seen = visible.repeat_interleave(ph, 2).repeat_interleave(pw, 3)
+    value = value.to(images.dtype) if isinstance(value, Tensor) else value
+    return torch.where(seen, images, value)
+
+
+def dense_pyramid(
+    encoder: nn.Module, images: Tensor, levels: Sequence[PyramidLevel], sync_bn: bool
+) -> list[Tensor]:
+    """Feature maps of whole images, [B, C_i, h_i, w_i]; with `sync_bn`, batch statistics are those of all processes."""
+    if not (sync_bn and encoder.training and world_size() > 1):
+        return pyramid(encoder, images, levels)
+    with _SyncedBatchNorm():
+        return pyramid(encoder, images, levels)
+
+
+class _SyncedBatchNorm(TorchFunctionMode):
+    """Gives every `F.batch_norm` in training the statistics of all processes; the network stays as it is."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.batch_norm:
+            return _batch_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    call = BatchNormCall(running_mean, running_var, weight, bias, training, momentum, eps)
+    return batch_norm(input, call, sync=True).values

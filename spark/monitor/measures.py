@@ -1,0 +1,398 @@
+"""Is a run learning: features of unmasked images, scored while it runs, and reconstruction panels.
+
+Nothing here changes a run: networks run in evaluation mode without gradients and are left in the mode they were in, no
+running statistic moves, and no random number of the run is drawn.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.transforms import functional
+from torchvision.utils import make_grid
+
+from spark.files import write_whole
+from spark.model.encoder import pyramid, pyramid_info
+from spark.model.hog import draw_hog
+from spark.model.spark import SparK
+from spark.monitor.probes import (
+    LabelledFiles,
+    Preparation,
+    PreparedImages,
+    choose_strength,
+    fit_logistic,
+    knn_predict,
+    require_images_of_each_class,
+    share_equal,
+    standardise,
+)
+
+NEIGHBOURS = 20
+PROBE_STRENGTHS = (1e-2, 1e-1, 1.0)  # the weaker ones of spark/commands/probe.py take most of its time
+
+_FEWEST = 8  # images that tell features which collapse from images which are few
+
+_GAP = 2  # [px] between pictures
+_HEADER = 16  # [px] for the titles
+_READABLE = 128  # [px] smaller images are enlarged by a whole factor up to this width
+
+
+@dataclass
+class MonitoredImages:
+    """The unmasked images that a run is watched on, the same ones at every measurement.
+
+    Attributes:
+        images: [N, C, H, W], normalised, on the CPU.
+        labels: [N] int64, or None for images without labels.
+        train: [N] bool, True in the training split; None without labels.
+        classes: number of classes, 0 without labels.
+        unreadable: "path: reason" of labelled files that were left out.
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
+    train: Tensor | None = None
+    classes: int = 0
+    unreadable: Sequence[str] = ()
+
+
+def read_labelled(
+    found: LabelledFiles, most: int, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
+) -> MonitoredImages:
+    """Read labelled images.
+
+    Args:
+        found: from `spark.monitor.probes.list_labelled`.
+        most: of a split with more images than that, this many are taken, spread evenly over the sorted files.
+        size: (H, W) [px] that images are resized and centre cropped to.
+        mean: per channel, on the scale 0 to 1; one value reads the images in grey, three in colour.
+        std: likewise.
+
+    Raises:
+        ValueError: too few readable images of a class.
+    """
+    chosen = torch.cat([_spread(part.nonzero()[:, 0], most) for part in (found.train, ~found.train)])
+    prepared = PreparedImages(
+        [found.files[index] for index in chosen.tolist()], Preparation(size, tuple(mean), tuple(std))
+    )
+    kept, images, unreadable = [], [], []
+    for index, image in (prepared[number] for number in range(len(prepared))):
+        if isinstance(image, Tensor):
+            kept.append(int(chosen[index]))
+            images.append(image)
+        else:
+            unreadable.append(image)
+    labels, train = found.labels[kept], found.train[kept]
+    require_images_of_each_class(found.classes, labels[train], labels[~train])
+    return MonitoredImages(torch.stack(images), labels, train, len(found.classes), unreadable)
+
+
+def _spread(indices: Tensor, most: int) -> Tensor:
+    """At most so many of [N] indices, evenly spread."""
+    count = min(most, len(indices))
+    return indices[torch.arange(count) * len(indices) // count]
+
+
+class Monitor:
+    """Measures an encoder on unmasked images, within a share of the time of the run.
+
+    The time of a measurement is predicted by that of the last one; the loop asks `affordable` first.
+
+    `measure` returns, with the deepest feature map averaged over its positions as the feature [D] of an image:
+
+    - `rank`: effective rank of the features, see `rank_me`.
+    - `channel_std`: see `channel_std`.
+    - `bn_gap`, `bn_drift`: see `batch_norm_gap` and `batch_norm_drift`; only of encoders with batch norm, the drift
+      only from the second measurement on.
+    - `knn`, `linear`: top-1 accuracies in [0, 1] on the validation split of a labelled folder (see
+    `spark.monitor.probes`).
+
+    Args:
+        read: reads the images, at the first measurement.
+        count: how many these are, about.
+        max_share: share of the time since the construction that measuring may take, between 0 and 1; 1 always measures.
+        batch_size: images of one forward.
+
+    Attributes:
+        seconds: spent in measurements and pictures so far [s].
+    """
+
+    def __init__(self, read: Callable[[], MonitoredImages], count: int, max_share: float, batch_size: int):
+        self.read = read
+        self.count = count
+        self.watched: MonitoredImages | None = None
+        self.max_share = max_share
+        self.batch_size = batch_size
+        self.seconds = 0.0
+        self._began = time.perf_counter()
+        self._last: float | None = None
+        self._statistics: list[tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def images(self) -> int:
+        """Images of a measurement, 0 before the first one."""
+        return 0 if self.watched is None else len(self.watched.images)
+
+    def expected(self, images_per_second: float) -> float:
+        """Time of the next measurement [s]: that of the last one, or before it that of training on the images."""
+        return self.count / images_per_second if self._last is None else self._last
+
+    def affordable(self, images_per_second: float) -> bool:
+        """Whether the next measurement keeps within the share."""
+        elapsed = time.perf_counter() - self._began
+        return (
+            self.max_share == 1 or self.seconds + self.expected(images_per_second) <= self.max_share * elapsed
+        )
+
+    def measure(self, encoder: nn.Module) -> dict[str, float]:
+        """Measure; the values are described above, and `monitor_seconds` and `monitor_share` are what it cost."""
+        begin = time.perf_counter()
+        if self.watched is None:
+            self.watched = self.read()
+        watched = self.watched
+        with unchanged(encoder):
+            features = unmasked_features(encoder, watched.images, self.batch_size)
+            values = {"rank": rank_me(features), "channel_std": channel_std(features)}
+            statistics = running_statistics(encoder)
+            if statistics:
+                values["bn_gap"] = batch_norm_gap(encoder, watched.images[: self.batch_size])
+                if self._statistics is not None:
+                    values["bn_drift"] = batch_norm_drift(self._statistics, statistics)
+        self._statistics = statistics
+        if watched.labels is not None and watched.train is not None and features.isfinite().all():
+            values |= probe_scores(features, watched.labels, watched.train, watched.classes)
+        self._last = time.perf_counter() - begin
+        self.seconds += self._last
+        share = self.seconds / (time.perf_counter() - self._began)
+        return {**values, "monitor_seconds": self._last, "monitor_share": share}
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients for a while; modes and the CPU generator's state come back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def unmasked_features(encoder: nn.Module, images: Tensor, batch_size: int) -> Tensor:
+    """Deepest feature map of whole images [N, C, H, W], averaged over its positions: [N, D] float32 on the CPU."""
+    device = next(encoder.parameters()).device
+    deepest = pyramid_info(encoder)[-1:]
+    maps = (pyramid(encoder, part.to(device), deepest)[0] for part in images.split(batch_size))
+    return torch.cat([x.float().mean((2, 3)).cpu() for x in maps])
+
+
+def rank_me(features: Tensor) -> float:
+    """Effective rank of features [N, D]: exp(-sum p_k log p_k), p_k = s_k / sum(s) + 1e-7, s_k the singular values.
+
+    Between 1 (all features on a line) and min(N, D). Garrido et al., "RankMe: Assessing the Downstream Performance of
+    Pretrained Self-Supervised Representations by Their Rank", ICML 2023, equation 1. Not finite features give NaN.
+    """
+    if not features.isfinite().all():
+        return math.nan
+    singular = torch.linalg.svdvals(features.double())
+    shares = singular / singular.sum().clamp_min(1e-300) + 1e-7
+    return (-(shares * shares.log()).sum()).exp().item()
+
+
+def channel_std(features: Tensor) -> float:
+    """Mean standard deviation over images of the channels of features [N, D] of unit length, times sqrt(D).
+
+    1 for features spread over all directions, 0 for features that are all the same: the measure of collapse of Chen
+    and He, "Exploring Simple Siamese Representation Learning", CVPR 2021, section 4.1. Post-activation features share a
+    direction and lie in between.
+    """
+    return normalize(features.double(), dim=1).std(0, correction=0).mean().item() * math.sqrt(
+        features.shape[1]
+    )
+
+
+def running_statistics(encoder: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Copies of (running mean, running variance), [C] each, of every batch norm that keeps them."""
+    return [
+        (module.running_mean.clone(), module.running_var.clone())
+        for module in encoder.modules()
+        if isinstance(module, _BatchNorm)
+        and module.running_mean is not None
+        and module.running_var is not None
+    ]
+
+
+def batch_norm_drift(before: list[tuple[Tensor, Tensor]], now: list[tuple[Tensor, Tensor]]) -> float:
+    """How far running statistics have moved: root mean square over all channels of a distance in deviations.
+
+    The distance of two channels is that of their means, divided by the earlier standard deviation.
+    """
+    moved = [(new - old) / (var + 1e-5).sqrt() for (old, var), (new, _) in zip(before, now, strict=True)]
+    return torch.cat(moved).square().mean().sqrt().item()
+
+
+def batch_norm_gap(encoder: nn.Module, images: Tensor) -> float:
+    """How far the running statistics, those of masked images, are from the statistics of these unmasked ones.
+
+    Measured as `batch_norm_drift`, in one forward in evaluation mode.
+
+    Args:
+        encoder: in evaluation mode.
+        images: [B, C, H, W], normalised.
+    """
+    known, seen = [], []
+
+    def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(module, _BatchNorm)
+        x = inputs[0].float()
+        dims = [0, *range(2, x.ndim)]
+        assert module.running_mean is not None
+        assert module.running_var is not None
+        known.append((module.running_mean, module.running_var))
+        seen.append((x.mean(dims), x.var(dims, correction=0)))
+
+    handles = [
+        module.register_forward_pre_hook(look)
+        for module in encoder.modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    ]
+    try:
+        unmasked_features(encoder, images, len(images))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return batch_norm_drift(known, seen)
+
+
+def probe_scores(features: Tensor, labels: Tensor, train: Tensor, classes: int) -> dict[str, float]:
+    """Top-1 accuracies on the validation split of features [N, D]: `knn` and `linear`."""
+    known, asked = standardise(features[train], features[~train])
+    wanted = labels[~train]
+    k = min(NEIGHBOURS, len(known))
+    strength, _ = choose_strength(known, labels[train], classes, PROBE_STRENGTHS, seed=0)
+    return {
+        "knn": share_equal(knn_predict(known, labels[train], asked, [k], classes)[k], wanted),
+        "linear": fit_logistic(known, labels[train], classes, strength).accuracy(asked, wanted),
+    }
+
+
+def collapse_warning(
+    values: dict[str, float], images: int, least_rank: float, least_std: float
+) -> str | None:
+    """The sentence to warn with if the features of a measurement have collapsed; None if they have not.
+
+    Nor is there one of fewer than 8 images: their rank, which is not above their number, would say nothing.
+    """
+    if images < _FEWEST:
+        return None
+    signs = [
+        f"{name} {values[name]:.3g} is below {least:g}"
+        for name, least in (("rank", least_rank), ("channel_std", least_std))
+        if not values[name] >= least  # NaN is a sign too
+    ]
+    if not signs:
+        return None
+    return (
+        f"features collapse: {' and '.join(signs)}, so images look alike to the encoder; if the loss does not fall, "
+        "lower optim.base_lr or lengthen the warm-up"
+    )
+
+
+@torch.no_grad()
+def reconstruction_panels(
+    model: SparK, images: Tensor, visible: Tensor, mean: Sequence[float], std: Sequence[float]
+) -> Image.Image:
+    """Draw a row "input, masked, reconstruction" for each image; for histograms of oriented gradients "input, masked,
+    HOG, HOG predicted", the last as true in visible patches and as predicted in masked ones.
+
+    The reconstruction shows visible patches as they are, and masked patches as predicted, brought back to image space
+    with the mean and standard deviation of the true patch, as the loss compares them. The model runs in evaluation mode
+    and is left in the mode it was in; no running statistic changes.
+
+    Args:
+        model: the model, not wrapped for several processes.
+        images: [B, C, H, W] on the model's device, normalised by `mean` and `std`. One channel is shown in grey, of two
+            the first, of more than three the first three, as a line above the panels says.
+        visible: [B, 1, fh, fw] bool, True = seen.
+        mean: per channel, on the scale 0 to 1.
+        std: per channel, on the scale 0 to 1.
+
+    Returns:
+        An RGB picture with B rows of three or four images, small ones enlarged.
+    """
+    was_training = model.training
+    model.eval()
+    output = model(images, visible)
+    model.train(was_training)
+
+    seen = F.interpolate(visible.float(), size=images.shape[2:]) > 0
+    masked = images.where(seen, 0.0)  # the mean colour of the data set
+    columns = {"input": _displayable(images, mean, std), "masked": _displayable(masked, mean, std)}
+    if model.target == "hog":
+        true, predicted = (
+            draw_hog(x).cpu().expand(-1, 3, -1, -1) for x in (output.target, output.prediction)
+        )
+        columns |= {"HOG": true, "HOG predicted": true.where(seen.cpu(), predicted)}
+    else:
+        columns["reconstruction"] = _displayable(model.reconstruct(images, output), mean, std)
+    rows = torch.stack(list(columns.values()), dim=1).flatten(0, 1)
+    zoom = max(1, _READABLE // images.shape[3])
+    rows = rows.repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)
+    grid = functional.to_pil_image(make_grid(rows, nrow=len(columns), padding=_GAP, pad_value=1.0))
+
+    caption = "" if _is_colour(mean) else _caption(len(mean))
+    header = 2 * _HEADER if caption else _HEADER
+    picture = Image.new("RGB", (grid.width, grid.height + header), "white")
+    picture.paste(grid, (0, header))
+    width = rows.shape[3]
+    draw = ImageDraw.Draw(picture)
+    draw.text((_GAP, 2), caption, fill="black")
+    for column, title in enumerate(columns):
+        draw.text((_GAP + column * (width + _GAP), header - _HEADER + 2), title, fill="black")
+    return picture
+
+
+def save_panels(picture: Image.Image, output_dir: str | Path, step: int) -> Path:
+    """Write panels to ``output_dir/figures/panels_NNNNNNN.png`` and return that path."""
+    path = Path(output_dir) / "figures" / f"panels_{step:07d}.png"
+    content = BytesIO()
+    picture.save(content, format="PNG")
+    return write_whole(path, content.getvalue())
+
+
+def _is_colour(mean: Sequence[float]) -> bool:
+    """Whether channels of this mean are shown as they are: colour or grey, between 0 and 1."""
+    return len(mean) in (1, 3) and min(mean) >= 0 and max(mean) <= 1
+
+
+def _caption(channels: int) -> str:
+    """What the panels of other images show, see `_displayable`."""
+    shown = "1-3" if channels >= 3 else "1"
+    return f"channel{'s' * (channels >= 3)} {shown} of {channels}, black to white: mean -3 to +3 std"
+
+
+def _displayable(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """[B, C, H, W] normalised -> [B, 3, H, W] on the CPU, between 0 and 1.
+
+    Colour and grey of values between 0 and 1 come back as they were; of other images black is the mean less 3 standard
+    deviations, white the mean plus as many.
+    """
+    images = images.float().cpu()
+    scale, shift = (
+        torch.tensor(list(values)).view(1, -1, 1, 1)
+        for values in ((std, mean) if _is_colour(mean) else ([1 / 6] * len(mean), [0.5] * len(mean)))
+    )
+    images = (images * scale + shift).nan_to_num(0.0).clamp(0, 1)
+    return images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)

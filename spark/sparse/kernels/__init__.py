@@ -1,0 +1,1 @@
+"""Convolutions of the packed layout by other packages: spconv and Triton."""

@@ -1,0 +1,1 @@
+"""The engine: what every training run shares, whatever it trains."""

@@ -1,0 +1,188 @@
+"""The rows of a run, its TensorBoard and its progress on the terminal."""
+
+import errno
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from spark.errors import FileError, UserError
+from spark.files import write_whole
+
+
+class RunLog:
+    """The numbers of a run: a row of ``metrics.jsonl`` and of TensorBoard for each logged step.
+
+    A resumed run drops the rows of steps after its checkpoint, which it is going to compute again.
+
+    Args:
+        output_dir: folder of the run.
+        accelerator: from `start_accelerator`; only its main process writes.
+        resume_step: step of the checkpoint the run continues from, None for a new run.
+    """
+
+    def __init__(self, output_dir: str | Path, accelerator: Accelerator, resume_step: int | None):
+        self.path = Path(output_dir) / "metrics.jsonl"
+        self.accelerator = accelerator
+        self.mirrored = True
+        self.rewind(-1 if resume_step is None else resume_step)
+        options = {} if resume_step is None else {"purge_step": resume_step + 1}
+        accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": options})
+
+    def rewind(self, step: int, keep_events: bool = False) -> None:
+        """Drop the rows of later steps, which are going to be computed again.
+
+        Args:
+            step: last step whose rows stay; -1 drops all.
+            keep_events: rows with an `event` stay too, as rows of this step that name, in `at_step`, the step
+                that they happened at.
+        """
+        if not self.accelerator.is_main_process:
+            return
+        rows = []
+        for row in read_rows(self.path) if step >= 0 else []:
+            if row["step"] <= step:
+                rows.append(row)
+            elif keep_events and "event" in row:
+                rows.append({"at_step": row["step"], **row, "step": step})
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def row(self, step: int, **values: float | str) -> None:
+        """Write one row; numbers that are not finite become null, for JSON has no other word for them.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        if not self.accelerator.is_main_process:
+            return
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
+        }
+        before = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **finite}) + "\n")
+        except OSError as error:
+            with suppress(OSError):  # half a row would make the file unreadable
+                os.truncate(self.path, before)
+            if error.errno != errno.ENOSPC:
+                raise
+            raise FileError(
+                f"the disk is full, {self.path} could not be written; free some space and continue with --resume true"
+            ) from error
+        self._mirror(
+            lambda: self.accelerator.log(
+                {k: v for k, v in values.items() if isinstance(v, int | float)}, step=step
+            )
+        )
+
+    def _mirror(self, write: Callable[[], None]) -> None:
+        """Write to TensorBoard, which repeats ``metrics.jsonl``: a run can do without what its disk refuses.
+
+        TensorBoard's thread ends with its first failure, so there is nothing to try again.
+        """
+        if self.mirrored:
+            try:
+                write()
+            except OSError as error:
+                self.mirrored = False
+                reason = error.strerror or error
+                print(
+                    f"TensorBoard's log could not be written and ends here, metrics.jsonl goes on: {reason}",
+                    flush=True,
+                )
+
+    def close(self) -> None:
+        """Flush and close TensorBoard."""
+        self._mirror(self.accelerator.end_training)
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a ``metrics.jsonl``; a last line that was cut off by a crash is left out, no file is no rows."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise UserError(f"{path} line {number} is not JSON: repair or remove that line") from error
+    return rows
+
+
+class ProgressReport:
+    """What `progress_bar` yields: `update` after every step, `say` for a line of text."""
+
+    def __init__(self, total: int, start: int, every: int, console: Console, bar: Progress | None):
+        self._total, self._start, self._every = total, start, every
+        self._console, self._bar = console, bar
+        self._task = None if bar is None else bar.add_task("", total=total, completed=start, values="")
+        self._began = time.monotonic()
+
+    def update(self, step: int, **values: float) -> None:
+        """Show that `step` steps are done, with the latest values, such as loss, lr and images_per_second."""
+        text = "  ".join(_format_value(name, value) for name, value in values.items())
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=step, values=text)
+        elif step % self._every == 0 or step == self._total or step == self._start + 1:
+            left = (time.monotonic() - self._began) / max(step - self._start, 1) * (self._total - step)
+            self.say(f"step {step}/{self._total}  {text}  {format_duration(left)} left")
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def progress_bar(
+    total: int, start: int = 0, *, every: int = 1, enabled: bool = True
+) -> Iterator[ProgressReport]:
+    """Show the progress of a run: a live bar on a terminal, a line every `every` steps elsewhere (files, pipes).
+
+    Args:
+        total: steps of the whole run.
+        start: steps that were done before.
+        every: steps between lines where there is no terminal.
+        enabled: False shows nothing, for processes other than the main one.
+
+    Yields:
+        A `ProgressReport`.
+    """
+    console = Console(quiet=not enabled)
+    if not (enabled and console.is_terminal):
+        yield ProgressReport(total, start, every, console, None)
+        return
+    columns = (
+        MofNCompleteColumn(),
+        BarColumn(bar_width=None),
+        TextColumn("{task.fields[values]}"),
+        TimeRemainingColumn(compact=True),
+        TextColumn("left"),
+    )
+    with Progress(*columns, console=console, expand=True, speed_estimate_period=300) as bar:
+        yield ProgressReport(total, start, every, console, bar)
+
+
+def _format_value(name: str, value: float) -> str:
+    if name == "images_per_second":
+        return f"{value:.1f} images/s"
+    return f"{name} {value:.2e}" if name == "lr" else f"{name} {value:.4f}"
+
+
+def format_duration(seconds: float) -> str:
+    """Write seconds as h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,1 @@
+"""Weights in and out: encoders, official checkpoints, ONNX graphs and the Hugging Face hub."""

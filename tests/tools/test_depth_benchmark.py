@@ -1,0 +1,195 @@
+"""tools/benchmark.py distillation and cache: nobody is timed who computes something else. No timing is asserted."""
+
+import csv
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))  # as when a tool is run as a script
+
+import benchmark
+import depth_cost
+from benchmarks import depth
+
+from tests import depth_layouts as write
+
+SIZE = (32, 64)
+CARD: dict[str, Any] = {
+    "data": {
+        "image_size": list(SIZE),
+        "crop_size": list(SIZE),
+        "border": None,
+        "colour": 1.0,
+        "zoom": [1.0, 1.0],
+    },
+    "model": {
+        "head": "metric_bins",
+        "head_options": {"width": 16, "bins": 8, "embedding": 8, "attractors": [2, 2, 2, 1]},
+    },
+    "losses": {"silog": 1.0, "segmentation": 0.1},
+    "loss_options": {"segmentation": {"classes": 13, "decoder_channels": [16, 8, 8, 8, 8]}},
+    "optim": {"batch_size": 2, "clip_grad": 0.1},
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of run cards: distil, and plain without the segmentation."""
+    folder = tmp_path / "cards"
+    folder.mkdir()
+    plain = {**CARD, "encoder": "test_resnet", "losses": {"silog": 1.0}, "loss_options": {}}
+    for name, card in {"distil": CARD, "plain": plain}.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(card))
+    monkeypatch.setattr(depth, "CARDS", folder)
+    return folder
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_distillation(cards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "distillation.csv"
+    given = ["--config", "distil", "--encoder", "test_resnet", "--size", "32x64", "64x64", "--batch", "2"]
+    benchmark.main(
+        ["distillation", *given, "--rounds", "2", "--threads", "1", "--busy", "--csv", str(output)]
+    )
+    rows = read(output)
+    assert [(row["contender"], row["height"], row["width"]) for row in rows] == [
+        ("without", "32", "64"),
+        ("with", "32", "64"),
+        ("without", "64", "64"),
+        ("with", "64", "64"),
+    ]
+    for row in rows:
+        assert (row["config"], row["encoder"], row["batch"], row["threads"], row["base"]) == (
+            "distil",
+            "test_resnet",
+            "2",
+            "1",
+            "without",
+        )
+        assert float(row["seconds_median"]) > 0
+        assert row["torch"] == torch.__version__
+    assert rows[0]["cost_median"] == rows[0]["gmacs_cost"] == "1.000"
+    # The decoder has two 3x3 convolutions a size and one to classes, each with two like it in the backward pass.
+    widths, skips = (16, 16, 8, 8, 8, 8), (16, 16, 16, 16, 0)
+    macs = 8 * 13 * 9 * 32 * 64
+    for block, (above, skip, width) in enumerate(zip(widths[:-1], skips, widths[1:], strict=True)):
+        macs += (above + skip + width) * width * 9 * (32 * 64 // 4 ** (4 - block))
+    added = float(rows[1]["gmacs_training"]) - float(rows[0]["gmacs_training"])
+    assert added == pytest.approx(3 * macs / 1e9, abs=0.0011)
+    ratio = float(rows[1]["gmacs_training"]) / float(rows[0]["gmacs_training"])
+    assert float(rows[1]["gmacs_cost"]) == pytest.approx(ratio, abs=0.02)
+    said = capsys.readouterr().out
+    assert "cost in GMACs" in said
+    assert "64x64" in said
+
+
+def test_another_model_is_not_timed(cards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attach = depth.add_segmentation
+
+    def and_spoil(model: Any, criterion: Any, config: Any) -> None:
+        attach(model, criterion, config)
+        if model.segmentation is not None:
+            model.head.distribution.mlp[0].bias.data.add_(0.5)
+
+    monkeypatch.setattr(depth, "add_segmentation", and_spoil)
+    with pytest.raises(ValueError, match="differs with and without the segmentation loss"):
+        depth.distillation_rows("distil", "test_resnet", [SIZE], 2, "fp32", 2)
+
+
+def test_a_card_without_the_loss_is_refused(cards: Path) -> None:
+    with pytest.raises(ValueError, match="card plain has no loss segmentation"):
+        depth.distillation_rows("plain", "test_resnet", [SIZE], 2, "fp32", 2)
+
+
+def test_the_default_cards_are_there() -> None:
+    assert depth.CARDS == depth_cost.CARDS
+    for card, encoder in {
+        "zoedepth_distil": "resnet18",
+        "unetpp_nyu_128x160": "resnet18",
+        "lraspp_nyu": "mobilenetv3_large_100",
+    }.items():
+        assert depth.read_card(card, "resnet18", data_root=".").encoder == encoder
+
+
+def test_cache(cards: Path, tmp_path: Path) -> None:
+    root, output = write.write_sync(tmp_path / "sync"), tmp_path / "cache.csv"
+    given = ["--data", str(root), "--list", "nyu_train.txt", "--config", "plain", "--batches", "2"]
+    benchmark.main(["cache", *given, "--rounds", "2", "--threads", "1", "--busy", "--csv", str(output)])
+    rows = {row["contender"]: row for row in read(output)}
+    assert list(rows) == ["decode", "cache", "step"]
+    seconds = {name: float(row["seconds_median"]) for name, row in rows.items()}
+    for name, row in rows.items():
+        assert (row["config"], row["data"], row["height"], row["width"]) == ("plain", "sync", "32", "64")
+        assert float(row["images_per_second"]) == pytest.approx(4 / seconds[name], rel=0.01)
+    assert rows["step"]["cores_to_keep_up"] == ""
+    for name in ("decode", "cache"):
+        assert float(rows[name]["cores_to_keep_up"]) > 0
+    assert not (root / "cache").exists()
+
+
+def test_another_batch_is_not_timed(cards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write.write_sync(tmp_path / "sync")
+    numbers = iter(range(10))
+
+    def shifted(data: Any, seed: Any) -> Any:
+        return original(data, seed + next(numbers))
+
+    original = depth.TrainingMix
+    monkeypatch.setattr("finetune.tasks.build.TrainingMix", shifted)
+    with pytest.raises(ValueError, match="its batch from the cache is another one"):
+        depth.cache_rows(root, "nyu_train.txt", ["plain"], 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["distillation", "--size", "96"], "must be HEIGHTxWIDTH in pixels, such as 96x128, not 96"),
+        (
+            ["distillation", "--config", "nothing", "--busy"],
+            "there is no run card nothing: there are lraspp_diw",
+        ),
+        (["distillation", "--rounds", "1"], "--rounds must be 2 or more"),
+        (["cache"], "the following arguments are required: --data"),
+        (["cache", "--busy", "--data", "nowhere", "--threads", "1"], "no folder nowhere"),
+    ],
+)
+def test_what_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_scoring(tmp_path: Path) -> None:
+    """A turn scores as many images as it says, under each protocol."""
+    output = tmp_path / "scoring.csv"
+    given = ["--protocol", "nyu-bts", "nyu-laina", "--images", "3", "--size", "48x64", "--rounds", "2"]
+    benchmark.main(["scoring", *given, "--threads", "1", "--busy", "--csv", str(output)])
+    rows = read(output)
+    assert [(row["contender"], row["images"], row["height"]) for row in rows] == [
+        ("nyu-bts", "3", "48"),
+        ("nyu-laina", "3", "48"),
+    ]
+    assert all(float(row["seconds_median"]) > 0 for row in rows)
+    assert rows[0]["speedup_median"] == "1.000"
+
+
+def test_scoring_under_a_protocol_of_other_data(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.main(["scoring", "--protocol", "diw", "--busy"])
+    assert "diw is not for frames of NYU with depth" in capsys.readouterr().err
