@@ -35,7 +35,7 @@ from finetune.tasks.state import RunState, changes, fingerprint, refuse_empty
 from finetune.tasks.summary import describe
 from spark.errors import UserError, one_line_errors
 from spark.report import record_environment
-from spark.seeds import derive_seed
+from spark.seeds import Purpose, derive_seed
 from spark.training.accelerator import (
     micro_batch_size,
     prepare,
@@ -54,9 +54,6 @@ from spark.training.stop import StopRequest, check_finite, ignore_stop_signals, 
 DESCRIPTION = """Train a depth model (encoder and head) on RGB-D pairs. SIGTERM and Ctrl-C save a checkpoint and end
 a run of one process with exit code 0 (a launcher of several may report its own); continue with --resume true. SIGUSR1
 to the main process writes the model to output_dir/model at once; the end of the run does so anyway."""
-
-# What a seed is for, apart from those of finetune/tasks/build.py.
-STEP = 12
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -229,7 +226,9 @@ def train(config: DepthConfig) -> None:
                         key: images if key == "image" else batch[key].to(device, non_blocking=True)
                         for key in criterion.entries & batch.keys()
                     }
-                    torch.manual_seed(derive_seed(config.seed, step * config.accumulation + part, rank, STEP))
+                    torch.manual_seed(
+                        derive_seed(config.seed, step * config.accumulation + part, rank, Purpose.STEP)
+                    )
                     is_last = part == config.accumulation - 1
                     with nullcontext() if is_last else accelerator.no_sync(model):
                         output_maps = model(images)

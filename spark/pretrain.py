@@ -28,7 +28,7 @@ from spark.images.transform import Normalise, PretrainTransform
 from spark.monitor.watch import Watch, build_monitor, fixed_batch
 from spark.outputs import Outputs
 from spark.report import record_environment
-from spark.seeds import derive_seed
+from spark.seeds import Purpose, derive_seed
 from spark.start import start_from
 from spark.training.accelerator import micro_batch_size, prepare, reduce_sum, start_accelerator
 from spark.training.checkpoint import refuse_new_beginning
@@ -85,7 +85,7 @@ def pretrain(config: PretrainConfig) -> None:
     micro_batch = micro_batch_size(config.optim.batch_size, world, config.accumulation)
     torch.backends.cudnn.benchmark = True
 
-    torch.manual_seed(derive_seed(config.seed, 0, 3))
+    torch.manual_seed(derive_seed(config.seed, 0, Purpose.WEIGHTS))
     spark = build_model(config.model)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     spark.to(device).to(memory_format=memory_format)
@@ -249,7 +249,12 @@ def pretrain(config: PretrainConfig) -> None:
                     visible_count = int(batch["visible"].sum())  # here: on a GPU, reading it would wait
                     visible = batch["visible"].to(device, non_blocking=True)
                     torch.manual_seed(
-                        derive_seed(config.seed, (step + state.offset) * config.accumulation + part, rank, 4)
+                        derive_seed(
+                            config.seed,
+                            (step + state.offset) * config.accumulation + part,
+                            rank,
+                            Purpose.STEP,
+                        )
                     )
                     is_last = part == config.accumulation - 1
                     with nullcontext() if is_last else accelerator.no_sync(model):

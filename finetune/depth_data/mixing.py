@@ -18,11 +18,8 @@ from torch.utils.data import Dataset, Sampler
 
 from finetune.depth_data.base import DepthSet
 from finetune.depth_data.transforms import DepthTrainingSet, TrainTransform
-from spark.seeds import derive_seed
+from spark.seeds import Purpose, derive_seed
 from spark.training.sampling import StreamSampler
-
-SET = 13
-"""What a seed derived for a set is for, apart from the uses in finetune/tasks/build.py."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,9 @@ class TrainingMix(Dataset[dict]):
 
     def __init__(self, sets: Sequence[MixedSet], seed: int):
         self.sets = list(sets)
-        self.seeds = [derive_seed(seed, number, SET) if number else seed for number in range(len(sets))]
+        self.seeds = [
+            derive_seed(seed, number, Purpose.SET) if number else seed for number in range(len(sets))
+        ]
         self.parts = [
             DepthTrainingSet(one.data, one.transform, own, skip_unreadable=True)
             for one, own in zip(self.sets, self.seeds, strict=True)

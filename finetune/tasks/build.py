@@ -21,11 +21,8 @@ from finetune.model.segmentation import attach_segmentation
 from finetune.protocols import Protocol
 from finetune.scoring.score import check_ground_truth
 from spark.errors import UserError
-from spark.seeds import derive_seed
+from spark.seeds import Purpose, derive_seed
 from spark.training.checkpoint import KeyReport
-
-# What a seed is for, so that no two uses share random numbers; 12 is that of a step (finetune/depth.py).
-ENCODER_WEIGHTS, HEAD_WEIGHTS, DECODER_WEIGHTS = 10, 11, 13
 
 
 def build_model(config: DepthConfig) -> tuple[DepthModel, KeyReport]:
@@ -38,7 +35,7 @@ def build_model(config: DepthConfig) -> tuple[DepthModel, KeyReport]:
         ValueError: The encoder is none, or an option of it does not go with it.
         FileNotFoundError: A path that does not exist.
     """
-    torch.manual_seed(derive_seed(config.seed, ENCODER_WEIGHTS))
+    torch.manual_seed(derive_seed(config.seed, 0, Purpose.ENCODER_WEIGHTS))
     encoder, report = open_encoder(
         config.encoder,
         config.encoder_name,
@@ -46,7 +43,7 @@ def build_model(config: DepthConfig) -> tuple[DepthModel, KeyReport]:
         config.model.drop_path,
         config.model.encoder_options,
     )
-    torch.manual_seed(derive_seed(config.seed, HEAD_WEIGHTS))
+    torch.manual_seed(derive_seed(config.seed, 0, Purpose.HEAD_WEIGHTS))
     model = DepthModel(
         encoder,
         head=config.model.head,
@@ -76,7 +73,7 @@ def add_segmentation(model: DepthModel, criterion: WeightedLoss, config: DepthCo
                 f"the segmentation has {classes} classes and the data at {data.root} {has} (data.labels {data.labels},"
                 f" data.void {data.void}): set loss_options.segmentation.classes to {has}, of all sets alike"
             )
-    torch.manual_seed(derive_seed(config.seed, DECODER_WEIGHTS))
+    torch.manual_seed(derive_seed(config.seed, 0, Purpose.LOSS_WEIGHTS))
     attach_segmentation(model, classes, auxiliary.decoder_channels)
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from spark.images.dataset import collate_images
 from spark.model.masking import MaskRatio, ratio_range, visible_at
-from spark.seeds import derive_seed
+from spark.seeds import Purpose, derive_seed
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class StepPlan:
 
     def size(self, step: int) -> tuple[int, int]:
         """(H, W) of the images of a step, counted from 0 [px]."""
-        return self.sizes[derive_seed(self.seed, step, 6) % len(self.sizes)]
+        return self.sizes[derive_seed(self.seed, step, Purpose.SIZE) % len(self.sizes)]
 
     def ratio(self, step: int) -> float:
         """Share of hidden patches in a step, before it is rounded to whole patches."""
         low, high = ratio_range(self.mask_ratio)
-        return low + (high - low) * derive_seed(self.seed, step, 5) / 2**63
+        return low + (high - low) * derive_seed(self.seed, step, Purpose.MASK_RATIO) / 2**63
 
     def step_of(self, position: int) -> int:
         """The step that trains on this position of the stream."""

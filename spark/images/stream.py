@@ -28,7 +28,7 @@ from spark.images.batches import StepPlan
 from spark.images.dataset import MAX_CONSECUTIVE_FAILURES, read_sample
 from spark.images.decode import Picture, describe_failure
 from spark.images.sources import Entry, ShardError, StreamedSource
-from spark.seeds import derive_seed
+from spark.seeds import Purpose, derive_seed
 
 # Integers of a state: pass, turn (number of the shard in the reader's share of it) and place in the shard, where the
 # block begins; images of it that were taken; pass and turn of its last image.
@@ -55,7 +55,7 @@ class Division:
 
     def share(self, reader: int, number: int) -> list[int]:
         """The shards of a reader in a pass, in order."""
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, number, 7))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, number, Purpose.SHARDS))
         order = torch.randperm(self.shards, generator=generator).tolist()
         if number in self.left:
             order = list(self.left[number])
@@ -128,7 +128,9 @@ class Reader:
         chain = self._chain(*begin)
         block: list[Any] = list(islice(chain, self.buffer))
         while True:
-            generator = torch.Generator().manual_seed(derive_seed(self.division.seed, self.reader, *begin, 8))
+            generator = torch.Generator().manual_seed(
+                derive_seed(self.division.seed, self.reader, *begin, Purpose.BUFFER)
+            )
             order = torch.randperm(self.buffer, generator=generator).tolist()
             following: list[tuple[Entry, tuple[int, int, int]]] = []
             end = block[-1][1]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from spark.errors import UserError
-from spark.seeds import derive_seed
+from spark.seeds import Purpose, derive_seed
 
 MaskRatio = float | tuple[float, float]
 """Share of hidden patches, or the range (low, high) that it is drawn from."""
@@ -112,7 +112,7 @@ def visible_at(
     """
     noise = []
     for position in positions:
-        generator = torch.Generator().manual_seed(derive_seed(seed, int(position), 1))
+        generator = torch.Generator().manual_seed(derive_seed(seed, int(position), Purpose.MASK))
         noise.append(torch.rand(grid[0] * grid[1], generator=generator))
         if block > 1:
             noise[-1] += _block_ranks(grid, block, generator)

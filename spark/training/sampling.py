@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from spark.errors import UserError
-from spark.seeds import derive_seed
+from spark.seeds import Purpose, derive_seed
 
 
 class StreamSampler(Sampler[list[tuple[int, int]]]):
@@ -75,7 +75,7 @@ class StreamSampler(Sampler[list[tuple[int, int]]]):
         """Order of the data set in one pass: [num_samples] int64."""
         if not self.shuffle:
             return torch.arange(self.num_samples)
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, 2))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, Purpose.ORDER))
         return torch.randperm(self.num_samples, generator=generator)
 
 
