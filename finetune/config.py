@@ -9,6 +9,7 @@ from finetune.depth_data.registry import Kind
 from finetune.protocols import PROTOCOLS
 from spark.model.encoder import is_own
 from spark.training.cli import require
+from spark.training.options import RunConfig
 
 
 def expand_home(options: object, *names: str) -> None:
@@ -276,15 +277,13 @@ class DepthOptimConfig:
         )
 
 
-@dataclass
-class DepthConfig:
+@dataclass(kw_only=True)
+class DepthConfig(RunConfig):
     """Run: encoder, losses, length, precision, logs and checkpoints.
 
     Attributes:
         encoder: exported encoder folder, a .pth file, a timm model name, or package.module:factory of a convnet of your
             own (docs/options.md).
-        output_dir: folder of the run: config.yaml, metrics.jsonl, tensorboard/, figures/, checkpoints/, model/,
-            evaluation.json (of model/) and best/.
         encoder_name: timm name of the encoder in a .pth file that does not say it, or package.module:factory of a
             convnet of your own in a file or folder, for no file decides which code is run; null asks the file.
         pretrained: for a timm name, load timm's published weights (true) or start from random ones (false); a folder
@@ -293,16 +292,7 @@ class DepthConfig:
             (relative depth); ranking (pairs of points); smoothness; segmentation (classes, through a decoder that only
             training has). docs/depth.md says what each needs.
         loss_options: arguments of each of these losses, by its name, such as variance_focus of silog.
-        epochs: length of the run in passes over the training pairs.
-        max_steps: length of the run in optimizer steps; when set it takes the place of epochs.
-        precision: fp32, or mixed precision in bf16 or fp16.
-        accumulation: parts that each process splits its share of a batch into, to fit the memory.
-        channels_last: images and weights in the channels-last memory format, the faster one nearly everywhere.
         sync_bn: batch normalisation takes its statistics over all processes (on CPU each process takes its own).
-        seed: seed of everything random: weights of the head, order of the pairs, augmentation, stochastic depth.
-        log_every: optimizer steps between rows of metrics.jsonl.
-        checkpoint_every: optimizer steps between checkpoints; 0 writes one at the end only.
-        keep_checkpoints: number of the newest checkpoints that are kept.
         protocol: evaluation protocol of the validation and of evaluation.json.
         flip_average: the evaluation averages with the mirror image's prediction; null is the protocol's own choice.
         validate_every: epochs between validations; 0 validates at the end only. The last one is always made.
@@ -310,13 +300,10 @@ class DepthConfig:
             of the best one is in output_dir/best, that of the last step in output_dir/model.
         patience: validations in a row without a better one after which the run ends; null never ends it early.
         triptychs: number of validation images that every validation draws into figures/.
-        resume: true continues from the newest checkpoint of output_dir, and starts from the beginning where there is
-            none; a path continues from that checkpoint.
     """
 
     encoder: str
     data: DepthDataConfig
-    output_dir: str
     encoder_name: str | None = None
     pretrained: bool = False
     model: DepthModelConfig = field(default_factory=DepthModelConfig)
@@ -324,15 +311,8 @@ class DepthConfig:
     loss_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     optim: DepthOptimConfig = field(default_factory=DepthOptimConfig)
     epochs: float = 15
-    max_steps: int | None = None
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    accumulation: int = 1
-    channels_last: bool = True
     sync_bn: bool = True
-    seed: int = 0
-    log_every: int = 10
     checkpoint_every: int = 500
-    keep_checkpoints: int = 2
     protocol: str = "nyu-bts"
     flip_average: bool | None = None
     validate_every: float = 1
@@ -352,24 +332,14 @@ class DepthConfig:
     ] = "abs_rel"
     patience: int | None = None
     triptychs: int = 4
-    resume: bool | str = False
 
     def own_encoder(self) -> str | None:
         """package.module:factory of one's own encoder, as the options name it; None for timm's."""
         return next((name for name in (self.encoder, self.encoder_name) if name and is_own(name)), None)
 
     def __post_init__(self) -> None:
-        require(bool(self.output_dir), "output_dir", "an empty text", "the name of a folder")
-        expand_home(self, "encoder", "output_dir", "resume")
-        require(self.epochs > 0, "epochs", self.epochs, "above 0")
-        require(
-            self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "null or at least 1"
-        )
-        require(self.accumulation >= 1, "accumulation", self.accumulation, "at least 1")
-        require(abs(self.seed) < 2**63, "seed", self.seed, "a whole number of at most 63 bits")
-        require(self.log_every >= 1, "log_every", self.log_every, "at least 1")
-        require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")
-        require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "at least 1")
+        super().__post_init__()
+        expand_home(self, "encoder")
         require(self.validate_every >= 0, "validate_every", self.validate_every, "0 or more")
         if self.protocol in PROTOCOLS:  # an unknown name is refused by its reader
             known = PROTOCOLS[self.protocol].metrics

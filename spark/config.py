@@ -4,14 +4,12 @@ The dataclasses are the only list of options: their types check, their docstring
 same `parse_config` and `save_config` with their own dataclasses.
 """
 
-import math
 import os
-import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from spark.training.cli import require
-from spark.training.options import GuardConfig, OptimConfig
+from spark.training.options import OptimConfig, RunConfig
 
 
 @dataclass
@@ -204,66 +202,28 @@ class MonitorConfig:
         require(self.collapse_std >= 0, "monitor.collapse_std", self.collapse_std, "0 or more")
 
 
-@dataclass
-class PretrainConfig:
+@dataclass(kw_only=True)
+class PretrainConfig(RunConfig):
     """Run: length, precision, logs and checkpoints.
 
     Attributes:
-        output_dir: folder of the run: config.yaml, metrics.jsonl, tensorboard/, figures/, checkpoints/ and encoder/.
-        epochs: length of the run in passes over the images.
-        max_steps: length of the run in optimizer steps; when set it takes the place of epochs.
-        precision: fp32, or mixed precision in bf16 or fp16.
-        accumulation: parts that each process splits its share of a batch into, to fit the memory.
         compile: the training step's forward and backward through torch.compile, which takes minutes at the start; see
             docs/compile.md for what it can trace. Measurements and pictures are not compiled.
-        channels_last: images and weights in the channels-last memory format, the faster one nearly everywhere.
-        seed: seed of everything random: weights, order of the images, crops, masks, stochastic depth.
-        log_every: optimizer steps between rows of metrics.jsonl.
-        checkpoint_every: optimizer steps between checkpoints; 0 writes one at the end only.
-        keep_checkpoints: number of the newest checkpoints that are kept.
         panels_every: optimizer steps between reconstruction panels in figures/; 0 writes them at the end only.
         export_ema: encoder/ holds the averaged weights (optim.ema_decay) in place of the last ones.
-        time_limit: time after which the run saves, prints the command that continues it, and ends with exit code 0:
-            hours, as a number, or a text "HH:MM:SS". The step under way and the saving come on top of it.
-        resume: true continues from the newest checkpoint of output_dir, and starts from the beginning where there is
-            none; a path continues from that checkpoint.
     """
 
     model: ModelConfig
     data: DataConfig
-    output_dir: str
     optim: OptimConfig = field(default_factory=OptimConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
-    guard: GuardConfig = field(default_factory=GuardConfig)
     epochs: float = 1600
-    max_steps: int | None = None
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    accumulation: int = 1
     compile: bool = False
-    channels_last: bool = True
-    seed: int = 0
-    log_every: int = 10
-    checkpoint_every: int = 1000
-    keep_checkpoints: int = 2
     panels_every: int = 1000
     export_ema: bool = False
-    time_limit: str | float | None = None
-    resume: bool | str = False
 
     def __post_init__(self) -> None:
-        require(bool(self.output_dir), "output_dir", "an empty text", "the name of a folder")
-        self.output_dir = os.path.expanduser(self.output_dir)
-        if isinstance(self.resume, str):
-            self.resume = os.path.expanduser(self.resume)
-        require(self.epochs > 0, "epochs", self.epochs, "above 0")
-        require(
-            self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "null or at least 1"
-        )
-        require(self.accumulation >= 1, "accumulation", self.accumulation, "at least 1")
-        require(abs(self.seed) < 2**63, "seed", self.seed, "a whole number of at most 63 bits")
-        require(self.log_every >= 1, "log_every", self.log_every, "at least 1")
-        require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")
-        require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "at least 1")
+        super().__post_init__()
         require(self.panels_every >= 0, "panels_every", self.panels_every, "0 or more")
         require(
             not self.export_ema or self.optim.ema_decay is not None,
@@ -277,24 +237,3 @@ class PretrainConfig:
             self.compile,
             "false together with model.grad_checkpointing: the compiler chooses itself what is computed again",
         )
-        self.time_limit_seconds()
-
-    def time_limit_seconds(self) -> float:
-        """`time_limit` in seconds, infinite for none.
-
-        Raises:
-            ValueError: it is neither a number of hours above 0 nor HH:MM:SS.
-        """
-        limit, seconds = self.time_limit, math.inf
-        if limit is not None:
-            parts = re.fullmatch(r"(\d+):([0-5]\d):([0-5]\d)", str(limit))
-            hours = re.fullmatch(r"\d+(\.\d*)?", str(limit))
-            if parts:
-                seconds = sum(int(p) * unit for p, unit in zip(parts.groups(), (3600, 60, 1), strict=True))
-            else:
-                seconds = 3600 * float(str(limit)) if hours else 0.0
-        rule = 'a number of hours above 0, or HH:MM:SS (in a YAML file in quotes: "12:00:00")'
-        require(seconds > 0, "time_limit", limit, rule)
-        # Without quotes YAML reads 12:00:00 as 43200, a number to the base of 60.
-        require(isinstance(limit, str | None) or limit < 1000, "time_limit", limit, rule)
-        return seconds

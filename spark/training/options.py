@@ -1,6 +1,9 @@
-"""Options that runs share."""
+"""Options that every training run has, and those of its optimizer and guard."""
 
-from dataclasses import dataclass
+import math
+import os
+import re
+from dataclasses import dataclass, field
 from typing import Literal
 
 from spark.training.cli import require
@@ -108,3 +111,77 @@ class GuardConfig:
         require(self.spike_factor > 0, "guard.spike_factor", self.spike_factor, "above 0")
         require(self.max_skips >= 0, "guard.max_skips", self.max_skips, "0 or more")
         require(self.max_rollbacks >= 0, "guard.max_rollbacks", self.max_rollbacks, "0 or more")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Run: length, precision, logs and checkpoints.
+
+    Attributes:
+        output_dir: folder of the run: config.yaml, metrics.jsonl, figures/, checkpoints/ and what it exports.
+        epochs: length of the run in passes over the data.
+        max_steps: length of the run in optimizer steps; when set it takes the place of epochs.
+        precision: fp32, or mixed precision in bf16 or fp16.
+        accumulation: parts that each process splits its share of a batch into, to fit the memory.
+        channels_last: images and weights in the channels-last memory format, the faster one nearly everywhere.
+        seed: seed of everything random: weights, order of the data, augmentation, masks, stochastic depth.
+        log_every: optimizer steps between rows of metrics.jsonl.
+        log_with: tracker that metrics go to beside metrics.jsonl; all but tensorboard are packages of their own.
+        checkpoint_every: optimizer steps between checkpoints; 0 writes one at the end only.
+        keep_checkpoints: number of the newest checkpoints that are kept.
+        time_limit: time after which the run saves, prints the command that continues it, and ends with exit code 0:
+            hours, as a number, or a text "HH:MM:SS". The step under way and the saving come on top of it.
+        resume: true continues from the newest checkpoint of output_dir, and starts from the beginning where there is
+            none; a path continues from that checkpoint.
+    """
+
+    output_dir: str
+    epochs: float = 100
+    max_steps: int | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    accumulation: int = 1
+    channels_last: bool = True
+    seed: int = 0
+    log_every: int = 10
+    log_with: Literal["tensorboard", "wandb", "trackio", "mlflow", "none"] = "tensorboard"
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    time_limit: str | float | None = None
+    resume: bool | str = False
+    guard: GuardConfig = field(default_factory=GuardConfig)
+
+    def __post_init__(self) -> None:
+        require(bool(self.output_dir), "output_dir", "an empty text", "the name of a folder")
+        self.output_dir = os.path.expanduser(self.output_dir)
+        if isinstance(self.resume, str):
+            self.resume = os.path.expanduser(self.resume)
+        require(self.epochs > 0, "epochs", self.epochs, "above 0")
+        require(
+            self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "null or at least 1"
+        )
+        require(self.accumulation >= 1, "accumulation", self.accumulation, "at least 1")
+        require(abs(self.seed) < 2**63, "seed", self.seed, "a whole number of at most 63 bits")
+        require(self.log_every >= 1, "log_every", self.log_every, "at least 1")
+        require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")
+        require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "at least 1")
+        self.time_limit_seconds()
+
+    def time_limit_seconds(self) -> float:
+        """`time_limit` in seconds, infinite for none.
+
+        Raises:
+            UserError: it is neither a number of hours above 0 nor HH:MM:SS.
+        """
+        limit, seconds = self.time_limit, math.inf
+        if limit is not None:
+            parts = re.fullmatch(r"(\d+):([0-5]\d):([0-5]\d)", str(limit))
+            hours = re.fullmatch(r"\d+(\.\d*)?", str(limit))
+            if parts:
+                seconds = sum(int(p) * unit for p, unit in zip(parts.groups(), (3600, 60, 1), strict=True))
+            else:
+                seconds = 3600 * float(str(limit)) if hours else 0.0
+        rule = 'a number of hours above 0, or HH:MM:SS (in a YAML file in quotes: "12:00:00")'
+        require(seconds > 0, "time_limit", limit, rule)
+        # Without quotes YAML reads 12:00:00 as 43200, a number to the base of 60.
+        require(isinstance(limit, str | None) or limit < 1000, "time_limit", limit, rule)
+        return seconds

@@ -242,7 +242,7 @@ def test_bad_file(capsys, tmp_path, content, words):
 
 def test_missing_options_are_named(capsys):
     text = error_of(capsys, "--model.name", "resnet18")
-    assert "data.train and output_dir must be set" in text
+    assert "output_dir and data.train must be set" in text
     assert "--data.train VALUE" in text
 
 
@@ -418,7 +418,7 @@ def test_changes_between_two_configs_are_named():
     [(None, math.inf), (0.5, 1800), ("2", 7200), ("1.5", 5400), ("00:10:05", 605), ("100:00:00", 360000)],
 )
 def test_time_limit(limit, seconds):
-    config = PretrainConfig(ModelConfig("resnet18"), DataConfig("x"), "y", time_limit=limit)
+    config = PretrainConfig(model=ModelConfig("resnet18"), data=DataConfig("x"), output_dir="y", time_limit=limit)
     assert config.time_limit_seconds() == seconds
 
 
@@ -427,9 +427,9 @@ def test_time_limit_that_is_none(limit):
     with pytest.raises(
         ValueError, match=r"time_limit must be a number of hours above 0, or HH:MM:SS \(in a YAML"
     ):
-        PretrainConfig(ModelConfig("resnet18"), DataConfig("x"), "y", time_limit=limit)
+        PretrainConfig(model=ModelConfig("resnet18"), data=DataConfig("x"), output_dir="y", time_limit=limit)
 
 
 def test_an_average_that_is_not_kept_cannot_be_exported():
     with pytest.raises(ValueError, match=r"export_ema must be false where optim\.ema_decay is null"):
-        PretrainConfig(ModelConfig("resnet18"), DataConfig("x"), "y", export_ema=True)
+        PretrainConfig(model=ModelConfig("resnet18"), data=DataConfig("x"), output_dir="y", export_ema=True)
