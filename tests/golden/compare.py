@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+Tolerance = list[tuple[str, float, float]]
+"""Patterns of places, each with the relative and the absolute deviation that is allowed there; the first one counts."""
+
 HERE = Path(__file__).parent
 PER_MACHINE = ("sha256",)
 """Keys whose values are of bits that another processor may compute otherwise."""
@@ -44,7 +47,14 @@ def same_machine(written: dict[str, Any]) -> bool:
     return written["processor"] == processor() and written["torch"] == torch.__version__
 
 
-def differences(expected: Any, found: Any, tolerance: dict[str, float] | None, where: str = "") -> list[str]:
+def allowed(where: str, tolerance: Tolerance) -> tuple[float, float]:
+    """Relative and absolute deviation that is allowed at a place: those of the first pattern that is found in it."""
+    return next(
+        (relative, absolute) for pattern, relative, absolute in tolerance if re.search(pattern, where)
+    )
+
+
+def differences(expected: Any, found: Any, tolerance: Tolerance | None, where: str = "") -> list[str]:
     """A line for each value of `expected` that `found` does not have.
 
     Rows of a run (`rows`) may have further columns; everything else must have exactly the same keys.
@@ -52,7 +62,8 @@ def differences(expected: Any, found: Any, tolerance: dict[str, float] | None, w
     Args:
         expected: Nested dicts and lists of numbers, texts, truth values and None.
         found: Likewise.
-        tolerance: "relative" and "absolute" deviation of numbers that is allowed; None demands equal bits.
+        tolerance: How far numbers may be off, by place; counts are held to it like all numbers. None demands equal
+            bits.
         where: Name of the place, for the lines.
     """
     if isinstance(expected, dict) and isinstance(found, dict):
@@ -68,13 +79,11 @@ def differences(expected: Any, found: Any, tolerance: dict[str, float] | None, w
             return [f"{where} has {len(found)} entries, not {len(expected)}"]
         each = enumerate(zip(expected, found, strict=True))
         return [line for index, (a, b) in each for line in differences(a, b, tolerance, f"{where}[{index}]")]
-    if type(expected) is float and type(found) is float:
+    if type(expected) in (int, float) and type(found) is type(expected):
         if math.isnan(expected) and math.isnan(found):
             return []
-        allowed = {"rel_tol": 0.0, "abs_tol": 0.0}
-        if tolerance is not None:
-            allowed = {"rel_tol": tolerance["relative"], "abs_tol": tolerance["absolute"]}
-        if math.isclose(expected, found, **allowed):
+        relative, absolute = (0.0, 0.0) if tolerance is None else allowed(where, tolerance)
+        if math.isclose(expected, found, rel_tol=relative, abs_tol=absolute):
             return []
     elif type(expected) is type(found) and expected == found:
         return []
