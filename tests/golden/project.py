@@ -4,6 +4,10 @@
 """
 
 from finetune import DepthModel, load_depth_model
+from finetune.commands import app, compare, doctor
+from finetune.commands import export as export_depth
+from finetune.commands.calibrate import CalibrateConfig
+from finetune.commands.calibrate import main as calibrate
 from finetune.config import DepthConfig
 from finetune.depth import main as train_depth
 from finetune.depth_data import open_depth_data
@@ -13,28 +17,16 @@ from finetune.predict import PredictConfig
 from finetune.predict import main as predict
 from finetune.protocols import PROTOCOLS
 from spark import SparK, load_encoder, save_encoder
+from spark.commands import export as export_encoder
+from spark.commands import prepare as prepare_images
+from spark.commands import probe, report
 from spark.config import PretrainConfig
 from spark.pretrain import main as pretrain
 from tests import depth_layouts
 from tests.depth_world import make_depth_world
 from tests.golden import tiny
 from tests.together import launched, together
-from tools import (
-    app,
-    compare,
-    demo,
-    demo_figure,
-    depth_cost,
-    doctor,
-    export_depth,
-    export_encoder,
-    prepare_images,
-    probe,
-    protocol_table,
-    report,
-)
-from tools.calibrate import CalibrateConfig
-from tools.calibrate import main as calibrate
+from tools import demo, demo_figure, depth_cost, protocol_table
 
 __all__ = [
     "CONFIGS",
