@@ -148,8 +148,6 @@ class DepthDataConfig(DepthSetConfig):
         mean: mean of every channel on the scale 0 to 1; null takes what the encoder was trained with.
         std: standard deviation of every channel on the scale 0 to 1; null takes what the encoder was trained with.
         workers: processes that read pairs; null is one for each core that a process may use, at most 8.
-        cache: decode each pair once, into files that training then reads instead: true writes them into
-            output_dir/cache, a path into that folder, which several runs may share; false decodes anew each time.
         max_unreadable: share of the pairs that may be unreadable before the run stops, between 0 and 1.
         max_empty: share of the run's micro-batches that may be without a single reading before the run stops.
     """
@@ -173,13 +171,12 @@ class DepthDataConfig(DepthSetConfig):
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     workers: int | None = None
-    cache: bool | str = False
     max_unreadable: float = 0.01
     max_empty: float = 0.01
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        expand_home(self, "val_root", "val_list", "cache")
+        expand_home(self, "val_root", "val_list")
         require(self.workers is None or self.workers >= 0, "data.workers", self.workers, "null, 0 or more")
         require(0 <= self.max_unreadable <= 1, "data.max_unreadable", self.max_unreadable, "between 0 and 1")
         require(0 <= self.max_empty <= 1, "data.max_empty", self.max_empty, "between 0 and 1")

@@ -14,31 +14,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from rich import box
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from finetune.config import expand_home
-from finetune.depth_data import DepthFileError, DepthSet, Kind, open_depth_data
+from finetune.depth_data import DepthSet, Kind, open_depth_data
 from finetune.model.depth_model import load_depth_model
+from finetune.model.prediction import chosen_device, transform_of
 from finetune.protocols import PROTOCOLS, Protocol, get_protocol
 from finetune.report import depth_page
-from finetune.report.figures import WorstRows, save_figure, triptychs
-from finetune.scoring.caveats import reservations
-from finetune.scoring.intervals import LEVEL, with_intervals
-from finetune.scoring.metrics import METRIC, ORDINAL_METRICS, WKDR_METRICS, count, own_metrics, write_results
-from finetune.scoring.score import check_ground_truth, chosen_device, score_all, summary, transform_of
-from finetune.scoring.sources import BaselineSource, FolderSource, ModelSource, Source, mean_depth
+from finetune.report.figures import save_figure, triptychs
+from finetune.report.terminal import print_results, say
+from finetune.scoring.checks import fitting_protocols
+from finetune.scoring.evaluators import evaluator_class
+from finetune.scoring.intervals import with_intervals
+from finetune.scoring.metrics import count, summary, write_results
+from finetune.scoring.pictures import WorstRows
+from finetune.scoring.score import score_all
+from finetune.scoring.sources import FolderSource, ModelSource, Source, baseline_source
 from spark.errors import UserError, one_line_errors
 from spark.training.cli import parse_config, require
 
 DESCRIPTION = """Evaluate depth predictions (of a model, a folder or a baseline) on RGB-D pairs under named protocols:
 print a table, and write it with every setting and the metrics of every image to the output file."""
-
-SIDE_BY_SIDE = ("delta1", "delta2", "delta3", "abs_rel", "rmse", "log10", "silog")
-"""Columns of several protocols, as many as fit beside their names."""
 
 
 @dataclass
@@ -148,25 +146,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def evaluate(config: EvaluationConfig) -> dict[str, Any]:
-    """Score the predictions, print the table, write results and figures; returns what is written."""
+    """Score the predictions, print the table, write results and figures; returns the results."""
     console = Console()
     protocols = asked_protocols(config)
-    if config.figures and len(protocols) == 1 and protocols[0].family == "relations":
+    if config.figures and len(protocols) == 1 and not evaluator_class(protocols[0]).draws:
         raise UserError(f"protocol {protocols[0].name} has no maps to draw: leave figures out")
-    opened: dict[str, DepthSet] = {}
-    for kind in map(kind_to_open, protocols):
-        if kind not in opened:
-            opened[kind] = open_data(config, kind)
-    sets = {protocol.depth: opened[kind_to_open(protocol)] for protocol in protocols}
-    if len(set(map(repr, sets.values()))) == 1:  # layouts that have one kind of depth alone
-        sets = dict.fromkeys(sets, next(iter(sets.values())))
+    sets = open_sets(config, protocols)
     data = next(iter(sets.values()))
     source = open_source(config, data, protocols)
-    protocols, left_out = fitting(config, protocols, source, sets)
-    worst = [WorstRows(config.triptychs if config.figures else 0) for _ in protocols]
-    console.print(f"{data}", highlight=False, markup=False, soft_wrap=True)
-    present = source.paths if isinstance(source, FolderSource) else None
-    indices = [index for index, name in enumerate(data.names()) if present is None or name in present]
+    by_name = config.protocol != "all"
+    protocols, left_out = fitting_protocols(protocols, source, sets, by_name=by_name)
+    say(console, f"{data}")
+
+    drawn = config.triptychs if config.figures else 0
+    worst = [WorstRows(drawn) for _ in protocols]
+    indices = [index for index, name in enumerate(data.names()) if name not in source.missing]
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("scored", total=len(indices))
         scored = score_all(
@@ -176,51 +170,50 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
             indices=indices,
             batch_size=config.batch_size,
             workers=config.data.workers,
-            draw=config.triptychs if config.figures else 0,
+            draw=drawn,
             worst=worst,
             progress=lambda images: bar.advance(task, images),
         )
     every = [
-        {
-            **with_intervals(results),
-            "data": repr(sets[protocol.depth]),
-            **sets[protocol.depth].reading(),
-        }
+        {**with_intervals(results), "data": repr(sets[protocol.depth]), **sets[protocol.depth].reading()}
         for protocol, (results, _) in zip(protocols, scored, strict=True)
     ]
+
     print_results(console, every, left_out)  # first: a full disk must not lose the scores
-    several = config.protocol == "all" or len(every) > 1
+    several = len(every) > 1 or not by_name
     written = {"protocols": every, "left_out": left_out} if several else every[0]
     write_results(config.output, written)
-    console.print(f"written to {config.output}", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"written to {config.output}")
     for results, (_, rows), bad in zip(every, scored, worst, strict=True):
-        for name, drawn in (("triptychs", rows), ("worst", bad.rows)):
-            if drawn:
-                title = f"{results['protocol']}   {count(results['images'], 'image')}   {summary(results['metrics'])}"
-                heading = f"worst AbsRel   {title}" if name == "worst" else title
-                file = f"{name}_{results['protocol']}.png" if several else f"{name}.png"
-                path = save_figure(triptychs(drawn, heading), Path(config.figures or "") / file)
-                console.print(f"drawn in {path}", highlight=False, markup=False, soft_wrap=True)
+        title = f"{results['protocol']}   {count(results['images'], 'image')}   {summary(results['metrics'])}"
+        suffix = f"_{results['protocol']}" if several else ""
+        for name, pictures, heading in (
+            ("triptychs", rows, title),
+            ("worst", bad.rows, f"worst AbsRel   {title}"),
+        ):
+            if pictures:
+                path = Path(config.figures or "") / f"{name}{suffix}.png"
+                say(console, f"drawn in {save_figure(triptychs(pictures, heading), path)}")
     refresh_page(console, Path(config.output))
     return written
 
 
 def refresh_page(console: Console, results: Path) -> None:
-    """Write report.html of the run anew whose results.json was written; a failure is told, for the scores are there."""
+    """Rewrite report.html of the run that the results lie in; a failure is only printed, for the scores are there."""
     folder = results.parent
     if results.name != "results.json" or not (folder / "config.yaml").is_file():
         return
     try:
-        console.print(f"report in {depth_page(folder)}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"report in {depth_page(folder)}")
     except (ValueError, OSError) as error:
-        console.print(f"no report: {error}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"no report: {error}")
 
 
 def asked_protocols(config: EvaluationConfig) -> list[Protocol]:
     """The protocols that `--protocol` names, with the settings that the options change.
 
     Raises:
-        ValueError: No such protocol, one named twice, or a threshold of none that has one.
+        UserError: No such protocol, one named twice, or a threshold of none that has one.
     """
     names = [name.strip() for name in config.protocol.split(",") if name.strip()]
     if not names or len(set(names)) < len(names):
@@ -228,42 +221,47 @@ def asked_protocols(config: EvaluationConfig) -> list[Protocol]:
             f"protocol {config.protocol!r} must name protocols, each once: {', '.join(PROTOCOLS)}, or all"
         )
     every = list(PROTOCOLS) if names == ["all"] else names
-    relations = [name for name in every if name in PROTOCOLS and PROTOCOLS[name].family == "relations"]
+    of_pairs = [name for name in every if name in PROTOCOLS and PROTOCOLS[name].scores_pairs]
     return [
         get_protocol(
             name,
             flip_average=config.flip_average,
-            threshold=config.threshold if name in relations or not relations else None,
+            threshold=config.threshold if name in of_pairs or not of_pairs else None,
         )
         for name in every
     ]
 
 
-def kind_to_open(protocol: Protocol) -> Literal["raw", "filled"]:
-    """Which depth a layout that has both is opened with for a protocol."""
-    return "filled" if protocol.depth == "filled" else "raw"
+def open_sets(config: EvaluationConfig, protocols: Sequence[Protocol]) -> dict[str, DepthSet]:
+    """The pairs to score on by `Protocol.depth`; one set for all where the layout has one kind of depth alone."""
+    opened = {
+        depth: open_depth_data(
+            config.data.root, config.data.list, config.data.split, **reading(config), depth=depth
+        )
+        for depth in dict.fromkeys(depth_to_open(config, protocol) for protocol in protocols)
+    }
+    sets = {protocol.depth: opened[depth_to_open(config, protocol)] for protocol in protocols}
+    if len(set(map(repr, sets.values()))) == 1:
+        sets = dict.fromkeys(sets, next(iter(sets.values())))
+    return sets
 
 
-def open_data(config: EvaluationConfig, depth: Literal["raw", "filled"]) -> DepthSet:
-    """The pairs to score on, with ground truth of this kind unless the options say which."""
-    return open_depth_data(
-        config.data.root,
-        config.data.list,
-        config.data.split,
-        kind=config.data.kind,
-        depth=config.data.depth or depth,
-        white_border=config.data.white_border,
-        polarity=config.data.polarity,
-        depth_scale=config.data.depth_scale,
-        bad_depth=config.data.bad_depth,
-    )
+def depth_to_open(config: EvaluationConfig, protocol: Protocol) -> Literal["raw", "filled"]:
+    """Which depth of the labelled file a protocol is scored against."""
+    return config.data.depth or ("filled" if protocol.depth == "filled" else "raw")
+
+
+def reading(config: EvaluationConfig) -> dict[str, Any]:
+    """How files are read, as options of `open_depth_data`."""
+    names = ("kind", "white_border", "polarity", "depth_scale", "bad_depth")
+    return {name: getattr(config.data, name) for name in names}
 
 
 def open_source(config: EvaluationConfig, data: DepthSet, protocols: Sequence[Protocol]) -> Source:
     """Where the predictions come from.
 
     Raises:
-        ValueError: It is not there, or not what it should be.
+        UserError: It is not there, or not what it should be.
     """
     if config.model is not None:
         model = load_depth_model(config.model, config.encoder_name).to(chosen_device(config.device))
@@ -275,137 +273,14 @@ def open_source(config: EvaluationConfig, data: DepthSet, protocols: Sequence[Pr
         return FolderSource(
             config.predictions, data, scale=config.scale, holds=config.holds, missing=config.missing
         )
-    kind, _, value = str(config.baseline).partition(":")
-    about = {"baseline": config.baseline}
-    if kind == "constant":
-        try:
-            metres = float(value)
-        except ValueError:
-            metres = 0.0
-        if 0 < metres < float("inf"):
-            return BaselineSource(np.full((2, 2), metres), about)
-    elif config.baseline == "mean":
-        training = open_depth_data(
-            config.data.root,
-            config.baseline_list,
-            "train",
-            kind=config.data.kind,
-            depth=config.data.depth or kind_to_open(protocols[0]),
-            depth_scale=config.data.depth_scale,
-            bad_depth=config.data.bad_depth,
-        )
-        return BaselineSource(mean_depth(training), {**about, "baseline_data": repr(training)})
-    raise UserError(
-        f"baseline must be constant:METRES with a depth above 0, or mean, not {config.baseline!r}"
-    )
 
-
-def fitting(
-    config: EvaluationConfig,
-    protocols: Sequence[Protocol],
-    source: Source,
-    sets: dict[str, DepthSet],
-) -> tuple[list[Protocol], dict[str, str]]:
-    """The protocols that fit the data and the predictions, and of the others why not; asked by name, they must fit.
-
-    Raises:
-        ValueError: One that was asked for by name does not fit, or none does.
-    """
-    fit, left_out = [], {}
-    for protocol in protocols:
-        data = sets[protocol.depth]
-        try:
-            check_benchmark(data, protocol)
-            source.check(protocol)
-            check_ground_truth(data, protocol)
-            fit.append(protocol)
-        except DepthFileError:
-            raise
-        except OtherBenchmark:
-            if config.protocol != "all":
-                raise
-            left_out[protocol.name] = f"not of {data.benchmark}, which this data set is"
-        except ValueError as error:
-            if config.protocol != "all":
-                raise
-            left_out[protocol.name] = str(error)
-    if not fit:
-        reasons = "; ".join(dict.fromkeys(left_out.values()))
-        raise UserError(f"no protocol fits {next(iter(sets.values()))}: {reasons}")
-    return fit, left_out
-
-
-class OtherBenchmark(UserError):
-    """A protocol is of another data set than this."""
-
-
-def check_benchmark(data: DepthSet, protocol: Protocol) -> None:
-    """Refuse a protocol of another benchmark: OtherBenchmark."""
-    if "any" not in (data.benchmark, protocol.data) and data.benchmark != protocol.data:
-        raise OtherBenchmark(
-            f"protocol {protocol.name} is of {protocol.data}, and this is {data.benchmark}: name one of"
-            f" {data.benchmark}, or all"
+    def training() -> DepthSet:
+        depth = depth_to_open(config, protocols[0])
+        return open_depth_data(
+            config.data.root, config.baseline_list, "train", **reading(config), depth=depth
         )
 
-
-def print_results(console: Console, every: Sequence[dict[str, Any]], left_out: dict[str, str]) -> None:
-    """Print the metrics as tables, and below them whatever makes them less than the protocols' full measurements."""
-    if len(every) == 1:
-        print_one(console, every[0])
-    else:
-        print_side_by_side(console, every)
-    said: dict[str, list[str]] = {}
-    for results in every:
-        for sentence in reservations(results):
-            said.setdefault(sentence, []).append(results["protocol"])
-    for sentence, names in said.items():
-        of = f"{', '.join(names)}: " if len(names) < len(every) else ""
-        console.print(f"{of}{sentence}", highlight=False, markup=False, soft_wrap=True)
-    reasons: dict[str, list[str]] = {}
-    for name, reason in left_out.items():
-        reasons.setdefault(reason, []).append(name)
-    for reason, names in reasons.items():
-        line = f"left out, {reason}: {', '.join(names)}"
-        console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
-
-
-def print_one(console: Console, results: dict[str, Any]) -> None:
-    """A table of one protocol, with the ends of the intervals below the metrics; it fits 80 columns."""
-    flips = ", flip average" if results["settings"]["flip_average"] else ""
-    below = f"; below: {LEVEL:.0%} bootstrap interval" if results["images"] > 1 else ""
-    names = list(own_metrics(results))
-    title = f"{results['protocol']}{flips}: {count(results['images'], 'image')}{below}"
-    console.print(title, style="italic", highlight=False, markup=False, soft_wrap=True)
-    for some in (names[:9], names[9:]):
-        if not some:
-            continue
-        table = Table(box=box.SIMPLE_HEAD, collapse_padding=True)
-        for name in some:
-            table.add_column(METRIC[name].column, justify="right", no_wrap=True)
-        table.add_row(*(f"{results['metrics'][name]:.3f}" for name in some))
-        for end in (0, 1):
-            ends = [results["intervals"][name] for name in some]
-            if any(ends):
-                table.add_row(*(f"{one[end]:.3f}" if one else "" for one in ends), style="dim")
-        console.print(table)
-
-
-def print_side_by_side(console: Console, every: Sequence[dict[str, Any]]) -> None:
-    """A table of the protocols of depth, one row each, and one of those of relations."""
-    depth = [results for results in every if "delta1" in results["metrics"]]
-    relations = [results for results in every if results not in depth]
-    for group, columns in ((depth, SIDE_BY_SIDE), (relations, (*ORDINAL_METRICS, *WKDR_METRICS[1:]))):
-        names = [name for name in columns if any(name in own_metrics(results) for results in group)]
-        if not group:
-            continue
-        table = Table(box=box.SIMPLE_HEAD, collapse_padding=True)
-        table.add_column("protocol", no_wrap=True)
-        for name in names:
-            table.add_column(METRIC[name].column, justify="right", no_wrap=True)
-        for results in group:
-            values = [own_metrics(results).get(name) for name in names]
-            table.add_row(results["protocol"], *("" if value is None else f"{value:.3f}" for value in values))
-        console.print(table)
+    return baseline_source(str(config.baseline), training)
 
 
 if __name__ == "__main__":

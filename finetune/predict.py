@@ -28,9 +28,9 @@ from rich.progress import Progress
 from finetune.config import expand_home
 from finetune.depth_data.depth_files import MILLIMETRE, npy_bytes, pfm_bytes, png_bytes
 from finetune.model.depth_model import DepthModel, load_depth_model
+from finetune.model.prediction import chosen_device, fitted_size, predict_image, predict_images, transform_of
 from finetune.predicting.camera import Intrinsics, camera_for, known_camera
 from finetune.predicting.pointcloud import MOST_POINTS, mesh, point_cloud, step_of
-from finetune.predicting.tiles import fitted_size, predict_image, predict_images
 from finetune.predicting.video import (
     CODECS,
     ColourRange,
@@ -42,7 +42,6 @@ from finetune.predicting.video import (
 )
 from finetune.predicting.video import EXTENSIONS as VIDEO
 from finetune.report.figures import depth_map, save_figure
-from finetune.scoring.score import chosen_device, transform_of
 from spark.errors import UserError, one_line_errors
 from spark.files import write_whole
 from spark.images.decode import EXTENSIONS as IMAGE

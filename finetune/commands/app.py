@@ -39,11 +39,10 @@ from PIL import Image
 from finetune.depth_data.depth_files import npy_bytes, png_bytes
 from finetune.model.calibration import Calibration, Fit, Readings, Space, fit_calibration
 from finetune.model.depth_model import DepthModel, load_depth_model
+from finetune.model.prediction import chosen_device, resized, seen_depths
 from finetune.predicting.camera import Intrinsics, camera_for
 from finetune.predicting.pointcloud import point_cloud
-from finetune.predicting.tiles import resized, seen_depths
 from finetune.report.figures import colourise
-from finetune.scoring.score import chosen_device
 from spark.errors import UserError
 from spark.images.decode import describe_failure, read_image
 

@@ -34,9 +34,8 @@ from finetune.model.calibration import (
     stated_contradictions,
 )
 from finetune.model.depth_model import DepthModel, load_depth_model, write_calibration
+from finetune.model.prediction import chosen_device, predict_image
 from finetune.predicting.camera import known_camera
-from finetune.predicting.tiles import predict_image
-from finetune.scoring.score import chosen_device
 from spark.errors import UserError, one_line_errors
 from spark.files import check_replaceable, check_writable
 from spark.images.decode import describe_failure, read_image

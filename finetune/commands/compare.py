@@ -28,9 +28,9 @@ from scipy.stats import binomtest, wilcoxon
 from spark.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from finetune.protocols.metrics import METRIC
 from finetune.scoring.evaluators import EVALUATORS
 from finetune.scoring.intervals import LEVEL, draws, interval, resampled
-from finetune.scoring.metrics import METRIC
 from spark.errors import one_line_errors
 from spark.files import write_whole
 

@@ -1,14 +1,12 @@
 """The objects of a depth run from its options: the model, the decoder that only training has, and the pairs."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from finetune.config import DepthConfig
 from finetune.depth_data import (
     KINDS,
-    CachedSet,
     DepthSet,
     MixedSet,
     TrainingMix,
@@ -19,7 +17,7 @@ from finetune.losses import WeightedLoss
 from finetune.model.depth_model import DepthModel, open_encoder
 from finetune.model.segmentation import attach_segmentation
 from finetune.protocols import Protocol
-from finetune.scoring.score import check_ground_truth
+from finetune.scoring.checks import check_ground_truth
 from spark.errors import UserError
 from spark.seeds import Purpose, derive_seed
 from spark.training.checkpoint import KeyReport
@@ -83,14 +81,12 @@ def open_data(config: DepthConfig, protocol: Protocol) -> tuple[TrainingMix, Dep
     Raises:
         ValueError: Either is not there, or the ground truth to validate on does not fit the protocol.
     """
-    data, caches = config.data, cache_folder(config)
+    data = config.data
     transform = train_transform(config)
     sets: list[MixedSet] = []
     for number, entry in enumerate((data, *data.sets), start=1):
         opened = open_depth_data(entry.root, entry.list, "train", kind=entry.kind, **entry.reading())
         name = next(kind for kind, of in KINDS.items() if isinstance(opened, of))
-        if caches is not None:
-            opened = CachedSet(opened, caches)
         if name in {one.name for one in sets}:
             name = f"{name}-{number}"
         own = transform if entry is data else replace(transform, border=None)
@@ -111,20 +107,7 @@ def open_data(config: DepthConfig, protocol: Protocol) -> tuple[TrainingMix, Dep
         **{**data.reading(), "depth": "filled" if protocol.depth == "filled" else "raw", "labels": None},
     )
     check_ground_truth(held_out, protocol)
-    return training, held_out if caches is None else CachedSet(held_out, caches)
-
-
-def cache_folder(config: DepthConfig) -> Path | None:
-    """Where the caches of a run lie; None without."""
-    if config.data.cache is True:
-        return Path(config.output_dir) / "cache"
-    return Path(config.data.cache) if config.data.cache else None
-
-
-def cached(training: TrainingMix, held_out: DepthSet | None) -> list[CachedSet]:
-    """The sets of a run that are read from caches."""
-    every = [*(one.data for one in training.sets), held_out]
-    return [data for data in every if isinstance(data, CachedSet)]
+    return training, held_out
 
 
 def train_transform(config: DepthConfig) -> TrainTransform:

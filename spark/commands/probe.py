@@ -35,8 +35,8 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from finetune.model.prediction import chosen_device
 from finetune.scoring.metrics import write_results
-from finetune.scoring.score import chosen_device
 from spark.errors import UserError, one_line_errors
 from spark.model.encoder import PyramidLevel, pyramid, pyramid_info
 from spark.monitor.probes import (
