@@ -36,5 +36,11 @@ def find_card(name: str, kind: str | None = None) -> Path:
     if kind is not None and name.removesuffix(".yaml") in known:
         return card_folder(kind) / f"{name.removesuffix('.yaml')}.yaml"
     near = difflib.get_close_matches(path.stem, known, n=1)
-    cards = f"; of the cards, did you mean {near[0]}?" if near else f"; the cards are {', '.join(known)}" if known else ""
+    cards = (
+        f"; of the cards, did you mean {near[0]}?"
+        if near
+        else f"; the cards are {', '.join(known)}"
+        if known
+        else ""
+    )
     raise FileError(f"there is no config file {name}; check the path given to --config{cards}")

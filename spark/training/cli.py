@@ -1,6 +1,7 @@
 """A command line and YAML files become a dataclass of options, and back.
 
-The dataclasses are the only list of options: their types check, their docstrings are the ``--help``. Neither needs torch.
+The dataclasses are the only list of options: their types check, their docstrings are the ``--help``. None of it needs
+torch.
 """
 
 import dataclasses
@@ -10,9 +11,9 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union
+from typing import Annotated, Any, NoReturn, TypeVar, Union
 
 import yaml
 
@@ -28,9 +29,9 @@ T = TypeVar("T", bound=Options)
 def parse_config(cls: type[T], argv: Sequence[str] | None, description: str) -> T:
     """Read the options of a command from its command line.
 
-    ``--config FILE`` reads a YAML file or a run card, dotted options such as ``--optim.base_lr 1e-3`` override it (the
-    last one counts), ``--losses.l1 0.5`` adds to an option that is a dict (``--losses '{l1: 0.5}'`` replaces it). A list
-    may be given as several values (``--model.input_size 96 128``), and true by the name alone. ``--help`` explains the
+    ``--config FILE`` reads a YAML file or a run card. Dotted options such as ``--optim.base_lr 1e-3`` override it, and
+    the last one counts. ``--losses.l1 0.5`` adds to an option that is a dict, ``--losses '{l1: 0.5}'`` replaces it. A
+    list may be several values (``--model.input_size 96 128``), and a name alone means true. ``--help`` explains the
     options, and ``--print_config`` prints the result as YAML.
 
     Args:
@@ -113,6 +114,27 @@ def _as_yaml(value: Any) -> str:
     return yaml.safe_dump(_plain(value), default_flow_style=True, width=1 << 30).removesuffix("...\n").strip()
 
 
+def make_callable(module: str, call: Callable[..., None]) -> None:
+    """Let a module be called: ``spark.pretrain(...)``, beside ``spark.pretrain.main([...])``."""
+
+    class CallableModule(types.ModuleType):
+        def __call__(self, **options: Any) -> None:
+            call(**options)
+
+    sys.modules[module].__class__ = CallableModule
+
+
+def start(main: Callable[[], int | None]) -> NoReturn:
+    """End the program with what `main` returns, for a file that was started as ``python spark/pretrain.py``.
+
+    Python puts the folder of such a file first on its path, where modules of ours would hide others of their name.
+    """
+    folder = Path(getattr(sys.modules["__main__"], "__file__", None) or ".").resolve().parent
+    if sys.path and sys.path[0] and Path(sys.path[0]).resolve() == folder:
+        del sys.path[0]
+    raise SystemExit(main())
+
+
 def save_config(config: Any, path: str | Path) -> None:
     """Write a dataclass of options as the YAML file that ``--config`` reads back.
 
@@ -189,8 +211,7 @@ def _arguments(cls: type[Options], argv: Sequence[str]) -> Iterator[str]:
             yield f"--{name}={_listed(kind, values)}"
         else:
             if name == "config":
-                values[0] = str(find_card(values[0], cls.CARDS))
-                _check_file(Path(values[0]), options, groups)
+                values[0] = _as_yaml(_read_file(find_card(values[0], cls.CARDS), cls, options, groups))
             yield f"--{name}={values[0]}"
             stray += values[1:]
     if cls.POSITIONAL is not None and stray:
@@ -223,30 +244,43 @@ def _listed(kind: Any, values: Sequence[str]) -> str:
 
 def _is_entry(name: str, options: dict[str, Any]) -> bool:
     """Whether a dotted name is an entry of an option that is a dict, which adds to the dict or replaces in it."""
-    return any(_takes(kind, dict) and re.match(rf"{re.escape(option)}\.\w", name) for option, kind in options.items())
+    return any(
+        _takes(kind, dict) and re.match(rf"{re.escape(option)}\.\w", name) for option, kind in options.items()
+    )
 
 
-def _check_file(path: Path, options: dict[str, Any], groups: dict[str, list[str]]) -> None:
+def _read_file(
+    path: Path, cls: type[Options], options: dict[str, Any], groups: dict[str, list[str]]
+) -> dict[str, Any]:
+    """The options in a YAML file, without those that were retired.
+
+    Raises:
+        UserError: it is not valid YAML, or holds an option that does not exist.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
 
-    def walk(section: Any, prefix: str) -> None:
+    def known(section: Any, prefix: str) -> dict[str, Any]:
         where = f"{prefix} in {path}" if prefix else str(path)
         members = groups.get(prefix) or [name for name in (*options, *groups) if "." not in name]
         if not isinstance(section, dict):
             raise UserError(
                 f"{where} must hold options ({', '.join(members)}), one a line as `name: value`, got {section!r}"
             )
+        kept = {}
         for key, value in section.items():
             name = f"{prefix}.{key}" if prefix else str(key)
             if name in groups:
-                walk(value, name)
-            elif name not in options:
+                kept[key] = known(value, name)
+            elif name in options:
+                kept[key] = value
+            elif name not in cls.RETIRED:
                 raise UserError(f"unknown option {name} in {path}{_suggest(name, options, groups)}")
+        return kept
 
-    walk(content, "")
+    return known(content, "")
 
 
 def _suggest(name: str, options: dict[str, Any], groups: dict[str, list[str]]) -> str:
@@ -274,9 +308,7 @@ def _explain(cls: type, message: str) -> str:
     options, groups = _names(cls)
     if key and key[1] in options:
         value = re.search(r"(?:Got value|Given value): (.*)", message)
-        return (
-            f"{key[1]} must be {type_name(options[key[1]])}, got {value[1] if value else 'something else'}"
-        )
+        return f"{key[1]} must be {type_name(options[key[1]])}, got {value[1] if value else 'something else'}"
     if key and key[1] in groups:
         first = f"{key[1]}.{groups[key[1]][0]}"
         return f"--{key[1]} is the name of a YAML file; single options are set as --{first} VALUE"

@@ -35,7 +35,9 @@ def read_options(cls: type, prefix: str = "") -> Iterator[Option]:
             factory = item.default_factory
             default = item.default if factory is dataclasses.MISSING else factory()
             required = default is dataclasses.MISSING
-            yield Option(title, prefix + item.name, kinds[item.name], texts.get(item.name, ""), required, default)
+            yield Option(
+                title, prefix + item.name, kinds[item.name], texts.get(item.name, ""), required, default
+            )
     for name, kind in kinds.items():
         if dataclasses.is_dataclass(kind):
             yield from read_options(typing.cast(type, kind), f"{prefix}{name}.")
@@ -45,8 +47,12 @@ def explanations(cls: type) -> dict[str, str]:
     """Explanation of each field, from the ``Attributes:`` sections of a dataclass and those that it inherits from."""
     found: dict[str, str] = {}
     for each in reversed(cls.__mro__):
-        section = re.search(r"^Attributes:\n((?:    .*\n?|\n)*)", inspect.cleandoc(each.__doc__ or ""), re.MULTILINE)
-        entries = re.findall(r"^    (\w+): ((?:.|\n(?!    \w+: ))*)", section[1] if section else "", re.MULTILINE)
+        section = re.search(
+            r"^Attributes:\n((?:    .*\n?|\n)*)", inspect.cleandoc(each.__doc__ or ""), re.MULTILINE
+        )
+        entries = re.findall(
+            r"^    (\w+): ((?:.|\n(?!    \w+: ))*)", section[1] if section else "", re.MULTILINE
+        )
         found |= {name: " ".join(text.split()) for name, text in entries}
     return found
 
@@ -64,7 +70,9 @@ def help_text(cls: type[Options], description: str, wanted: str | None) -> str:
     width = min(max(shutil.get_terminal_size().columns, 50), 110)
     lines = [] if wanted else [*_paragraphs(description, width), ""]
     if wanted is None:
-        essential = {option.name: option for option in every if option.name in cls.ESSENTIALS and not option.required}
+        essential = {
+            option.name: option for option in every if option.name in cls.ESSENTIALS and not option.required
+        }
         sections = {
             "Required": sorted((o for o in every if o.required), key=lambda option: "." not in option.name),
             "Used most": [essential[name] for name in cls.ESSENTIALS if name in essential],
@@ -73,7 +81,9 @@ def help_text(cls: type[Options], description: str, wanted: str | None) -> str:
             sections["Used most"] = [option for option in every if not option.required]
     else:
         chosen = [option for option in every if wanted == "all" or wanted in option.name]
-        sections = {title: [o for o in chosen if o.group == title] for title in dict.fromkeys(o.group for o in chosen)}
+        sections = {
+            title: [o for o in chosen if o.group == title] for title in dict.fromkeys(o.group for o in chosen)
+        }
     shown = 0
     for title, options in sections.items():
         if options:
@@ -101,7 +111,9 @@ def _plain(value: Any) -> Any:
 
 
 def _closing(cls: type[Options], count: int, shown: int, width: int) -> list[str]:
-    cards = f" or of a run card of the package, which are {', '.join(card_names(cls.CARDS))}" if cls.CARDS else ""
+    cards = (
+        f" or of a run card of the package, which are {', '.join(card_names(cls.CARDS))}" if cls.CARDS else ""
+    )
     notes = {"--config FILE": f"options of a YAML file{cards}; options after it override it"}
     notes["--print_config"] = "print all options as a YAML file, and do nothing else"
     if shown < count:

@@ -14,7 +14,7 @@ import os
 import types
 import typing
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Annotated, Any, Literal, Union
 
 from spark.errors import UserError
@@ -36,7 +36,7 @@ class Rule:
 
 
 class HomeFolder:
-    """Marks a text that names a file or folder: a leading ~ becomes the home folder, as no shell does in a YAML file."""
+    """Marks a text that names a file or folder: a leading ~ becomes the home folder, also in a YAML file."""
 
 
 PathText = Annotated[str, HomeFolder()]
@@ -67,17 +67,19 @@ class Options:
         ESSENTIALS: options that ``--help`` shows, in order; required ones come first anyway.
         POSITIONAL: the option that takes values without a name before them, such as files to compare.
         CARDS: folder of configs/ whose run cards ``--config NAME`` finds.
+        RETIRED: options that there were once; files may still hold them, and they do nothing.
     """
 
     ESSENTIALS: typing.ClassVar[tuple[str, ...]] = ()
     POSITIONAL: typing.ClassVar[str | None] = None
     CARDS: typing.ClassVar[str | None] = None
+    RETIRED: typing.ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         check_options(self)
 
 
-@lru_cache(maxsize=None)
+@cache
 def field_types(cls: type) -> dict[str, Any]:
     """Type of every field of a dataclass, with its rules, those of base classes first."""
     hints = typing.get_type_hints(cls, include_extras=True)
@@ -163,7 +165,13 @@ def type_name(kind: Any) -> str:
         return f"{{name: {type_name(parts[1])}, ...}}"
     if origin is not None:
         return " or ".join(type_name(part) for part in parts)
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+    names = {
+        int: "a whole number",
+        float: "a number",
+        str: "a text",
+        bool: "true or false",
+        type(None): "null",
+    }
     return names.get(kind, "any value")
 
 
@@ -176,3 +184,8 @@ def _plural(kind: Any) -> str:
         return f"{{{': ..., '.join(field_types(typing.cast(type, kind)))}: ...}}"
     names = {int: "whole numbers", float: "numbers", str: "texts"}
     return names.get(kind) or f"entries, each {type_name(kind)}"
+
+
+def values_of(options: Any, cls: type) -> dict[str, Any]:
+    """Values of those options that the dataclass `cls` lists, to be passed on as keyword arguments."""
+    return {item.name: getattr(options, item.name) for item in dataclasses.fields(cls)}
