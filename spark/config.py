@@ -60,8 +60,8 @@ class SparKConfig:
 
     name: Annotated[str, NOT_EMPTY]
     input_size: ImageSize = 224
-    mask_ratio: InnerShare | Annotated[tuple[InnerShare, InnerShare], LOW_FIRST] = 0.6
     mask_block_size: PositiveInt = 1
+    mask_ratio: InnerShare | Annotated[tuple[InnerShare, InnerShare], LOW_FIRST] = 0.6
     in_chans: PositiveInt = 3
     patch_size: int | None = None
     stride: int | None = None

@@ -87,7 +87,7 @@ def help_text(cls: type[Options], description: str, wanted: str | None) -> str:
     shown = 0
     for title, options in sections.items():
         if options:
-            lines.append(f"{title}:")
+            lines += textwrap.wrap(f"{title}:", width)
             for option in options:
                 shown += 1
                 lines += _explained(option, cls, width, brief=wanted is None and len(every) > 20)

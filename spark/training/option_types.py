@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Callable
@@ -102,8 +103,9 @@ def check_options(options: Any, prefix: str = "") -> None:
             setattr(options, name, value)
         if not _allows(kind, value):
             infinite = next((v for v in _numbers(value) if not math.isfinite(v)), None)
-            wanted, got = (type_name(kind), value) if infinite is None else ("a finite number", infinite)
-            require(False, prefix + name, "an empty text" if got == "" else as_written(got), wanted)
+            wanted, got = (type_name(kind), value) if infinite is None else ("a finite number", str(infinite))
+            got = "an empty text" if got == "" else re.sub(r"\.0\b", "", as_written(got))
+            require(False, prefix + name, got, wanted)
     if hasattr(options, "check"):
         options.check()
 
