@@ -22,13 +22,13 @@ from timm.layers.norm_act import convert_sync_batchnorm
 from torch.utils.data import DataLoader
 
 from finetune.config import DepthConfig
-from finetune.depth_data import MixedSampler, check_room, collate_depth, fill
+from finetune.depth_data import MixedSampler, collate_depth
 from finetune.losses import NoGroundTruth, WeightedLoss, nothing
 from finetune.model.depth_model import start_from
 from finetune.protocols import get_protocol
 from finetune.scoring.best import Selection
 from finetune.scoring.sources import check_protocol
-from finetune.tasks.build import add_segmentation, build_model, cached, open_data
+from finetune.tasks.build import add_segmentation, build_model, open_data
 from finetune.tasks.outputs import Outputs
 from finetune.tasks.schedule import learning_rate, momentum, run_phases
 from finetune.tasks.state import RunState, changes, fingerprint, refuse_empty
@@ -100,7 +100,6 @@ def train(config: DepthConfig) -> None:
     protocol = get_protocol(config.protocol, flip_average=config.flip_average)
     check_protocol(depth_model, protocol)
     pairs, held_out = open_data(config, protocol)
-    check_room(cached(pairs, held_out))
     unreadable = UnreadableImages(len(pairs), config.data.max_unreadable)
     criterion.check(depth_model.head.outputs, pairs.entries())
 
@@ -155,7 +154,6 @@ def train(config: DepthConfig) -> None:
 
     # --- the stream of batches, from the step on
     workers = worker_count(config.data.workers, accelerator)
-    fill(cached(pairs, held_out), workers, rank / world, accelerator.print)
     stream = MixedSampler(
         pairs,
         micro_batch,

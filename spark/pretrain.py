@@ -1,34 +1,32 @@
-"""Pretrain any timm convnet on unlabeled images with SparK: options -> task -> train.
+"""Pretrain any timm convnet on unlabeled images with SparK, sparse and hierarchical masked modelling.
 
-    python spark/pretrain.py --config small --data.train PATH --output_dir DIR
-    accelerate launch spark/pretrain.py --config official_resnet50 --data.train PATH --output_dir DIR
+    spark-pretrain --config small --data.train PATH --output_dir DIR
+    accelerate launch -m spark.pretrain --config official_resnet50 --data.train PATH --output_dir DIR
 
-One process or several, on CPUs or GPUs, run this same file. What happens in a step is in `spark.training.loop`.
+SIGTERM and Ctrl-C save a checkpoint; continue with --resume true. A single process then ends with exit code 0; of
+several processes the state is saved likewise, but their launcher reports the signal, with an exit code of its own.
+SIGUSR1 to the main process writes the encoder to output_dir/encoder at once; the end of the run does so anyway.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from spark.config import PretrainConfig
 from spark.errors import one_line_errors
-from spark.task import Pretraining
-from spark.training.cli import parse_config
-from spark.training.loop import train
-from spark.training.run import Run
-
-DESCRIPTION = """Pretrain a timm convnet on unlabeled images with SparK (sparse and hierarchical masked modelling).
-SIGTERM and Ctrl-C save a checkpoint; continue with --resume true. A single process then ends with exit code 0; of
-several processes the state is saved likewise, but their launcher reports the signal, with an exit code of its own.
-SIGUSR1 to the main process writes the encoder to output_dir/encoder at once; the end of the run does so anyway."""
+from spark.training.cli import call_options, make_callable, parse_config, start
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     with one_line_errors():
-        pretrain(parse_config(PretrainConfig, argv, DESCRIPTION))
+        pretrain(parse_config(PretrainConfig, argv, __doc__ or ""))
 
 
 def pretrain(config: PretrainConfig) -> None:
     """Run one pretraining, from its first step or from a checkpoint, to its end or to a request to stop.
+
+    One process or several, on CPUs or GPUs, run this same function. What happens in a step is in
+    `spark.training.loop`.
 
     Args:
         config: the options; the folder `config.output_dir` receives the results.
@@ -38,9 +36,26 @@ def pretrain(config: PretrainConfig) -> None:
             sentence says what to do.
         OSError: a file cannot be read or written; likewise.
     """
+    from spark.task import Pretraining  # here: --help does not wait for torch
+    from spark.training.loop import train
+    from spark.training.run import Run
+
     run = Run(config)
     train(Pretraining(config, run), run)
 
 
+def call(**options: Any) -> None:
+    """The command as a call: ``spark.pretrain(data="photos/", model="resnet50", output_dir="runs/mine")``.
+
+    Args:
+        options: as `spark.training.cli.call_options` reads them.
+
+    Raises:
+        UserError: as `pretrain`, and for options that are wrong.
+    """
+    pretrain(call_options(PretrainConfig, options))
+
+
+make_callable(__name__, call)
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from spark.config import ModelConfig, PretrainConfig
+from spark.config import ModelConfig, PretrainConfig, SparKConfig
 from spark.errors import UserError
 from spark.images.batches import MaskedBatches, StepPlan
 from spark.images.loader import FeedOptions, open_feed
@@ -26,6 +26,7 @@ from spark.sparse.batch_norm import in_recomputation
 from spark.sparse.choice import AUTO, Choice, is_available
 from spark.start import start_from
 from spark.training.optim import build_optimizer, lr_at, parameter_groups, weight_decay_at
+from spark.training.option_types import values_of
 from spark.training.run import Run
 from spark.training.sampling import run_length
 from spark.training.sharding import on_device
@@ -259,27 +260,9 @@ def build_model(config: ModelConfig) -> SparK:
     Raises:
         ValueError: unknown or unsupported encoder, or options that do not fit together.
     """
-    spark = SparK(
-        config.name,
-        input_size=config.input_size,
-        mask_ratio=config.mask_ratio,
-        mask_block_size=config.mask_block_size,
-        in_chans=config.in_chans,
-        patch_size=config.patch_size,
-        decoder_width=config.decoder_width,
-        layout=config.layout,
-        drop_path=config.drop_path,
-        sync_bn=config.sync_bn,
-        densify_norm=config.densify_norm,
-        decoder_stages=config.decoder_stages,
-        densify_kernel=config.densify_kernel,
-        decoder_maps=config.decoder_maps,
-        masked_pixels=config.masked_pixels,
-        target=config.target,
-        loss_on=config.loss_on,
-        stride=config.stride,
-        **({} if config.output_stride is None else {"output_stride": config.output_stride}),
-    )
+    dilated = {} if config.output_stride is None else {"output_stride": config.output_stride}
+    options = values_of(config, SparKConfig)
+    spark = SparK(options.pop("name"), **options, **dilated)
     if config.grad_checkpointing:
         checkpoint_activations(spark, config.name)
     return spark

@@ -8,13 +8,15 @@ import torch
 from finetune.config import DepthConfig
 from finetune.depth_data import DepthSet
 from finetune.model.depth_model import load_depth_model
+from finetune.model.prediction import transform_of
 from finetune.protocols import Protocol
 from finetune.report import depth_page
-from finetune.report.figures import WorstRows, save_figure, triptychs
+from finetune.report.figures import save_figure, triptychs
 from finetune.scoring.best import Selection
 from finetune.scoring.intervals import with_intervals
-from finetune.scoring.metrics import write_results
-from finetune.scoring.score import score, summary, transform_of
+from finetune.scoring.metrics import summary, write_results
+from finetune.scoring.pictures import WorstRows
+from finetune.scoring.score import score
 from finetune.tasks.state import RunState
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from finetune.report import depth_page
 from finetune.report.results import difference, paired_interval, worst_table
-from finetune.scoring.metrics import METRICS
+from finetune.protocols.metrics import METRICS
 from spark.commands import report
 from spark.report import pretraining_page, read_run
 from spark.training.environment import record_environment
