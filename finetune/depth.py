@@ -23,12 +23,11 @@ from torch.utils.data import DataLoader
 
 from finetune.config import DepthConfig
 from finetune.depth_data import MixedSampler, check_room, collate_depth, fill
-from finetune.losses import NoGroundTruth, WeightedLoss, nothing
 from finetune.model.depth_model import start_from
 from finetune.protocols import get_protocol
 from finetune.scoring.best import Selection
 from finetune.scoring.sources import check_protocol
-from finetune.tasks.build import add_segmentation, build_model, cached, open_data
+from finetune.tasks.build import build_model, build_trained, cached, open_data
 from finetune.tasks.outputs import Outputs
 from finetune.tasks.schedule import learning_rate, momentum, run_phases
 from finetune.tasks.state import RunState, changes, fingerprint, refuse_empty
@@ -89,20 +88,20 @@ def train(config: DepthConfig) -> None:
     if config.model.init is not None and find_run(config.output_dir, config.resume) is None:
         start = start_from(depth_model, config.model.init)
     config = replace(config, data=replace(config.data, mean=depth_model.mean, std=depth_model.std))
-    criterion = WeightedLoss(config.losses, config.loss_options, depth_model.mean, depth_model.std)
-    add_segmentation(depth_model, criterion, config)
+    trained = build_trained(depth_model, config)
+    criterion = trained.criterion
     if config.sync_bn and world > 1 and device.type == "cuda":
         # timm's conversion, because torch's drops the activation inside timm's norms
-        convert_sync_batchnorm(depth_model)
+        convert_sync_batchnorm(trained)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    depth_model.to(device).to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
+    trained.to(device).to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
 
     protocol = get_protocol(config.protocol, flip_average=config.flip_average)
     check_protocol(depth_model, protocol)
     pairs, held_out = open_data(config, protocol)
     check_room(cached(pairs, held_out))
     unreadable = UnreadableImages(len(pairs), config.data.max_unreadable)
-    criterion.check(depth_model.head.outputs, pairs.entries())
+    criterion.check(pairs.entries(), [one.data for one in pairs.sets])
 
     optim = config.optim
     length = run_phases(config, len(pairs))
@@ -112,19 +111,19 @@ def train(config: DepthConfig) -> None:
             f" {length.steps}, so its encoder does not learn at all: lower them, or raise epochs or max_steps"
         )
     groups = parameter_groups(
-        depth_model,
+        trained,
         optim.weight_decay,
         layer_decay=optim.layer_decay,
         encoder_lr_factor=optim.encoder_lr_factor,
     )
     if length.frozen and accelerator.ddp_handler is not None:
         accelerator.ddp_handler.find_unused_parameters = True  # a frozen encoder has no gradients to exchange
-    average = None if optim.ema_decay is None else copy.deepcopy(depth_model).requires_grad_(False)
+    average = None if optim.ema_decay is None else copy.deepcopy(trained).requires_grad_(False)
     model, optimizer = prepare(
-        accelerator, depth_model, build_optimizer(optim.name, groups, optim.lr, optim.betas, optim.eps)
+        accelerator, trained, build_optimizer(optim.name, groups, optim.lr, optim.betas, optim.eps)
     )
     facts = {"config": config_dict(config), "pairs": fingerprint(pairs)}
-    state = RunState(depth_model, optimizer, accelerator.scaler, average, unreadable, facts)
+    state = RunState(trained, optimizer, accelerator.scaler, average, unreadable, facts)
 
     # --- resume
     checkpoint = find_run(config.output_dir, config.resume)
@@ -150,7 +149,7 @@ def train(config: DepthConfig) -> None:
         save_config(config, output / "config.yaml")
         record_environment(output, state.step, world)
         print(
-            describe(config, depth_model, report, start, pairs, held_out, length, world, device), flush=True
+            describe(config, trained, report, start, pairs, held_out, length, world, device), flush=True
         )
 
     # --- the stream of batches, from the step on
@@ -231,15 +230,11 @@ def train(config: DepthConfig) -> None:
                     )
                     is_last = part == config.accumulation - 1
                     with nullcontext() if is_last else accelerator.no_sync(model):
-                        output_maps = model(images)
-                        try:
-                            loss, each = criterion(output_maps, targets)
+                        loss, each = model(targets)
+                        if each:
                             for name, value in {"loss": loss.detach(), **each}.items():
                                 losses[name] += torch.stack((value, torch.ones_like(value)))
                             filled += 1
-                        except NoGroundTruth:
-                            # Nothing to learn from; the backward pass still runs, for the other processes wait in it.
-                            loss = nothing(output_maps)
                         accelerator.backward(loss / config.accumulation)
                 sums = torch.stack(list(losses.values())).flatten().tolist()
                 *sums, total_filled, total_failed = reduce_sum(accelerator, [*sums, filled, len(failed)])
@@ -272,7 +267,7 @@ def train(config: DepthConfig) -> None:
             # while it seeks its loss scale
             grad_norm = math.nan
             if total_filled:
-                norm = accelerator.clip_grad_norm_(depth_model.parameters(), optim.clip_grad or math.inf)
+                norm = accelerator.clip_grad_norm_(trained.parameters(), optim.clip_grad or math.inf)
                 grad_norm = float(norm)  # type: ignore[arg-type]
                 numbers: dict[str, float] = {"the loss": mean_loss}
                 if accelerator.scaler is None or accelerator.scaler.get_scale() < 1:
@@ -287,7 +282,7 @@ def train(config: DepthConfig) -> None:
                 )
                 optimizer.step()
                 if average is not None and optim.ema_decay is not None:
-                    update_average(average, depth_model, optim.ema_decay if step else 0.0)
+                    update_average(average, trained, optim.ema_decay if step else 0.0)
             optimizer.zero_grad()
             state.step = step = step + 1
             state.empty += newly_empty

@@ -18,7 +18,7 @@ from torch import Tensor
 from finetune.depth_data import DepthSample, DepthSet, EvalTransform
 from finetune.depth_data.depth_files import MILLIMETRE, read_depth_file
 from finetune.depth_data.sample import file_error, size_text
-from finetune.heads import DepthOutput
+from finetune.heads.output import DepthOutput
 from finetune.model.depth_model import DepthModel
 from finetune.protocols import KB_SIZE, PROTOCOLS, Protocol
 from finetune.scoring.depth import merge_flipped, resize

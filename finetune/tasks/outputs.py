@@ -113,7 +113,7 @@ class Outputs:
             scored,
             self.held_out,
             self.protocol,
-            transform_of(self.state.model),
+            transform_of(self.state.trained.model),
             workers=self.workers,
             draw=self.config.triptychs,
             worst=worst,

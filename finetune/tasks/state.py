@@ -11,6 +11,7 @@ from torch import Tensor
 from finetune.config import DepthConfig
 from finetune.depth_data import TrainingMix
 from finetune.model.depth_model import DepthModel
+from finetune.tasks.trained import TrainedDepth
 from spark.errors import UserError
 from spark.training.checkpoint import load_run, save_run
 from spark.training.cli import config_changes
@@ -22,20 +23,20 @@ class RunState:
     """Everything that training changes.
 
     Attributes:
-        model: The model.
+        trained: The model and its losses.
         optimizer: Its optimizer, as `spark.training.accelerator.prepare` returns it.
         scaler: Gradient scaler of fp16, or None.
-        average: Model with the averaged weights, or None.
+        average: Both with averaged weights, or None.
         unreadable: Pairs that could not be read.
         facts: What a checkpoint says about the run that wrote it, see `changes`.
         step: Optimizer steps done.
         empty: Micro-batches without a ground truth so far, of all processes.
     """
 
-    model: DepthModel
+    trained: TrainedDepth
     optimizer: Any
     scaler: Any
-    average: DepthModel | None
+    average: TrainedDepth | None
     unreadable: UnreadableImages
     facts: dict[str, Any]
     step: int = 0
@@ -46,13 +47,13 @@ class RunState:
     def __post_init__(self) -> None:
         # Batch norm's running statistics change in the forward pass already. To be able to go back to the state before
         # a step whose loss is not finite, they are copied first.
-        self._buffers = list(self.model.buffers())
+        self._buffers = list(self.trained.buffers())
         self._before = [buffer.clone() for buffer in self._buffers]
 
     @property
     def shown(self) -> DepthModel:
         """What is validated and exported: the averaged weights where there are any."""
-        return self.model if self.average is None else self.average
+        return (self.average or self.trained).model
 
     def begin_step(self) -> None:
         """Remember what the forward pass is going to change."""
@@ -67,7 +68,7 @@ class RunState:
         return save_run(
             output_dir,
             self.step,
-            model=self.model,
+            model=self.trained,
             optimizer=self.optimizer,
             scaler=self.scaler,
             ema=self.average,
@@ -78,7 +79,7 @@ class RunState:
     def rescue(self, output_dir: str | Path, keep: int) -> Path | None:
         """Write the state before the step under way, unless it is spoilt already; main process only."""
         torch._foreach_copy_(self._buffers, self._before)  # pyright: ignore[reportPrivateImportUsage]
-        sound = all(torch.isfinite(parameter).all() for parameter in self.model.parameters())
+        sound = all(torch.isfinite(parameter).all() for parameter in self.trained.parameters())
         return self.save(output_dir, keep + 1) if sound else None
 
     def resume(self, checkpoint: Path) -> dict[str, Any]:
@@ -91,7 +92,7 @@ class RunState:
             ValueError: It does not belong to this model or optimizer.
         """
         before = load_run(
-            checkpoint, model=self.model, optimizer=self.optimizer, scaler=self.scaler, ema=self.average
+            checkpoint, model=self.trained, optimizer=self.optimizer, scaler=self.scaler, ema=self.average
         )
         self.step, self.empty = before["step"], before["empty"]
         self.unreadable.load_state_dict(before["unreadable"])

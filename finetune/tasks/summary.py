@@ -8,14 +8,14 @@ from torch import nn
 from finetune.config import DepthConfig
 from finetune.depth_data import DepthSet, TrainingMix
 from finetune.depth_data.transforms import NYU_FRAME
-from finetune.model.depth_model import DepthModel
+from finetune.tasks.trained import TrainedDepth
 from finetune.tasks.schedule import RunLength
 from spark.training.checkpoint import KeyReport
 
 
 def describe(
     config: DepthConfig,
-    model: DepthModel,
+    trained: TrainedDepth,
     report: KeyReport,
     start: KeyReport | None,
     pairs: TrainingMix,
@@ -29,7 +29,7 @@ def describe(
     def millions(*modules: nn.Module) -> str:
         return f"{sum(p.numel() for module in modules for p in module.parameters()) / 1e6:.2f}M"
 
-    optim, data = config.optim, config.data
+    optim, data, model = config.optim, config.data, trained.model
     if report.source:
         weights = str(report)
     elif config.pretrained:
@@ -44,9 +44,9 @@ def describe(
             f"model      {millions(model.encoder)} parameters, with {model.head_name} head"
             f" {millions(model.encoder, model.head)}; depth {config.model.min_depth:g} to {config.model.max_depth:g} m",
             *(
-                [f"decoder    {millions(model.segmentation)} for segmentation, in training only"]
-                if model.segmentation
-                else []
+                f"loss       {name} trains {millions(loss)} parameters of its own"
+                for name, loss in trained.criterion.terms.items()
+                if any(True for _ in loss.parameters())
             ),
             *(
                 f"data       {f'{share:.1%} of the micro-batches: ' if data.sets else ''}{one.name}: {one.data}"

@@ -8,7 +8,7 @@ import torch
 from skimage.metrics import structural_similarity
 from torch.nn import functional as F
 
-from finetune.heads import DepthOutput
+from finetune.heads.output import DepthOutput
 from finetune.losses import (
     LOSSES,
     SSIM,
