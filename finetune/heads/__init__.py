@@ -1,4 +1,5 @@
-"""Depth heads by name, one file a family. To add one: write it as a `Head` in a file of this folder and name it here."""
+"""Depth heads by name, one file a family. To add one: write it as a `Head` in a file of this folder and name it
+here."""
 
 from typing import TYPE_CHECKING
 

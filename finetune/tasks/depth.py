@@ -157,8 +157,8 @@ class DepthTraining(Task):
         share, planned = self.config.data.max_empty, self.total_steps * self.config.accumulation * self.world
         if idle > share * planned:
             raise UserError(
-                f"{idle} micro-batches taught nothing, more than the accepted share of {share:g} of the {planned} of the "
-                f"run: {self.idle_reason}. Check the depth files and model.max_depth, enlarge batch or crop, or raise "
+                f"{idle} micro-batches taught nothing, more than the accepted share of {share:g} of the {planned} of"
+                f" the run: {self.idle_reason}. Check the depth files and model.max_depth, enlarge batch or crop, or raise "
                 "data.max_empty"
             )
 
