@@ -148,9 +148,7 @@ def train(config: DepthConfig) -> None:
     if main_process:
         save_config(config, output / "config.yaml")
         record_environment(output, state.step, world)
-        print(
-            describe(config, trained, report, start, pairs, held_out, length, world, device), flush=True
-        )
+        print(describe(config, trained, report, start, pairs, held_out, length, world, device), flush=True)
 
     # --- the stream of batches, from the step on
     workers = worker_count(config.data.workers, accelerator)

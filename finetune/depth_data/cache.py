@@ -186,8 +186,8 @@ class CachedSet(DepthSet):
                         sample = self.data[index]
                     except DepthFileError:
                         continue  # its row stays zero
-                    if sample.geometry is not None:
-                        continue  # likewise: it is there to be tested on, and read from its own files each time
+                    if sample.geometry is not None or sample.entries.keys() - set(FIELDS):
+                        continue  # likewise: what no row describes is read from its own files each time
                     row, arrays = pack(sample)
                     rows[place] = (file.tell(), *row)
                     for array in arrays:

@@ -150,7 +150,11 @@ class DepthModel(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_frozen):
             features = pyramid(self.encoder, padded, self.levels)
         output: DepthOutput = self.head(features, (padded.shape[-2], padded.shape[-1]))
-        given = {name: self.to_frame(value, (height, width)) for name in FRAME_MAPS if (value := output.get(name)) is not None}
+        given = {
+            name: self.to_frame(value, (height, width))
+            for name in FRAME_MAPS
+            if (value := output.get(name)) is not None
+        }
         output = replace(output, **given)
         if self.calibration is not None and not self.training:
             output = self.calibration.apply(output)

@@ -8,8 +8,8 @@ from torch import nn
 from finetune.config import DepthConfig
 from finetune.depth_data import DepthSet, TrainingMix
 from finetune.depth_data.transforms import NYU_FRAME
-from finetune.tasks.trained import TrainedDepth
 from finetune.tasks.schedule import RunLength
+from finetune.tasks.trained import TrainedDepth
 from spark.training.checkpoint import KeyReport
 
 
