@@ -1,5 +1,4 @@
-"""Depth heads by name, one file a family. To add one: write it as a `Head` in a file of this folder and name it
-here."""
+"""Depth heads by name, one file a family. To add one: write it as a `Head` in a file of this folder, name it here."""
 
 from typing import TYPE_CHECKING
 

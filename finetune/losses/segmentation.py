@@ -14,7 +14,7 @@ from segmentation_models_pytorch.losses import DiceLoss, FocalLoss
 from torch import Tensor, nn
 
 from finetune.depth_data.base import DepthSet
-from finetune.depth_data.sample import VOID
+from finetune.depth_data.entries import VOID
 from finetune.heads.fusion import SCALES
 from finetune.heads.output import DepthOutput
 from finetune.losses.base import DepthLoss, NoGroundTruth
