@@ -21,7 +21,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
-from spark.assembly import build_model
+from spark.task import build_model
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from finetune.depth_data import DepthSample, open_depth_data

@@ -19,7 +19,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
-from spark.assembly import checkpoint_activations, default_betas, try_forward
+from spark.task import checkpoint_activations, default_betas, try_forward
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import spark.training.checkpoint
