@@ -260,7 +260,7 @@ def build_model(config: ModelConfig) -> SparK:
     Raises:
         ValueError: unknown or unsupported encoder, or options that do not fit together.
     """
-    dilated = {} if config.output_stride is None else {"output_stride": config.output_stride}
+    dilated: dict[str, Any] = {} if config.output_stride is None else {"output_stride": config.output_stride}
     options = values_of(config, SparKConfig)
     spark = SparK(options.pop("name"), **options, **dilated)
     if config.grad_checkpointing:

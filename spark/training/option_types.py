@@ -151,7 +151,7 @@ def _allows(kind: Any, value: Any) -> bool:
 
 def type_name(kind: Any) -> str:
     """Name a type as a user would: ``PositiveFloat | None`` is "a number above 0 or null"."""
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    origin, parts = typing.get_origin(kind), list(typing.get_args(kind))
     if origin is Annotated:
         rules = [rule for rule in parts[1:] if isinstance(rule, Rule)]
         name = "a path" if _names_path(kind) else type_name(parts[0])

@@ -198,7 +198,7 @@ def probe(
 def run(options: ProbeConfig, command: str) -> dict[str, Any]:
     """Probe every encoder; the output file is written anew after each. Returns its content."""
     device = chosen_device(options.device)
-    data = list_labelled(options.data)
+    data = list_labelled(Path(options.data))
     candidates = [open_candidate(source, options) for source in options.encoder]  # mistakes show at once
     unreadable = UnreadableImages(len(data.files), max_share=1.0)
     results: dict[str, Any] = {
