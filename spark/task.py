@@ -261,7 +261,7 @@ def build_model(config: ModelConfig) -> SparK:
         ValueError: unknown or unsupported encoder, or options that do not fit together.
     """
     dilated: dict[str, Any] = {} if config.output_stride is None else {"output_stride": config.output_stride}
-    options = values_of(config, SparKConfig)
+    options: dict[str, Any] = values_of(config, SparKConfig)
     spark = SparK(options.pop("name"), **options, **dilated)
     if config.grad_checkpointing:
         checkpoint_activations(spark, config.name)

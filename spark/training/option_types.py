@@ -159,7 +159,7 @@ def type_name(kind: Any) -> str:
         return " ".join(words if any(rule.names for rule in rules) else [name, *words])
     if origin is Literal:
         return "one of " + ", ".join(map(str, parts)) if len(parts) > 1 else str(parts[0])
-    if origin is tuple and parts[-1] is not Ellipsis:
+    if origin is tuple and parts and parts[-1] is not Ellipsis:
         return f"a list [...] of {len(parts)} {_plural(parts[0])}"
     if origin in (tuple, list):
         return f"a list [...] of {_plural(parts[0])}"

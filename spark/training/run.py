@@ -1,4 +1,4 @@
-"""Everything around the steps of a run: start, resume, update, save, log, stop; `spark.training.loop` calls it by name."""
+"""Everything around the steps of a run: start, resume, update, save, log, stop. The loop calls it by name."""
 
 import copy
 import math
@@ -307,6 +307,7 @@ class Run:
     def roll_back(self, found: Outcome, verdict: Verdict) -> None:
         """Go back to the checkpoint that `judge` has chosen; the stream goes on behind the batch that failed."""
         self._event = {}
+        assert self._target is not None
         self._leave_out(verdict, f" to {self._target.name}")
         self.optimizer.zero_grad()
         self._event["at_step"] = self.step + 1
@@ -373,7 +374,7 @@ class Run:
                 self.keep_on("a row", partial(self.log.amend, step, **event))
 
     def after_step(self) -> None:
-        """Let the task validate or draw, and say whether the run is over; the state is saved by then if it has to be."""
+        """Let the task validate or draw, once the state is saved, and note whether the run is over."""
         with self.pace.paused(), self._state_is_safe():
             self.task.after_step(self)
         self.over = self.task.ended(self)
@@ -412,8 +413,8 @@ class Run:
             if unreadable or unreadable.shards:
                 shards = f" and the rest of {len(unreadable.shards)} shards" if unreadable.shards else ""
                 self.say(
-                    f"{len(unreadable)} unreadable {self.task.unit}{shards} were skipped, see skipped_images.txt in the "
-                    "same folder"
+                    f"{len(unreadable)} unreadable {self.task.unit}{shards} were skipped, see skipped_images.txt in the"
+                    " same folder"
                 )
             if self.state.idle:
                 self.say(f"{self.state.idle} micro-batches taught nothing: {self.task.idle_reason}")

@@ -103,7 +103,7 @@ class Task(ABC):
 
     @abstractmethod
     def export(self, run: "Run") -> Path | None:
-        """Write what the run leaves behind, as it is now; `Run.writers` call it, and others than the main one get None."""
+        """Write what the run leaves behind, as it is now. `Run.writers` call it; only the main one gets the path."""
 
     @abstractmethod
     def finish(self, run: "Run") -> list[str]:

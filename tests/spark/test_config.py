@@ -104,20 +104,32 @@ def test_lists_as_several_values_and_true_by_the_name_alone():
     config = parse(*REQUIRED, "--model.input_size", "96", "128", "--resume", "--data.mean", "0.5")
     assert (config.model.input_size, config.resume, config.data.mean) == ((96, 128), True, (0.5,))
     assert parse(*REQUIRED, "--model.input_size", "96").model.input_size == 96
-    given = ["--model=m", "--input=i", "--output=o"]
-    config = parse_config(PredictConfig, [*given, "--formats", "npy", "ply"], "")
+    config = parse_config(
+        PredictConfig, ["--model", "m", "--input", "i", "--output", "o", "--formats", "npy", "ply"], ""
+    )
     assert config.formats == ["npy", "ply"]
 
 
 def test_positional_values():
-    assert parse_config(CompareConfig, ["a.json", "b.json", "--images", "3"], "").results == ["a.json", "b.json"]
-    assert parse_config(CompareConfig, ["--output", "c.csv", "a.json", "b.json"], "").results == ["a.json", "b.json"]
+    assert parse_config(CompareConfig, ["a.json", "b.json", "--images", "3"], "").results == [
+        "a.json",
+        "b.json",
+    ]
+    assert parse_config(CompareConfig, ["--output", "c.csv", "a.json", "b.json"], "").results == [
+        "a.json",
+        "b.json",
+    ]
     assert parse_config(DoctorConfig, ["NYU", "--list", "x.txt"], "").path == "NYU"
 
 
 def test_calls_from_python(tmp_path):
     card = CONFIGS / "pretrain" / "small.yaml"
-    options = {"data": tmp_path, "model": "resnet50", "output_dir": "o", "optim": {"batch_size": 8, "betas": [0, 0.9]}}
+    options = {
+        "data": tmp_path,
+        "model": "resnet50",
+        "output_dir": "o",
+        "optim": {"batch_size": 8, "betas": [0, 0.9]},
+    }
     called = call_options(PretrainConfig, {**options, "config": "small", "optim.eps": 1e-3})
     given = ["--data.train", str(tmp_path), "--model.name=resnet50", "--output_dir=o", "--optim.batch_size=8"]
     assert called == parse("--config", str(card), *given, "--optim.betas=[0,0.9]", "--optim.eps=1e-3")
@@ -187,7 +199,10 @@ def test_unknown_key_in_file_names_path_and_nearest(capsys, tmp_path):
             ["--model.input_size", "[1, 2, 3]"],
             "model.input_size must be a whole number above 0 or a list [...] of 2 whole numbers above 0",
         ),
-        (["--optim.betas", "0.9"], "a list [...] of 2 numbers of at least 0 and below 1 or null, got [0.9]"),
+        (
+            ["--optim.betas", "0.9"],
+            "optim.betas must be a list [...] of 2 numbers of at least 0 and below 1 or null, got [0.9]",
+        ),
         (["--model.sync_bn", "3"], "model.sync_bn must be true or false, got 3"),
         (
             ["--model.layout", "dense"],
@@ -203,7 +218,10 @@ def test_unknown_key_in_file_names_path_and_nearest(capsys, tmp_path):
         (["--model.mask_ratio", "1.5"], "model.mask_ratio must be a number between 0 and 1 or a list"),
         (["--optim.base_lr", "0"], "optim.base_lr must be a number above 0, got 0\n"),
         (["--optim.clip_grad", "0"], "optim.clip_grad must be a number above 0 or null, got 0"),
-        (["--optim.weight_decay_end", "-1"], "optim.weight_decay_end must be a number of at least 0 or null, got -1"),
+        (
+            ["--optim.weight_decay_end", "-1"],
+            "optim.weight_decay_end must be a number of at least 0 or null, got -1",
+        ),
         (["--data.crop_scale", "[0.9, 0.5]"], "data.crop_scale must be"),
         (["--accumulation", "0"], "accumulation must be a whole number above 0, got 0"),
         (["--epochs", "0"], "epochs must be a number above 0, got 0"),
@@ -427,7 +445,9 @@ def test_changes_between_two_configs_are_named():
     [(None, math.inf), (0.5, 1800), ("2", 7200), ("1.5", 5400), ("00:10:05", 605), ("100:00:00", 360000)],
 )
 def test_time_limit(limit, seconds):
-    config = PretrainConfig(model=ModelConfig("resnet18"), data=DataConfig("x"), output_dir="y", time_limit=limit)
+    config = PretrainConfig(
+        model=ModelConfig("resnet18"), data=DataConfig("x"), output_dir="y", time_limit=limit
+    )
     assert config.time_limit_seconds() == seconds
 
 

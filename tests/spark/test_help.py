@@ -90,4 +90,6 @@ def test_no_command_is_left_out():
     files = [path for folder in folders for path in (ROOT / folder).glob("*.py") if path.stem != "__init__"]
     names = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files}
     assert names - {"spark.commands.report", "finetune.commands.report"} <= set(COMMANDS)
-    assert all(hasattr(importlib.import_module(name), "main") for name in COMMANDS if name != "finetune.depth")
+    assert all(
+        hasattr(importlib.import_module(name), "main") for name in COMMANDS if name != "finetune.depth"
+    )
