@@ -1,7 +1,7 @@
 """Intrinsics of the camera that took an image: from its EXIF, a file, a data set, a field of view, or assumed.
 
-The pinhole camera without distortion, in pixels, the middle of the first pixel at (0, 0). Intrinsics know their source and
-whether they were assumed: where they are wrong, point clouds have the wrong shape.
+The pinhole camera without distortion, in pixels, the middle of the first pixel at (0, 0). Intrinsics know their source
+and whether they were assumed: where they are wrong, point clouds have the wrong shape.
 """
 
 import json
