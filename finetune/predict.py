@@ -307,7 +307,7 @@ class Predictor:
         for path in paths.values():
             hidden_path(path).unlink(missing_ok=True)  # of a killed prediction
         writers = {
-            name: VideoWriter(paths[name], frames.rate) for name in self.video_formats if name in paths
+            name: VideoWriter(path, frames.rate) for name, path in paths.items() if name in self.video_formats
         }
         try:
             with ExitStack() as stack:

@@ -145,7 +145,7 @@ def parse_line(csv: str, number: int, line: str) -> Pair:
     columns = [column.strip().lstrip("/") for column in line.split(",")]
     if len(columns) != 2 or not all(columns):
         raise UserError(f"{csv}, line {number}: expected `image,depth`, got {line!r}")
-    return Pair(*columns, number)
+    return Pair(columns[0], columns[1], number)
 
 
 class DenseDepthTest(DepthSet):

@@ -70,7 +70,8 @@ class FastDepth(ListedSet):
         *,
         bad_depth: BadDepth = "refuse",
     ):
-        self.root, self.bad_depth, self.source = existing_root(root), bad_depth, split
+        self.root, self.source = existing_root(root), split
+        self.bad_depth: BadDepth = bad_depth
         if list_file is not None:
             self.list_file = find_list(self.root, list_file)
             self.source = str(self.list_file)
@@ -140,7 +141,8 @@ class HubTars(DepthSet):
     benchmark = "nyu"
 
     def __init__(self, root: str | Path, split: str = "train", *, bad_depth: BadDepth = "refuse"):
-        self.root, self.split, self.bad_depth = existing_root(root), split, bad_depth
+        self.root, self.split = existing_root(root), split
+        self.bad_depth: BadDepth = bad_depth
         shards = hub_tars(self.root, split)
         if not shards:
             raise UserError(f"no {' or '.join(FOLDERS[split])}-*.tar in {root} or {Path(root) / 'data'}")

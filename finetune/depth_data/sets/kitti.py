@@ -96,7 +96,7 @@ class KITTI(ListedSet):
     def __init__(self, root: str | Path, list_file: str | Path):
         self.root = existing_root(root)
         self.list_file = find_list(self.root, list_file)
-        self.listed, self.entries = self._parse()
+        self.listed, self.entries = self._parse(self.list_file)
         self.ground_truth = "benchmark" if self.entries[0].depth.suffix == ".png" else "laser"
         self.refuse_missing(
             (path, frame.line) for frame in self.entries for path in (frame.image, frame.depth)
@@ -153,11 +153,11 @@ class KITTI(ListedSet):
             depth = laser_depth(path, self.root / day_of(entry), entry.camera, image.shape[:2])
         return DepthSample(image, depth, entry.name)
 
-    def _parse(self) -> tuple[int, list[Frame]]:
+    def _parse(self, list_file: Path) -> tuple[int, list[Frame]]:
         """How many frames the list names, and those with depth."""
         frames: list[Frame] = []
         forms: set[str] = set()
-        rows = numbered_lines(self.list_file)
+        rows = numbered_lines(list_file)
         for line, text in rows:
             columns = text.split()
             first = columns[0].lstrip("/")
@@ -186,7 +186,7 @@ class KITTI(ListedSet):
                 )
         if not frames:
             raise UserError(f"no frame of {self.list_file} has depth ({len(rows)} are listed): {EXPECTED}")
-        return len(rows), frames if "maps" in forms else self._exported(frames)
+        return len(rows), frames if "maps" in forms else self._exported(list_file, frames)
 
     def _find(self, name: str, folders: tuple[str, ...]) -> Path:
         """Path of a file relative to the root, below the first of `folders` that has it; images may be JPEG."""
@@ -194,9 +194,9 @@ class KITTI(ListedSet):
         candidates = [Path(folder) / one for one in names for folder in folders]
         return next((path for path in candidates if (self.root / path).is_file()), candidates[0])
 
-    def _exported(self, frames: list[Frame]) -> list[Frame]:
+    def _exported(self, list_file: Path, frames: list[Frame]) -> list[Frame]:
         """The frames with their exported depth instead of the scans, where it lies beside the list."""
-        folder = self.list_file.resolve().parent / EXPORTED
+        folder = list_file.resolve().parent / EXPORTED
         if folder.is_dir():
             if (found := len(list(folder.glob("*.npy")))) != len(frames):
                 raise UserError(
