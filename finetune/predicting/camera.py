@@ -197,11 +197,8 @@ def read_camera(path: str | Path, size: tuple[int, int] | None = None) -> Intrin
             stored = {"height": size[0], "width": size[1], **stored}
         if missing := [key for key in ("fx", "fy", "cx", "cy", "width", "height") if key not in stored]:
             raise UserError(f"it lacks {' and '.join(missing)}")
-        focal, centre = (
-            [float(stored[key]) for key in ("fx", "fy")],
-            [float(stored[key]) for key in ("cx", "cy")],
-        )
-        return Intrinsics(*focal, *centre, int(stored["height"]), int(stored["width"]), path.name)
+        fx, fy, cx, cy = (float(stored[key]) for key in ("fx", "fy", "cx", "cy"))
+        return Intrinsics(fx, fy, cx, cy, int(stored["height"]), int(stored["width"]), path.name)
     except (TypeError, ValueError, yaml.YAMLError) as error:
         raise UserError(
             f"{path} holds no intrinsics ({' '.join(str(error).split())}): write fx, fy, cx, cy, width and height [px]"
