@@ -32,7 +32,7 @@ from finetune.scoring.score import predict_depth
 from spark.assembly import build_model
 from spark.config import ModelConfig
 from spark.errors import UserError
-from spark.model.encoder import is_own
+from spark.model.names import is_own
 from spark.model.masking import mean_ratio, visible_at
 from spark.report import Run, read_run
 from spark.training.checkpoint import find_run

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, get_args
 
 from finetune.depth_data.base import DepthSet, OpenOptions
 from finetune.depth_data.lists import LABELED_MAT, WITHOUT_LISTS, existing_root, lists_text
@@ -16,21 +16,8 @@ from finetune.depth_data.sets.kitti import KITTI
 from finetune.depth_data.sets.nyu import NYULabeled, NYUSync
 from finetune.depth_data.sets.nyu_pairs import NYUPairs
 from finetune.depth_data.sets.redweb import ReDWeb
+from finetune.options import Kind
 from spark.errors import UserError
-
-Kind: TypeAlias = Literal[
-    "nyu_labeled",
-    "densedepth",
-    "hub_tars",
-    "fastdepth",
-    "diw",
-    "nyu_pairs",
-    "redweb",
-    "ibims",
-    "kitti",
-    "folder",
-    "nyu_sync",
-]
 
 KINDS: Mapping[Kind, type[DepthSet]] = MappingProxyType(
     {

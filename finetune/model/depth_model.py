@@ -24,7 +24,8 @@ from finetune.model.calibration import Calibration
 from finetune.model.prediction import predict_image, read_photo
 from spark.errors import UserError
 from spark.files import checksum, whole_folder, write_tensors, write_whole
-from spark.model.encoder import PyramidLevel, build_encoder, freeze_unreached, is_own, pyramid, pyramid_info
+from spark.model.encoder import PyramidLevel, build_encoder, freeze_unreached, pyramid, pyramid_info
+from spark.model.names import is_own
 from spark.training.checkpoint import read_encoder
 from spark.weights.encoder import CARD, CONFIG, WEIGHTS, description, name_of
 from spark.weights.hub import PREFIX, download

@@ -3,19 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import cv2
 import numpy as np
 
 from finetune.depth_data.depth_files import MILLIMETRE, npy_bytes, pfm_bytes, png_bytes
+from finetune.options import Format
 from finetune.predicting.camera import Intrinsics
 from finetune.predicting.pointcloud import mesh, point_cloud, step_of
 from finetune.predicting.video import legend, paint
 from finetune.report.figures import depth_map, save_figure
 from spark.files import write_whole
 
-Format: TypeAlias = Literal["npy", "pfm", "png", "colour", "side", "ply", "mesh"]
 VIDEO_FORMATS: tuple[Format, ...] = ("colour", "side")
 """Of a video one file each; the others are files of each frame."""
 NEED_METRES: tuple[Format, ...] = ("png", "ply", "mesh")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from finetune.config import DepthConfig
+from finetune.config import AugmentationConfig, DepthConfig
 from finetune.depth_data import (
     KINDS,
     DepthSet,
@@ -21,6 +21,7 @@ from finetune.scoring.checks import check_ground_truth
 from spark.errors import UserError
 from spark.seeds import Purpose, derive_seed
 from spark.training.checkpoint import KeyReport
+from spark.training.option_types import values_of
 
 
 def build_model(config: DepthConfig) -> tuple[DepthModel, KeyReport]:
@@ -85,7 +86,7 @@ def open_data(config: DepthConfig, protocol: Protocol) -> tuple[TrainingMix, Dep
     transform = train_transform(config)
     sets: list[MixedSet] = []
     for number, entry in enumerate((data, *data.sets), start=1):
-        opened = open_depth_data(entry.root, entry.list, "train", kind=entry.kind, **entry.reading())
+        opened = open_depth_data(entry.root, entry.list, "train", **entry.reading())
         name = next(kind for kind, of in KINDS.items() if isinstance(opened, of))
         if name in {one.name for one in sets}:
             name = f"{name}-{number}"
@@ -103,8 +104,12 @@ def open_data(config: DepthConfig, protocol: Protocol) -> tuple[TrainingMix, Dep
         data.val_root or data.root,
         data.val_list,
         "test",
-        kind=data.val_kind or (data.kind if data.val_root is None else None),
-        **{**data.reading(), "depth": "filled" if protocol.depth == "filled" else "raw", "labels": None},
+        **{
+            **data.reading(),
+            "kind": data.val_kind or (data.kind if data.val_root is None else None),
+            "depth": "filled" if protocol.depth == "filled" else "raw",
+            "labels": None,
+        },
     )
     check_ground_truth(held_out, protocol)
     return training, held_out
@@ -112,24 +117,5 @@ def open_data(config: DepthConfig, protocol: Protocol) -> tuple[TrainingMix, Dep
 
 def train_transform(config: DepthConfig) -> TrainTransform:
     """The augmentation of a run."""
-    data = config.data
-    assert data.mean is not None
-    assert data.std is not None
-    return TrainTransform(
-        image_size=data.image_size,
-        crop_size=data.crop_size,
-        border=data.border,
-        zoom=data.zoom,
-        flip=data.flip,
-        rotation=data.rotation,
-        colour=data.colour,
-        gamma=data.gamma,
-        brightness=data.brightness,
-        channel=data.channel,
-        contrast=data.contrast,
-        cut_depth=data.cut_depth,
-        min_depth=config.model.min_depth,
-        max_depth=config.model.max_depth,
-        mean=data.mean,
-        std=data.std,
-    )
+    options = values_of(config.data, AugmentationConfig)
+    return TrainTransform(**options, min_depth=config.model.min_depth, max_depth=config.model.max_depth)

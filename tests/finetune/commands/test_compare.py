@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap, ttest_rel
 
-from finetune.commands.compare import compare, main
+from finetune.commands.compare import main
+from finetune.commands.work.compare import compare
 from finetune.protocols import Protocol
 from finetune.protocols.metrics import METRICS
 from finetune.scoring.evaluators import evaluator_of

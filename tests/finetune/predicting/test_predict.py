@@ -152,7 +152,7 @@ def test_control_c_while_the_model_is_loaded_is_no_traceback(
     def stopped(*_) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("finetune.predict.load_depth_model", stopped)
+    monkeypatch.setattr("finetune.commands.work.predict.load_depth_model", stopped)
     assert run(model, photo(tmp_path / "x.png"), tmp_path / "out") == 130
     assert "interrupted before anything was written" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()

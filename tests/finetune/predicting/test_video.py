@@ -201,7 +201,7 @@ def test_control_c_leaves_a_whole_video(
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr("finetune.predict.predict_images", stopped)
+    monkeypatch.setattr("finetune.predicting.predictor.predict_images", stopped)
     assert run(model, clip(tmp_path / "a.avi"), tmp_path / "out", "--batch_size=2") == 130
     assert len(list(VideoFrames(tmp_path / "out" / "a_colour.mp4"))) == 4
     found = report(tmp_path / "out")

@@ -17,7 +17,7 @@ from finetune import DepthModel, load_depth_model
 from finetune.commands import export as export_depth
 from finetune.model.calibration import Calibration
 from finetune.model.graph import fitted, resample
-from finetune.predict import fitted_size, predict_image
+from finetune.model.prediction import fitted_size, predict_image
 from spark import save_encoder
 from spark.commands import export as export_encoder
 from spark.model.encoder import build_encoder
