@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         try:
             return predict(config)
-        except KeyboardInterrupt:  # while the model is loaded: later ones are seen to
+        except KeyboardInterrupt:  # while the model is loaded; later ones are handled
             print("interrupted before anything was written")
             return 130
 

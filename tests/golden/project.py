@@ -6,14 +6,12 @@
 from finetune import DepthModel, load_depth_model
 from finetune.commands import app, compare, doctor
 from finetune.commands import export as export_depth
-from finetune.commands.calibrate import CalibrateConfig
 from finetune.commands.calibrate import main as calibrate
 from finetune.config import DepthConfig
 from finetune.depth import main as train_depth
 from finetune.depth_data import open_depth_data
-from finetune.evaluate import EvaluationConfig
 from finetune.evaluate import main as evaluate
-from finetune.predict import PredictConfig
+from finetune.options import CalibrateConfig, EvaluationConfig, PredictConfig
 from finetune.predict import main as predict
 from finetune.protocols import PROTOCOLS
 from spark import SparK, load_encoder, save_encoder

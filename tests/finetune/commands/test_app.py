@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from finetune import DepthModel
-from finetune.commands.app import main
+from finetune.commands import app as entry
 from finetune.commands.work import app
 from finetune.model.calibration import Calibration
 from finetune.model.prediction import predict_image
@@ -198,7 +198,7 @@ def test_other_machines_are_warned_of(host, warned):
 )
 def test_wrong_options_are_one_sentence(capsys, arguments, words):
     with pytest.raises(SystemExit, match="2"):
-        main(arguments)
+        entry.main(arguments)
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert words in error

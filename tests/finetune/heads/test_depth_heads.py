@@ -9,7 +9,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from finetune.model.segmentation import attach_segmentation
 from safetensors.torch import load_file
 
 from finetune import DepthModel, load_depth_model
@@ -18,6 +17,7 @@ from finetune.evaluate import main as evaluate
 from finetune.heads import HEADS
 from finetune.losses import WeightedLoss
 from finetune.model.depth_model import start_from
+from finetune.model.segmentation import attach_segmentation
 from finetune.predict import main as predict
 from finetune.protocols import get_protocol
 from finetune.scoring.depth import metric_prediction, score_pair
@@ -279,12 +279,10 @@ def test_a_made_swin_is_used() -> None:
 def test_colours_of_relative_depth_have_the_nearest_red(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetune.commands.work import predict as prediction
-
     disparity = np.linspace(0, 5, 64, dtype=np.float32)[None].repeat(32, 0)
     DepthModel("test_resnet", head="fusion", width=8, image_size=(32, 64)).save(tmp_path / "model")
     cv2.imwrite(str(tmp_path / "photo.png"), np.zeros((32, 64, 3), np.uint8))
-    monkeypatch.setattr(prediction, "predict_images", lambda *_: [disparity])
+    monkeypatch.setattr("finetune.predicting.predictor.predict_images", lambda *_: [disparity])
     given = [
         f"--model={tmp_path / 'model'}",
         f"--input={tmp_path / 'photo.png'}",
