@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spark.config import PretrainConfig
-from spark.images.transform import Normalise
+from spark.model.normalise import Normalise
 from spark.monitor.measures import reconstruction_panels, save_panels
 from spark.report import pretraining_page
 from spark.training.checkpoint import save_encoder

@@ -23,8 +23,10 @@ from spark.assembly import build_model, choose_layout, resolve, summary, trainin
 from spark.config import PretrainConfig
 from spark.errors import UserError, one_line_errors
 from spark.images.batches import MaskedBatches, StepPlan
-from spark.images.loader import FeedOptions, open_feed
-from spark.images.transform import Normalise, PretrainTransform
+from spark.images.dataset import SampleReader
+from spark.images.loader import open_loader
+from spark.images.transform import PretrainTransform
+from spark.model.normalise import Normalise
 from spark.monitor.watch import Watch, build_monitor, fixed_batch
 from spark.outputs import Outputs
 from spark.report import record_environment
@@ -117,7 +119,18 @@ def pretrain(config: PretrainConfig) -> None:
         config.data.hflip,
     )
     collate = MaskedBatches(plan, spark.patch_size, spark.mask_block_size)
-    feed = open_feed(FeedOptions(config, transform, plan, collate, accelerator, micro_batch), before)
+    reader = SampleReader(transform, config.seed, config.data.max_pixels, config.model.in_chans, plan)
+    feed = open_loader(
+        config.data,
+        reader,
+        collate,
+        accelerator,
+        micro_batch,
+        cache=Path(config.output_dir) / "shards",
+        before=before,
+        length_is_known=config.max_steps is not None
+        and (config.optim.warmup_steps is not None or not config.optim.warmup_epochs),
+    )
     num_images = (
         feed.size or (config.max_steps or 0) * config.optim.batch_size
     )  # of an epoch, or at least of the run
@@ -127,7 +140,7 @@ def pretrain(config: PretrainConfig) -> None:
     assert betas is not None
     assert mean is not None
     assert std is not None
-    normalise = Normalise(mean, std, device)
+    normalise = Normalise(mean, std, fused=True).to(device)
 
     peak_lr = config.optim.base_lr * config.optim.batch_size / 256
     start_decay = config.optim.weight_decay
@@ -173,7 +186,7 @@ def pretrain(config: PretrainConfig) -> None:
     elif config.resume:
         accelerator.print(f"no checkpoint in {config.output_dir} yet: starting from the beginning")
 
-    for line in unreadable.add(feed.lost):
+    for line in unreadable.add(feed.missing_shards):
         accelerator.print(f"left out the shard {line}")
 
     def batches_on() -> Iterator[dict[str, Any]]:
@@ -243,7 +256,7 @@ def pretrain(config: PretrainConfig) -> None:
                     waited += time.perf_counter() - asked
                     names += batch["name"]
                     failed += batch["failed"]
-                    lost += feed.received(batch)
+                    lost += batch["failed_shards"]
                     pixels = batch["image"].to(device, non_blocking=True, memory_format=memory_format)
                     pixels = normalise(pixels)
                     visible_count = int(batch["visible"].sum())  # here: on a GPU, reading it would wait
@@ -268,7 +281,6 @@ def pretrain(config: PretrainConfig) -> None:
                         bar.say(f"skipped {line}")
                     for line in unreadable.add_shards(gather_object(lost)):
                         bar.say(f"skipped the rest of the shard {line}")
-                feed.gather()
                 norm = accelerator.clip_grad_norm_(spark.parameters(), config.optim.clip_grad or math.inf)
             except Exception as error:
                 # Whatever it is, a bug or a killed loader too, the steps so far are kept.
@@ -362,7 +374,7 @@ def pretrain(config: PretrainConfig) -> None:
                     "lr": lr,
                     "weight_decay": weight_decay,
                     "grad_norm": grad_norm,
-                    "epoch": feed.epoch((step + state.offset) * config.optim.batch_size),
+                    "epoch": feed.epochs((step + state.offset) * config.optim.batch_size),
                     "images_per_second": rate,
                     "data_wait": waited / elapsed,
                     "layout": layout.layout,

@@ -1,4 +1,4 @@
-"""The augmentation of pretraining images and their normalisation."""
+"""The augmentation of pretraining images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ REDUCING_GAP = 1.5
 
 @dataclass
 class PretrainTransform:
-    """The official augmentation: random resized crop (bicubic), horizontal flip; `Normalise` does the rest.
+    """The official augmentation: random resized crop (bicubic), horizontal flip; `spark.model.normalise` does the rest.
 
     Random numbers come from torch's global generator. At a square size this is the transform of SparK's
     official code (Tian et al., ICLR 2023), drawing the same numbers; it resizes with PyTorch's filter for bytes, which
@@ -35,7 +35,7 @@ class PretrainTransform:
         input_size: size of the result, (H, W) or one number for a square [px].
         in_chans: 3 for colour, 1 for grey; any number for images that are no photographs (`spark.images.bands`).
         crop_scale: smallest and largest share of the image's area that a crop covers.
-        mean: for `Normalise`, per channel, of values in [0, 1]; None: ImageNet's, weighted by luma for one channel. For
+        mean: for normalising, per channel, of values in [0, 1]; None: ImageNet's, weighted by luma for one channel. For
             other numbers of channels it must be given.
         std: likewise.
         hflip: probability of a flip.
@@ -142,27 +142,3 @@ def _grey(image: Tensor) -> Tensor:
     """Brightness of [3, H, W] uint8, rounded as Pillow does: -> [1, H, W] uint8."""
     weights = torch.tensor([round(weight * 65536) for weight in LUMA], dtype=torch.int32)
     return ((image.int() * weights[:, None, None]).sum(0, keepdim=True) + 32768 >> 16).to(torch.uint8)
-
-
-class Normalise:
-    """Bytes to normalised numbers, where the bytes are: (value / 255 - mean) / std; floats: (value - mean) / std.
-
-    Args:
-        mean: per channel, of values in [0, 1] or, for floats, in their own unit.
-        std: likewise.
-        device: of the images that are to come.
-    """
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu"):
-        mean_, std_ = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std))
-        self._scale = {
-            kind: (1 / (white * std_)).to(device, torch.float32)
-            for kind, white in ((torch.uint8, 255), (torch.float32, 1))
-        }
-        self._shift = (-mean_ / std_).to(device, torch.float32)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] uint8 or float32 -> float32, in the same memory format."""
-        scale = self._scale[images.dtype]
-        values = images.float().mul_(scale) if images.dtype == torch.uint8 else images * scale
-        return values.add_(self._shift)

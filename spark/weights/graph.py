@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from spark.errors import UserError
 from spark.files import write_whole
 from spark.model.encoder import pyramid, pyramid_info
+from spark.model.normalise import Normalise
 
 ONNX, PROGRAM = ".onnx", ".pt2"
 OPSET = 17
@@ -87,28 +88,6 @@ class Sizes:
         return [(height, width) for height, width in up]
 
 
-class Normalised(nn.Module):
-    """Pixels [B, C, H, W], uint8 or floats on the scale 0 to 1, to what a network expects.
-
-    Args:
-        mean: Of each channel, on the scale 0 to 1.
-        std: Likewise.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32)[:, None, None])
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32)[:, None, None])
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Return float32 of the same shape."""
-        unit = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
-        return (unit - self.mean) / self.std
-
-
 def pad_to_stride(images: Tensor, stride: int) -> Tensor:
     """Repeat the last row and column of [B, C, H, W] until both sides are multiples of `stride` [px].
 
@@ -136,7 +115,7 @@ class EncoderGraph(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.levels = pyramid_info(encoder)
-        self.normalise = Normalised(mean, std)
+        self.normalise = Normalise(mean, std)
         self.pad = pad
         self.eval()
 
