@@ -26,6 +26,14 @@ CURVES = (
 NO_RESULTS = "Not scored yet (no results.json or evaluation.json)"
 
 
+def is_depth(run: Run) -> bool:
+    """Whether a run is one of finetune/depth.py; without config.yaml its scores tell."""
+    if run.config:
+        return "encoder" in run.config
+    scored = any((run.folder / name).is_file() for name in ("results.json", "evaluation.json"))
+    return scored or any(name.startswith("val_") for name in run.series)
+
+
 def depth_sections(arms: dict[str, list[Run]]) -> list[Section]:
     """Results, curves, pictures and worst images.
 

@@ -147,7 +147,7 @@ class Outputs:
         return results["metrics"]
 
     def report(self) -> None:
-        """Write report.html; where the disk refuses, that is told, and spark/commands/report.py can do it later."""
+        """Write report.html; where the disk refuses, that is told, and finetune/commands/report.py can do it later."""
         try:
             depth_page(self.folder)
         except (ValueError, OSError) as error:

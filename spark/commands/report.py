@@ -1,14 +1,16 @@
 """One self-contained HTML page about a run, or about several side by side.
 
-    python spark/commands/report.py RUN                               writes RUN/report.html anew
-    python spark/commands/report.py RUN RUN2 RUN3 --output page.html
-    python spark/commands/report.py pretraining=RUN scratch=RUN1 scratch=RUN2 SparK=RUN3 --output page.html
+    spark-report RUN                               writes RUN/report.html anew
+    spark-report RUN RUN2 RUN3 --output page.html
+    spark-report pretraining=RUN scratch=RUN1 scratch=RUN2 SparK=RUN3 --output page.html
 
-Every run writes such a page about itself when it ends; this makes it anew, for a run that is under way, that crashed,
-or that was scored since, and compares runs. A run is the output_dir of spark/pretrain.py or finetune/depth.py;
-LABEL=RUN says what to call it, and a label given several times means seeds of one thing. The first label is what others
-are compared with. Curves come from metrics.jsonl, pictures from figures/, settings from config.yaml, scores from
-results.json or else evaluation.json, machines from environment.json. What is missing or damaged is said in the page.
+Every run writes such a page when it ends. This writes it again, for a run that is under way, that crashed, or that was
+scored since, and compares runs. RUN is the output_dir of a run. LABEL=RUN names it on the page; a label given several
+times means seeds of one experiment, and the others are compared with the first label. Curves come from metrics.jsonl,
+pictures from figures/, settings from config.yaml, scores from results.json or else evaluation.json, machines from
+environment.json. The page says what is missing or damaged.
+
+`python spark/commands/report.py` knows pretraining runs, `python finetune/commands/report.py` depth runs too.
 """
 
 import argparse
@@ -18,14 +20,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.report import depth_sections
-from spark.errors import UserError
+from spark.errors import UserError, one_line_errors
 from spark.report import (
+    PRETRAINING,
     REPORT,
     Run,
+    RunKind,
     environments,
     events,
-    pretraining_sections,
     read_run,
     render,
     settings,
@@ -37,29 +39,39 @@ from spark.report.sections import named, plain_path
 from spark.training.log import format_duration
 
 
-def read_arms(entries: Sequence[str]) -> dict[str, list[Run]]:
-    """Runs by label, from `folder` and `label=folder` entries.
+def read_arms(
+    entries: Sequence[str], kinds: Sequence[RunKind]
+) -> tuple[dict[str, list[Run]], dict[str, RunKind]]:
+    """Runs and their kind, each by label, from `folder` and `label=folder` entries.
 
     Raises:
-        ValueError: a folder is not that of a run, or two runs without a label have one name, or a label stands for runs
-            of both kinds.
+        UserError: a folder is not that of a run of these kinds, two runs without a label have one name, or a label
+            stands for runs of two kinds.
     """
     arms: dict[str, list[Run]] = {}
+    kind_of: dict[str, RunKind] = {}
     unlabelled = []
     for entry in entries:
         label, equals, folder = entry.partition("=")
-        if equals and label and folder and not Path(entry).is_dir():
-            run = read_run(folder, label)
-        else:
-            run = read_run(entry)
+        labelled = bool(equals and label and folder and not Path(entry).is_dir())
+        run = read_run(folder, label) if labelled else read_run(entry)
+        kind = next((kind for kind in kinds if kind.matches(run)), None)
+        if kind is None:
+            names = " or ".join(kind.name for kind in kinds)
+            raise UserError(
+                f"{run.folder} is not a run of {names}, as its config.yaml shows: use spark-report, or "
+                "finetune/commands/report.py in a clone"
+            )
+        if kind_of.setdefault(run.label, kind) is not kind:
+            names = f"{kind_of[run.label].name} and {kind.name}"
+            raise UserError(f"{run.label} stands for runs of {names}: give them two labels")
+        arms.setdefault(run.label, []).append(kind.read(run))
+        if not labelled:
             unlabelled.append(run.label)
-        arms.setdefault(run.label, []).append(run)
     for label, runs in arms.items():
         if len(runs) > 1 and label in unlabelled:
             raise UserError(f"several runs are called {label}: say what to call each with LABEL=RUN")
-        if len({run.is_depth for run in runs}) > 1:
-            raise UserError(f"{label} stands for pretraining and depth: give them two labels")
-    return arms
+    return arms, kind_of
 
 
 def read_steps(path: str | Path) -> list[dict[str, Any]]:
@@ -69,7 +81,7 @@ def read_steps(path: str | Path) -> list[dict[str, Any]]:
     that ran side by side, "group".
 
     Raises:
-        ValueError: there is no such file, or it holds something else.
+        UserError: there is no such file, or it holds something else.
     """
     try:
         steps = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -104,29 +116,6 @@ def commands(steps: list[dict[str, Any]]) -> Section:
     return Section("Commands", [total, Table(["step", "command", "time", "processor"], rows, textual=True)])
 
 
-def build_page(title: str, lead: str, arms: dict[str, list[Run]], steps: list[dict[str, Any]] | None) -> str:
-    """The whole page.
-
-    Args:
-        title: its heading; made of the labels if empty.
-        lead: a sentence below it; empty for none.
-        arms: runs of either kind by label.
-        steps: the commands that were run, if they were recorded.
-    """
-    depth = {label: runs for label, runs in arms.items() if runs[0].is_depth}
-    pretraining = {label: runs for label, runs in arms.items() if label not in depth}
-    runs = named(arms)
-    sections = [
-        *(depth_sections(depth) if depth else []),
-        *(pretraining_sections(pretraining) if pretraining else []),
-        events(runs),
-        *([commands(steps)] if steps else []),
-        settings(runs),
-        environments(runs),
-    ]
-    return render(title or " · ".join(arms), sections, lead, written_by())
-
-
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -144,31 +133,40 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0, or 2 for a user error."""
-    args = parse_arguments(argv)
-    try:
-        arms = read_arms(args.runs)
-        steps = read_steps(args.steps) if args.steps else None
-        runs = [run for same in arms.values() for run in same]
-        if not args.output and len(runs) > 1:
-            raise UserError(
-                "a page about several runs belongs to none of their folders: say where with --output"
-            )
-        output = Path(args.output) if args.output else runs[0].folder / REPORT
-        if output.is_dir():
-            raise UserError(f"--output {output} is a folder: name the file, such as {output / REPORT}")
-        page = build_page(args.title, args.lead, arms, steps)
-        write_page(output, page)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def report(args: argparse.Namespace, kinds: Sequence[RunKind]) -> None:
+    """Read the runs and write the page."""
+    arms, kind_of = read_arms(args.runs, kinds)
+    steps = read_steps(args.steps) if args.steps else None
+    runs = named(arms)
+    if not args.output and len(runs) > 1:
+        raise UserError("a page about several runs belongs to none of their folders: say where with --output")
+    output = Path(args.output) if args.output else runs[0].folder / REPORT
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder: name the file, such as {output / REPORT}")
+    sections: list[Section] = []
+    for kind in kinds:
+        of_kind = {label: same for label, same in arms.items() if kind_of[label] is kind}
+        sections += kind.sections(of_kind) if of_kind else []
+    sections += [events(runs), *([commands(steps)] if steps else []), settings(runs), environments(runs)]
+    page = render(args.title or " · ".join(arms), sections, args.lead, written_by())
+    write_page(output, page)
     print(f"written to {output} ({len(page) / 1e6:.1f} MB)")
     for run in runs:
-        for said in run.problems:
-            print(f"{run.label}: {said}", file=sys.stderr)
-    return 0
+        for problem in run.problems:
+            print(f"{run.label}: {problem}", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None, kinds: Sequence[RunKind] = (PRETRAINING,)) -> None:
+    """Run the command; a user's error is one sentence and exit code 2.
+
+    Args:
+        argv: the command line.
+        kinds: of runs that it knows, in the order of their sections.
+    """
+    args = parse_arguments(argv)
+    with one_line_errors():
+        report(args, kinds)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

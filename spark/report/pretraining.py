@@ -5,7 +5,7 @@ from typing import Any
 from spark.model.masking import ratio_range
 from spark.report.charts import number
 from spark.report.page import Section, Text, picture
-from spark.report.runs import Run
+from spark.report.runs import Run, RunKind
 from spark.report.sections import Fact, about, curves, differences, named, speed
 
 CURVES = (
@@ -107,3 +107,11 @@ def _percent(ratio: Any) -> str | None:
         return None if ratio is None else " to ".join(f"{r:.0%}" for r in dict.fromkeys(ratio_range(ratio)))
     except (TypeError, ValueError):  # of a config that somebody edited
         return str(ratio)
+
+
+def is_pretraining(run: Run) -> bool:
+    """Whether a run is one of spark/pretrain.py; one without a readable config.yaml counts as such."""
+    return not run.config or run.option("model.name") is not None
+
+
+PRETRAINING = RunKind("pretraining", is_pretraining, pretraining_sections)

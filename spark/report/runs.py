@@ -8,6 +8,7 @@ fits in memory.
 import json
 import math
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from spark.errors import UserError
 
 ENVIRONMENT = "environment.json"
 PICTURES = (".png", ".jpg", ".jpeg")
-SAME_TIME = 60  # [s] between files that were copied together
 MOST_EVENTS = 200  # a run that rolls back all the time is not to make a page of megabytes
 
 
@@ -50,9 +50,9 @@ class Run:
         events: rows of metrics.jsonl that have an `event`, the last `MOST_EVENTS` of them.
         steps: optimizer steps that the log reaches to.
         pictures: images in figures/, in the order of their names.
-        results: of results.json or evaluation.json of a depth run, one for each protocol it was scored under.
         sessions: environment.json: what each start of the run ran on.
         problems: sentences about what could not be read.
+        results: scores that `RunKind.read` found, if runs of this kind have some.
     """
 
     label: str
@@ -64,16 +64,9 @@ class Run:
     events: list[dict[str, Any]] = field(default_factory=list)
     steps: int = 0
     pictures: list[Path] = field(default_factory=list)
-    results: list[dict[str, Any]] = field(default_factory=list)
     sessions: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-
-    @property
-    def is_depth(self) -> bool:
-        """Whether it is a run of finetune/depth.py; else it is one of spark/pretrain.py."""
-        if self.config:
-            return "encoder" in self.config
-        return bool(self.results) or any(name.startswith("val_") for name in self.series)
+    results: list[dict[str, Any]] = field(default_factory=list)
 
     def option(self, path: str, default: Any = None) -> Any:
         """An option of the configuration by its dotted name."""
@@ -88,6 +81,23 @@ class Run:
         if name in self.spoilt and self.spoilt[name][-1] > at:
             return math.nan
         return float(self.series[name].values[-1]) if name in self.series else None
+
+
+@dataclass(frozen=True)
+class RunKind:
+    """A kind of runs that a page can show; every task brings its own.
+
+    Args:
+        name: for messages.
+        matches: whether a run is of this kind.
+        sections: of the page, of runs by label; several under one label are seeds of one thing.
+        read: adds to a run what only this kind has.
+    """
+
+    name: str
+    matches: Callable[[Run], bool]
+    sections: Callable[[dict[str, list[Run]]], list[Any]]
+    read: Callable[[Run], Run] = lambda run: run
 
 
 def read_run(folder: str | Path, label: str = "") -> Run:
@@ -109,7 +119,7 @@ def read_run(folder: str | Path, label: str = "") -> Run:
         )
     problems: list[str] = []
     series, spoilt, texts, events, steps = read_metrics(folder / "metrics.jsonl", problems)
-    sessions = _read_json(folder / ENVIRONMENT, problems)
+    sessions = read_json(folder / ENVIRONMENT, problems)
     return Run(
         label or folder.resolve().name,
         folder,
@@ -120,7 +130,6 @@ def read_run(folder: str | Path, label: str = "") -> Run:
         events,
         steps,
         sorted(p for p in (folder / "figures").glob("*") if p.suffix in PICTURES and p.is_file()),
-        _read_results(folder, problems),
         [entry for entry in sessions if isinstance(entry, dict)] if isinstance(sessions, list) else [],
         problems,
     )
@@ -192,43 +201,8 @@ def _read_config(path: Path, problems: list[str]) -> dict[str, Any]:
     return config
 
 
-def _read_results(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """Of results.json of a run folder, or else of the evaluation.json that training wrote; nothing without either."""
-    for name in ("results.json", "evaluation.json"):
-        content = _read_json(folder / name, problems)
-        if content is None:
-            continue
-        several = content.get("protocols") if isinstance(content, dict) else None
-        found = several if isinstance(several, list) else [content]
-        if found and all(_is_results(one) for one in found):
-            _say_if_older(folder / name, folder / "evaluation.json", problems)
-            return found
-        problems.append(
-            f"{name} has not the protocol, images, metrics and per_image of finetune/evaluate.py's files"
-        )
-    return []
-
-
-def _say_if_older(path: Path, other: Path, problems: list[str]) -> None:
-    """Scores from before the run was trained on are not those of its model."""
-    if other.is_file() and other.stat().st_mtime - path.stat().st_mtime > SAME_TIME:
-        problems.append(
-            f"{path.name} is older than {other.name}, which the end of a training wrote: score the model again with"
-            " finetune/evaluate.py"
-        )
-
-
-def _is_results(content: Any) -> bool:
-    return (
-        isinstance(content, dict)
-        and {"protocol", "images"} <= set(content)
-        and isinstance(content.get("metrics"), dict)
-        and isinstance(content.get("per_image"), list)
-        and all(isinstance(row, dict) and "name" in row for row in content["per_image"])
-    )
-
-
-def _read_json(path: Path, problems: list[str]) -> Any:
+def read_json(path: Path, problems: list[str]) -> Any:
+    """Content of a JSON file; None, and a sentence in `problems`, if it is damaged; None if it is missing."""
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except (ValueError, OSError, RecursionError) as error:

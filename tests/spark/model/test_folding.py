@@ -11,8 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spark import SparK
 from spark.model.decoder import DecoderBlock
-from spark.model.decoder_folding import compose, folded_upsample_conv, folding_pays
-from spark.model.decoder_parts import parts_pay
+from spark.model.decoder_cpu import compose, folded_upsample_conv, folding_pays, parts_pay
 from spark.model.masking import random_visible
 from spark.sparse import SparseTensor, sparsify
 from spark.sparse.filled_conv import Filled, constant_conv, filled_conv, filled_conv_pays
@@ -106,7 +105,7 @@ def _parts_of(
     images: int, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], dtype: torch.dtype
 ) -> None:
     one = 4 * size[0] * size[1] * 4 * dtype.itemsize  # four channels at twice the resolution
-    monkeypatch.setattr("spark.model.decoder_parts.PART_BYTES", images * one + 1)
+    monkeypatch.setattr("spark.model.decoder_cpu.PART_BYTES", images * one + 1)
 
 
 @pytest.mark.parametrize("has_head", [False, True])
