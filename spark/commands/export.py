@@ -17,17 +17,17 @@ from torch import nn
 from spark.commands.export_options import add_export_options, check_options, option_parser, publication
 from spark.errors import FileError, UserError, one_line_errors
 from spark.model.encoder import pyramid_info
-from spark.training.checkpoint import find_run, read_encoder, save_encoder
-from spark.weights.graph import OPSET, PROGRAM, TOLERANCE, EncoderGraph, Sizes, is_graph, write_graph
-from spark.weights.hub import (
+from spark.report.card import (
     NOT_RECORDED,
     PRETRAINING_MARK,
     RunRecord,
     encoder_card,
     public_name,
-    push,
-    read_run,
+    read_record,
 )
+from spark.training.checkpoint import find_run, read_encoder, save_encoder
+from spark.weights.graph import OPSET, PROGRAM, TOLERANCE, EncoderGraph, Sizes, is_graph, write_graph
+from spark.weights.hub import push
 from spark.weights.official import timm_config
 
 
@@ -83,7 +83,7 @@ def export(args: argparse.Namespace) -> None:
     if (source / "checkpoints").is_dir():
         source = find_run(source, str(source)) or source
     encoder, report = read_encoder(source, model_name=args.model_name, averaged=args.ema)
-    run = read_run(source, PRETRAINING_MARK) if source.is_dir() else None
+    run = read_record(source, PRETRAINING_MARK) if source.is_dir() else None
     if run is not None and args.ema:
         run = replace(run, averaged=True)
     if is_graph(args.output):

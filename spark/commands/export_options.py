@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
+from spark.report.card import Publication
 from spark.weights.graph import ONNX, OPSET, PROGRAM, TOLERANCE, is_graph
-from spark.weights.hub import Publication
 
 FILES = (".onx", ".onnxx", ".ort", ".pb", ".pt", ".pte", ".pth", ".bin", ".ckpt", ".safetensors")
 """Ends of names that mean a file, of a kind that is not written."""

@@ -8,7 +8,7 @@ fits in memory.
 import json
 import math
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,10 +70,7 @@ class Run:
 
     def option(self, path: str, default: Any = None) -> Any:
         """An option of the configuration by its dotted name."""
-        value: Any = self.config
-        for part in path.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        return default if value is None else value
+        return option_of(self.config, path, default)
 
     def last(self, name: str) -> float | None:
         """The last value of a name, NaN where that was not finite; None where it has none."""
@@ -81,6 +78,14 @@ class Run:
         if name in self.spoilt and self.spoilt[name][-1] > at:
             return math.nan
         return float(self.series[name].values[-1]) if name in self.series else None
+
+
+def option_of(config: Mapping[str, Any], path: str, default: Any = None) -> Any:
+    """A value of nested options by its dotted name; the default where it is absent or null."""
+    value: Any = config
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return default if value is None else value
 
 
 @dataclass(frozen=True)

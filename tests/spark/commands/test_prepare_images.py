@@ -131,7 +131,7 @@ def test_a_terminated_run_goes_on(tmp_path):
     for number in range(40):
         photo(folder / f"{number:02}.png", 700, 700)
     output = tmp_path / "out"
-    command = [sys.executable, str(ROOT / "tools" / "prepare_images.py"), "--input", str(folder)]
+    command = [sys.executable, str(ROOT / "spark" / "commands" / "prepare.py"), "--input", str(folder)]
     command += ["--output", str(output), "--shard_size", "2", "--workers", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
@@ -157,7 +157,7 @@ def test_nothing_of_a_killed_run_goes_on_or_stays(tmp_path):
     folder.mkdir()
     for number in range(40):
         photo(folder / f"{number:02}.png", 700, 700)
-    command = [sys.executable, str(ROOT / "tools" / "prepare_images.py"), "--input", str(folder)]
+    command = [sys.executable, str(ROOT / "spark" / "commands" / "prepare.py"), "--input", str(folder)]
     command += ["--output", str(output), "--shard_size", "2", "--workers", "2"]
     with subprocess.Popen(
         command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -190,7 +190,9 @@ def bands(kind, number, height=90, width=120, channels=5) -> np.ndarray:
 
 def samples(path: Path, channels: int) -> list:
     transform = PretrainTransform(32, channels, (0.5, 1), (0.5,) * channels, (0.5,) * channels)
-    images = UnlabeledImages(open_source(str(path), "unused")[0], SampleReader(transform, seed=0, channels=channels))
+    images = UnlabeledImages(
+        open_source(str(path), "unused")[0], SampleReader(transform, seed=0, channels=channels)
+    )
     return [images[position, position] for position in range(len(images))]
 
 

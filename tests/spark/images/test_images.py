@@ -15,6 +15,7 @@ from PIL import Image, ImageFile
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
+from spark.errors import FileError
 from spark.images import dataset as images
 from spark.images.batches import collate_images
 from spark.images.dataset import SampleReader, UnlabeledImages
@@ -119,7 +120,7 @@ def test_links_are_followed_once(tmp_path):
 
 
 def test_missing_source(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no image folder, list.*nowhere.*check the path"):
+    with pytest.raises(FileError, match=r"no image folder, list.*nowhere.*check the path"):
         list_images(tmp_path / "nowhere")
 
 
@@ -201,7 +202,7 @@ def test_list_with_missing_files(tmp_path):
     write_image(tmp_path / "here.png")
     lines = ["here.png", *(f"gone{index}.png" for index in range(5))]
     (tmp_path / "train.txt").write_text("\n".join(lines))
-    with pytest.raises(FileNotFoundError, match=r"5 of the 6 entries") as error:
+    with pytest.raises(FileError, match=r"5 of the 6 entries") as error:
         list_images(tmp_path / "train.txt")
     message = str(error.value)
     assert "first gone0.png; gone1.png; gone2.png. " in message
@@ -212,7 +213,7 @@ def test_list_with_missing_files(tmp_path):
 def test_list_with_several_columns(tmp_path, line):
     write_image(tmp_path / "rgb.png")
     (tmp_path / "train.txt").write_text(line)
-    with pytest.raises(FileNotFoundError, match=r"one path and nothing else, .*, such as rgb\.png$"):
+    with pytest.raises(FileError, match=r"one path and nothing else, .*, such as rgb\.png$"):
         list_images(tmp_path / "train.txt")
 
 
@@ -694,7 +695,7 @@ def test_no_readable_image(tmp_path):
     for index in range(5):
         (tmp_path / f"{index}.jpg").write_bytes(b"")
     dataset = folder_of(tmp_path, PretrainTransform(16))
-    with pytest.raises(ValueError, match=r"5 of 5 images .* none could be read: .*0\.jpg: not an image"):
+    with pytest.raises(ValueError, match=r"5 images .* none could be read: .*0\.jpg: not an image"):
         dataset[(0, 3)]
 
 

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from spark.errors import FileError
 from spark.images.batches import collate_images
 from spark.images.dataset import SampleReader, UnlabeledImages
 from spark.images.sources import open_source, remote
@@ -177,7 +178,7 @@ def test_pattern_of_images(tmp_path):
     (tmp_path / "odd [1]").mkdir()
     (tmp_path / "odd [1]" / "5.png").write_bytes(png(5))
     assert numbers(opened(tmp_path / "odd [1]")) == [5]  # a folder of this name exists
-    with pytest.raises(FileNotFoundError, match=r"nothing fits .*x\*\.png: check the path"):
+    with pytest.raises(FileError, match=r"nothing fits .*x\*\.png: check the path"):
         opened(tmp_path / "x*.png")
     with pytest.raises(ValueError, match="no image or tar shard among them"):
         opened(tmp_path / "c" / "*.txt")

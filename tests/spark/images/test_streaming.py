@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from spark.errors import FileError
 from spark.images.batches import MaskedBatches, StepPlan
 from spark.images.dataset import SampleReader
 from spark.images.sources import ShardError, open_source, open_stream, remote
@@ -101,7 +102,7 @@ def test_what_cannot_be_streamed(tmp_path, shards):  # noqa: F811
         ValueError, match=r"no set of tar shards and no Hugging Face .* leave data\.streaming false"
     ):
         open_stream(str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="there are no tar shards at"):
+    with pytest.raises(FileError, match="there are no tar shards at"):
         open_stream(str(tmp_path / "none"))
 
 

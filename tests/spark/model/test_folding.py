@@ -143,7 +143,7 @@ def test_parts_in_fp32_are_as_exact_as_the_whole(monkeypatch: pytest.MonkeyPatch
     assert head is not None
     for parts in (True, False):
         block, ours = copy.deepcopy(exact).float(), copy.deepcopy(head).float()
-        monkeypatch.setattr("spark.model.decoder.parts_pay", lambda x, parts=parts: parts)
+        monkeypatch.setattr("spark.model.decoder_cpu.parts_pay", lambda x, parts=parts: parts)
         inputs = [x.requires_grad_(), *block.parameters(), *ours.parameters()]
         out = block(x, ours)
         results = [out, *torch.autograd.grad(out, inputs, cotangent), *(b.double() for b in block.buffers())]
@@ -310,7 +310,7 @@ def test_model_with_and_without_the_shortcuts(ratio: float, monkeypatch: pytest.
     results = []
     for shortcuts in (True, False):
         if not shortcuts:
-            monkeypatch.setattr("spark.model.decoder.folding_pays", lambda x: False)
+            monkeypatch.setattr("spark.model.decoder_cpu.folding_pays", lambda x: False)
             monkeypatch.setattr("spark.model.decoder.filled_conv_pays", lambda x: False)
         loss = model(images, visible).loss
         results.append([loss, *torch.autograd.grad(loss, parameters)])
