@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spark.config import PretrainConfig
 from spark.model.normalise import Normalise
-from spark.monitor.measures import reconstruction_panels, save_panels
+from spark.monitor.panels import reconstruction_panels, save_panels
 from spark.report import pretraining_page
 from spark.training.checkpoint import save_encoder
 from spark.training.sharding import on_device

@@ -15,6 +15,7 @@ Prints a table and writes it, with every setting, to the output file. Accuracies
 """
 
 import argparse
+import json
 import os
 import platform
 import shlex
@@ -33,11 +34,10 @@ from rich.table import Table
 from rich.text import Text
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from finetune.scoring.metrics import write_results
-from finetune.scoring.score import chosen_device
 from spark.errors import UserError, one_line_errors
+from spark.files import write_whole
+from spark.images.loader import load_batches
 from spark.model.encoder import PyramidLevel, pyramid, pyramid_info
 from spark.monitor.probes import (
     MAX_ITERATIONS,
@@ -45,17 +45,17 @@ from spark.monitor.probes import (
     TEMPERATURE,
     Preparation,
     PreparedImages,
+    accuracy,
     choose_strength,
-    fit_logistic,
+    fit_linear,
     knn_predict,
     list_labelled,
     require_images_of_each_class,
-    share_equal,
     standardise,
 )
+from spark.training.accelerator import chosen_device
 from spark.training.log import progress_bar
 from spark.training.skipped import UnreadableImages
-from spark.training.stop import ignore_stop_signals
 from spark.weights.encoder import description, load_encoder
 from spark.weights.official import input_channels, timm_config
 
@@ -149,16 +149,12 @@ def extract_features(
         ValueError: no file could be read, or a feature is not finite.
     """
     model = candidate.model.to(device).eval()
-    loader = DataLoader(
-        PreparedImages(files, candidate.preparation),
-        batch_size,
-        num_workers=workers,
-        collate_fn=list,
-        worker_init_fn=ignore_stop_signals,
-    )
+    images = PreparedImages(files, candidate.preparation)
+    loader = load_batches(images, workers, device, batch_size=batch_size, collate_fn=list)
     features, kept = [], []
     begin = time.monotonic()
-    with progress_bar(len(loader), every=max(1, len(loader) // 5)) as bar:
+    steps = -(-len(files) // batch_size)
+    with progress_bar(steps, every=max(1, steps // 5)) as bar:
         bar.say(f"{candidate.source}, {candidate.preparation.size[0]}x{candidate.preparation.size[1]} px")
         for step, samples in enumerate(loader, start=1):
             for line in unreadable.add([image for _, image in samples if isinstance(image, str)]):
@@ -193,19 +189,18 @@ def probe(
     train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Score features [N, D] with labels [N] on those of the validation split, [M, D] and [M]."""
-    classes = int(train_labels.max()) + 1
     train, val = standardise(train, val)
-    predicted = knn_predict(train, train_labels, val, options.k, classes)
-    strength, held_out = choose_strength(train, train_labels, classes, options.l2, options.seed)
-    model = fit_logistic(train, train_labels, classes, strength)
+    predicted = knn_predict(train, train_labels, val, options.k)
+    strength, held_out = choose_strength(train, train_labels, options.l2, options.seed)
+    model = fit_linear(train, train_labels, strength)
     return {
         "features": train.shape[1],
-        "knn": {str(k): share_equal(predicted[k], val_labels) for k in options.k},
+        "knn": {str(k): float((predicted[k] == val_labels.numpy()).mean()) for k in options.k},
         "linear": {
-            "val": model.accuracy(val, val_labels),
-            "train": model.accuracy(train, train_labels),
+            "val": accuracy(model, val, val_labels),
+            "train": accuracy(model, train, train_labels),
             "l2": strength,
-            "converged": model.converged,
+            "converged": bool(max(model.n_iter_) < MAX_ITERATIONS),
             "held_out": held_out,
         },
     }
@@ -248,13 +243,12 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
         )
         train, labels = data.train[kept], data.labels[kept]
         require_images_of_each_class(data.classes, labels[train], labels[~train])
-        features, labels, train = features.to(device), labels.to(device), train.to(device)
         scores = probe(features[train], labels[train], features[~train], labels[~train], options)
         majority = labels[train].bincount().argmax()
         results["images"] = {"train": int(train.sum()), "val": int((~train).sum())}
         results["unreadable"] = dict(unreadable.reasons)
         results["chance"] = 1 / len(data.classes)
-        results["majority"] = share_equal(majority, labels[~train])
+        results["majority"] = (labels[~train] == majority).double().mean().item()
         results["encoders"].append(
             {
                 "encoder": candidate.source,
@@ -267,7 +261,7 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
                 "seconds": round(time.monotonic() - begin, 1),
             }
         )
-        write_results(options.output, results)
+        write_whole(options.output, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
     return results
 
 

@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from spark.commands import prepare as prepare_images
 from spark.images.dataset import SampleReader, UnlabeledImages
 from spark.images.sources import open_source, open_stream
 from spark.images.transform import PretrainTransform
 
 ROOT = Path(__file__).resolve().parents[3]
-from spark.commands import prepare as prepare_images
 
 
 def photo(path: Path, height=300, width=400, **options) -> Path:

@@ -17,7 +17,7 @@ from spark.images.sources import open_source
 from spark.images.transform import PretrainTransform
 from spark.model.normalise import Normalise
 from spark.model.spark import SparK
-from spark.monitor.measures import reconstruction_panels
+from spark.monitor.panels import reconstruction_panels
 from spark.training.checkpoint import load_encoder
 from tests.spark.test_pretrain import curve, error_of, run, small_run
 

@@ -20,9 +20,8 @@ from spark.monitor.measures import (
     collapse_warning,
     rank_me,
     read_labelled,
-    reconstruction_panels,
-    save_panels,
 )
+from spark.monitor.panels import reconstruction_panels, save_panels
 from spark.monitor.probes import list_labelled
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
