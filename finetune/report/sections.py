@@ -14,7 +14,7 @@ from finetune.report.results import (
 from spark.report.charts import number
 from spark.report.page import Folded, Section, Text, Tiles, picture
 from spark.report.runs import Run
-from spark.report.sections import Fact, about, curves, differences, named, plain_path, speed
+from spark.report.sections import Fact, curves, differences, fact_blocks, named, plain_path, speed
 
 SHOWN = ("delta1", "abs_rel", "rmse", "whdr")  # validation curves to show at once, others are folded
 CURVES = (
@@ -45,7 +45,7 @@ def depth_sections(arms: dict[str, list[Run]]) -> list[Section]:
     drawn = curves(runs, CURVES, terms="loss_")
     nothing = Text("No loss was logged: metrics.jsonl is missing or empty.", note=True)
     return [
-        Section("Depth", [*about(runs, [facts(run) for run in runs]), *differences(arms)]),
+        Section("Depth", [*fact_blocks(runs, [facts(run) for run in runs]), *differences(arms)]),
         Section("Results", _results(arms)),
         Section("Curves of depth", [drawn or nothing]),
         Section("Predictions", _pictures(arms)),

@@ -11,7 +11,7 @@ FILES = (".onx", ".onnxx", ".ort", ".pb", ".pt", ".pte", ".pth", ".bin", ".ckpt"
 
 
 def option_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser of --output alone, to which a tool adds what it reads, and then the two groups below."""
+    """A parser with --output; a command adds its input, and then the groups of `add_export_options`."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -74,7 +74,7 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         )
     for name in hub if is_graph(args.output) else graph:
         value = getattr(args, name)
-        if value is not None and value is not False:  # 0 was said
+        if value is not None and value is not False:  # 0 counts as given
             other = "a folder" if is_graph(args.output) else "FILE.onnx and FILE.pt2"
             parser.error(f"--{name} is for {other}, and --output is {args.output}")
     if args.private and not args.push_to_hub:
@@ -90,5 +90,5 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 
 
 def publication(args: argparse.Namespace) -> Publication:
-    """What the command line says of the publication."""
+    """The publisher's part of a model card, from the command line."""
     return Publication(args.license, tuple(args.datasets or ()), args.base_model, args.push_to_hub)

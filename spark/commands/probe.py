@@ -78,8 +78,8 @@ def open_candidate(source: str, options: argparse.Namespace) -> Candidate:
     """Load an encoder. Random weights are a function of the seed alone, not of the encoders before.
 
     Raises:
-        ValueError: no encoder, no such level, an image size below its stride, or not an encoder of images.
-        FileNotFoundError: a path that does not exist.
+        UserError: no encoder, no such level, an image size below its stride, or not an encoder of images.
+        FileError: a path that does not exist.
     """
     torch.manual_seed(options.seed)
     model = load_encoder(source, pretrained=options.pretrained, model_name=options.model_name)
@@ -136,7 +136,7 @@ def extract_features(
     Args:
         candidate: the encoder; it is moved to the device for the while.
         files: images.
-        unreadable: counts the files that cannot be read; each is told to the user once.
+        unreadable: counts the files that cannot be read; each is printed once.
         device: where to compute.
         precision: fp32, or bf16 under autocast. The average over positions is taken in fp32.
         batch_size: images of one forward.
@@ -146,7 +146,7 @@ def extract_features(
         Features [M, D] of the M files that could be read, float32 on the CPU, and their indices in `files` [M].
 
     Raises:
-        ValueError: no file could be read, or a feature is not finite.
+        UserError: no file could be read, or a feature is not finite.
     """
     model = candidate.model.to(device).eval()
     images = PreparedImages(files, candidate.preparation)

@@ -15,9 +15,9 @@ from spark.errors import UserError
 from spark.images.decode import Picture, UnreadableImageError
 from spark.weights.channels import LUMA
 
-# A crop is decoded at a reduced scale where it stays so many times larger than what it is resized to: at 1 the coarse
-# filter of the decoder shows (up to six levels of 255 on average in photos), at 1.5 it is three at most. Pillow's
-# `thumbnail` has such a number too, its reducing_gap.
+# A crop is decoded at a reduced scale where it stays larger than its final size by this factor. At 1 the coarse filter
+# of the decoder shows (up to six levels of 255 on average in photos), at 1.5 it is three at most. Pillow's `thumbnail`
+# has a similar `reducing_gap`.
 REDUCING_GAP = 1.5
 
 
@@ -41,7 +41,7 @@ class PretrainTransform:
         hflip: probability of a flip.
 
     Raises:
-        ValueError: a value out of its range; not one mean or std for each channel, or none where it must be given.
+        UserError: a value out of its range; not one mean or std for each channel, or none where it must be given.
     """
 
     input_size: int | tuple[int, int] = 224

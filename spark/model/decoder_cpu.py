@@ -407,7 +407,7 @@ class _InParts(torch.autograd.Function):
 
 
 def _images_per_part(x: Tensor, channels: int) -> int:
-    """Images whose upsampled map of so many channels fits into a part; one if none does."""
+    """Images whose upsampled maps of `channels` channels fit into a part, at least one."""
     one = 4 * x[0, 0].numel() * channels * x.element_size()
     return max(1, PART_BYTES // one)
 

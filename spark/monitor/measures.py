@@ -31,12 +31,12 @@ from spark.monitor.probes import (
 NEIGHBOURS = 20
 PROBE_STRENGTHS = (1e-2, 1e-1, 1.0)  # the weaker ones of spark/commands/probe.py take most of its time
 
-_FEWEST = 8  # images that tell features which collapse from images which are few
+_FEWEST = 8  # images: with fewer, a low rank says nothing about collapse
 
 
 @dataclass
 class MonitoredImages:
-    """The unmasked images that a run is watched on, the same ones at every measurement.
+    """The unmasked images of all measurements of a run.
 
     Attributes:
         images: [N, C, H, W], normalised, on the CPU.
@@ -60,13 +60,13 @@ def read_labelled(
 
     Args:
         found: from `spark.monitor.probes.list_labelled`.
-        most: of a split with more images than that, this many are taken, spread evenly over the sorted files.
+        most: images of each split, spread evenly over its sorted files.
         size: (H, W) [px] that images are resized and centre cropped to.
         mean: per channel, on the scale 0 to 1; one value reads the images in grey, three in colour.
         std: likewise.
 
     Raises:
-        ValueError: too few readable images of a class.
+        UserError: too few readable images of a class.
     """
     chosen = torch.cat([_spread(part.nonzero()[:, 0], most) for part in (found.train, ~found.train)])
     prepared = PreparedImages(
@@ -85,7 +85,7 @@ def read_labelled(
 
 
 def _spread(indices: Tensor, most: int) -> Tensor:
-    """At most so many of [N] indices, evenly spread."""
+    """At most `most` of the indices [N], evenly spread."""
     count = min(most, len(indices))
     return indices[torch.arange(count) * len(indices) // count]
 
@@ -280,7 +280,7 @@ def collapse_warning(
 ) -> str | None:
     """The sentence to warn with if the features of a measurement have collapsed; None if they have not.
 
-    Nor is there one of fewer than 8 images: their rank, which is not above their number, would say nothing.
+    With fewer than 8 images there is no warning: the rank is at most their number.
     """
     if images < _FEWEST:
         return None

@@ -53,8 +53,8 @@ def list_labelled(root: Path) -> LabelledFiles:
     """Find the images of `root/train/CLASS/` and `root/val/CLASS/`, subfolders of a class included.
 
     Raises:
-        FileNotFoundError: a split is missing.
-        ValueError: a split without images, images outside the class folders, other classes in one split than in the
+        FileError: a split is missing.
+        UserError: a split without images, images outside the class folders, other classes in one split than in the
             other, or fewer than two.
     """
     named = {split: _files_with_class(root / split) for split in SPLITS}

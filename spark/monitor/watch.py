@@ -40,8 +40,8 @@ def build_monitor(
     """What watches a run, in its main process; None in the others, which only check the options, and if it is off.
 
     Raises:
-        FileNotFoundError: a split of the labelled folder is missing.
-        ValueError: the labelled folder does not fit.
+        FileError: a split of the labelled folder is missing.
+        UserError: the labelled folder does not fit.
     """
     most, mean, std = config.monitor.max_images, config.data.mean, config.data.std
     if not config.monitor.every:

@@ -120,7 +120,7 @@ def read_record(inside: str | Path, mark: str) -> RunRecord | None:
 
 
 def public_name(text: Any) -> str:
-    """What a card says of a place: a name on the hub or of a network as it is, of a path or address the last part."""
+    """A place as a card names it: names on the hub and of networks unchanged, of a path or address the last part."""
     text = str(text)
     if text.startswith(("hf:", PREFIX)):
         return text
@@ -188,7 +188,7 @@ def encoder_card(
         config: Its config.json.
         run: That trained it.
         source: What it was read from.
-        publication: What the publisher says.
+        publication: What only the publisher knows.
     """
     own = "own" in config
     name = config["own"] if own else config["architecture"]

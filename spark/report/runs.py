@@ -1,7 +1,7 @@
-"""What a run left in its folder, read so that a page can be made of it whatever state the run is in.
+"""What a run left in its folder, read for a page about it, in any state of the run.
 
-A run may be under way, have crashed in the middle of a line, or lack files: what cannot be read is said in
-`Run.problems` and left out. ``metrics.jsonl`` is read line by line into arrays of numbers, so one of millions of rows
+A run may be under way, have crashed in the middle of a line, or lack files: what cannot be read is left out and noted
+in `Run.problems`. ``metrics.jsonl`` is read line by line into arrays of numbers, so one of millions of rows
 fits in memory.
 """
 
@@ -45,7 +45,7 @@ class Run:
         folder: where it is.
         config: config.yaml, empty where there is none.
         series: numbers of metrics.jsonl by name; a name without a finite number is not there.
-        spoilt: steps at which a number of metrics.jsonl was NaN or infinite, ascending, by name.
+        not_finite: steps at which a number of metrics.jsonl was NaN or infinite, ascending, by name.
         texts: the last text of metrics.jsonl by name, such as `layout`.
         events: rows of metrics.jsonl that have an `event`, the last `MOST_EVENTS` of them.
         steps: optimizer steps that the log reaches to.
@@ -59,7 +59,7 @@ class Run:
     folder: Path
     config: dict[str, Any] = field(default_factory=dict)
     series: dict[str, Series] = field(default_factory=dict)
-    spoilt: dict[str, list[int]] = field(default_factory=dict)
+    not_finite: dict[str, list[int]] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
     steps: int = 0
@@ -75,7 +75,7 @@ class Run:
     def last(self, name: str) -> float | None:
         """The last value of a name, NaN where that was not finite; None where it has none."""
         at = float(self.series[name].steps[-1]) if name in self.series else -1.0
-        if name in self.spoilt and self.spoilt[name][-1] > at:
+        if name in self.not_finite and self.not_finite[name][-1] > at:
             return math.nan
         return float(self.series[name].values[-1]) if name in self.series else None
 
@@ -113,7 +113,7 @@ def read_run(folder: str | Path, label: str = "") -> Run:
         label: what to call it; its name if empty.
 
     Raises:
-        ValueError: it is not the folder of a run.
+        UserError: it is not the folder of a run.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -123,14 +123,14 @@ def read_run(folder: str | Path, label: str = "") -> Run:
             f"{folder} is not the folder of a run: it holds neither config.yaml nor metrics.jsonl"
         )
     problems: list[str] = []
-    series, spoilt, texts, events, steps = read_metrics(folder / "metrics.jsonl", problems)
+    series, not_finite, texts, events, steps = read_metrics(folder / "metrics.jsonl", problems)
     sessions = read_json(folder / ENVIRONMENT, problems)
     return Run(
         label or folder.resolve().name,
         folder,
         _read_config(folder / "config.yaml", problems),
         series,
-        spoilt,
+        not_finite,
         texts,
         events,
         steps,
@@ -143,8 +143,8 @@ def read_run(folder: str | Path, label: str = "") -> Run:
 def read_metrics(
     path: Path, problems: list[str]
 ) -> tuple[dict[str, Series], dict[str, list[int]], dict[str, str], list[dict[str, Any]], int]:
-    """Read a ``metrics.jsonl`` of any length: series, spoilt steps, texts, events, last step, as `Run` has them."""
-    spoilt: dict[str, set[int]] = {}
+    """Read a ``metrics.jsonl`` of any length: series, not_finite steps, texts, events, last step, as `Run` has them."""
+    not_finite: dict[str, set[int]] = {}
     columns: dict[str, tuple[array, array]] = {}
     texts: dict[str, str] = {}
     events: list[dict[str, Any]] = []
@@ -166,9 +166,9 @@ def read_metrics(
                         texts[name] = value
                     elif isinstance(value, int | float) and name != "step":
                         if not math.isfinite(value):
-                            spoilt.setdefault(name, set()).add(step)
+                            not_finite.setdefault(name, set()).add(step)
                             continue
-                        spoilt.get(name, set()).discard(step)  # a run that went back did better
+                        not_finite.get(name, set()).discard(step)  # a run that went back did better
                         steps, values = columns.setdefault(name, (array("d"), array("d")))
                         steps.append(step)
                         values.append(value)
@@ -178,7 +178,7 @@ def read_metrics(
         problems.append(f"{path.name} cannot be read: {error.strerror}")
     if broken:
         problems.append(f"{path.name}: {broken} lines that are not rows of a run were left out")
-    bad = {name: sorted(steps) for name, steps in spoilt.items() if steps}
+    bad = {name: sorted(steps) for name, steps in not_finite.items() if steps}
     for name, steps in bad.items():
         problems.append(
             f"{name} was NaN or infinite in {len(steps)} logged steps, from {steps[0]} to {steps[-1]}: its curve leaves"

@@ -51,7 +51,7 @@ def sparsify(
         visible_count: visible patches of all images together, where the caller knows it: then nothing waits for a GPU.
 
     Raises:
-        ValueError: unknown layout, one whose package is missing, sizes that do not line up, or (on the CPU; on a GPU an
+        UserError: unknown layout, one whose package is missing, sizes that do not line up, or (on the CPU; on a GPU an
             assertion of the device fails) another number of visible patches.
     """
     if layout not in LAYOUTS:

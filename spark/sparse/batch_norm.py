@@ -49,7 +49,7 @@ def require_statistics(count: int) -> None:
     """Refuse batch statistics of a single site.
 
     Raises:
-        ValueError: there is no second one.
+        UserError: there is no second one.
     """
     if count < 2:
         raise UserError("batch norm needs more than one visible site: use more images or a lower mask ratio")
@@ -75,7 +75,7 @@ def batch_norm(x: Tensor, call: BatchNormCall, *, sync: bool) -> BatchNormed:
         sync: merge statistics over processes (only in training, only with more than one).
 
     Raises:
-        ValueError: training on a single value per channel.
+        UserError: training on a single value per channel.
     """
     if call.training and in_recomputation():
         call = call._replace(running_mean=None, running_var=None)

@@ -23,7 +23,7 @@ _TABLE = "spark/sparse/measured.csv"
 
 
 class Choice(NamedTuple):
-    """A layout, and why it was taken: "auto: " and what the table says, or "as named"."""
+    """A layout, and why it was taken: "auto: " and the reason from the table, or "as named"."""
 
     layout: str
     reason: str

@@ -39,7 +39,7 @@ def elementwise(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> S
 def convert(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
     """Change of type, device or memory: `to`, `float`, `contiguous`, `clone`, `detach`.  Preserves zero.
 
-    A memory format speaks of the dense array; rows have only one, so it is dropped there.
+    A memory format is one of the dense array; rows have only one, so it is ignored there.
     """
     if x.data.ndim != 4:
         kwargs.pop("memory_format", None)

@@ -137,7 +137,7 @@ class Sites:
         static: shapes do not depend on the values of the mask, see `static_on`.
 
     Raises:
-        ValueError: a mask of another type or shape, or a CPU mask with another number of visible patches. On a GPU a
+        UserError: a mask of another type or shape, or a CPU mask with another number of visible patches. On a GPU a
             wrong number fails an assertion of the device, at the latest when a result is read.
     """
 

@@ -1,7 +1,7 @@
 """Images in tar shards: any of them at once, by an index that is built when shards on the disk are opened, or one after
 another, as the bytes of a shard arrive.
 
-Nothing is unpacked, so no entry can be written anywhere; what is not a plain file (links, devices) is passed over.
+Nothing is unpacked, so no entry can be written anywhere; entries other than plain files (links, devices) are skipped.
 """
 
 import os
@@ -17,7 +17,7 @@ from spark.images.decode import EXTENSIONS
 from spark.images.sources.names import Names
 
 SHARD_EXTENSIONS = (*EXTENSIONS, ".image.npy")
-"""Images in a shard. `.npy` alone is none: beside a photo it is as a rule something else, an embedding of it, say."""
+"""Images in a shard. Not `.npy` alone: beside a photo that is usually something else, such as its embedding."""
 
 _BLOCK = 512  # of a tar file [bytes]
 _CHUNK = 1 << 20  # read at once [bytes]
@@ -27,15 +27,15 @@ _COMPRESSED = (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5")  # how gzip, bzip2, xz
 class TarSource:
     """The image files in tar shards, in the order of the shards and of the entries in them.
 
-    The conventions are those of webdataset: `KEY.jpg` beside `KEY.json` and whatever else; only images are taken, by
-    the extensions of `SHARD_EXTENSIONS`. An image costs its name and 28 bytes of memory.
+    The conventions are those of webdataset: `KEY.jpg` beside `KEY.json` and others; only images are read, by the
+    extensions of `SHARD_EXTENSIONS`. An image costs its name and 28 bytes of memory.
 
     Args:
         shards: the tar files, not compressed.
-        extensions: in lower case, of the files that are taken.
+        extensions: of the files that are read, in lower case.
 
     Raises:
-        ValueError: a shard that is empty, cut off, compressed, or no tar file, or without an image.
+        UserError: a shard that is empty, cut off, compressed, or no tar file, or without an image.
         OSError: a shard cannot be read.
     """
 
@@ -170,7 +170,7 @@ class _Reader:
             pass
 
     def read_all(self, count: int) -> bytes:
-        """This many bytes, or fewer at the end; memory is taken for those that come, not for those that are promised."""
+        """This many bytes, or fewer at the end; memory is taken as they come, not as the header promises."""
         parts = []
         while count > 0 and (part := self.read(min(count, _CHUNK))):
             parts.append(part)

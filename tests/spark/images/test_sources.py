@@ -178,7 +178,7 @@ def test_pattern_of_images(tmp_path):
     (tmp_path / "odd [1]").mkdir()
     (tmp_path / "odd [1]" / "5.png").write_bytes(png(5))
     assert numbers(opened(tmp_path / "odd [1]")) == [5]  # a folder of this name exists
-    with pytest.raises(FileError, match=r"nothing fits .*x\*\.png: check the path"):
+    with pytest.raises(FileError, match=r"nothing matches .*x\*\.png: check the path"):
         opened(tmp_path / "x*.png")
     with pytest.raises(ValueError, match="no image or tar shard among them"):
         opened(tmp_path / "c" / "*.txt")

@@ -439,7 +439,7 @@ def test_a_loss_that_became_nan_is_not_its_last_finite_value(tmp_path):
     rows = [{"step": s, "loss": loss, "lr": 1e-3} for s, loss in zip((1, 2, 2, 3, 4), losses, strict=True)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     read = read_run(run)
-    assert read.spoilt == {"loss": [3, 4]}  # step 2 was repeated, and went well
+    assert read.not_finite == {"loss": [3, 4]}  # step 2 was repeated, and went well
     assert read.series["loss"].values.tolist() == [1.0, 0.5]
     assert np.isnan(read.last("loss"))
     assert read.last("lr") == 1e-3
