@@ -16,7 +16,7 @@ from torch import nn
 
 from spark.commands.export_options import add_export_options, check_options, option_parser, publication
 from spark.errors import FileError, UserError, one_line_errors
-from spark.model.encoder import pyramid_info
+from spark.model.encoder import pyramid_info, timm_config
 from spark.report.card import (
     NOT_RECORDED,
     PRETRAINING_MARK,
@@ -28,7 +28,6 @@ from spark.report.card import (
 from spark.training.checkpoint import find_run, read_encoder, save_encoder
 from spark.weights.graph import OPSET, PROGRAM, TOLERANCE, EncoderGraph, Sizes, is_graph, write_graph
 from spark.weights.hub import push
-from spark.weights.official import timm_config
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

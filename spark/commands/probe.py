@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from spark.errors import UserError, one_line_errors
 from spark.files import write_whole
 from spark.images.loader import load_batches
-from spark.model.encoder import PyramidLevel, pyramid, pyramid_info
+from spark.model.encoder import PyramidLevel, input_channels, pyramid, pyramid_info, timm_config
 from spark.monitor.probes import (
     MAX_ITERATIONS,
     STRENGTHS,
@@ -57,7 +57,6 @@ from spark.training.accelerator import chosen_device
 from spark.training.log import progress_bar
 from spark.training.skipped import UnreadableImages
 from spark.weights.encoder import description, load_encoder
-from spark.weights.official import input_channels, timm_config
 
 # ----------------------------------------------------------------------------------------------------
 # Features

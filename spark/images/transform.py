@@ -13,7 +13,7 @@ from torchvision import transforms
 
 from spark.errors import UserError
 from spark.images.decode import Picture, UnreadableImageError
-from spark.weights.channels import LUMA
+from spark.weights.channels import LUMA, adapt_statistics
 
 # A crop is decoded at a reduced scale where it stays larger than its final size by this factor. At 1 the coarse filter
 # of the decoder shows (up to six levels of 255 on average in photos), at 1.5 it is three at most. Pillow's `thumbnail`
@@ -86,7 +86,7 @@ class PretrainTransform:
                 )
             if self.in_chans == 3:
                 return tuple(colour)
-            return (sum(weight * value for weight, value in zip(LUMA, colour, strict=True)),)
+            return adapt_statistics(colour, 1)
         if len(values) != self.in_chans:
             raise UserError(
                 f"{name} has {len(values)} values for {self.in_chans} channels: "

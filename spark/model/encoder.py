@@ -256,3 +256,27 @@ def freeze_unreached(encoder: nn.Module, levels: Sequence[PyramidLevel], in_chan
     """Freeze what `unreached_parameters` finds: without gradients, it would trouble DistributedDataParallel."""
     for name in unreached_parameters(encoder, levels, in_chans):
         encoder.get_parameter(name).requires_grad_(False)
+
+
+def timm_config(encoder: nn.Module) -> dict[str, Any]:
+    """A timm model's `pretrained_cfg`, to read and to change; empty for any other network."""
+    config: Any = getattr(encoder, "pretrained_cfg", None)
+    return config if isinstance(config, dict) else {}
+
+
+def first_convolution(encoder: nn.Module) -> str | list[str] | None:
+    """Name of the convolution that reads the image.
+
+    timm's own note of it goes first (some models have several), unless an option such as `stem_type` made it untrue.
+    """
+    noted = timm_config(encoder).get("first_conv")
+    names = [noted] if isinstance(noted, str) else list(noted or ())
+    parameters = dict(encoder.named_parameters())
+    if names and all(f"{name}.weight" in parameters for name in names):
+        return noted
+    return next((key.removesuffix(".weight") for key, p in parameters.items() if p.ndim == 4), None)
+
+
+def input_channels(encoder: nn.Module) -> int:
+    """Channels that a convnet reads: those of its first convolution."""
+    return next((p.shape[1] for p in encoder.parameters() if p.ndim == 4), 3)

@@ -42,14 +42,12 @@ class MonitoredImages:
         images: [N, C, H, W], normalised, on the CPU.
         labels: [N] int64, or None for images without labels.
         train: [N] bool, True in the training split; None without labels.
-        classes: number of classes, 0 without labels.
         unreadable: "path: reason" of labelled files that were left out.
     """
 
     images: Tensor
     labels: Tensor | None = None
     train: Tensor | None = None
-    classes: int = 0
     unreadable: Sequence[str] = ()
 
 
@@ -81,7 +79,7 @@ def read_labelled(
             unreadable.append(image)
     labels, train = found.labels[kept], found.train[kept]
     require_images_of_each_class(found.classes, labels[train], labels[~train])
-    return MonitoredImages(torch.stack(images), labels, train, len(found.classes), unreadable)
+    return MonitoredImages(torch.stack(images), labels, train, unreadable)
 
 
 def _spread(indices: Tensor, most: int) -> Tensor:

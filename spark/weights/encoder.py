@@ -24,20 +24,24 @@ from torch import Tensor, nn
 
 from spark.errors import FileError, UserError
 from spark.files import whole_folder, write_tensors
-from spark.model.encoder import build_encoder, create_model, is_own
+from spark.model.encoder import (
+    build_encoder,
+    create_model,
+    first_convolution,
+    input_channels,
+    is_own,
+    timm_config,
+)
 from spark.weights.channels import adapt_input, adapt_statistics
 from spark.weights.keys import KeyReport
 from spark.weights.official import (
     MODEL_NAME,
     encoder_name,
-    first_convolution,
     fit_encoder,
-    input_channels,
     own_names,
     read_torch_file,
     read_weights,
     stored_channels,
-    timm_config,
 )
 
 logger = logging.getLogger(__name__)

@@ -26,7 +26,15 @@ from timm.models.convnext import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from spark.errors import FileError, UserError
-from spark.model.encoder import is_own, pyramid_info, require_timm_name, unreached_parameters
+from spark.model.encoder import (
+    first_convolution,
+    input_channels,
+    is_own,
+    pyramid_info,
+    require_timm_name,
+    timm_config,
+    unreached_parameters,
+)
 from spark.model.spark import SparK
 from spark.weights.channels import adapt_input, adapt_output
 from spark.weights.keys import KeyReport, fit, some
@@ -96,30 +104,6 @@ class Weights:
     arch: str | None
     input_size: int | None
     config: dict[str, Any]
-
-
-def timm_config(encoder: nn.Module) -> dict[str, Any]:
-    """A timm model's `pretrained_cfg`, to read and to change; empty for any other network."""
-    config: Any = getattr(encoder, "pretrained_cfg", None)
-    return config if isinstance(config, dict) else {}
-
-
-def first_convolution(encoder: nn.Module) -> str | list[str] | None:
-    """Name of the convolution that reads the image.
-
-    timm's own note of it goes first (some models have several), unless an option such as `stem_type` made it untrue.
-    """
-    noted = timm_config(encoder).get("first_conv")
-    names = [noted] if isinstance(noted, str) else list(noted or ())
-    parameters = dict(encoder.named_parameters())
-    if names and all(f"{name}.weight" in parameters for name in names):
-        return noted
-    return next((key.removesuffix(".weight") for key, p in parameters.items() if p.ndim == 4), None)
-
-
-def input_channels(encoder: nn.Module) -> int:
-    """Channels that a convnet reads: those of its first convolution."""
-    return next((p.shape[1] for p in encoder.parameters() if p.ndim == 4), 3)
 
 
 def stored_channels(tensors: Mapping[str, Tensor], name: str) -> int:

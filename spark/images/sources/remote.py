@@ -4,7 +4,6 @@ Fetched tar shards are like any other: random access, exact resume, the same run
 set must fit on the disk, and training begins once it is there.
 """
 
-import fcntl
 import hashlib
 import http.client
 import io
@@ -18,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
+
+from filelock import FileLock
 
 from spark.errors import FileError
 from spark.images.sources.tars import image_entries
@@ -161,8 +162,7 @@ def local_name(url: str) -> str:
 def _fetch(url: str, path: Path) -> Path | str:
     """The whole shard at `path`, or why it could not be fetched."""
     part = path.with_name(f".{path.name}.part")
-    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released with the file, however the process ends
+    with FileLock(path.with_name(f".{path.name}.lock")):  # released with the process, however it ends
         if path.exists():
             return path
         for _ in range(2):
