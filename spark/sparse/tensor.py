@@ -61,7 +61,7 @@ class Layout:
 class Recipe(NamedTuple):
     """How to compute data again in the backward pass, from tensors that are kept for it anyway.
 
-    What reads the data then need not keep it: of convolution, norm and activation only the convolution's result stays.
+    The next operator then need not keep it: of convolution, norm and activation only the convolution's result stays.
 
     Attributes:
         compute: inputs -> data, without gradient.
