@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from spark.commands.prepare import main
 from spark.commands.work import prepare as prepare_images
-from spark.images.dataset import UnlabeledImages
+from spark.images.dataset import SampleReader, UnlabeledImages
 from spark.images.sources import open_source, open_stream
 from spark.images.transform import PretrainTransform
 
@@ -191,7 +191,9 @@ def bands(kind, number, height=90, width=120, channels=5) -> np.ndarray:
 
 def samples(path: Path, channels: int) -> list:
     transform = PretrainTransform(32, channels, (0.5, 1), (0.5,) * channels, (0.5,) * channels)
-    images = UnlabeledImages(open_source(str(path), "unused")[0], transform, seed=0, channels=channels)
+    images = UnlabeledImages(
+        open_source(str(path), "unused")[0], SampleReader(transform, seed=0, channels=channels)
+    )
     return [images[position, position] for position in range(len(images))]
 
 
