@@ -65,7 +65,7 @@ class Options:
     A dataclass in it may have a method ``check`` for rules between its fields; it runs after those of the types.
 
     Attributes:
-        ESSENTIALS: options that ``--help`` shows, in order; required ones come first anyway.
+        ESSENTIALS: options that ``--help`` shows, in order, under those that are required; empty shows all.
         POSITIONAL: the option that takes values without a name before them, such as files to compare.
         CARDS: folder of configs/ whose run cards ``--config NAME`` finds.
         RETIRED: options that there were once; files may still hold them, and they do nothing.
