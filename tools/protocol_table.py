@@ -39,7 +39,7 @@ def table() -> str:
         f"| `{name}` | {counted(one)} | {pixels(one)} | {prepared(one)} | "
         f"{'pixels' if one.aggregation == 'pooled' else 'images'} | {one.tables} |"
         for name, one in PROTOCOLS.items()
-        if one.supervision == "metric" and one.family != "relations"
+        if one.supervision == "metric" and not one.scores_pairs
     ]
     sources = [
         f"- `{name}`: {one.description}" + (f" Read in: {one.source}." if one.source else "")
@@ -50,8 +50,8 @@ def table() -> str:
 
 def counted(protocol: Protocol) -> str:
     """Which depths count."""
-    said = protocol.data in ("nyu", "kitti")
-    return f"{protocol.depth}, {valid_text(protocol)}" if said else valid_text(protocol)
+    named = protocol.data in ("nyu", "kitti")
+    return f"{protocol.depth}, {valid_text(protocol)}" if named else valid_text(protocol)
 
 
 def pixels(protocol: Protocol) -> str:
@@ -69,7 +69,7 @@ def pixels(protocol: Protocol) -> str:
 def prepared(protocol: Protocol) -> str:
     """What becomes of a prediction."""
     flips = "flip average" + (" of clipped ones" if protocol.clip_before_average else "")
-    said = [
+    steps = [
         flips if protocol.flip_average else "",
         "sees the benchmark crop" if protocol.sees == "kb_crop" else "",
         "inverse depth" if protocol.space == "disparity" else "",
@@ -77,7 +77,7 @@ def prepared(protocol: Protocol) -> str:
         f"fitted: {protocol.alignment}" if protocol.alignment != "none" else "",
         "" if protocol.clip else "not clipped",
     ]
-    return ", ".join(filter(None, said)) or "clipped at full size"
+    return ", ".join(filter(None, steps)) or "clipped at full size"
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ import benchmark
 import depth_cost
 from benchmarks import depth
 
-from tests import depth_layouts as write
-
 SIZE = (32, 64)
 CARD: dict[str, Any] = {
     "data": {
@@ -126,35 +124,6 @@ def test_the_default_cards_are_there() -> None:
         assert depth.read_card(card, "resnet18", data_root=".").encoder == encoder
 
 
-def test_cache(cards: Path, tmp_path: Path) -> None:
-    root, output = write.write_sync(tmp_path / "sync"), tmp_path / "cache.csv"
-    given = ["--data", str(root), "--list", "nyu_train.txt", "--config", "plain", "--batches", "2"]
-    benchmark.main(["cache", *given, "--rounds", "2", "--threads", "1", "--busy", "--csv", str(output)])
-    rows = {row["contender"]: row for row in read(output)}
-    assert list(rows) == ["decode", "cache", "step"]
-    seconds = {name: float(row["seconds_median"]) for name, row in rows.items()}
-    for name, row in rows.items():
-        assert (row["config"], row["data"], row["height"], row["width"]) == ("plain", "sync", "32", "64")
-        assert float(row["images_per_second"]) == pytest.approx(4 / seconds[name], rel=0.01)
-    assert rows["step"]["cores_to_keep_up"] == ""
-    for name in ("decode", "cache"):
-        assert float(rows[name]["cores_to_keep_up"]) > 0
-    assert not (root / "cache").exists()
-
-
-def test_another_batch_is_not_timed(cards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = write.write_sync(tmp_path / "sync")
-    numbers = iter(range(10))
-
-    def shifted(data: Any, seed: Any) -> Any:
-        return original(data, seed + next(numbers))
-
-    original = depth.TrainingMix
-    monkeypatch.setattr("finetune.tasks.build.TrainingMix", shifted)
-    with pytest.raises(ValueError, match="its batch from the cache is another one"):
-        depth.cache_rows(root, "nyu_train.txt", ["plain"], 1, 2)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -164,8 +133,6 @@ def test_another_batch_is_not_timed(cards: Path, tmp_path: Path, monkeypatch: py
             "there is no run card nothing: there are lraspp_diw",
         ),
         (["distillation", "--rounds", "1"], "--rounds must be 2 or more"),
-        (["cache"], "the following arguments are required: --data"),
-        (["cache", "--busy", "--data", "nowhere", "--threads", "1"], "no folder nowhere"),
     ],
 )
 def test_what_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

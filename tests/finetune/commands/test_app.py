@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from finetune import DepthModel
-from finetune.commands import app
+from finetune.commands import app as entry
+from finetune.commands.work import app
 from finetune.model.calibration import Calibration
 from finetune.model.prediction import predict_image
 from finetune.predicting.camera import from_view
@@ -196,7 +197,8 @@ def test_other_machines_are_warned_of(host, warned):
     [(["--model", "nowhere"], "is not a depth model"), (["--model", "x", "--max_megabytes", "0"], "above 0")],
 )
 def test_wrong_options_are_one_sentence(capsys, arguments, words):
-    assert app.main(arguments) == 2
+    with pytest.raises(SystemExit, match="2"):
+        entry.main(arguments)
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert words in error

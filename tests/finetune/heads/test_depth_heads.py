@@ -279,18 +279,16 @@ def test_a_made_swin_is_used() -> None:
 def test_colours_of_relative_depth_have_the_nearest_red(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetune import predict
-
     disparity = np.linspace(0, 5, 64, dtype=np.float32)[None].repeat(32, 0)
     DepthModel("test_resnet", head="fusion", width=8, image_size=(32, 64)).save(tmp_path / "model")
     cv2.imwrite(str(tmp_path / "photo.png"), np.zeros((32, 64, 3), np.uint8))
-    monkeypatch.setattr(predict, "predict_images", lambda *_: [disparity])
+    monkeypatch.setattr("finetune.predicting.predictor.predict_images", lambda *_: [disparity])
     given = [
         f"--model={tmp_path / 'model'}",
         f"--input={tmp_path / 'photo.png'}",
         f"--output={tmp_path / 'out'}",
     ]
-    assert predict.main([*given, "--formats=[npy,colour]"]) == 0
+    assert predict([*given, "--formats=[npy,colour]"]) == 0
     (entry,) = json.loads((tmp_path / "out" / "predictions.json").read_text())["predicted"]
     assert entry["unit"] == "inverse depth up to scale and shift"
     picture = cv2.imread(str(tmp_path / "out" / "photo_colour.png"))[..., ::-1].astype(int)
