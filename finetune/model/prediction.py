@@ -3,7 +3,7 @@
 A tile shows the model a region of the photo larger than the whole photo would. The model gives a region another scale
 (it looks like a nearer scene), so every tile is fitted to the prediction for the whole photo by scale and
 shift (of ln depth; of inverse depth for a head without metres). What still differs over an eighth of a tile and more is
-taken from the whole photo, for a region tells less of the shape of a room. Tiles are averaged with weights that fall to
+taken from the whole photo, for a region shows less of the shape of a room. Tiles are averaged with weights that fall to
 0 at their edges: no seams, the depth of the whole photo, and the detail of the tiles.
 """
 
