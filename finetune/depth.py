@@ -34,7 +34,7 @@ from finetune.tasks.schedule import learning_rate, momentum, run_phases
 from finetune.tasks.state import RunState, changes, fingerprint, refuse_empty
 from finetune.tasks.summary import describe
 from spark.errors import UserError, one_line_errors
-from spark.report import record_environment
+from spark.training.environment import record_environment
 from spark.seeds import Purpose, derive_seed
 from spark.training.accelerator import (
     micro_batch_size,

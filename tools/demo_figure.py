@@ -29,7 +29,7 @@ from finetune.model.prediction import transform_of
 from finetune.protocols import get_protocol
 from finetune.report.figures import Page, colourise, depth_colours, save_figure, shared_range
 from finetune.scoring.score import predict_depth
-from spark.assembly import build_model
+from spark.task import build_model
 from spark.config import ModelConfig
 from spark.errors import UserError
 from spark.model.names import is_own
