@@ -34,7 +34,6 @@ from finetune.tasks.schedule import learning_rate, momentum, run_phases
 from finetune.tasks.state import RunState, changes, fingerprint, refuse_empty
 from finetune.tasks.summary import describe
 from spark.errors import UserError, one_line_errors
-from spark.training.environment import record_environment
 from spark.seeds import Purpose, derive_seed
 from spark.training.accelerator import (
     micro_batch_size,
@@ -45,6 +44,7 @@ from spark.training.accelerator import (
 )
 from spark.training.checkpoint import find_run, refuse_new_beginning
 from spark.training.cli import config_dict, parse_config, save_config
+from spark.training.environment import record_environment
 from spark.training.log import RunLog, progress_bar, read_rows
 from spark.training.optim import build_optimizer, parameter_groups, set_hyperparameters, update_average
 from spark.training.run_folder import check_output_dir, make_output_dir
