@@ -161,7 +161,7 @@ def test_another_batch_is_not_timed(cards: Path, tmp_path: Path, monkeypatch: py
         (["distillation", "--size", "96"], "must be HEIGHTxWIDTH in pixels, such as 96x128, not 96"),
         (
             ["distillation", "--config", "nothing", "--busy"],
-            "there is no run card nothing: there are lraspp_diw",
+            "there is no run card nothing: there are dorn_nyu",
         ),
         (["distillation", "--rounds", "1"], "--rounds must be 2 or more"),
         (["cache"], "the following arguments are required: --data"),
