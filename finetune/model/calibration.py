@@ -20,16 +20,15 @@ result.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from finetune.heads.output import DepthOutput
+from finetune.options import Fit, Space
 from spark.errors import UserError
 
-Space: TypeAlias = Literal["depth", "log_depth", "disparity"]
-Fit: TypeAlias = Literal["scale", "scale_shift"]
 SPACES: tuple[Space, ...] = ("depth", "log_depth", "disparity")
 MAD_TO_SIGMA = 1.4826
 """Median absolute deviation of normally distributed numbers -> their standard deviation."""

@@ -11,7 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -22,9 +24,11 @@ from finetune.heads import HEADS
 from finetune.heads.base import Head
 from finetune.heads.output import DepthOutput, DepthRange
 from finetune.model.calibration import Calibration
+from finetune.model.prediction import predict_image, read_photo
 from spark.errors import UserError
 from spark.files import checksum, whole_folder, write_tensors, write_whole
-from spark.model.encoder import PyramidLevel, build_encoder, freeze_unreached, is_own, pyramid, pyramid_info
+from spark.model.encoder import PyramidLevel, build_encoder, freeze_unreached, pyramid, pyramid_info
+from spark.model.names import is_own
 from spark.training.checkpoint import read_encoder
 from spark.weights.encoder import CARD, CONFIG, WEIGHTS, description, name_of
 from spark.weights.hub import PREFIX, download
@@ -159,6 +163,32 @@ class DepthModel(nn.Module):
         if self.calibration is not None and not self.training:
             output = self.calibration.apply(output)
         return output
+
+    def predict(
+        self,
+        photo: str | Path | Image.Image | np.ndarray,
+        *,
+        tiles: int = 1,
+        flip_average: bool = False,
+        image_size: tuple[int, int] | None = None,
+    ) -> np.ndarray:
+        """Predict the depth of a photo, float32 [H, W] in metres at the photo's size; a calibration is applied.
+
+        Args:
+            photo: A file, a PIL image, or pixels, uint8 [H, W, 3] (RGB) or [H, W] (grey).
+            tiles: How many tiles along the long side show the model more detail; 1 shows it the whole photo alone.
+            flip_average: Average with the prediction for the mirror image.
+            image_size: (H, W) at which the model sees the photo [px]; None: the size it was trained at.
+
+        Raises:
+            UserError: The photo cannot be read, or the model gives no metres.
+        """
+        if "depth" not in self.outputs:
+            raise UserError(
+                f"head {self.head_name} gives no metres: calibrate the model (finetune/commands/calibrate.py), or"
+                " take its inverse depth from finetune.model.prediction.predict_image"
+            )
+        return predict_image(self, read_photo(photo), image_size, flip_average, tiles)
 
     def padded_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """(H, W) of the padded images that the encoder sees, for images of `size`."""

@@ -2,7 +2,6 @@
 
 import os
 
-import torch
 from torch import nn
 
 from finetune.config import DepthConfig
@@ -11,6 +10,7 @@ from finetune.depth_data.transforms import NYU_FRAME
 from finetune.tasks.schedule import RunLength
 from finetune.tasks.trained import TrainedDepth
 from spark.training.checkpoint import KeyReport
+from spark.training.run import Run
 
 
 def describe(
@@ -21,8 +21,7 @@ def describe(
     pairs: TrainingMix,
     held_out: DepthSet | None,
     length: RunLength,
-    world: int,
-    device: torch.device,
+    run: Run,
 ) -> str:
     """What is going to run, in a few lines."""
 
@@ -57,8 +56,8 @@ def describe(
             *([f"border     {border}"] if (border := border_text(data.border, pairs.sets[0].data)) else []),
             f"validation {held_out or 'none: name pairs to validate on with --data.val_list'}",
             f"loss       {' + '.join(f'{weight:g} {name}' for name, weight in config.losses.items())}",
-            f"batch      {optim.batch_size} = {world} processes x {config.accumulation} parts x"
-            f" {optim.batch_size // world // config.accumulation} pairs; {device.type}, {config.precision}",
+            f"batch      {optim.batch_size} = {run.world} processes x {config.accumulation} parts x"
+            f" {optim.batch_size // run.world // config.accumulation} pairs; {run.device.type}, {config.precision}",
             f"optimizer  {optim.name}, lr {optim.lr:.3g} at its peak, encoder x {optim.encoder_lr_factor:g}"
             + (f", layer decay {optim.layer_decay:g}" if optim.layer_decay else ""),
             f"length     {length.steps} steps ({length.warmup} of warm-up{frozen}),"
