@@ -11,17 +11,16 @@ import argparse
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from finetune.model.segmentation import attach_segmentation
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from finetune import DepthModel
 from finetune.config import DepthConfig
-from finetune.losses import WeightedLoss
+from finetune.losses.weighted import WeightedLoss
 from spark.files import write_whole
 from spark.training.cli import parse_config
 
@@ -59,24 +58,26 @@ def cost_of(card: Path, default_encoder: str) -> dict[str, str]:
     encoder = named_encoder(card, default_encoder)
     given = ["--config", str(card), "--encoder", encoder, "--data.root", ".", "--output_dir", "."]
     config = parse_config(DepthConfig, given, "")
-    losses = WeightedLoss(config.losses, config.loss_options)
     with torch.device("meta"):  # shapes without values: a large model costs nothing
         model = DepthModel(
             encoder,
             head=config.model.head,
             mean=config.data.mean,
             std=config.data.std,
+            max_depth=config.model.max_depth,
+            encoder_options=config.model.encoder_options,
             **config.model.head_options,
         )
         images = torch.empty(1, 3, *config.data.image_size)
         macs = count_macs(model.eval(), images)
-        decoder: nn.Module = nn.Identity()
+        losses = WeightedLoss(config.losses, config.loss_options)
+        losses.attach(model)
         extra = 0.0
-        if losses.segmentation is not None:
-            attach_segmentation(model, losses.segmentation.classes, losses.segmentation.decoder_channels)
-            assert model.segmentation is not None
-            decoder = model.segmentation
-            extra = count_macs(model.train(), images.expand(2, -1, -1, -1)) / 2 - macs
+        for loss in losses.terms.values():
+            if parameters(loss):
+                output = model.train()(images.expand(2, -1, -1, -1))
+                batch = {"labels": torch.empty(2, *config.data.image_size)}
+                extra += count_macs(loss.prediction, output, batch, model) / 2
     return {
         "config": card.stem,
         "encoder": encoder,
@@ -85,7 +86,7 @@ def cost_of(card: Path, default_encoder: str) -> dict[str, str]:
         "width": str(config.data.image_size[1]),
         "parameters_M": f"{parameters(model.encoder, model.head):.2f}",
         "gmacs": f"{macs / 1e9:.2f}",
-        "training_only_parameters_M": f"{parameters(decoder):.2f}",
+        "training_only_parameters_M": f"{parameters(losses):.2f}",
         "training_only_gmacs": f"{extra / 1e9:.2f}",
     }
 
@@ -95,10 +96,10 @@ def parameters(*modules: nn.Module) -> float:
     return sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad) / 1e6
 
 
-def count_macs(model: nn.Module, images: torch.Tensor) -> float:
+def count_macs(forward: Callable[..., object], *inputs: object) -> float:
     """Multiply-accumulates of a forward."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(images)
+        forward(*inputs)
     return counter.get_total_flops() / 2
 
 
