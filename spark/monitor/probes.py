@@ -179,9 +179,8 @@ def knn_predict(
         raise UserError(
             f"k {max(neighbours)} is more than the {len(train)} training images: give a smaller one"
         )
-    voters = KNeighborsClassifier(
-        metric="cosine", weights=lambda distance: np.exp((1 - distance) / TEMPERATURE)
-    )
+    weights: Any = lambda distance: np.exp((1 - distance) / TEMPERATURE)  # noqa: E731
+    voters = KNeighborsClassifier(metric="cosine", weights=weights)
     voters.fit(train.numpy(), labels.numpy())
     return {k: voters.set_params(n_neighbors=k).predict(queries.numpy()) for k in neighbours}
 
