@@ -185,7 +185,7 @@ def test_pattern_of_images(tmp_path):
     with pytest.raises(ValueError, match="are not balanced"):
         opened(tmp_path / "{a,c")
     write_shard(tmp_path / "c" / "s.tar", {"1.png": png(1)})
-    with pytest.raises(ValueError, match="fits 1 tar shards and 1 images: name one kind only"):
+    with pytest.raises(ValueError, match="matches 1 tar shards and 1 images: name one kind only"):
         opened(tmp_path / "c" / "*")
 
 
