@@ -21,7 +21,7 @@ env: .venv/.installed
 	touch $@
 
 demo: env
-	$(BIN)/python tools/demo.py --output_dir runs/demo
+	$(BIN)/python -m tools.demo --output_dir runs/demo
 
 test: env
 	$(BIN)/python -m pytest -n 2 --dist worksteal

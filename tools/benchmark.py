@@ -37,17 +37,6 @@ from typing import Any
 
 import timm
 import torch
-from benchmarks.contenders import Bench, Case, Contender, set_up_torch
-from benchmarks.decoders import ORIGINAL_DECODER, Decoder
-from benchmarks.flops import flops_per_image, plot_scaling
-from benchmarks.layouts import layouts_of, replace_cases, table_rows
-from benchmarks.loader import PATCH, loader_rows
-from benchmarks.memory import peak_alone, saved_bytes
-from benchmarks.original import commit_of, has_model, import_original
-from benchmarks.parity import checked
-from benchmarks.processes import check_counts, efficiencies, passes_of_groups, shared_case
-from benchmarks.rows import rows_as_csv
-from benchmarks.timing import interleaved, refuse_busy_machine, summary
 from rich.console import Console
 from rich.table import Table
 
@@ -57,6 +46,17 @@ from spark.files import write_whole
 from spark.sparse import LAYOUTS, MissingRuleError
 from spark.sparse.choice import device_name
 from spark.training.accelerator import usable_cores
+from tools.benchmarks.contenders import Bench, Case, Contender, set_up_torch
+from tools.benchmarks.decoders import ORIGINAL_DECODER, Decoder
+from tools.benchmarks.flops import flops_per_image, plot_scaling
+from tools.benchmarks.layouts import layouts_of, replace_cases, table_rows
+from tools.benchmarks.loader import PATCH, loader_rows
+from tools.benchmarks.memory import peak_alone, saved_bytes
+from tools.benchmarks.original import commit_of, has_model, import_original
+from tools.benchmarks.parity import checked
+from tools.benchmarks.processes import check_counts, efficiencies, passes_of_groups, shared_case
+from tools.benchmarks.rows import rows_as_csv
+from tools.benchmarks.timing import interleaved, refuse_busy_machine, summary
 
 APART = ("loader", "distillation", "cache", "scoring")
 """Commands with options of their own, in which SparK takes no part or trains nothing."""

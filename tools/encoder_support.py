@@ -24,8 +24,6 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from benchmarks.contenders import lively
-from benchmarks.rows import rows_as_csv
 from torch import Tensor, nn
 
 from spark import SparK
@@ -33,6 +31,8 @@ from spark.files import write_whole
 from spark.model.encoder import PyramidLevel, build_encoder, pyramid, pyramid_info
 from spark.model.masking import random_visible
 from spark.sparse import MissingRuleError, sparsify
+from tools.benchmarks.contenders import lively
+from tools.benchmarks.rows import rows_as_csv
 
 FAMILIES = {
     "resnet": "resnet10t",

@@ -13,20 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.decoders import ORIGINAL_DECODER, Decoder
-from benchmarks.original import (
-    Original,
-    build_original,
-    has_model,
-    import_original,
-    original_features,
-)
 from spark import SparK
 from spark.errors import UserError
 from spark.model.encoder import pyramid
 from spark.model.masking import mean_ratio, num_visible, random_visible
 from spark.sparse import sparsify
 from spark.weights.official import load_official
+from tools.benchmarks.decoders import ORIGINAL_DECODER, Decoder
+from tools.benchmarks.original import (
+    Original,
+    build_original,
+    has_model,
+    import_original,
+    original_features,
+)
 
 _COMPILED = ", compiled"
 

@@ -19,12 +19,10 @@ from typing import Any
 
 import timm
 import torch
-from depth_cost import CARDS, named_encoder
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.timing import interleaved, summary
 from finetune.config import DepthConfig
 from finetune.depth_data import MixedSampler, TrainingMix, check_room, collate_depth, fill
 from finetune.losses import WeightedLoss
@@ -35,6 +33,8 @@ from spark.sparse.choice import device_name
 from spark.training.accelerator import usable_cores
 from spark.training.cli import parse_config
 from spark.training.optim import build_optimizer, parameter_groups
+from tools.benchmarks.timing import interleaved, summary
+from tools.tables import CARDS, named_encoder
 
 SEGMENTATION = "segmentation"
 

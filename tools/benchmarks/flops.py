@@ -9,11 +9,11 @@ import torch
 from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.contenders import Bench
 from finetune.report.figures import save_figure
 from spark import SparK
 from spark.model.encoder import pyramid
 from spark.sparse import sparsify
+from tools.benchmarks.contenders import Bench
 
 _PANEL = ("model", "batch", "height", "width")
 _COLOURS = {

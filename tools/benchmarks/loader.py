@@ -32,7 +32,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from benchmarks.timing import interleaved, summary
 from spark.errors import UserError
 from spark.images.dataset import UnlabeledImages, collate_images
 from spark.images.sources import FileSource, list_images
@@ -41,6 +40,7 @@ from spark.model.masking import visible_at
 from spark.seeds import derive_seed
 from spark.sparse.choice import device_name
 from spark.training.sampling import StreamSampler
+from tools.benchmarks.timing import interleaved, summary
 
 PATCH = 32
 """Side of the patches that ours draws masks of [px]; a picture needs two along each side."""

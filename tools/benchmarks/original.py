@@ -31,8 +31,8 @@ import timm.layers
 import timm.models.resnet
 from torch import Tensor, nn
 
-from benchmarks.decoders import ORIGINAL_DECODER
 from spark.errors import UserError
+from tools.benchmarks.decoders import ORIGINAL_DECODER
 
 _FILES = ("spark.py", "encoder.py", "decoder.py", "models/convnext.py", "models/resnet.py")
 _OWN = ("encoder", "decoder", "models", "utils")

@@ -6,14 +6,14 @@ from functools import partial
 import numpy as np
 import torch
 
-from benchmarks.depth import versions
-from benchmarks.timing import interleaved, summary
 from finetune.depth_data.sample import DepthSample
 from finetune.protocols import Protocol, get_protocol
 from finetune.scoring.evaluators import evaluator_of
 from finetune.scoring.intervals import with_intervals
 from spark.errors import UserError
 from spark.sparse.choice import device_name
+from tools.benchmarks.depth import versions
+from tools.benchmarks.timing import interleaved, summary
 
 DIFFERENT = 16  # frames that are made up; what is scored goes through them again and again
 FRAME = (480, 640)
