@@ -3,9 +3,9 @@
     python -m tools.plain_baseline --data NYU --output results.json --seed 0
 
 What anyone would write first, and nothing of ours in training: segmentation_models_pytorch's UNet++, ResNet-18 with
-random weights, whole frames at 128x160, flips, AdamW with OneCycle at 3e-4, SILog, batch 16, 15 epochs. NYU is NYU Depth
-V2 in the BTS "sync" layout, with nyu_train.txt and nyu_val.txt, on which it is scored by the protocol nyu-bts. An arm of
-tools/studies/unetpp_plain.yaml.
+random weights, whole frames at 128x160, flips, AdamW with OneCycle at 3e-4, SILog, batch 16, 15 epochs. NYU is NYU
+Depth V2 in the BTS "sync" layout, with nyu_train.txt, and nyu_val.txt, on which it is scored by the protocol nyu-bts.
+An arm of tools/studies/unetpp_plain.yaml.
 """
 
 import argparse

@@ -404,10 +404,9 @@ def hide(text: str, places: Mapping[str, str]) -> str:
 
 def row_values(row: Row, study: Study, latency: Mapping[str, str]) -> dict[str, Any] | None:
     """The columns of a row; None where its last file is not there yet."""
-    needed = [*row.scores.values()] or [step.makes for step in row.steps[-1:] if step.done]
-    if not needed or not all(path.exists() for path in needed):
-        if not (row.probe and row.probe.exists()):
-            return None
+    files = [row.probe] if row.probe else [*row.scores.values()]
+    if not files or not all(path.exists() for path in files):  # depth may be missing where there is a probe
+        return None
     known: dict[str, Any] = {
         "arm": row.arm,
         "seed": row.seed,

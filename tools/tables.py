@@ -1,11 +1,11 @@
 """Tables of the documentation, from the code that they are about.
 
     python -m tools.tables protocols    the evaluation protocols, into docs/protocols.md
-    python -m tools.tables costs        parameters and multiplications of configs/depth, into docs/results/depth_cost.csv
+    python -m tools.tables costs        what the models of configs/depth cost, into docs/results/depth_cost.csv
 
-In the costs a row is a run card: its model on the encoder that it or its command names, else ResNet-50, at its own image
-size, counted on shapes alone. GMACs are multiply-accumulates of convolutions and matrix products of one forward, in
-units of 10^9. What training has beside the model (the segmentation decoder) is counted apart: a training step costs
+In the costs a row is a run card: its model on the encoder that it or its command names, else ResNet-50, at its own
+image size, counted on shapes alone. GMACs are multiply-accumulates of convolutions and matrix products of one forward,
+in units of 10^9. What training has beside the model (the segmentation decoder) is counted apart: a training step costs
 about three times as much of each. The table of encoders has a command of its own, `python -m tools.encoders`.
 """
 

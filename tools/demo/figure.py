@@ -29,6 +29,7 @@ from finetune.scoring.score import predict_depth, transform_of
 from spark.assembly import build_model
 from spark.config import ModelConfig
 from spark.errors import UserError
+from spark.model.encoder import is_own
 from spark.model.masking import mean_ratio, visible_at
 from spark.report import Run, read_run
 from spark.training.checkpoint import find_run
@@ -96,7 +97,7 @@ def masked_and_reconstructed(run: Run, images: Pictures) -> list[Pictures]:
     Whole frames are resized to the size that the run was trained at.
 
     Raises:
-        UserError: the run has no whole checkpoint.
+        UserError: the run has no whole checkpoint, or is of a convnet of one's own.
     """
     checkpoint = find_run(run.folder, True)
     if checkpoint is None:
@@ -107,6 +108,8 @@ def masked_and_reconstructed(run: Run, images: Pictures) -> list[Pictures]:
         for name, value in run.option("model", {}).items()
         if name in known
     }
+    if is_own(options["name"]):
+        raise UserError(f"{run.folder} is of {options['name']}, and no file decides which code is run: leave it out")
     model = build_model(ModelConfig(**options))
     model.load_state_dict(load_file(checkpoint / "model.safetensors"))
     model.eval()
