@@ -62,7 +62,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.about, description=command.about)
         sub.add_argument("--rounds", type=int, default=7, help="timed steps of each contender (default: 7)")
-        sub.add_argument("--threads", type=int, default=usable_cores(), help="CPU threads (default: one a core)")
+        sub.add_argument(
+            "--threads", type=int, default=usable_cores(), help="CPU threads (default: one a core)"
+        )
         sub.add_argument("--csv", type=Path, help="write the rows to this file")
         sub.add_argument("--busy", action="store_true", help="measure even though other programs run")
         command.add_options(sub)
@@ -114,7 +116,9 @@ def show(rows: Sequence[Row], command: str) -> None:
     about = list(first)[:cut]
     varying = [name for name in about if name == "contender" or len({row[name] for row in rows}) > 1]
     shared = [f"{name} {first[name]}" for name in about if name not in varying and first[name]]
-    table = Table(title=f"{command}: ratios are over {first.get('base', 'the first')}", caption=", ".join(shared))
+    table = Table(
+        title=f"{command}: ratios are over {first.get('base', 'the first')}", caption=", ".join(shared)
+    )
     columns = [*varying, *(name for name in SHOWN if name in first)]
     for name in columns:
         table.add_column(name.removesuffix("_median"), justify="left" if name in varying else "right")

@@ -78,7 +78,9 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         elif "finetune/evaluate.py" in command:
             folder = Path(given["--model"]).parent
             value = DELTA1[folder.name.split("_")[-2]][int(folder.name[-1])]
-            images = [{"name": f"s{i % 3}/{i}.jpg", "pixels": 9, **dict.fromkeys(METRICS, value)} for i in range(6)]
+            images = [
+                {"name": f"s{i % 3}/{i}.jpg", "pixels": 9, **dict.fromkeys(METRICS, value)} for i in range(6)
+            ]
             results = {
                 "protocol": "nyu-bts",
                 "images": 6,
@@ -131,7 +133,11 @@ def test_commands_tables_and_resuming(data, commands):
     assert "| resnet18 | spark | 2 | 0.600 (0.500-0.700) |" in table
     assert str(data) not in table
     (difference,) = read(out / "table_differences.csv")
-    assert (difference["difference"], difference["scenes"], difference["seeds"]) == ("+0.2000", "3", "2 and 2")
+    assert (difference["difference"], difference["scenes"], difference["seeds"]) == (
+        "+0.2000",
+        "3",
+        "2 and 2",
+    )
     assert float(difference["low"]) == pytest.approx(0.1)
     assert float(difference["high"]) == pytest.approx(0.3)
     assert (out / "table.png").exists()

@@ -1,38 +1,28 @@
-"""Two costs of depth training: of the segmentation decoder that only training has, and of reading pairs.
+"""What the segmentation decoder, which only training has, costs a step of depth training.
 
-- `distillation`: training steps of one model `with` and `without` the segmentation loss of its run card; on equal
-  weights both must first predict the same depth and have the same value of every other loss.
-- `cache`: passes over the same batches of the loader of finetune/depth.py in one process, which must `decode` the files
-  or finds them in a `cache` (`data.cache`), bit for bit the same; and the training `step`s of as many batches. The
-  files are few and read before, so they come from the system's cache: this is the work of a core, not of a disk.
-
-A training step is forward, losses, backward, clipping and the optimizer's update, all as the run card has them.
+Training steps of one model `with` and `without` the segmentation loss of its run card; on equal weights both must first
+predict the same depth and have the same value of every other loss. A training step is forward, losses, backward,
+clipping and the optimizer's update, all as the run card has them.
 """
 
-import platform
+import argparse
 import statistics
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 
 from finetune.config import DepthConfig
-from finetune.depth_data import MixedSampler, TrainingMix, check_room, collate_depth, fill
 from finetune.losses import WeightedLoss
-from finetune.protocols import get_protocol
-from finetune.tasks.build import add_segmentation, build_model, cached, open_data
+from finetune.tasks.build import add_segmentation, build_model
 from spark.errors import UserError
 from spark.sparse.choice import device_name
-from spark.training.accelerator import usable_cores
 from spark.training.cli import parse_config
 from spark.training.optim import build_optimizer, parameter_groups
+from tools.benchmarks.models import count_macs
+from tools.benchmarks.rows import Command, Row, versions
 from tools.benchmarks.timing import interleaved, summary
 from tools.tables import CARDS, named_encoder
 
@@ -104,15 +94,14 @@ class Training:
 
     def macs(self, batch: Batch) -> float:
         """Multiply-accumulates of convolutions and matrix products in a forward and backward."""
-        with FlopCounterMode(display=False) as counter:
-            self.forward(batch)[1].backward()
+        macs = count_macs(lambda: self.forward(batch)[1].backward())
         self.optimizer.zero_grad()
-        return counter.get_total_flops() / 2
+        return macs
 
 
 def distillation_rows(
     card: str, encoder: str, sizes: Sequence[tuple[int, int]], batch: int, precision: str, rounds: int
-) -> list[dict[str, str]]:
+) -> list[Row]:
     """A row for each size and contender: seconds of a training step, and what the decoder adds to time and GMACs.
 
     Args:
@@ -200,7 +189,7 @@ def check_distillation(trainings: Mapping[str, Training], batch: Batch) -> None:
             raise UserError(f"{what} differs with and without the segmentation loss: nothing is measured")
 
 
-def cost_text(times: Sequence[float], base: Sequence[float]) -> dict[str, str]:
+def cost_text(times: Sequence[float], base: Sequence[float]) -> Row:
     """Median and quartiles of the paired ratios of these times over those of the base."""
     ratios = [time / other for time, other in zip(times, base, strict=True)]
     low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
@@ -211,109 +200,44 @@ def cost_text(times: Sequence[float], base: Sequence[float]) -> dict[str, str]:
     }
 
 
-def cache_rows(
-    data: Path, pair_list: str | None, cards: Sequence[str], batches: int, rounds: int
-) -> list[dict[str, str]]:
-    """A row for each card and contender: pairs/s of reading with and without a cache, and of training.
-
-    Args:
-        data: where the pairs lie, as `data.root`.
-        pair_list: list of the pairs, all of which the cache holds; None for a layout without lists.
-        cards: of configs/depth; their sizes, augmentation, losses and batch count.
-        batches: of a turn.
-        rounds: timed turns of each contender.
-
-    Raises:
-        ValueError: no such card or pairs, or the cache gives other batches than the files.
-        OSError: no room for the cache.
-    """
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for card in cards:
-            given = {"data_root": data, "data_list": pair_list or "null", "data_val_list": "null"}
-            config = read_card(card, "resnet18", **given)
-            batch = config.optim.batch_size
-            training = Training(config, config.losses)
-            config.data.mean, config.data.std = training.model.mean, training.model.std
-            loaders = {"decode": loader_of(config, batches)}
-            config.data.cache = folder
-            loaders["cache"] = loader_of(config, batches)
-            examples = check_batches(loaders)
-            training.criterion.check(training.model.head.outputs, examples[0])
-            turns: dict[str, Callable[[], object]] = {
-                **{name: partial(read_all, loader) for name, loader in loaders.items()},
-                "step": partial(train_all, training, examples),
-            }
-            seconds = interleaved(turns, rounds, "cpu")
-            threads = {"decode": 1, "cache": 1, "step": torch.get_num_threads()}
-            rows += [
-                {
-                    "kind": "cache",
-                    "config": card,
-                    "encoder": config.encoder,
-                    "head": config.model.head,
-                    "data": data.resolve().name,
-                    "contender": name,
-                    "base": "decode",
-                    "batch": str(batch),
-                    "height": str(config.data.crop_size[0]),
-                    "width": str(config.data.crop_size[1]),
-                    "precision": config.precision,
-                    "threads": str(threads[name]),
-                    "device": device_name("cpu"),
-                    **summary(times, seconds["decode"], batches * batch),
-                    # How many cores must read for one model that trains on `threads` of them.
-                    "cores_to_keep_up": ""
-                    if name == "step"
-                    else f"{statistics.median(t / s for t, s in zip(times, seconds['step'], strict=True)):.3f}",
-                    "rounds": str(rounds),
-                    **versions(),
-                }
-                for name, times in seconds.items()
-            ]
-    return rows
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    add = parser.add_argument
+    add("--config", default="zoedepth_distil", help="name of a run card in configs/depth (%(default)s)")
+    add("--encoder", default="resnet18", help="timm name, where the card names none (%(default)s)")
+    sizes = ["96x128", "192x256"]
+    add(
+        "--size",
+        nargs="+",
+        default=sizes,
+        metavar="HxW",
+        help="image sizes [px], each measured (%(default)s)",
+    )
+    add("--batch", type=int, default=4, help="images of a step (%(default)s)")
+    add("--precision", choices=["fp32", "bf16"], default="fp32", help="of training (%(default)s)")
 
 
-def loader_of(config: DepthConfig, batches: int) -> DataLoader:
-    """The loader of a run in one process without workers, its cache filled: a pass is the first `batches` batches."""
-    pairs: TrainingMix = open_data(config, get_protocol(config.protocol))[0]
-    caches = cached(pairs, None)
-    check_room(caches)
-    fill(caches, usable_cores(), 0.0, lambda line: None)
-    stream = MixedSampler(pairs, config.optim.batch_size, stop=batches)
-    return DataLoader(pairs, batch_sampler=stream, collate_fn=collate_depth)
+def check(options: argparse.Namespace) -> None:
+    """Raise UserError for a card that is not there or a size that is none; sizes become pairs."""
+    read_card(options.config, "resnet18", data_root=".")
+    pairs = [text.split("x") for text in options.size]
+    if not all(len(pair) == 2 and all(side.isdigit() for side in pair) for pair in pairs):
+        raise UserError(f"--size is HEIGHTxWIDTH in pixels, such as 96x128, not {' '.join(options.size)}")
+    options.size = [(int(height), int(width)) for height, width in pairs]
 
 
-def check_batches(loaders: Mapping[str, DataLoader]) -> list[Batch]:
-    """The batches of a pass, which must be the same of all loaders.
-
-    Raises:
-        ValueError: a file cannot be read, or batches differ.
-    """
-    passes = {name: list(loader) for name, loader in loaders.items()}
-    for decoded, kept in zip(passes["decode"], passes["cache"], strict=True):
-        if decoded["failed"]:
-            raise UserError(f"{decoded['failed'][0]}: name a list without it")
-        tensors = [key for key, value in decoded.items() if isinstance(value, Tensor)]
-        if not all(torch.equal(decoded[key], kept[key]) for key in tensors):
-            raise UserError(
-                f"{decoded['name'][0]}: its batch from the cache is another one, nothing is measured"
-            )
-    return passes["decode"]
+def measure(options: argparse.Namespace) -> Iterator[list[Row]]:
+    """Rows of all sizes."""
+    torch.set_num_threads(options.threads)
+    given = (options.config, options.encoder, options.size, options.batch, options.precision)
+    yield distillation_rows(*given, options.rounds)
 
 
-def read_all(loader: DataLoader) -> None:
-    """A pass over a loader."""
-    for _ in loader:
-        pass
-
-
-def train_all(training: Training, batches: Sequence[Batch]) -> None:
-    """A step on each batch."""
-    for batch in batches:
-        training.step(batch)
-
-
-def versions() -> dict[str, str]:
-    """Last columns of a row."""
-    return {"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()}
+COMMANDS = {
+    "distillation": Command(
+        "time and GMACs of a training step with the segmentation loss of a run card over those without",
+        add_options,
+        measure,
+        check,
+    )
+}

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from spark.errors import UserError
-from tools.benchmarks.contenders import Bench, Case, Contender
-from tools.benchmarks.decoders import ORIGINAL_DECODER
+from tools.benchmarks.contenders import ORIGINAL_DECODER, Bench, Case, Contender
 
 # Relative. In fp64 all is compared; in the timed precision only results, against a path that is wrong there alone: one
 # ReLU that rounding flips moves gradients of fp32 by more than a small fault would.

@@ -109,7 +109,9 @@ def masked_and_reconstructed(run: Run, images: Pictures) -> list[Pictures]:
         if name in known
     }
     if is_own(options["name"]):
-        raise UserError(f"{run.folder} is of {options['name']}, and no file decides which code is run: leave it out")
+        raise UserError(
+            f"{run.folder} is of {options['name']}, and no file decides which code is run: leave it out"
+        )
     model = build_model(ModelConfig(**options))
     model.load_state_dict(load_file(checkpoint / "model.safetensors"))
     model.eval()
