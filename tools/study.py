@@ -24,6 +24,7 @@ import argparse
 import csv
 import functools
 import json
+import re
 import shlex
 import statistics
 import subprocess
@@ -219,7 +220,8 @@ class Study:
         for number, (stage, own) in enumerate(stages.items()):
             options = {"encoder": start, "seed": seed, **self.merged("depth", arm), **more}
             options |= {name: self.filled(value, arm) for name, value in own.items()}
-            run = self.output / (f"depth_{self.name(arm)}_{stage}_{seed}" if number else folder.name)
+            plain = re.sub(r"\W+", "-", stage)
+            run = self.output / (f"depth_{self.name(arm)}_{plain}_{seed}" if number else folder.name)
             if before is not None:
                 options |= {"encoder": arm["encoder"], "model.init": before / "model"}
             steps = [*steps, run_step("finetune/depth.py", run, "model", {**options, "output_dir": run})]
@@ -427,7 +429,7 @@ def row_values(row: Row, study: Study, latency: Mapping[str, str]) -> dict[str, 
             source.startswith(("cost.parameters", "cost.gmacs"))
             for source in study.content["columns"].values()
         ):
-            known["cost"] |= models.depth_cost(row.run / "model", study.content["latency"]["size"])
+            known["cost"] |= models.depth_cost(row.run / "model", tuple(study.content["latency"]["size"]))
     if row.pretraining:
         known["pretrain"] = yaml.safe_load((row.pretraining / "config.yaml").read_text(encoding="utf-8"))
         losses = [one["loss"] for one in read_rows(row.pretraining / "metrics.jsonl") if "loss" in one]
@@ -647,7 +649,10 @@ def run_study(options: argparse.Namespace, argv: list[str]) -> None:
             write_results(study, options, command, {})
     latency: dict[str, str] = {}
     if "latency" in content:
-        runs = {study.name(row.arm): row.run / "model" for row in study.rows() if row.run and not row.stage}
+        runs: dict[str, Path] = {}
+        for row in study.rows():
+            if row.run:  # of an arm's first stage and seed: weights do not change what is computed
+                runs.setdefault(study.name(row.arm), row.run / "model")
         latency = models.latencies(runs, study.output / "latency.json", **content["latency"])
     write_results(study, options, command, latency)
 

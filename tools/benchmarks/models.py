@@ -1,5 +1,6 @@
 """What models cost: parameters, multiplications, seconds of a pretraining step and of a forward."""
 
+import functools
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +32,8 @@ def count_macs(run: Callable[[], object]) -> float:
     return counter.get_total_flops() / 2
 
 
-def depth_cost(model: Path, size: Sequence[int]) -> dict[str, str]:
+@functools.cache
+def depth_cost(model: Path, size: tuple[int, int]) -> dict[str, str]:
     """Parameters in millions, and multiply-accumulates of a forward of one image of (H, W) `size`, in 10^9."""
     loaded = load_depth_model(model)
     with torch.no_grad():
