@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from finetune.model.segmentation import attach_segmentation
 from torch import nn
 
 from finetune import DepthModel
 from finetune.config import DepthConfig
 from finetune.losses import WeightedLoss
-from finetune.model.segmentation import attach_segmentation
 from finetune.protocols import PROTOCOLS, Protocol
 from finetune.scoring.depth import valid_text
 from spark.files import write_whole

@@ -19,12 +19,11 @@ import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
-from spark.task import checkpoint_activations, default_betas, try_forward
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import spark.training.checkpoint
-from spark import task as pretraining
 from spark import pretrain
+from spark import task as pretraining
 from spark.config import PretrainConfig
 from spark.images.batches import MaskedBatches
 from spark.images.sources import open_source, remote
@@ -32,6 +31,7 @@ from spark.model.spark import SparK
 from spark.monitor.measures import Monitor
 from spark.monitor.watch import build_monitor
 from spark.sparse import PACKED
+from spark.task import checkpoint_activations, default_betas, try_forward
 from spark.training.cli import parse_config
 from spark.training.guard import Guard
 from spark.training.log import RunLog, read_rows

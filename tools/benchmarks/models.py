@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from spark.assembly import build_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from finetune.model.depth_model import load_depth_model
-from spark.assembly import build_model
 from spark.config import PretrainConfig
 from spark.files import write_whole
 from spark.sparse.choice import device_name

@@ -19,6 +19,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
+from spark.assembly import build_model
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from finetune.depth_data import DepthSample, open_depth_data
@@ -26,7 +27,6 @@ from finetune.model.depth_model import load_depth_model
 from finetune.protocols import get_protocol
 from finetune.report.figures import colourise, depth_colours, save_figure, shared_range
 from finetune.scoring.score import predict_depth, transform_of
-from spark.assembly import build_model
 from spark.config import ModelConfig
 from spark.errors import UserError
 from spark.model.encoder import is_own

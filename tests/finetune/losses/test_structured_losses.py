@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from finetune import DepthModel
 from finetune.heads.output import DepthOutput
-from finetune.losses import LOSSES
 from finetune.least_squares import scale_and_shift_of_images
+from finetune.losses import LOSSES
 from finetune.losses.affine import GradientMatching, ScaleShiftInvariant
 from finetune.losses.base import DepthLoss, NoGroundTruth
 from finetune.losses.ranking import PairwiseRanking
