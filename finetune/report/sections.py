@@ -117,7 +117,7 @@ def _worst(arms: dict[str, list[Run]]) -> list[Any]:
 
 
 def _drawn(run: Run, kind: str) -> Path | None:
-    """The picture "triptychs" or "worst" of an evaluation, under the protocol of the scores or of the last validation."""
+    """The picture "triptychs" or "worst" of an evaluation, under its protocol, or that of the last validation."""
     names = {p.name: p for p in run.pictures if p.name.startswith("worst") == (kind == "worst")}
     wanted = [f"{kind}_{run.results[0]['protocol']}.png"] if run.results else []
     return next((names[n] for n in (*wanted, f"{kind}.png", *reversed(names)) if n in names), None)
