@@ -178,6 +178,11 @@ def test_full_disk_while_logging(tmp_path):
     log.close()
 
 
+def test_runs_of_one_process_may_differ_in_precision(tmp_path):
+    assert start_accelerator(tmp_path, "fp32").mixed_precision == "no"
+    assert start_accelerator(tmp_path, "bf16").mixed_precision == "bf16"
+
+
 class Tracker(tracking.GeneralTracker):
     """Stands for wandb: keeps what it gets, and fails where `fails` says."""
 
