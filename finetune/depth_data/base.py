@@ -1,7 +1,7 @@
 """What every data set of depth offers, and the options that it is opened with.
 
 To add one: a `DepthSet` in a file of this folder, its name in `Kind` and `KINDS` of `finetune.depth_data.registry`, a
-test on files written in its layout, and a row in docs/depth_data.md, whose end says it step by step.
+test on files written in its layout, and a row in docs/depth_data.md, whose end has the steps.
 """
 
 from abc import abstractmethod
@@ -28,8 +28,8 @@ class OpenOptions:
         depth: "raw" (with holes) or "filled" depth of the labelled file.
         white_border: what becomes of the white border of labelled NYU images, see `nyu.paint_border`.
         labels: classes of each pixel to read along; None reads none.
-        polarity: what the relation `>` of DIW says of its point A.
-        depth_scale: metres of one unit of the depth files of a plain folder; None: what a PNG says itself, else 0.001,
+        polarity: whether the relation `>` of DIW means that its point A is farther or closer.
+        depth_scale: metres of one unit of the depth files of a plain folder; None: what is stored in a PNG, else 0.001,
             and 1 for NPY and PFM.
         bad_depth: "refuse" a depth map with NaN, infinite or negative values, or take them for holes.
     """

@@ -72,7 +72,7 @@ def open_depth_data(
     kind: Kind | None = None,
     **options: Any,
 ) -> DepthSet:
-    """Open a data set; `repr` of the result says which layout was taken.
+    """Open a data set; `repr` of the result names the layout.
 
     Args:
         root: folder or file that the layout has.

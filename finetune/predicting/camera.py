@@ -101,7 +101,7 @@ def camera_for(choice: str | None, image_path: str | Path | None, size: tuple[in
     """The camera of an image.
 
     Args:
-        choice: "nyu", a field of view across in degrees, or a file (see `read_camera`); None: what EXIF says, else
+        choice: "nyu", a field of view across in degrees, or a file (see `read_camera`); None: from EXIF, else
             `ASSUMED_VIEW` along the long side.
         image_path: the image's file, for EXIF; None: there is none.
         size: (H, W) of the image, upright [px].

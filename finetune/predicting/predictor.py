@@ -164,7 +164,7 @@ class Predictor:
         entry |= {} if camera is None else {"camera": asdict(camera)}
         self.record.videos.append(entry)
         each: list[Format] = [name for name in self.video_formats if name not in VIDEO_FORMATS]
-        paths = {name: self.output / f"{stem}_{name}.mp4" for name in VIDEO_FORMATS}
+        paths: dict[Format, Path] = {name: self.output / f"{stem}_{name}.mp4" for name in VIDEO_FORMATS}
         for path in paths.values():
             hidden_path(path).unlink(missing_ok=True)  # of a killed prediction
         writers = {

@@ -44,9 +44,10 @@ class VideoFrames:
         most: how many frames are wanted; None: all.
 
     Attributes:
-        announced: how many frames the file says it has, or those that the first pass could decode (`most` at most);
+        announced: number of frames by the header of the file, or those that the first pass could decode (`most` at
+        most);
             None of a camera.
-        seconds: how long the file says it is; None if it does not say, as cameras.
+        seconds: length by the header of the file; None without one, as of cameras.
         rate: frames per second, on average where they are uneven.
         shape: (H, W, 3) of a frame.
         frames: how many were read so far.
@@ -107,7 +108,7 @@ class VideoFrames:
     def missing(self) -> str:
         """What is missing at the end, after all frames were read; "" if nothing is.
 
-        A number of frames alone tells little (edit lists drop some): the time of the last one must be too early too.
+        Fewer frames than announced are no proof (edit lists drop some): the last one must be too early, too.
         """
         if self.announced is None or self.seconds is None:
             return ""

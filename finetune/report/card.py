@@ -71,7 +71,7 @@ class Evaluation:
 
     @property
     def setting(self) -> str:
-        """The protocol, and what was done otherwise than it says by itself."""
+        """The protocol, and where its settings were changed."""
         flips = self.results.get("settings", {}).get("flip_average")
         border = self.results.get("white_border", "keep")
         more = ["flip average"] * bool(flips) + [f"white border {border}"] * (border in WHITE_BORDER)
@@ -164,7 +164,7 @@ def check_model(file: Path, results: Mapping[str, Any], model: DepthModel, folde
     if stated is None:
         if Path(str(scored)).expanduser().resolve() != folder.resolve():
             raise UserError(
-                f"{file} says by a path alone which model it scored, {scored}, and that is not {folder} from here:"
+                f"{file} names the model that it scored by a path alone, {scored}, which is not {folder} from here:"
                 f" {remedy} again, whose results tell models by their weights"
             )
     elif stated != model.sha256:
@@ -177,7 +177,7 @@ def check_model(file: Path, results: Mapping[str, Any], model: DepthModel, folde
 
 
 def data_name(described: str) -> str:
-    """What evaluate.py says of its data, with the last part only of every path in it."""
+    """The description of data in results, with only the last part of every path in it."""
     return " ".join(public_name(word) if "/" in word else word for word in described.split())
 
 

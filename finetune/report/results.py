@@ -20,7 +20,7 @@ from spark.report.sections import plain_path
 
 Results = dict[str, Any]
 
-FEW_IMAGES = 300  # with fewer, or with one seed, the page says how little it measures
+FEW_IMAGES = 300  # with fewer, or with one seed, the page warns how little it measures
 FEW_SCENES = 5  # under which no interval is given
 RESAMPLES = 4000  # of the bootstrap
 SAME_TIME = 60  # [s] between files that were copied together

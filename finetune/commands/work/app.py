@@ -68,7 +68,7 @@ class Session:
     Args:
         name: of the photo's file.
         image: uint8 [H, W, 3].
-        seen: what the model says without a calibration, float32 [h, w] [m], at the size at which it sees the photo;
+        seen: the prediction without a calibration, float32 [h, w] [m], at the size at which it sees the photo;
             inverse depth if `relative`.
         camera: that took the photo.
         folder: for files to download; goes with the session.
@@ -101,7 +101,7 @@ class Session:
 
     @property
     def predicted(self) -> np.ndarray:
-        """What the model says without a calibration at each pixel, float32 [H, W]; fits are to this."""
+        """The prediction without a calibration at each pixel, float32 [H, W]; fits are to this."""
         return resized(self.seen, self.size)
 
     @property
@@ -119,7 +119,7 @@ def open_photo(
     """Read a photo, delete the file, and predict; files to download will be in a folder inside `folder`.
 
     Args:
-        model: without its calibration: fits are to what the head says, as those of finetune/commands/calibrate.py are.
+        model: without its calibration: fits are to what the head gives, as those of finetune/commands/calibrate.py are.
         path: of the photo.
         max_pixels: most pixels of a photo.
         folder: for files to download.
@@ -175,7 +175,7 @@ def forget_points(session: Session) -> Session:
 
 
 def calibrate(session: Session, model: DepthModel, kind: str) -> Session:
-    """Fit a calibration to the points; ValueError says what is wrong with them."""
+    """Fit a calibration to the points; UserError if they cannot be fitted."""
     if not session.points:
         raise UserError("there is no known distance yet: click on the photo, type the distance, and add it")
     space, fit = FITS[kind]
@@ -258,7 +258,7 @@ def data_address(picture: np.ndarray, kind: str) -> str:
 
 
 def words(session: Session | None, model_folder: str) -> str:
-    """What the page says below the pictures, as Markdown whose values are code, so that no name is taken for markup."""
+    """The text below the pictures, as Markdown whose values are code, so that no name is taken for markup."""
     if session is None:
         return "Drop a photo above."
     depth = session.depth
@@ -364,7 +364,7 @@ def build(model: DepthModel, model_folder: str, max_pixels: int, folder: str) ->
             js_on_load=(VIEWER / "viewer.js").read_text(encoding="utf-8"),
             elem_id="viewer",
         )
-        text = gr.Markdown(words(None, model_folder), elem_id="said")
+        text = gr.Markdown(words(None, model_folder), elem_id="words")
         with gr.Column(visible=False) as controls:
             with gr.Row():
                 with gr.Column(min_width=260):

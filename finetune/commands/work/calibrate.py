@@ -126,7 +126,7 @@ def by_camera(config: CalibrateConfig, model: DepthModel) -> Calibration:
 
 
 def by_points(config: CalibrateConfig, model: DepthModel) -> tuple[Readings, str]:
-    """What the model says at the points, and what they are."""
+    """Predictions at the points, and a description of the points."""
     assert config.points is not None
     points = read_points(config.points, config.image)
     depths: dict[str, np.ndarray] = {}
@@ -201,7 +201,7 @@ def read_points(text: str, image: str | None) -> list[tuple[str, float, float, f
 
 
 def by_pairs(config: CalibrateConfig, model: DepthModel, console: Console) -> tuple[Readings, str]:
-    """What the model says where pairs have readings, equally many of each, and what they are."""
+    """Predictions where pairs have readings, equally many of each, and a description of the pairs."""
     assert config.data.root is not None
     data = open_depth_data(
         config.data.root,

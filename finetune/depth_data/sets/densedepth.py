@@ -152,7 +152,7 @@ class DenseDepthTest(DepthSet):
     """The 654 test pairs of `nyu_test.zip`: `eigen_test_rgb.npy`, `eigen_test_depth.npy`.
 
     Images are uint8 (N, H, W, 3), RGB; depth is (N, H, W) in metres, filled. `eigen_test_crop.npy` beside them is of
-    DenseDepth's protocol and not read: which pixels count is said by the protocol of the evaluation. Arrays are read
+    DenseDepth's protocol and not read: the protocol of the evaluation decides which pixels count. Arrays are read
     image by image, from inside the zip too, and are never unpickled.
 
     Args:

@@ -32,19 +32,19 @@ class DIW(ListedSet):
         118,206,309,72,>,480,360
 
     The second is `yA,xA,yB,xB,relation,width,height`: y first, counted from 1, in pixels of the photo. Several such
-    lines may follow one path. What `>` means is told in two ways: the code of the authors reads it as the larger depth
+    lines may follow one path. `>` has two readings: the code of the authors reads it as the larger depth
     at A, other texts as the closer point being "higher". So it is an option. Relation +1 of a sample is A farther.
 
     Args:
         root: folder that the paths are relative to.
         csv: the file, a name inside `root` or a path; None: that of the split.
         split: "train" or "test".
-        polarity: what `>` says of A, "farther" or "closer".
+        polarity: whether `>` means that A is "farther" or "closer".
 
     Raises:
         ValueError: no such file, a line that is neither a path nor an annotation, photos that are missing, or a first
-            one that cannot be used. A point outside its photo, or a photo of another size than its annotation says, is
-            a `DepthFileError` of that sample.
+            one that cannot be used. A point outside its photo, or a photo of another size than that of its annotation,
+            is a `DepthFileError` of that sample.
     """
 
     supervision: ClassVar[Supervision] = "ordinal"

@@ -40,7 +40,7 @@ class PlainFolder(ListedSet):
         root: the folder.
         split: "train" or "test".
         list_file: list of the pairs instead.
-        depth_scale: metres of one unit of the depth files; None: what a PNG (16 bits) says itself, else 0.001, and 1
+        depth_scale: metres of one unit of the depth files; None: what is stored in a PNG (16 bits), else 0.001, and 1
             for NPY and PFM.
         bad_depth: see `checked_metres`.
 
@@ -125,20 +125,20 @@ class PlainFolder(ListedSet):
         """Metres of one unit of a depth file.
 
         Raises:
-            DepthFileError: the file cannot be read, or says another number than `depth_scale`.
+            DepthFileError: the file cannot be read, or stores another number than `depth_scale`.
         """
         if path.suffix.lower() != ".png":
             return self.depth_scale or 1.0
-        said = stored_scale(path)
-        if said is None:
+        stored = stored_scale(path)
+        if stored is None:
             return self.depth_scale or MILLIMETRE
-        if self.depth_scale is not None and not math.isclose(said, self.depth_scale, rel_tol=1e-6):
+        if self.depth_scale is not None and not math.isclose(stored, self.depth_scale, rel_tol=1e-6):
             raise file_error(
                 path,
-                f"says itself that one unit is {said:g} m, but data.depth_scale is {self.depth_scale:g}, leave that"
+                f"says itself that one unit is {stored:g} m, but data.depth_scale is {self.depth_scale:g}, leave that"
                 " out, or give the one that is right for files which say nothing",
             )
-        return said
+        return stored
 
     def has_test_split(self) -> bool:
         """Whether there is a folder for it."""

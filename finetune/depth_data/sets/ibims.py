@@ -34,7 +34,7 @@ class IBims(ListedSet):
     """The scenes that `imagelist.txt` names: NAME is `rgb/NAME.png`, `depth/NAME.png` (16 bits, 50/65535 m a unit),
     `calib/NAME.txt`, `mask_invalid/NAME.png`, `mask_transp/NAME.png`, and NAME.mat of the other archive.
 
-    Depth is 0 (no reading) where either mask says so. Edges and planes, which the official scores need, are in
+    Depth is 0 (no reading) where either mask is 0. Edges and planes, which the official scores need, are in
     `ibims1_core_mat/NAME.mat` (a struct `data`): samples have them as `geometry` where all these files are there.
 
     Args:
@@ -93,7 +93,7 @@ class IBims(ListedSet):
         check_pair_headers(self._path("rgb", entry.name), self._path("depth", entry.name))
 
     def read(self, entry: NamedEntry) -> DepthSample:
-        """The scene, without depth where a mask says so."""
+        """The scene, without depth where a mask is 0."""
         name = entry.name
         image = read_rgb(self._path("rgb", name))
         depth = read_depth_png(self._path("depth", name), SCALE)

@@ -267,7 +267,7 @@ def test_the_page_in_a_browser(address, browser, model, photo, tmp_path):
     expected = predict_image(model, np.asarray(read_image(photo)))
     browser.get(address)
     find("input[type=file]").send_keys(str(photo))
-    until("#said", r"Depth from \d")
+    until("#words", r"Depth from \d")
     WebDriverWait(browser, 60).until(
         lambda b: b.execute_script("return document.querySelector('#viewer .colours').naturalWidth") == 80
     )
@@ -283,7 +283,7 @@ def test_the_page_in_a_browser(address, browser, model, photo, tmp_path):
         until("#viewer .marks", rf"{known:g} m")
         WebDriverWait(browser, 60).until(lambda b: find("#metres input").get_attribute("value") == "")
     find("#calibrate").click()
-    until("#said", "calibrated")
+    until("#words", "calibrated")
     point_at(20, 30).perform()
     until("#viewer .reading", rf"{2 * expected[30, 20]:.2f} m at column 20, row 30")
     browser.save_screenshot(str(tmp_path / "page.png"))
