@@ -342,8 +342,8 @@ def test_entries_of_an_option_that_is_a_dict():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--losses", "3"], "losses must be {name: a number, ...}, got 3"),
-        (["--losses.l1", "abc"], "losses must be {name: a number, ...}, got abc"),
+        (["--losses", "3"], "losses must be {name: a number, ...} of silog, l1"),
+        (["--losses.l1", "abc"], "losses must be {name: a number, ...} of silog, l1"),
         (["--model.head_options", "3"], "model.head_options must be {name: any value, ...}, got 3"),
         (["--loss_options", "3"], "loss_options must be {name: {name: any value, ...}, ...}, got 3"),
         (["--losses.", "3"], "unknown option --losses."),
