@@ -154,7 +154,7 @@ def demo_steps(output: str, seed: int, figure: str) -> list[list[Step]]:
     )
     runs = (f"scratch={output}/scratch", f"SparK={output}/spark")
     about = options(steps=f"{output}/{RECORD}", title="SparK demo", lead=lead, output=f"{output}/report.html")
-    report = ("-m", "spark.commands.report", *runs, f"pretraining={pretrain}", *about)
+    report = ("-m", "finetune.commands.report", *runs, f"pretraining={pretrain}", *about)
     drawn = ("-m", "tools.demo.figure", "--pretrain", pretrain, "--depth", runs[0], "--depth", runs[1])
     exported = "pretrain/encoder/model.safetensors"
     check = TIMM_CHECK.format(encoder=f"{pretrain}/encoder")
