@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from finetune.heads import DepthOutput
+    from finetune.heads.output import DepthOutput
     from finetune.model.depth_model import DepthModel, load_depth_model
 
 __all__ = ["DepthModel", "DepthOutput", "load_depth_model"]
@@ -15,5 +15,6 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(
-        import_module("finetune.heads" if name == "DepthOutput" else "finetune.model.depth_model"), name
+        import_module("finetune.heads.output" if name == "DepthOutput" else "finetune.model.depth_model"),
+        name,
     )

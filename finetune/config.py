@@ -216,16 +216,9 @@ class DepthConfig(RunConfig):
 
     CARDS: ClassVar = "depth"
     ESSENTIALS: ClassVar = (
-        *(
-            "pretrained",
-            "data.list",
-            "data.val_list",
-            "data.kind",
-            "model.head",
-            "model.max_depth",
-            "optim.lr",
-        ),
-        *("optim.batch_size", "epochs", "max_steps", "precision", "accumulation", "protocol", "resume"),
+        *("encoder", "data.root", "output_dir", "pretrained", "data.list", "data.val_list", "data.kind"),
+        *("model.head", "model.max_depth", "losses", "optim.lr", "optim.batch_size", "epochs", "max_steps"),
+        *("precision", "accumulation", "protocol", "resume"),
     )
     RETIRED: ClassVar = ("data.cache",)
 

@@ -179,7 +179,8 @@ class EvaluationConfig(PredictingConfig, Options):
     """
 
     ESSENTIALS: ClassVar = (
-        *("model", "predictions", "baseline", "protocol", "data.list", "data.kind", "data.split"),
+        *("data.root", "output", "model", "predictions", "baseline", "protocol", "data.list", "data.kind"),
+        "data.split",
         *("figures", "batch_size", "device", "image_size", "flip_average"),
     )
 
@@ -314,6 +315,11 @@ class ExportDepthConfig(StoredModelConfig, ExportOptions):
         results: results.json files of evaluate.py on this model, for the model card of a folder; the evaluation.json of
             its run is there anyway.
     """
+
+    ESSENTIALS: ClassVar = (
+        *("model", "output", "resize", "size", "results", "license", "datasets", "push_to_hub", "private"),
+        "encoder_name",
+    )
 
     resize: Literal["fitted", "none"] | None = None
     results: list[PathText] | None = None

@@ -29,12 +29,12 @@ from finetune.model.prediction import transform_of
 from finetune.protocols import get_protocol
 from finetune.report.figures import Page, colourise, depth_colours, save_figure, shared_range
 from finetune.scoring.score import predict_depth
-from spark.task import build_model
 from spark.config import ModelConfig
 from spark.errors import UserError
-from spark.model.names import is_own
 from spark.model.masking import mean_ratio, visible_at
+from spark.model.names import is_own
 from spark.report import Run, read_run
+from spark.task import build_model
 from spark.training.checkpoint import find_run
 from spark.weights.encoder import name_of
 

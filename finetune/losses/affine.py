@@ -1,5 +1,8 @@
 """Losses on inverse depth that ignore its scale and shift: what data without metric depth can teach (MiDaS)."""
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -7,12 +10,22 @@ from finetune.least_squares import scale_and_shift_of_images
 from finetune.losses.base import DepthLoss, NoGroundTruth, check_maps
 from spark.errors import UserError
 
+if TYPE_CHECKING:
+    from finetune.model.depth_model import DepthModel
+
 
 class _Aligned(DepthLoss):
     """What both losses do first: align each image, leave out those with too few readings."""
 
     predicts = "disparity"
-    needs = "disparity"
+    needs = (("affine", "affine_valid"), ("depth", "valid"))
+
+    def targets(self, batch: Mapping[str, Tensor], model: "DepthModel") -> tuple[Tensor, ...]:
+        """Affine-invariant ground truth if the batch has it, else the inverse of metric depth; where it is valid."""
+        values, valid = super().targets(batch, model)
+        if "affine" in batch:
+            return values, valid
+        return torch.where(valid, values, torch.ones_like(values)).reciprocal(), valid
 
     def score(self, prediction: Tensor, *targets: Tensor) -> Tensor:
         """Align and score.

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from finetune.heads import DepthOutput
+from finetune.heads.output import DepthOutput
 from finetune.options import Fit, Space
 from spark.errors import UserError
 
@@ -90,7 +90,7 @@ class Calibration:
         else:
             assert output.depth is not None
             depth = _forward(output.depth, self)
-        return output._replace(depth=depth.clamp(*limits))
+        return replace(output, depth=depth.clamp(*limits))
 
     def metres(self, predicted: np.ndarray, relative: bool = False) -> np.ndarray:
         """The same for numbers of any shape: depth [m], or inverse depth of a head without metres if `relative`."""

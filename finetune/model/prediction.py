@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetune.depth_data.transforms import EvalTransform
-from finetune.heads import DepthOutput
+from finetune.heads.output import DepthOutput
 from finetune.least_squares import scale_and_shift
 from spark.errors import UserError
 from spark.images.decode import MAX_PIXELS, RawPicture, describe_failure, read_image

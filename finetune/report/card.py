@@ -1,12 +1,13 @@
 """The model card of a depth model, from what its run, the run of its encoder, and evaluations wrote."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import timm
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 
 from finetune.model.depth_model import DepthModel
 from finetune.protocols.metrics import METRIC
@@ -14,21 +15,22 @@ from finetune.scoring.best import Selection
 from finetune.scoring.caveats import caveats
 from finetune.scoring.metrics import own_metrics, read_results
 from spark.errors import UserError
-from spark.weights.hub import (
-    DEPTH_MARK,
+from spark.report.card import (
     NOT_MEASURED,
     NOT_RECORDED,
-    PREFIX,
     PRETRAINING_MARK,
     Publication,
     RunRecord,
     compose,
     pretraining,
     public_name,
-    read_run,
-    results_of,
+    read_record,
     table,
 )
+from spark.weights.hub import PREFIX
+
+DEPTH_MARK = "model.head"
+"""An option that only depth runs have."""
 
 EVALUATION = "evaluation.json"
 WHITE_BORDER = {
@@ -82,7 +84,7 @@ def run_of(model: Path) -> tuple[RunRecord | None, Selection | None]:
     Raises:
         ValueError: A file of the run is damaged.
     """
-    run = read_run(model, DEPTH_MARK)
+    run = read_record(model, DEPTH_MARK)
     if run is None:
         return None, None
     if run.option("optim.ema_decay") != NOT_RECORDED:
@@ -213,7 +215,7 @@ def depth_card(model: DepthModel, folder: Path, files: Sequence[Path], publicati
     ]
     current = [one for one in evaluations if not one.before_calibration]
     scores = [
-        result for one in current for result in results_of(one.data, one.setting, own_metrics(one.results))
+        result for one in current for result in _results_of(one.data, one.setting, own_metrics(one.results))
     ]
     data = ModelCardData(
         model_name=f"{model.head_name}-{network}" if scores else None,
@@ -225,6 +227,27 @@ def depth_card(model: DepthModel, folder: Path, files: Sequence[Path], publicati
         base_model=publication.base_model or _base_model(run),
     )
     return compose(data, body)
+
+
+def _results_of(data_name: str, setting: str, metrics: Mapping[str, float]) -> list[EvalResult]:
+    """Scores as the hub's model-index has them, for `ModelCardData(eval_results=...)`.
+
+    Args:
+        data_name: What they were taken on.
+        setting: The protocol, and what else tells them from other scores on the same data.
+        metrics: By name.
+    """
+    return [
+        EvalResult(
+            task_type="depth-estimation",
+            dataset_type=re.sub(r"[^a-z0-9._]+", "-", data_name.lower()).strip("-"),
+            dataset_config=setting,  # the hub merges results that agree in type and config
+            dataset_name=f"{data_name}, protocol {setting}",
+            metric_type=name,
+            metric_value=value,
+        )
+        for name, value in metrics.items()
+    ]
 
 
 def _network(model: DepthModel) -> str:
@@ -293,7 +316,7 @@ def _recipe(run: RunRecord) -> dict[str, Any]:
 def _before(run: RunRecord | None, origin: Any) -> str:
     if run is None:
         return f"{NOT_RECORDED}."
-    before = read_run(origin, PRETRAINING_MARK) if Path(str(origin)).is_dir() else None
+    before = read_record(origin, PRETRAINING_MARK) if Path(str(origin)).is_dir() else None
     if before is not None:
         return "Pretrained with SparK on images without labels.\n\n" + pretraining(before)
     if run.option("pretrained") is True:

@@ -4,6 +4,8 @@ import json
 import math
 import statistics
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from finetune.scoring.caveats import READING, caveats
 from finetune.scoring.metrics import count, own_metrics
 from spark.report.charts import number
 from spark.report.page import Cell, Table, Text
+from spark.report.runs import Run, read_json
 from spark.report.sections import plain_path
 
 Results = dict[str, Any]
@@ -20,6 +23,7 @@ Results = dict[str, Any]
 FEW_IMAGES = 300  # with fewer, or with one seed, the page warns how little it measures
 FEW_SCENES = 5  # under which no interval is given
 RESAMPLES = 4000  # of the bootstrap
+SAME_TIME = 60  # [s] between files that were copied together
 
 
 def heading(name: str) -> str:
@@ -230,3 +234,40 @@ def _shown(value: Any) -> str:
     if isinstance(value, list):
         return " × ".join(_shown(item) for item in value) if value else "none"
     return "" if value is None else number(value) if isinstance(value, float) else plain_path(str(value))
+
+
+def with_results(run: Run) -> Run:
+    """A depth run with the scores of its results.json, or else of the evaluation.json that training wrote, if any."""
+    folder, problems = run.folder, run.problems
+    for name in ("results.json", "evaluation.json"):
+        content = read_json(folder / name, problems)
+        if content is None:
+            continue
+        several = content.get("protocols") if isinstance(content, dict) else None
+        found = several if isinstance(several, list) else [content]
+        if found and all(_is_results(one) for one in found):
+            _say_if_older(folder / name, folder / "evaluation.json", problems)
+            return replace(run, results=found)
+        problems.append(
+            f"{name} has not the protocol, images, metrics and per_image of finetune/evaluate.py's files"
+        )
+    return run
+
+
+def _say_if_older(path: Path, other: Path, problems: list[str]) -> None:
+    """Scores from before the run was trained on are not those of its model."""
+    if other.is_file() and other.stat().st_mtime - path.stat().st_mtime > SAME_TIME:
+        problems.append(
+            f"{path.name} is older than {other.name}, which the end of a training wrote: score the model again with"
+            " finetune/evaluate.py"
+        )
+
+
+def _is_results(content: Any) -> bool:
+    return (
+        isinstance(content, dict)
+        and {"protocol", "images"} <= set(content)
+        and isinstance(content.get("metrics"), dict)
+        and isinstance(content.get("per_image"), list)
+        and all(isinstance(row, dict) and "name" in row for row in content["per_image"])
+    )

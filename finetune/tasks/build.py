@@ -13,12 +13,11 @@ from finetune.depth_data import (
     TrainTransform,
     open_depth_data,
 )
-from finetune.losses import WeightedLoss
+from finetune.losses.weighted import WeightedLoss
 from finetune.model.depth_model import DepthModel, open_encoder
-from finetune.model.segmentation import attach_segmentation
 from finetune.protocols import Protocol
 from finetune.scoring.checks import check_ground_truth
-from spark.errors import UserError
+from finetune.tasks.trained import TrainedDepth
 from spark.seeds import Purpose, derive_seed
 from spark.training.checkpoint import KeyReport
 from spark.training.option_types import values_of
@@ -57,23 +56,15 @@ def build_model(config: DepthConfig) -> tuple[DepthModel, KeyReport]:
     return model, report
 
 
-def add_segmentation(model: DepthModel, criterion: WeightedLoss, config: DepthConfig) -> None:
-    """Give a model the decoder that a loss on classes trains through; without such a loss it stays as it is.
+def build_trained(model: DepthModel, config: DepthConfig) -> TrainedDepth:
+    """A model with the losses of a run, whose modules draw their weights apart from those of the model.
 
     Raises:
-        ValueError: The loss and the data differ in the number of classes; data without labels is refused elsewhere.
+        UserError: A loss is none, an option of it is wrong, or the model lacks what it scores.
     """
-    if (auxiliary := criterion.segmentation) is None:
-        return
-    classes = auxiliary.classes
-    for data in (config.data, *config.data.sets):
-        if data.labels is not None and classes != (has := data.labels + (data.void == "class")):
-            raise UserError(
-                f"the segmentation has {classes} classes and the data at {data.root} {has} (data.labels {data.labels},"
-                f" data.void {data.void}): set loss_options.segmentation.classes to {has}, of all sets alike"
-            )
+    criterion = WeightedLoss(config.losses, config.loss_options)
     torch.manual_seed(derive_seed(config.seed, 0, Purpose.LOSS_WEIGHTS))
-    attach_segmentation(model, classes, auxiliary.decoder_channels)
+    return TrainedDepth(model, criterion)
 
 
 def open_data(config: DepthConfig, protocol: Protocol) -> tuple[TrainingMix, DepthSet | None]:

@@ -1,4 +1,4 @@
-"""Everything around the steps of a run: start, resume, update, save, log, stop; `spark.training.loop` calls it by name."""
+"""Everything around the steps of a run: start, resume, update, save, log, stop. The loop calls it by name."""
 
 import copy
 import math
@@ -17,7 +17,7 @@ from torch import nn
 from spark.errors import UserError
 from spark.training.accelerator import micro_batch_size, prepare, start_accelerator
 from spark.training.checkpoint import refuse_new_beginning
-from spark.training.cli import config_dict, save_config
+from spark.training.cli import config_dict, save_config, with_defaults
 from spark.training.environment import record_environment
 from spark.training.guard import Guard, Verdict
 from spark.training.log import Pace, RunLog, progress_bar
@@ -100,6 +100,8 @@ class Run:
         if self.checkpoint is None and config.resume:
             refuse_new_beginning(config.output_dir)
         self.before = None if self.checkpoint is None else read_extra(self.checkpoint)
+        if self.before is not None:
+            self.before["config"] = with_defaults(type(config), self.before["config"])
         self.over = False
         self._save_due = False
         self._saved_step = -1
@@ -307,6 +309,7 @@ class Run:
     def roll_back(self, found: Outcome, verdict: Verdict) -> None:
         """Go back to the checkpoint that `judge` has chosen; the stream goes on behind the batch that failed."""
         self._event = {}
+        assert self._target is not None
         self._leave_out(verdict, f" to {self._target.name}")
         self.optimizer.zero_grad()
         self._event["at_step"] = self.step + 1
@@ -373,7 +376,7 @@ class Run:
                 self.keep_on("a row", partial(self.log.amend, step, **event))
 
     def after_step(self) -> None:
-        """Let the task validate or draw, and say whether the run is over; the state is saved by then if it has to be."""
+        """Let the task validate or draw, once the state is saved, and note whether the run is over."""
         with self.pace.paused(), self._state_is_safe():
             self.task.after_step(self)
         self.over = self.task.ended(self)
@@ -412,8 +415,8 @@ class Run:
             if unreadable or unreadable.shards:
                 shards = f" and the rest of {len(unreadable.shards)} shards" if unreadable.shards else ""
                 self.say(
-                    f"{len(unreadable)} unreadable {self.task.unit}{shards} were skipped, see skipped_images.txt in the "
-                    "same folder"
+                    f"{len(unreadable)} unreadable {self.task.unit}{shards} were skipped, see skipped_images.txt in the"
+                    " same folder"
                 )
             if self.state.idle:
                 self.say(f"{self.state.idle} micro-batches taught nothing: {self.task.idle_reason}")

@@ -10,6 +10,7 @@ import pytest
 
 from finetune.config import DepthConfig
 from finetune.options import EvaluationConfig
+from spark.commands.work import report
 from spark.config import PretrainConfig
 from spark.training.cli import parse_config
 
@@ -18,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))  # as whe
 import demo
 import demo_figure
 import render_rooms
-import report
 
 
 def arguments(step: demo.Step, script: str) -> list[str]:
@@ -43,7 +43,7 @@ def test_every_command_is_understood_by_its_script(steps):
         )
         assert evaluation.model == f"runs/demo/{name}/model"
         assert evaluation.data.list == "test.txt"
-    page = report.parse_arguments(arguments(demo.report_step("runs/demo"), "spark/commands/report.py"))
+    page = report.parse_arguments(arguments(demo.report_step("runs/demo"), "finetune/commands/report.py"))
     assert page.steps == f"runs/demo/{demo.RECORD}"
     figure = demo.figure_step("runs/demo", "a.png")
     drawn = demo_figure.parse_arguments(arguments(figure, "tools/demo_figure.py"))

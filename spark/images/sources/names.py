@@ -1,4 +1,4 @@
-"""Millions of names in two arrays, which loader processes share or copy as one piece each."""
+"""Millions of names in two arrays, which loader processes share."""
 
 import hashlib
 import os
@@ -11,8 +11,8 @@ import numpy as np
 class Names(Sequence[str]):
     """An immutable list of file names as bytes one after another, and where each of them ends.
 
-    A Python list costs about a hundred bytes a name beside the name, and every loader process gets a copy of its own,
-    as counting references writes to memory that it shared. Here a name costs its length and 8 bytes.
+    In a Python list a name costs about a hundred bytes more than its length, and every loader process gets a copy,
+    because counting references writes to shared memory. Here a name costs its length and 8 bytes.
 
     Args:
         names: as the file system gives them (names that are not UTF-8 are kept).

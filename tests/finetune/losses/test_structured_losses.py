@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from finetune.losses.targets import TARGETS
 from skimage.metrics import structural_similarity
 from torch.nn import functional as F
 
-from finetune.heads import DepthOutput
-from finetune.least_squares import scale_and_shift_of_images
+from finetune.heads.output import DepthOutput
 from finetune.losses import (
     LOSSES,
     SSIM,
@@ -23,7 +23,7 @@ from finetune.losses import (
     WeightedLoss,
     nothing,
 )
-from finetune.losses.targets import TARGETS
+from finetune.losses.affine import align
 
 
 def random_maps(
@@ -123,7 +123,7 @@ def test_gradients_in_fp64(name: str) -> None:
 
 def test_alignment_is_the_least_squares_solution_of_each_image() -> None:
     prediction, target, valid = random_maps()
-    scale, shift = scale_and_shift_of_images(prediction.float(), target.float(), valid)
+    scale, shift = align(prediction.float(), target.float(), valid)
     for image in range(2):
         p, t = (maps[image][valid[image]].float().double().numpy() for maps in (prediction, target))
         solution = np.linalg.lstsq(np.stack((p, np.ones_like(p)), 1), t, rcond=None)[0]
@@ -132,8 +132,8 @@ def test_alignment_is_the_least_squares_solution_of_each_image() -> None:
 
 def test_alignment_far_from_the_origin_keeps_its_digits() -> None:
     prediction, target, valid = random_maps()
-    scale, _ = scale_and_shift_of_images(prediction, target, valid)
-    far, _ = scale_and_shift_of_images(1e6 + prediction, target, valid)
+    scale, _ = align(prediction, target, valid)
+    far, _ = align(1e6 + prediction, target, valid)
     torch.testing.assert_close(far, scale, rtol=1e-6, atol=0)
 
 
@@ -183,7 +183,7 @@ def test_gradient_matching_by_hand() -> None:
     assert GradientMatching(scales=2)(prediction, target, valid).item() == pytest.approx(10 / 8)
     # A hole takes two horizontal steps and a vertical one with it; 7 pixels are left, the fit is another.
     valid[..., 0, 1] = False
-    scale, shift = (float(value) for value in scale_and_shift_of_images(prediction, target, valid))
+    scale, shift = (float(value) for value in align(prediction, target, valid))
     residual = (scale * prediction + shift - target)[0, 0]
     steps = [abs(residual[0, 2] - residual[0, 3])]
     steps += [abs(residual[1, i + 1] - residual[1, i]) for i in range(3)]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import finetune.tasks.outputs
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,6 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import finetune.depth
-import finetune.tasks.outputs
 from finetune import DepthModel, load_depth_model
 from finetune.config import DepthConfig, DepthDataConfig, DepthModelConfig, DepthOptimConfig
 from finetune.depth import main
@@ -129,7 +129,7 @@ def test_every_option_of_augmentation_reaches_the_transform() -> None:
     }
     config = DepthConfig(
         encoder="resnet18",
-        data=DepthDataConfig("data", **given),
+        data=DepthDataConfig(root="data", **given),
         output_dir="runs",
         model=DepthModelConfig(min_depth=0.1, max_depth=9.0),
     )

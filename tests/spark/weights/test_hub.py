@@ -20,6 +20,7 @@ from finetune.model.prediction import predict_image
 from spark import load_encoder, save_encoder
 from spark.commands import export as export_encoder
 from spark.model.encoder import build_encoder
+from spark.report import card as cards
 from spark.weights import hub
 
 SCORES = {"delta1": 0.4857493933431284, "abs_rel": 0.28522287240372085, "rmse": 0.9946786980305087}
@@ -202,7 +203,7 @@ def test_results_of_evaluate(model: Path, tmp_path: Path, capsys) -> None:
     for content in ("{}", "{", "[]", '{"protocols": []}', '{"protocols": [{}]}'):
         file.write_text(content)
         assert "holds no results" in error_of(capsys, export_depth.main, *command)
-    (model.parent / "metrics.jsonl").write_text("{")
+    (model.parent / "metrics.jsonl").write_text("{\n{}\n")
     assert "one is damaged" in error_of(capsys, export_depth.main, *command[:4])
     assert not (tmp_path / "no").exists()
 
@@ -320,9 +321,9 @@ def test_a_card_is_of_the_step_of_the_weights(model: Path, tmp_path: Path) -> No
     assert card.data.to_dict()["base_model"] == "timm/resnet18.a1_in1k"  # which weights timm's name means
 
     pretrained = tmp_path / "pretrain"
-    then = hub.read_run(pretrained / "checkpoints" / "step_0000455", hub.PRETRAINING_MARK)
+    then = cards.read_record(pretrained / "checkpoints" / "step_0000455", cards.PRETRAINING_MARK)
     assert then is not None
-    table = hub.pretraining(then)
+    table = cards.pretraining(then)
     assert "| steps done | 455 |\n| loss of the last logged step | 0.7 |\n| weights | not averaged |" in table
     config = yaml.safe_load((pretrained / "config.yaml").read_text())
     config |= {"export_ema": True, "optim": {**config["optim"], "ema_decay": 0.999}}
