@@ -118,7 +118,7 @@ class ImageLoader:
             self._reader,
             self._collate,
             self._progress.division,
-            self._received,
+            self._received.clone(),
             batch_size=self._batch_size,
             buffer=self._data.shuffle_buffer,
             max_failures=int(allowed_failures(self._data.max_unreadable, self.shards)),

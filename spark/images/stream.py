@@ -84,43 +84,29 @@ class Division:
         return Division(self.shards, readers, self.seed, min(passes), left)
 
 
+@dataclass
 class Reader:
     """The endless stream of one reader.
 
     The rest of a shard that cannot be read, or breaks off, is skipped and noted in `failed_shards`.
 
-    Args:
+    Attributes:
         source: of the images.
         division: of its shards.
         reader: number of this reader.
-        state: [STATE], where to begin.
+        state: [STATE], where to begin; later behind the image that was given out last.
         buffer: images of a block.
-        max_failures: shards that may break off in a row, without an image between them.
-
-    Attributes:
-        state: [STATE], behind the image that was given out last.
+        max_failures: shards that may break off in a row, without an image between them; more raise a `UserError`.
         failed_shards: "SHARD: reason" of shards that were not read to their end.
-
-    Raises:
-        UserError: too many shards broke off in a row.
     """
 
-    def __init__(
-        self,
-        source: StreamedSource,
-        division: Division,
-        reader: int,
-        state: Sequence[int],
-        buffer: int,
-        max_failures: int,
-    ):
-        self.source = source
-        self.division = division
-        self.reader = reader
-        self.state = tuple(state)
-        self.buffer = buffer
-        self.max_failures = max_failures
-        self.failed_shards: list[str] = []
+    source: StreamedSource
+    division: Division
+    reader: int
+    state: Sequence[int]
+    buffer: int
+    max_failures: int
+    failed_shards: list[str] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Entry]:
         begin, taken = self.state[:3], self.state[3]
@@ -169,56 +155,40 @@ class Reader:
             number, turn = number + 1, 0
 
 
+@dataclass
 class StreamedBatches(IterableDataset):
     """The batches of one process: each of its loader processes is a reader, and they make micro-batches in turn.
 
-    Args:
+    Yields what `collate` makes, with `index` -1, and: `reader`, number of the reader in this process; `state`, [STATE]
+    behind this batch; `failed_shards`, "SHARD: reason" of shards that broke off meanwhile.
+
+    Attributes:
         source: of the images.
         reader: of the samples.
         collate: samples to a batch.
         division: of the shards over the readers of all processes.
         states: of the readers of this process, [readers of a process, STATE].
+        buffer: images that each reader shuffles.
         batch_size: images of a micro-batch.
+        stop: one past the last micro-batch.
+        start: first micro-batch.
         rank: number of this process.
         world_size: number of processes.
-        start: first micro-batch.
-        stop: one past the last one.
-        buffer: images that each reader shuffles.
         max_failures: see `Reader`.
-
-    Yields:
-        What `collate` makes, with `index` -1, and: `reader`, number of the reader in this process; `state`, [STATE]
-        behind this batch; `failed_shards`, "SHARD: reason" of shards that broke off meanwhile.
     """
 
-    def __init__(
-        self,
-        source: StreamedSource,
-        reader: SampleReader,
-        collate: Callable[[Sequence[dict[str, Any]]], dict[str, Any]],
-        division: Division,
-        states: Tensor,
-        *,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        start: int = 0,
-        stop: int,
-        buffer: int,
-        max_failures: int = 0,
-    ):
-        self.source = source
-        self.reader = reader
-        self.collate = collate
-        self.division = division
-        self.states = states.clone()
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.start = start
-        self.stop = stop
-        self.buffer = buffer
-        self.max_failures = max_failures
+    source: StreamedSource
+    reader: SampleReader
+    collate: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
+    division: Division
+    states: Tensor
+    buffer: int
+    batch_size: int
+    stop: int
+    start: int = 0
+    rank: int = 0
+    world_size: int = 1
+    max_failures: int = 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()

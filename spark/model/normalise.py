@@ -18,6 +18,9 @@ class Normalise(nn.Module):
 
     mean: Tensor
     std: Tensor
+    byte_scale: Tensor
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], fused: bool = False) -> None:
         super().__init__()

@@ -20,12 +20,8 @@ from spark.monitor.probes import (
     LabelledFiles,
     Preparation,
     PreparedImages,
-    accuracy,
-    choose_strength,
-    fit_linear,
-    knn_predict,
+    probe_scores,
     require_images_of_each_class,
-    standardise,
 )
 
 NEIGHBOURS = 20
@@ -155,7 +151,9 @@ class Monitor:
                     values["bn_drift"] = batch_norm_drift(self._statistics, statistics)
         self._statistics = statistics
         if watched.labels is not None and watched.train is not None and features.isfinite().all():
-            values |= probe_scores(features, watched.labels, watched.train)
+            k = min(NEIGHBOURS, int(watched.train.sum()))
+            scores = probe_scores(features, watched.labels, watched.train, [k], PROBE_STRENGTHS)
+            values |= {"knn": scores["knn"][str(k)], "linear": scores["linear"]["val"]}
         self._last = time.perf_counter() - begin
         self.seconds += self._last
         share = self.seconds / (time.perf_counter() - self._began)
@@ -259,18 +257,6 @@ def batch_norm_gap(encoder: nn.Module, images: Tensor) -> float:
         for handle in handles:
             handle.remove()
     return batch_norm_drift(known, seen)
-
-
-def probe_scores(features: Tensor, labels: Tensor, train: Tensor) -> dict[str, float]:
-    """Top-1 accuracies on the validation split of features [N, D]: `knn` and `linear`."""
-    known, asked = standardise(features[train], features[~train])
-    wanted = labels[~train]
-    k = min(NEIGHBOURS, len(known))
-    strength, _ = choose_strength(known, labels[train], PROBE_STRENGTHS, seed=0)
-    return {
-        "knn": float((knn_predict(known, labels[train], asked, [k])[k] == wanted.numpy()).mean()),
-        "linear": accuracy(fit_linear(known, labels[train], strength), asked, wanted),
-    }
 
 
 def collapse_warning(

@@ -179,9 +179,8 @@ def knn_predict(
         raise UserError(
             f"k {max(neighbours)} is more than the {len(train)} training images: give a smaller one"
         )
-    voters = KNeighborsClassifier(
-        metric="cosine", weights=lambda distance: np.exp((1 - distance) / TEMPERATURE)
-    )
+    weights: Any = lambda distance: np.exp((1 - distance) / TEMPERATURE)  # noqa: E731
+    voters = KNeighborsClassifier(metric="cosine", weights=weights)
     voters.fit(train.numpy(), labels.numpy())
     return {k: voters.set_params(n_neighbors=k).predict(queries.numpy()) for k in neighbours}
 
@@ -238,3 +237,42 @@ def choose_strength(
             }
         )
     return min(rows, key=lambda row: (-row["accuracy"], row["cross_entropy"]))["l2"], rows
+
+
+def probe_scores(
+    features: Tensor,
+    labels: Tensor,
+    train: Tensor,
+    neighbours: Sequence[int],
+    strengths: Sequence[float] = STRENGTHS,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Score frozen features on their validation split.
+
+    Args:
+        features: [N, D].
+        labels: [N].
+        train: [N] bool, True in the training split.
+        neighbours: numbers k of voters.
+        strengths: L2 strengths of the linear probe to choose from.
+        seed: of the images that are held out for this choice.
+
+    Returns:
+        Top-1 accuracies: `knn` by k, and `linear`, a dict with `val`, `train`, the chosen `l2`, whether L-BFGS
+        `converged`, and the scores on `held_out` images for each strength.
+    """
+    known, asked = standardise(features[train], features[~train])
+    predicted = knn_predict(known, labels[train], asked, neighbours)
+    strength, held_out = choose_strength(known, labels[train], strengths, seed)
+    model = fit_linear(known, labels[train], strength)
+    return {
+        "features": features.shape[1],
+        "knn": {str(k): float((predicted[k] == labels[~train].numpy()).mean()) for k in neighbours},
+        "linear": {
+            "val": accuracy(model, asked, labels[~train]),
+            "train": accuracy(model, known, labels[train]),
+            "l2": strength,
+            "converged": bool(max(model.n_iter_) < MAX_ITERATIONS),
+            "held_out": held_out,
+        },
+    }

@@ -176,10 +176,13 @@ def with_defaults(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """Options that differ between the config of a checkpoint and that of the run which continues from it."""
+    """Options that differ between the config of a checkpoint and that of the run which continues from it.
+
+    Options that only one of the two has belong to another version of this project, and are left out.
+    """
     lines = []
-    for name in [*before, *(name for name in now if name not in before)]:
-        old, new = before.get(name), now.get(name)
+    for name in (name for name in before if name in now):
+        old, new = before[name], now[name]
         if isinstance(old, dict) and isinstance(new, dict):
             lines += config_changes(old, new, f"{prefix}{name}.")
         elif old != new and prefix + name != "resume":

@@ -75,7 +75,9 @@ def help_text(cls: type[Options], description: str, wanted: str | None) -> str:
             option.name: option for option in every if option.name in cls.ESSENTIALS and not option.required
         }
         sections = {
-            "Required": sorted((o for o in every if o.required), key=lambda option: order.get(option.name, 99)),
+            "Required": sorted(
+                (o for o in every if o.required), key=lambda option: order.get(option.name, 99)
+            ),
             "Used most": [essential[name] for name in cls.ESSENTIALS if name in essential],
         }
         if not cls.ESSENTIALS:

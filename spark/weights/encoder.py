@@ -310,55 +310,46 @@ def read_encoder(
             encoder.pretrained_cfg = _own_preparation(in_chans or 3)  # type: ignore[assignment]
         return encoder, KeyReport()
 
-    def fit(encoder: nn.Module) -> KeyReport:
-        return fit_encoder(
-            found.tensors,
-            encoder,
-            source=found.label,
-            name=found.name,
-            ignored=found.ignored,
-            name_option=name_option,
-        )
-
-    channels = found.options["in_chans"]
-    if in_chans not in (None, channels):
-        for key in ("mean", "std"):
-            if key in found.preparation:
-                found.preparation[key] = adapt_statistics(found.preparation[key], in_chans)
+    about = {
+        "source": found.label,
+        "name": found.name,
+        "ignored": found.ignored,
+        "name_option": name_option,
+    }
+    stored = found.options["in_chans"]
+    channels = in_chans or stored
+    options = {**found.options, "in_chans": channels, **timm_kwargs}
+    preparation = found.preparation
+    if channels != stored:
+        for key in preparation.keys() & {"mean", "std"}:
+            preparation[key] = adapt_statistics(preparation[key], channels)
     if is_own(found.name):
-        encoder = build_encoder(
-            found.name, **{**found.options, "in_chans": in_chans or channels, **timm_kwargs}
-        )
+        encoder = build_encoder(found.name, **options)
         first = f"{first_convolution(encoder)}.weight"
         if first in found.tensors:
-            found.tensors[first] = adapt_input(found.tensors[first], in_chans or channels)
-        report = fit(encoder)
-        known = _own_preparation(in_chans or channels)
-        size = found.preparation.get("input_size", known["input_size"][1:])
-        encoder.pretrained_cfg = {**known, **found.preparation, "input_size": (in_chans or channels, *size)}  # type: ignore[assignment]
+            found.tensors[first] = adapt_input(found.tensors[first], channels)
+        report = fit_encoder(found.tensors, encoder, **about)
+        known = {**_own_preparation(channels), **preparation}
+        size = known["input_size"][-2:]
+        encoder.pretrained_cfg = {**known, "input_size": (channels, *size)}  # type: ignore[assignment]
         return encoder, report
     encoder = build_encoder(found.name, **found.options)
-    report = fit(encoder)
-    height, width = found.preparation.get("input_size", timm_config(encoder)["input_size"][1:])
-    preparation = {
-        **found.preparation,
-        "input_size": (channels, height, width),
-        "first_conv": first_convolution(encoder),
-    }
-    if features_only or timm_kwargs or in_chans not in (None, channels):
+    report = fit_encoder(found.tensors, encoder, **about)
+    size = preparation.get("input_size", timm_config(encoder)["input_size"][1:])
+    preparation["first_conv"] = first_convolution(encoder)
+    if features_only or options != found.options:
         # timm itself wraps and adapts: the weights go in as if they were its published ones
         weights = {"state_dict": encoder.state_dict(), "num_classes": 0, "label_offset": None}
         encoder = create_model(
             found.name,
             pretrained=True,
-            pretrained_cfg_overlay={**preparation, **weights},
+            pretrained_cfg_overlay={**preparation, "input_size": (stored, *size), **weights},
             features_only=features_only,
             num_classes=0,
-            **{**found.options, "in_chans": in_chans or channels, **timm_kwargs},
+            **options,
         )
         timm_config(encoder).pop("state_dict")
-        preparation["input_size"] = (in_chans or channels, height, width)
-    timm_config(encoder).update(preparation)
+    timm_config(encoder).update(preparation, input_size=(channels, *size))
     return encoder, report
 
 

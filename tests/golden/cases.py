@@ -338,7 +338,6 @@ DEPTH = {
             "data.rotation": 5,
             "data.colour": 1,
             "data.cut_depth": 0.5,
-            "data.cache": "true",
             "optim.frozen_epochs": 2,
             "optim.layer_decay": 0.8,
             "optim.ema_decay": 0.9,
@@ -585,13 +584,15 @@ def option_defaults(folder: Path) -> dict[str, Any]:
 
 
 def help_names(folder: Path) -> dict[str, Any]:
-    """Names of the options that `--help all` lists (tools print the same help for `--help`)."""
+    """Names of the options that `--help all` lists."""
     found: dict[str, Any] = {}
     for name, main in MAINS.items():
-        text = io.StringIO()
-        with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        printed = io.StringIO()
+        with contextlib.suppress(SystemExit), contextlib.redirect_stdout(printed):
             main(["--help", "all"])
-        found[name] = sorted(set(re.findall(r"^  (--[a-z][\w.]*)", text.getvalue(), re.MULTILINE)))
+        names = re.findall(r"^  (--[\w.]+)", printed.getvalue(), flags=re.MULTILINE)
+        assert names, name
+        found[name] = sorted(set(names))
     return found
 
 

@@ -24,7 +24,6 @@ from tests import depth_layouts
 from tests.depth_world import make_depth_world
 from tests.golden import tiny
 from tests.together import launched, together
-from tools import demo, demo_figure, depth_cost, protocol_table
 
 __all__ = [
     "CONFIGS",
@@ -64,9 +63,5 @@ MAINS = {
     "report": report.main,
     "compare": compare.main,
     "app": app.main,
-    "demo": demo.main,
-    "demo_figure": demo_figure.main,
-    "depth_cost": depth_cost.main,
     "doctor": doctor.main,
-    "protocol_table": protocol_table.main,
 }

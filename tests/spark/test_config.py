@@ -472,6 +472,11 @@ def test_an_average_that_is_not_kept_cannot_be_exported():
 
 
 def test_older_configs_are_compared_as_this_version_writes_them():
-    before = {"model": {"name": "resnet18"}, "data": {"train": "x", "gone": 1}, "output_dir": "y", "epochs": 5}
+    before = {
+        "model": {"name": "resnet18"},
+        "data": {"train": "x", "gone": 1},
+        "output_dir": "y",
+        "epochs": 5,
+    }
     now = config_dict(parse("--model.name=resnet18", "--data.train=x", "--output_dir=y"))
     assert config_changes(with_defaults(PretrainConfig, before), now) == ["epochs was 5, is 1600"]

@@ -27,13 +27,9 @@ from spark.monitor.probes import (
     TEMPERATURE,
     Preparation,
     PreparedImages,
-    accuracy,
-    choose_strength,
-    fit_linear,
-    knn_predict,
     list_labelled,
+    probe_scores,
     require_images_of_each_class,
-    standardise,
 )
 from spark.options import ProbeConfig
 from spark.training.accelerator import chosen_device
@@ -168,28 +164,6 @@ def extract_features(
 # ----------------------------------------------------------------------------------------------------
 
 
-def probe(
-    train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor, options: ProbeConfig
-) -> dict[str, Any]:
-    """Score features [N, D] with labels [N] on those of the validation split, [M, D] and [M]."""
-    train, val = standardise(train, val)
-    nearest = sorted(set(options.k))
-    predicted = knn_predict(train, train_labels, val, nearest)
-    strength, held_out = choose_strength(train, train_labels, options.l2, options.seed)
-    model = fit_linear(train, train_labels, strength)
-    return {
-        "features": train.shape[1],
-        "knn": {str(k): float((predicted[k] == val_labels.numpy()).mean()) for k in nearest},
-        "linear": {
-            "val": accuracy(model, val, val_labels),
-            "train": accuracy(model, train, train_labels),
-            "l2": strength,
-            "converged": bool(max(model.n_iter_) < MAX_ITERATIONS),
-            "held_out": held_out,
-        },
-    }
-
-
 def run(options: ProbeConfig, command: str) -> dict[str, Any]:
     """Probe every encoder; the output file is written anew after each. Returns its content."""
     device = chosen_device(options.device)
@@ -227,7 +201,7 @@ def run(options: ProbeConfig, command: str) -> dict[str, Any]:
         )
         train, labels = data.train[kept], data.labels[kept]
         require_images_of_each_class(data.classes, labels[train], labels[~train])
-        scores = probe(features[train], labels[train], features[~train], labels[~train], options)
+        scores = probe_scores(features, labels, train, sorted(set(options.k)), options.l2, options.seed)
         majority = labels[train].bincount().argmax()
         results["images"] = {"train": int(train.sum()), "val": int((~train).sum())}
         results["unreadable"] = dict(unreadable.reasons)

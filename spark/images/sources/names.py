@@ -2,13 +2,12 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
-from typing import overload
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 
-class Names(Sequence[str]):
+class Names:
     """An immutable list of file names as bytes one after another, and where each of them ends.
 
     In a Python list a name costs about a hundred bytes more than its length, and every loader process gets a copy,
@@ -30,17 +29,13 @@ class Names(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self):
             raise IndexError(index)
-        first = index % len(self)
-        return os.fsdecode(self._text[self._ends[first] : self._ends[first + 1]].tobytes())
+        return os.fsdecode(self._text[self._ends[index] : self._ends[index + 1]].tobytes())
 
     def digest(self) -> str:
         """SHA-256 of all names, each followed by a zero byte, which no name has."""

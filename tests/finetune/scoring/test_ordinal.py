@@ -1,6 +1,5 @@
 """Scores of relations between points, by hand."""
 
-
 import numpy as np
 import pytest
 

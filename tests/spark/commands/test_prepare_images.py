@@ -276,7 +276,9 @@ def test_refusals(photos, tmp_path, capsys):
 
     assert "holds other files already: name a new or empty folder" in refused(photos)
     assert "is a file: name a folder" in refused(photos / "0.jpg")
-    assert "quality must be a whole number from 1 to 100, got 0" in refused(tmp_path / "out", "--quality", "0")
+    assert "quality must be a whole number from 1 to 100, got 0" in refused(
+        tmp_path / "out", "--quality", "0"
+    )
     assert not (tmp_path / "out").exists()
     run(photos, tmp_path / "out")
     capsys.readouterr()

@@ -63,12 +63,12 @@ def test_the_vote_is_weighted():
     """One neighbour straight ahead outvotes two at a right angle: exp(1 / 0.07) is much more than 2 exp(0)."""
     train = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]).double()
     labels, query = torch.tensor([0, 1, 1]), torch.tensor([[2.0, 0.0]]).double()
-    predicted = probe.knn_predict(train, labels, query, [1, 3])
+    predicted = probing.knn_predict(train, labels, query, [1, 3])
     assert {k: found.tolist() for k, found in predicted.items()} == {1: [0], 3: [0]}
     # Two at 25 degrees outvote one at 20, for 2 exp(0.906 / 0.07) > exp(0.940 / 0.07); the nearest alone does not.
     angles = torch.tensor([20.0, 25.0, -25.0], dtype=torch.float64).deg2rad()
     train = torch.stack([angles.cos(), angles.sin()], dim=1)
-    predicted = probe.knn_predict(train, labels, query, [1, 3])
+    predicted = probing.knn_predict(train, labels, query, [1, 3])
     assert {k: found.tolist() for k, found in predicted.items()} == {1: [0], 3: [1]}
 
 
@@ -77,7 +77,7 @@ def test_the_vote_equals_a_plain_loop():
     train = torch.randn(60, 4, generator=generator, dtype=torch.float64)
     labels = torch.randint(0, 5, (60,), generator=generator)
     queries = torch.randn(1100, 4, generator=generator, dtype=torch.float64)  # more than one chunk
-    predicted = probe.knn_predict(train, labels, queries, [1, 7, 60])
+    predicted = probing.knn_predict(train, labels, queries, [1, 7, 60])
     for k, found in predicted.items():
         assert found.shape == (1100,)
         for query, answer in list(zip(queries.numpy(), found.tolist(), strict=True))[::37]:
@@ -93,7 +93,7 @@ def test_the_vote_equals_a_plain_loop():
 def test_statistics_are_those_of_the_training_split():
     train = torch.tensor([[1.0, 5.0, 0.0], [3.0, 5.0, 0.0]])
     val = torch.tensor([[4.0, 6.0, 2.0]])
-    a, b = probe.standardise(train, val)
+    a, b = probing.standardise(train, val)
     assert a.tolist() == [[-1, 0, 0], [1, 0, 0]]  # a constant feature is 0, not 0 / 0
     assert b.tolist() == [[2, 1, 2]]
 
@@ -115,10 +115,10 @@ def test_logistic_regression_reaches_the_optimum_that_scipy_finds():
         )
 
     best = scipy.optimize.minimize(objective, np.zeros(27), tol=1e-12).x
-    model = probe.fit_linear(features, labels, strength)
+    model = probing.fit_linear(features, labels, strength)
     assert max(model.n_iter_) < probe.MAX_ITERATIONS
     np.testing.assert_allclose(model.coef_, best[:24].reshape(3, 8), atol=1e-4)
-    assert probe.accuracy(model, features, labels) == pytest.approx(
+    assert probing.accuracy(model, features, labels) == pytest.approx(
         ((x @ best[:24].reshape(3, 8).T + best[24:]).argmax(1) == y).mean()
     )
 
@@ -133,12 +133,15 @@ def test_two_classes_are_penalised_as_softmax_penalises_them():
         return float(np.logaddexp(0, -margins).mean() + strength / 2 * 2 * (parameters[:8] ** 2).sum())
 
     best = scipy.optimize.minimize(objective, np.zeros(9), tol=1e-12).x
-    np.testing.assert_allclose(probe.fit_linear(features, labels, strength).coef_[0], 2 * best[:8], atol=1e-4)
+    np.testing.assert_allclose(
+        probing.fit_linear(features, labels, strength).coef_[0], 2 * best[:8], atol=1e-4
+    )
 
 
 def linear_scores(train, train_labels, val, val_labels, seed=0):
-    options = ProbeConfig(encoder=["x"], data="x", output="x", seed=seed)
-    return probe.probe(train, train_labels, val, val_labels, options)["linear"]
+    features, labels = torch.cat([train, val]), torch.cat([train_labels, val_labels])
+    is_train = torch.arange(len(labels)) < len(train_labels)
+    return probing.probe_scores(features, labels, is_train, [10, 20], seed=seed)["linear"]
 
 
 def test_separable_classes_are_told_apart_and_random_labels_are_not():
@@ -171,7 +174,7 @@ def test_the_held_out_tenth_is_of_every_class_and_of_the_seed(monkeypatch):
     labels = torch.tensor([0] * 30 + [1] * 50 + [2] * 2)
     features = torch.arange(82.0).double()[:, None]
     for seed in (0, 0, 1):
-        probe.choose_strength(features, labels, [1.0], seed)
+        probing.choose_strength(features, labels, [1.0], seed)
     held_out = [labels[sorted(set(range(82)) - {int(x) for x in rows})].tolist() for rows in fitted]
     assert held_out == [[0] * 3 + [1] * 5 + [2]] * 3
     assert fitted[0] == fitted[1] != fitted[2]

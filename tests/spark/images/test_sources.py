@@ -71,8 +71,6 @@ def test_names_are_kept_as_they_are():
     given = ["a.png", "", "ä b.jpg", os.fsdecode(b"caf\xe9.png"), "x" * 300]
     names = Names(given)
     assert list(names) == given
-    assert names[-1] == given[-1]
-    assert names[1:4] == given[1:4]
     with pytest.raises(IndexError):
         names[5]
     assert Names(iter(given)).digest() == names.digest() != Names(given[::-1]).digest()
@@ -185,7 +183,7 @@ def test_pattern_of_images(tmp_path):
     with pytest.raises(ValueError, match="are not balanced"):
         opened(tmp_path / "{a,c")
     write_shard(tmp_path / "c" / "s.tar", {"1.png": png(1)})
-    with pytest.raises(ValueError, match="fits 1 tar shards and 1 images: name one kind only"):
+    with pytest.raises(ValueError, match="matches 1 tar shards and 1 images: name one kind only"):
         opened(tmp_path / "c" / "*")
 
 
