@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import finetune.tasks.outputs
 import numpy as np
 import pytest
 import torch
