@@ -9,7 +9,6 @@
     python tools/benchmark.py scaling --mask_ratio 0.6 --processes 1 2 4 --csv processes.csv
     python tools/benchmark.py loader --data ~/photos                       # images/s per core of reading and augmenting
     python tools/benchmark.py distillation                     # depth: what the segmentation decoder costs in training
-    python tools/benchmark.py cache --data NYU --list nyu_val.txt          # depth: reading pairs, decoded or cached
     python tools/benchmark.py scoring                          # depth: scoring predictions, protocol by protocol
     python tools/benchmark.py layouts --csv spark/sparse/measured.csv      # the table behind `layout="auto"`
 
@@ -58,7 +57,7 @@ from spark.sparse import LAYOUTS, MissingRuleError
 from spark.sparse.choice import device_name
 from spark.training.accelerator import usable_cores
 
-APART = ("loader", "distillation", "cache", "scoring")
+APART = ("loader", "distillation", "scoring")
 """Commands with options of their own, in which SparK takes no part or trains nothing."""
 
 CASE = {
@@ -294,25 +293,6 @@ def add_depth_commands(commands: Any) -> None:
         "--precision", choices=["fp32", "bf16"], default="fp32", help="of training (default: fp32)"
     )
 
-    about = "pairs/s of the depth loader in one process, decoding or from data.cache, and of the training it feeds"
-    command = commands.add_parser("cache", help=about, description=about)
-    command.add_argument("--data", type=Path, required=True, help="data set of depth, as data.root of a run")
-    command.add_argument(
-        "--list", help="list of the pairs, as data.list; all of them are cached, so a short one will do"
-    )
-    command.add_argument(
-        "--config",
-        nargs="+",
-        default=["unetpp_nyu_128x160", "lraspp_nyu"],
-        help="names of run cards in configs/depth (default: unetpp_nyu_128x160 lraspp_nyu)",
-    )
-    command.add_argument(
-        "--batches",
-        type=whole_number(1),
-        default=2,
-        help="batches of a turn, in the card's size (default: 2)",
-    )
-
     about = "seconds that scoring predictions takes under a protocol, without making them or reading files"
     command = commands.add_parser("scoring", help=about, description=about)
     command.add_argument(
@@ -331,7 +311,7 @@ def add_depth_commands(commands: Any) -> None:
         metavar="HxW",
         help="size of the predictions [px]; ground truth has 480x640 (default: 480x640)",
     )
-    for name in ("distillation", "cache", "scoring"):
+    for name in ("distillation", "scoring"):
         command = commands.choices[name]
         command.add_argument(
             "--threads",
@@ -494,11 +474,10 @@ def check(options: argparse.Namespace) -> None:
         folder = next(parent for parent in file.absolute().parents if parent.exists())
         if file.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
             raise UserError(f"{file} cannot be written: name a file in a folder that you may write to")
-    if options.command in ("distillation", "cache"):
+    if options.command == "distillation":
         from benchmarks.depth import read_card  # depth's packages take seconds to import
 
-        for card in [options.config] if options.command == "distillation" else options.config:
-            read_card(card, "resnet18", data_root=".")
+        read_card(options.config, "resnet18", data_root=".")
     if options.command in APART:
         return
     if options.official is not None:
@@ -526,15 +505,12 @@ def measurements(options: argparse.Namespace) -> Iterator[list[dict[str, str]]]:
         torch.set_num_threads(options.threads)
         yield scoring_rows(options.protocol, options.images, options.size, options.rounds)
         return
-    if options.command in ("distillation", "cache"):
-        from benchmarks.depth import cache_rows, distillation_rows
+    if options.command == "distillation":
+        from benchmarks.depth import distillation_rows
 
         torch.set_num_threads(options.threads)
-        if options.command == "cache":
-            yield cache_rows(options.data, options.list, options.config, options.batches, options.rounds)
-        else:
-            given = (options.config, options.encoder, options.size, options.batch, options.precision)
-            yield distillation_rows(*given, options.rounds)
+        given = (options.config, options.encoder, options.size, options.batch, options.precision)
+        yield distillation_rows(*given, options.rounds)
         return
     for case in cases(options):
         set_up_torch(case)

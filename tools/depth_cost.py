@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from finetune.model.segmentation import attach_segmentation
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from finetune import DepthModel
 from finetune.config import DepthConfig
 from finetune.losses import WeightedLoss
-from finetune.model.segmentation import attach_segmentation
 from spark.files import write_whole
 from spark.training.cli import parse_config
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from finetune.report import DEPTH
 from spark.commands import report
 from spark.report import PRETRAINING
+from spark.training.cli import start
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -13,4 +14,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -36,6 +36,7 @@ from spark.report import (
 )
 from spark.report.page import Cell, Section, Table, Text
 from spark.report.sections import named, plain_path
+from spark.training.cli import start
 from spark.training.log import format_duration
 
 
@@ -169,4 +170,4 @@ def main(argv: Sequence[str] | None = None, kinds: Sequence[RunKind] = (PRETRAIN
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

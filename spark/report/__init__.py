@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from spark.report.environment import environment, record_environment
 from spark.report.page import render, write_page
 from spark.report.pretraining import PRETRAINING
 from spark.report.runs import Run, RunKind, read_run
 from spark.report.sections import environments, events, settings
+from spark.training.environment import environment
 
 __all__ = [
     "PRETRAINING",
@@ -17,7 +17,6 @@ __all__ = [
     "events",
     "pretraining_page",
     "read_run",
-    "record_environment",
     "render",
     "run_page",
     "settings",

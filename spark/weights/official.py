@@ -29,12 +29,12 @@ from spark.errors import FileError, UserError
 from spark.model.encoder import (
     first_convolution,
     input_channels,
-    is_own,
     pyramid_info,
     require_timm_name,
     timm_config,
     unreached_parameters,
 )
+from spark.model.names import is_own
 from spark.model.spark import SparK
 from spark.weights.channels import adapt_input, adapt_output
 from spark.weights.keys import KeyReport, fit, some

@@ -3,7 +3,6 @@
 Commands run in this process, in the folder, with relative paths, so that nothing they record names a machine.
 """
 
-import argparse
 import contextlib
 import csv
 import dataclasses
@@ -339,7 +338,6 @@ DEPTH = {
             "data.rotation": 5,
             "data.colour": 1,
             "data.cut_depth": 0.5,
-            "data.cache": "true",
             "optim.frozen_epochs": 2,
             "optim.layer_decay": 0.8,
             "optim.ema_decay": 0.9,
@@ -585,37 +583,16 @@ def option_defaults(folder: Path) -> dict[str, Any]:
     return {name: defaults(cls) for name, cls in CONFIGS.items()}
 
 
-OF_THE_PARSER = re.compile(r"--print_shtab|--.*(\+|\.help)")
-"""Options that versions of jsonargparse add."""
-
-
-def names_of(parser: argparse.ArgumentParser) -> list[str]:
-    """Every option, and positional arguments in capitals; those of a subcommand behind its name."""
-    names = []
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            names += [f"{key} {name}" for key, sub in action.choices.items() for name in names_of(sub)]
-        else:
-            names += action.option_strings or [action.dest.upper()]
-    return sorted({name for name in names if not OF_THE_PARSER.fullmatch(name)})
-
-
 def help_names(folder: Path) -> dict[str, Any]:
-    """Names of the options that `--help` lists."""
+    """Names of the options that `--help all` lists."""
     found: dict[str, Any] = {}
-    original = argparse.ArgumentParser.print_help
     for name, main in MAINS.items():
-
-        def note(parser: argparse.ArgumentParser, file: Any = None, name: str = name) -> None:
-            found[name] = names_of(parser)
-
-        argparse.ArgumentParser.print_help = note  # type: ignore[method-assign]
-        try:
-            with contextlib.suppress(SystemExit):
-                main(["--help"])
-        finally:
-            argparse.ArgumentParser.print_help = original  # type: ignore[method-assign]
-        assert name in found, name
+        printed = io.StringIO()
+        with contextlib.suppress(SystemExit), contextlib.redirect_stdout(printed):
+            main(["--help", "all"])
+        names = re.findall(r"^  (--[\w.]+)", printed.getvalue(), flags=re.MULTILINE)
+        assert names, name
+        found[name] = sorted(set(names))
     return found
 
 

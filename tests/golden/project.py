@@ -6,14 +6,12 @@
 from finetune import DepthModel, load_depth_model
 from finetune.commands import app, compare, doctor, report
 from finetune.commands import export as export_depth
-from finetune.commands.calibrate import CalibrateConfig
 from finetune.commands.calibrate import main as calibrate
 from finetune.config import DepthConfig
 from finetune.depth import main as train_depth
 from finetune.depth_data import open_depth_data
-from finetune.evaluate import EvaluationConfig
 from finetune.evaluate import main as evaluate
-from finetune.predict import PredictConfig
+from finetune.options import CalibrateConfig, EvaluationConfig, PredictConfig
 from finetune.predict import main as predict
 from finetune.protocols import PROTOCOLS
 from spark import SparK, load_encoder, save_encoder
@@ -26,7 +24,6 @@ from tests import depth_layouts
 from tests.depth_world import make_depth_world
 from tests.golden import tiny
 from tests.together import launched, together
-from tools import demo, demo_figure, depth_cost, protocol_table
 
 __all__ = [
     "CONFIGS",
@@ -66,9 +63,5 @@ MAINS = {
     "report": report.main,
     "compare": compare.main,
     "app": app.main,
-    "demo": demo.main,
-    "demo_figure": demo_figure.main,
-    "depth_cost": depth_cost.main,
     "doctor": doctor.main,
-    "protocol_table": protocol_table.main,
 }

@@ -23,7 +23,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import spark.training.checkpoint
 from spark import outputs, pretrain
-from spark.assembly import checkpoint_activations, default_betas, try_forward
 from spark.config import PretrainConfig
 from spark.images.batches import MaskedBatches
 from spark.images.sources import open_source, remote
@@ -31,6 +30,7 @@ from spark.model.spark import SparK
 from spark.monitor.measures import Monitor
 from spark.monitor.watch import build_monitor
 from spark.sparse import PACKED
+from spark.task import checkpoint_activations, default_betas, try_forward
 from spark.training.cli import parse_config
 from spark.training.guard import Guard
 from spark.training.log import RunLog, read_rows

@@ -1,38 +1,28 @@
-"""Two costs of depth training: of the segmentation decoder that only training has, and of reading pairs.
+"""What the segmentation decoder, which only training has, costs depth training.
 
-- `distillation`: training steps of one model `with` and `without` the segmentation loss of its run card; on equal
-  weights both must first predict the same depth and have the same value of every other loss.
-- `cache`: passes over the same batches of the loader of finetune/depth.py in one process, which must `decode` the files
-  or finds them in a `cache` (`data.cache`), bit for bit the same; and the training `step`s of as many batches. The
-  files are few and read before, so they come from the system's cache: this is the work of a core, not of a disk.
-
-A training step is forward, losses, backward, clipping and the optimizer's update, all as the run card has them.
+Training steps of one model `with` and `without` the segmentation loss of its run card; on equal weights both must first
+predict the same depth and have the same value of every other loss. A training step is forward, losses, backward,
+clipping and the optimizer's update, all as the run card has them.
 """
 
 import platform
 import statistics
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from depth_cost import CARDS, named_encoder
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.timing import interleaved, summary
 from finetune.config import DepthConfig
-from finetune.depth_data import MixedSampler, TrainingMix, check_room, collate_depth, fill
 from finetune.losses import WeightedLoss
-from finetune.protocols import get_protocol
-from finetune.tasks.build import add_segmentation, build_model, cached, open_data
+from finetune.tasks.build import add_segmentation, build_model
 from spark.errors import UserError
 from spark.sparse.choice import device_name
-from spark.training.accelerator import usable_cores
 from spark.training.cli import parse_config
 from spark.training.optim import build_optimizer, parameter_groups
 
@@ -209,109 +199,6 @@ def cost_text(times: Sequence[float], base: Sequence[float]) -> dict[str, str]:
         "cost_quartile_low": f"{low:.3f}",
         "cost_quartile_high": f"{high:.3f}",
     }
-
-
-def cache_rows(
-    data: Path, pair_list: str | None, cards: Sequence[str], batches: int, rounds: int
-) -> list[dict[str, str]]:
-    """A row for each card and contender: pairs/s of reading with and without a cache, and of training.
-
-    Args:
-        data: where the pairs lie, as `data.root`.
-        pair_list: list of the pairs, all of which the cache holds; None for a layout without lists.
-        cards: of configs/depth; their sizes, augmentation, losses and batch count.
-        batches: of a turn.
-        rounds: timed turns of each contender.
-
-    Raises:
-        ValueError: no such card or pairs, or the cache gives other batches than the files.
-        OSError: no room for the cache.
-    """
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for card in cards:
-            given = {"data_root": data, "data_list": pair_list or "null", "data_val_list": "null"}
-            config = read_card(card, "resnet18", **given)
-            batch = config.optim.batch_size
-            training = Training(config, config.losses)
-            config.data.mean, config.data.std = training.model.mean, training.model.std
-            loaders = {"decode": loader_of(config, batches)}
-            config.data.cache = folder
-            loaders["cache"] = loader_of(config, batches)
-            examples = check_batches(loaders)
-            training.criterion.check(training.model.head.outputs, examples[0])
-            turns: dict[str, Callable[[], object]] = {
-                **{name: partial(read_all, loader) for name, loader in loaders.items()},
-                "step": partial(train_all, training, examples),
-            }
-            seconds = interleaved(turns, rounds, "cpu")
-            threads = {"decode": 1, "cache": 1, "step": torch.get_num_threads()}
-            rows += [
-                {
-                    "kind": "cache",
-                    "config": card,
-                    "encoder": config.encoder,
-                    "head": config.model.head,
-                    "data": data.resolve().name,
-                    "contender": name,
-                    "base": "decode",
-                    "batch": str(batch),
-                    "height": str(config.data.crop_size[0]),
-                    "width": str(config.data.crop_size[1]),
-                    "precision": config.precision,
-                    "threads": str(threads[name]),
-                    "device": device_name("cpu"),
-                    **summary(times, seconds["decode"], batches * batch),
-                    # How many cores must read for one model that trains on `threads` of them.
-                    "cores_to_keep_up": ""
-                    if name == "step"
-                    else f"{statistics.median(t / s for t, s in zip(times, seconds['step'], strict=True)):.3f}",
-                    "rounds": str(rounds),
-                    **versions(),
-                }
-                for name, times in seconds.items()
-            ]
-    return rows
-
-
-def loader_of(config: DepthConfig, batches: int) -> DataLoader:
-    """The loader of a run in one process without workers, its cache filled: a pass is the first `batches` batches."""
-    pairs: TrainingMix = open_data(config, get_protocol(config.protocol))[0]
-    caches = cached(pairs, None)
-    check_room(caches)
-    fill(caches, usable_cores(), 0.0, lambda line: None)
-    stream = MixedSampler(pairs, config.optim.batch_size, stop=batches)
-    return DataLoader(pairs, batch_sampler=stream, collate_fn=collate_depth)
-
-
-def check_batches(loaders: Mapping[str, DataLoader]) -> list[Batch]:
-    """The batches of a pass, which must be the same of all loaders.
-
-    Raises:
-        ValueError: a file cannot be read, or batches differ.
-    """
-    passes = {name: list(loader) for name, loader in loaders.items()}
-    for decoded, kept in zip(passes["decode"], passes["cache"], strict=True):
-        if decoded["failed"]:
-            raise UserError(f"{decoded['failed'][0]}: name a list without it")
-        tensors = [key for key, value in decoded.items() if isinstance(value, Tensor)]
-        if not all(torch.equal(decoded[key], kept[key]) for key in tensors):
-            raise UserError(
-                f"{decoded['name'][0]}: its batch from the cache is another one, nothing is measured"
-            )
-    return passes["decode"]
-
-
-def read_all(loader: DataLoader) -> None:
-    """A pass over a loader."""
-    for _ in loader:
-        pass
-
-
-def train_all(training: Training, batches: Sequence[Batch]) -> None:
-    """A step on each batch."""
-    for batch in batches:
-        training.step(batch)
 
 
 def versions() -> dict[str, str]:

@@ -1,35 +1,98 @@
-"""Depth of whole images of any size: presented to the model at the size it knows, in batches or in tiles, resized back.
+"""Depth of photos of any size: shown to the model at the size it knows, whole or in tiles, and resized back.
 
-Tiles: each shows the model a part of the image larger than it would see it. What it says of a part has another scale
-(a part looks like a nearer scene), so every tile is fitted to the prediction for the whole image by scale and shift (of
-ln depth; of inverse depth for a head without metres). What still differs over an eighth of a tile and more is taken
-from the whole image, for a part tells less of the shape of a room. Tiles are averaged with weights that fall to 0 at
-their edges: no seams, the whole image's depth, and the tiles' detail.
+A tile shows the model a region of the photo larger than the whole photo would. The model gives a region another scale
+(it looks like a nearer scene), so every tile is fitted to the prediction for the whole photo by scale and
+shift (of ln depth; of inverse depth for a head without metres). What still differs over an eighth of a tile and more is
+taken from the whole photo, for a region tells less of the shape of a room. Tiles are averaged with weights that fall to
+0 at their edges: no seams, the depth of the whole photo, and the detail of the tiles.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 import torch
+from PIL import Image, ImageOps
+from torch import Tensor
 from torch.nn import functional as F
 
-from finetune.model.depth_model import DepthModel
-from finetune.protocols import Protocol
-from finetune.scoring.score import predict_depth, transform_of
+from finetune.depth_data.transforms import EvalTransform
+from finetune.heads.output import DepthOutput
 from spark.errors import UserError
+from spark.images.decode import MAX_PIXELS, RawPicture, describe_failure, read_image
+
+if TYPE_CHECKING:
+    from finetune.model.depth_model import DepthModel
 
 OVERLAP = 0.25
-"""Least part of a tile that it shares with its neighbour."""
+"""Least share of a tile that its neighbour covers too."""
 CELLS = 8
-"""Parts of a tile's side; over one and more the prediction for the whole image counts."""
+"""Cells along a side of a tile; over a cell and more the prediction for the whole photo counts."""
 SLOPES = (0.5, 2.0)
-"""A tile whose contrast of depth has to be changed by more than this to fit is fitted by this."""
+"""Limits of the factor on the contrast of a tile's depth."""
+
+
+def read_photo(photo: str | Path | Image.Image | np.ndarray, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """A photo as upright RGB, uint8 [H, W, 3].
+
+    Args:
+        photo: A file, a PIL image of any mode, or pixels, uint8 [H, W, 3] (RGB) or [H, W] (grey).
+        max_pixels: Files with more are refused.
+
+    Raises:
+        UserError: It cannot be read as an image; "PATH: REASON" of a file.
+    """
+    if isinstance(photo, np.ndarray):
+        return RawPicture(photo).pixels()
+    if isinstance(photo, Image.Image):
+        return np.asarray(ImageOps.exif_transpose(photo).convert("RGB"))
+    try:
+        return np.asarray(read_image(photo, max_pixels))
+    except Exception as error:  # Pillow raises a dozen kinds for a damaged file
+        raise UserError(describe_failure(photo, error)) from error
+
+
+def transform_of(model: "DepthModel", image_size: tuple[int, int] | None = None) -> EvalTransform:
+    """The image preparation that a model asks for, at its own size unless another (H, W) is given."""
+    size = image_size or model.image_size
+    if size is None:
+        raise UserError(
+            "the model does not record an image_size: give the size [height, width] at which it sees images."
+        )
+    return EvalTransform(size, model.mean, model.std)
+
+
+@torch.inference_mode()
+def predicted_maps(model: "DepthModel", images: Tensor, wanted: Collection[bool]) -> dict[bool, np.ndarray]:
+    """One forward in evaluation mode, after which the model returns to its mode.
+
+    Args:
+        model: On any device.
+        images: [B, 3, H, W], normalised as the model expects.
+        wanted: Which maps: inverse depth (True), metres (False).
+
+    Returns:
+        The wanted maps, float32 [B, h, w].
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        output: DepthOutput = model(images.to(next(model.parameters()).device))
+    finally:
+        model.train(was_training)
+    found = {}
+    for inverse in wanted:
+        values = output.disparity() if inverse else output.depth
+        assert values is not None
+        found[inverse] = values[:, 0].float().cpu().numpy()
+    return found
 
 
 def predict_image(
-    model: DepthModel,
+    model: "DepthModel",
     image: np.ndarray,
     image_size: tuple[int, int] | None = None,
     flip_average: bool = False,
@@ -55,7 +118,7 @@ def predict_image(
 
 
 def predict_images(
-    model: DepthModel,
+    model: "DepthModel",
     images: Sequence[np.ndarray],
     image_size: tuple[int, int] | None = None,
     flip_average: bool = False,
@@ -72,7 +135,7 @@ def predict_images(
 
 
 def seen_depths(
-    model: DepthModel,
+    model: "DepthModel",
     images: Sequence[np.ndarray],
     image_size: tuple[int, int] | None = None,
     flip_average: bool = False,
@@ -84,9 +147,12 @@ def seen_depths(
         raise UserError(f"images of one batch are presented at one size, these at {sorted(sizes)}")
     transform = transform_of(model, sizes.pop())
     prepared = torch.stack([transform.prepare(image) for image in images])
-    limits = model.depth_range.min_depth, model.depth_range.max_depth
-    plain = Protocol("predict", "", *limits, flip_average=flip_average)
-    return [depth.astype(np.float32) for depth in predict_depth(model, prepared, plain)]
+    inverse = "depth" not in model.outputs
+    depths = predicted_maps(model, prepared, [inverse])[inverse]
+    if flip_average:
+        mirrored = predicted_maps(model, prepared.flip(-1), [inverse])[inverse][..., ::-1]
+        depths = ((depths.astype(np.float64) + mirrored) / 2).astype(np.float32)
+    return list(depths)
 
 
 def fitted_size(image: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int]:
@@ -116,7 +182,7 @@ def tile_side(length: int, tiles: int) -> int:
 
 
 def _tiled(
-    model: DepthModel,
+    model: "DepthModel",
     image: np.ndarray,
     whole: np.ndarray,
     image_size: tuple[int, int] | None,

@@ -12,8 +12,9 @@ import timm
 import torch
 
 from spark.files import write_whole
-from spark.report.runs import ENVIRONMENT
 from spark.training.accelerator import usable_cores
+
+ENVIRONMENT = "environment.json"
 
 
 def environment() -> dict[str, Any]:
