@@ -18,6 +18,7 @@ from PIL import Image
 from torch.nn import functional
 
 from spark.commands import prepare as prepare_images
+from spark.commands.work import prepare as work
 from spark.images.dataset import SampleReader, UnlabeledImages
 from spark.images.sources import open_source, open_stream
 from spark.images.transform import PretrainTransform
@@ -99,7 +100,7 @@ def test_finished_shards_are_kept_and_missing_ones_are_written(photos, tmp_path)
     whole = run(photos, output)
     contents = {path.name: path.read_bytes() for path in output.glob("*.tar")}
     (output / "000001.tar").unlink()
-    prepare_images.note_of(output, 1).unlink()
+    work.note_of(output, 1).unlink()
     (output / "report.json").unlink()
     (output / "000000.tar").write_bytes(b"untouched")
     assert run(photos, output) == whole
@@ -110,12 +111,12 @@ def test_finished_shards_are_kept_and_missing_ones_are_written(photos, tmp_path)
 def test_a_shard_that_fails_leaves_nothing(photos, tmp_path, monkeypatch):
     source, _ = open_source(str(photos), "unused")
     (tmp_path / "out").mkdir()
-    settings = prepare_images.Settings(7, source.digest(), 64, 1, 90, 7, 10**9, 3)
+    settings = work.Settings(7, source.digest(), 64, 1, 90, 7, 10**9, 3)
     monkeypatch.setattr(
         os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     with pytest.raises(OSError, match="No space"):
-        prepare_images.write_shard(source, settings, tmp_path / "out", 0)
+        work.write_shard(source, settings, tmp_path / "out", 0)
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -275,7 +276,7 @@ def test_refusals(photos, tmp_path, capsys):
 
     assert "holds other files already: name a new or empty folder" in refused(photos)
     assert "is a file: name a folder" in refused(photos / "0.jpg")
-    assert "--quality lies in 1..100, not 0" in refused(tmp_path / "out", "--quality", "0")
+    assert "quality must be a whole number from 1 to 100, got 0" in refused(tmp_path / "out", "--quality", "0")
     assert not (tmp_path / "out").exists()
     run(photos, tmp_path / "out")
     capsys.readouterr()

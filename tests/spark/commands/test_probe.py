@@ -188,7 +188,8 @@ def test_the_held_out_tenth_is_of_every_class_and_of_the_seed(monkeypatch):
 def test_features_are_averages_of_the_maps_in_eval_mode(folder, tmp_path, level, strides):
     options = parse_config(
         ProbeConfig,
-        ["--encoder", "x", "--data", str(folder), "--output", "x", "--level", level, "--size", "64", "96"]
+        ["--encoder", "x", "--data", str(folder), "--output", "x", "--level", level, "--size", "64", "96"],
+        "",
     )
     candidate = work.open_candidate("test_resnet", options)
     assert [each.stride for each in candidate.levels] == strides

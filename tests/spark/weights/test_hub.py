@@ -16,7 +16,7 @@ from finetune import DepthModel, load_depth_model
 from finetune.commands import export as export_depth
 from finetune.model.calibration import Calibration
 from finetune.model.depth_model import write_calibration
-from finetune.predict import predict_image
+from finetune.model.prediction import predict_image
 from spark import load_encoder, save_encoder
 from spark.commands import export as export_encoder
 from spark.model.encoder import build_encoder
