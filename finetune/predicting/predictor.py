@@ -51,7 +51,7 @@ class Predictor:
         if not self.metric and (wrong := [name for name in self.image_formats if name in NEED_METRES]):
             raise UserError(
                 f"formats {', '.join(wrong)} need metres, which head {model.head_name} does not give: leave them out,"
-                " or calibrate the model with a few known distances (finetune/commands/calibrate.py)"
+                " or calibrate the model with a few known distances (spark-calibrate)"
             )
         if config.camera is not None:
             known_camera(config.camera, (1, 1))  # a wrong one is refused before anything is written

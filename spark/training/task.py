@@ -55,6 +55,7 @@ class Task(ABC):
         compiled: forward and backward pass go through torch.compile.
         idle_reason: why a micro-batch may have nothing to learn from.
         unit: what a sample is, in the plural.
+        entry: module of the command that starts it, such as "spark.pretrain".
         product: what `export` writes, in one word.
         product_folder: where, inside the folder of the run.
     """
@@ -69,6 +70,7 @@ class Task(ABC):
     compiled = False
     idle_reason = ""
     unit = "samples"
+    entry: str
     product = "model"
     product_folder = "model"
 

@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 
 from spark import save_encoder
-from spark.commands.probe import main
-from spark.commands.work import probe
+from spark.commands import probe
+from spark.commands.work import probe as work
 from spark.model.encoder import pyramid, pyramid_info
 from spark.monitor import probes as probing
 from spark.options import ProbeConfig
+from spark.training.cli import parse_config
 from spark.training.skipped import UnreadableImages
 
 COLOURS = {"green": (40, 200, 60), "red": (210, 40, 50)}
@@ -44,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(data: Path, output: Path, *more: str, encoders: tuple[str, ...] = ("test_resnet",)) -> dict:
     small = ["--size", "64", "--k", "3", "1", "3", "--l2", "1e-3", "1", "--device", "cpu"]
-    main(["--encoder", *encoders, "--data", str(data), "--output", str(output), *small, *more])
+    probe.main(["--encoder", *encoders, "--data", str(data), "--output", str(output), *small, *more])
     return json.loads(output.read_text())
 
 
@@ -185,8 +186,12 @@ def test_the_held_out_tenth_is_of_every_class_and_of_the_seed(monkeypatch):
 
 @pytest.mark.parametrize(("level", "strides"), [("deepest", [32]), ("8", [8]), ("all", [2, 4, 8, 16, 32])])
 def test_features_are_averages_of_the_maps_in_eval_mode(folder, tmp_path, level, strides):
-    options = ProbeConfig(encoder=["x"], data=str(folder), output="x", level=level, size=(64, 96))
-    candidate = probe.open_candidate("test_resnet", options)
+    options = parse_config(
+        ProbeConfig,
+        ["--encoder", "x", "--data", str(folder), "--output", "x", "--level", level, "--size", "64", "96"],
+        "",
+    )
+    candidate = work.open_candidate("test_resnet", options)
     assert [each.stride for each in candidate.levels] == strides
     files = probing.list_labelled(folder).files[:3]
     features, kept = work.extract_features(
@@ -219,7 +224,7 @@ def test_each_encoder_decides_size_and_normalisation(folder, tmp_path):
     encoder = timm.create_model("test_resnet", num_classes=0, in_chans=1)
     exported = save_encoder(encoder, tmp_path / "grey", mean=[0.4], std=[0.2], input_size=(64, 96))
     arguments = ["--encoder", str(exported), "test_resnet", "--data", str(folder), "--k", "1"]
-    main([*arguments, "--output", str(tmp_path / "probe.json"), "--l2", "1", "--device", "cpu"])
+    probe.main([*arguments, "--output", str(tmp_path / "probe.json"), "--l2", "1", "--device", "cpu"])
     grey, colour = json.loads((tmp_path / "probe.json").read_text())["encoders"]
     assert (grey["encoder"], grey["architecture"], grey["size"]) == (str(exported), "test_resnet", [64, 96])
     assert (grey["mean"], grey["std"]) == ([0.4], [0.2])
@@ -298,7 +303,7 @@ def test_a_damaged_image_is_counted_named_and_left_out(tmp_path, capsys):
 
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     with pytest.raises(SystemExit) as stop:
-        main([*arguments, "--device", "cpu"])
+        probe.main([*arguments, "--device", "cpu"])
     assert stop.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
