@@ -1,37 +1,42 @@
-"""The options of a pretraining run, and how a command line and a YAML file become them.
+"""The options of a pretraining run: the only list of them; types check the values, docstrings are the ``--help``."""
 
-The dataclasses are the only list of options: their types check, their docstrings are the ``--help``. Depth runs use the
-same `parse_config` and `save_config` with their own dataclasses.
-"""
-
-import math
-import os
-import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
-from spark.training.cli import require
-from spark.training.options import GuardConfig, OptimConfig
+from spark.training.option_types import (
+    LOW_FIRST,
+    NOT_EMPTY,
+    InnerShare,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PathText,
+    PositiveFloat,
+    PositiveInt,
+    PositiveShare,
+    Rule,
+    Share,
+    ShareBelow1,
+    require,
+)
+from spark.training.options import OptimizerConfig, RunConfig
+
+ImageSize = PositiveInt | tuple[PositiveInt, PositiveInt]
 
 
 @dataclass
-class ModelConfig:
-    """Model: encoder, mask and decoder.
+class SparKConfig:
+    """Model: encoder, mask and decoder, the arguments of `spark.SparK`.
 
     Attributes:
         name: timm name of the convnet to pretrain, such as resnet50 or convnext_small; or package.module:factory, a
             function of your own that makes one (docs/options.md).
         input_size: size of the training images in pixels, one number or [height, width]; multiples of the stride.
-        train_sizes: sizes between which training switches from step to step, each a number or [height, width], such as
-            [160,192,224]; null is input_size in every step. Panels are drawn in input_size.
         in_chans: channels of the images; 3 for colour, 1 for grey, others for arrays and multi-band TIFF files.
         mask_ratio: share of the patches that is hidden, between 0 and 1; of a range [low, high] every step draws one.
         mask_block_size: side, in patches, of the blocks that are hidden or shown together; 1 hides single patches.
         patch_size: side of a mask patch in pixels, a multiple of the stride; null is the stride.
         stride: stride of the deepest feature map that is used, such as 16; deeper parts of the encoder neither run nor
             train. null is the encoder's own.
-        output_stride: 8, 16 or 32, for networks that timm can dilate to it instead of halving the resolution; no part
-            is left out. null is the network as it is.
         decoder_width: channels of the decoder at the deepest stage.
         layout: how the encoder runs on masked images; packed computes visible sites only, masked is the reference,
             spconv and triton are packed with the convolutions of these packages (CUDA); auto is the one of them that
@@ -51,6 +56,37 @@ class ModelConfig:
         target: what the decoder predicts; pixels, each patch normalised by itself (normalised) or not (pixels), or
             histograms of oriented gradients (hog, as in MaskFeat).
         loss_on: patches that count in the loss, masked or all.
+    """
+
+    name: Annotated[str, NOT_EMPTY]
+    input_size: ImageSize = 224
+    mask_block_size: PositiveInt = 1
+    mask_ratio: InnerShare | Annotated[tuple[InnerShare, InnerShare], LOW_FIRST] = 0.6
+    in_chans: PositiveInt = 3
+    patch_size: int | None = None
+    stride: int | None = None
+    decoder_width: PositiveInt = 768
+    layout: Literal["auto", "packed", "masked", "spconv", "triton"] = "auto"
+    drop_path: ShareBelow1 = 0.0
+    sync_bn: bool = True
+    densify_norm: Literal["bn", "ln"] | None = None
+    decoder_stages: int | None = None
+    densify_kernel: Literal[1, 3] = 3
+    decoder_maps: PositiveInt = 4
+    masked_pixels: Literal["absent", "zero", "token"] = "absent"
+    target: Literal["normalised", "pixels", "hog"] = "normalised"
+    loss_on: Literal["masked", "all"] = "masked"
+
+
+@dataclass
+class ModelConfig(SparKConfig):
+    """Model: encoder, mask and decoder.
+
+    Attributes:
+        train_sizes: sizes between which training switches from step to step, each a number or [height, width], such as
+            [160,192,224]; null is input_size in every step. Panels are drawn in input_size.
+        output_stride: 8, 16 or 32, for networks that timm can dilate to it instead of halving the resolution; no part
+            is left out. null is the network as it is.
         grad_checkpointing: compute the encoder's activations again in the backward pass instead of keeping them, which
             costs time and saves memory; the results stay the same.
         init: weights to start from, of any image size: a run folder or a checkpoint folder of one, an official .pth
@@ -60,48 +96,14 @@ class ModelConfig:
             decoder at random.
     """
 
-    name: str
-    input_size: int | tuple[int, int] = 224
-    train_sizes: tuple[int | tuple[int, int], ...] | None = None
-    in_chans: int = 3
-    mask_block_size: int = 1
-    mask_ratio: float | tuple[float, float] = 0.6
-    patch_size: int | None = None
-    stride: int | None = None
+    train_sizes: Annotated[tuple[ImageSize, ...], NOT_EMPTY] | None = None
     output_stride: Literal[8, 16, 32] | None = None
-    decoder_width: int = 768
-    layout: Literal["auto", "packed", "masked", "spconv", "triton"] = "auto"
-    drop_path: float = 0.0
-    sync_bn: bool = True
-    densify_norm: Literal["bn", "ln"] | None = None
-    decoder_stages: int | None = None
-    densify_kernel: Literal[1, 3] = 3
-    decoder_maps: int = 4
-    masked_pixels: Literal["absent", "zero", "token"] = "absent"
-    target: Literal["normalised", "pixels", "hog"] = "normalised"
-    loss_on: Literal["masked", "all"] = "masked"
     grad_checkpointing: bool = False
-    init: str | None = None
+    init: PathText | None = None
     init_decoder: Literal["auto", "keep", "drop"] = "auto"
 
-    def __post_init__(self) -> None:
-        if isinstance(self.mask_ratio, tuple):
-            low, high = self.mask_ratio
-            require(
-                0 < low <= high < 1,
-                "model.mask_ratio",
-                list(self.mask_ratio),
-                "between 0 and 1, or two such numbers, [low, high] with low first",
-            )
-        else:
-            require(0 < self.mask_ratio < 1, "model.mask_ratio", self.mask_ratio, "between 0 and 1")
-        require(self.mask_block_size >= 1, "model.mask_block_size", self.mask_block_size, "at least 1")
-        require(self.train_sizes != (), "model.train_sizes", "[]", "null or a list with at least one size")
-        require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "at least 0 and below 1")
-        require(self.in_chans >= 1, "model.in_chans", self.in_chans, "at least 1")
-        require(self.decoder_width >= 1, "model.decoder_width", self.decoder_width, "at least 1")
-        require(self.decoder_maps >= 1, "model.decoder_maps", self.decoder_maps, "at least 1")
-        self.init = None if self.init is None else os.path.expanduser(self.init)
+    def check(self) -> None:
+        """Refuse options that do not go together."""
         require(
             self.init is not None or self.init_decoder == "auto",
             "model.init_decoder",
@@ -135,41 +137,27 @@ class DataConfig:
             allows one file at least, however few there are. Likewise for the shards that cannot be fetched.
     """
 
-    train: str
+    train: Annotated[PathText, NOT_EMPTY]
     streaming: bool = False
-    shuffle_buffer: int = 1000
-    size: int | None = None
-    cache: str | None = None
-    workers: int | None = None
+    shuffle_buffer: PositiveInt = 1000
+    size: PositiveInt | None = None
+    cache: PathText | None = None
+    workers: NonNegativeInt | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    crop_scale: tuple[float, float] = (0.67, 1.0)
-    hflip: float = 0.5
-    max_pixels: int = 178_956_970
-    max_unreadable: float = 0.01
+    crop_scale: Annotated[tuple[PositiveShare, PositiveShare], LOW_FIRST] = (0.67, 1.0)
+    hflip: Share = 0.5
+    max_pixels: PositiveInt = 178_956_970
+    max_unreadable: Share = 0.01
 
-    def __post_init__(self) -> None:
-        require(bool(self.train), "data.train", "an empty text", "the place of the images")
-        self.train = os.path.expanduser(self.train)
-        self.cache = self.cache and os.path.expanduser(self.cache)
-        low, high = self.crop_scale
+    def check(self) -> None:
+        """Refuse options that do not go together."""
         require(
-            0 < low <= high <= 1,
-            "data.crop_scale",
-            list(self.crop_scale),
-            "two shares of the area above 0 and at most 1, [low, high] with low first",
-        )
-        require(0 <= self.hflip <= 1, "data.hflip", self.hflip, "between 0 and 1")
-        require(self.workers is None or self.workers >= 0, "data.workers", self.workers, "null, 0 or more")
-        require(self.shuffle_buffer >= 1, "data.shuffle_buffer", self.shuffle_buffer, "at least 1")
-        require(
-            self.size is None or (self.streaming and self.size >= 1),
+            self.size is None or self.streaming,
             "data.size",
             self.size,
-            "null, or at least 1 with data.streaming true (other sources are counted)",
+            "null without data.streaming true: other sources are counted",
         )
-        require(self.max_pixels >= 1, "data.max_pixels", self.max_pixels, "at least 1")
-        require(0 <= self.max_unreadable <= 1, "data.max_unreadable", self.max_unreadable, "between 0 and 1")
 
 
 @dataclass
@@ -188,83 +176,67 @@ class MonitorConfig:
         collapse_std: a smaller channel_std, between 0 and 1, of the features warns that they collapse.
     """
 
-    data: str | None = None
-    every: int = 1000
-    max_images: int = 1000
-    max_share: float = 0.03
-    collapse_rank: float = 2.0
-    collapse_std: float = 0.01
-
-    def __post_init__(self) -> None:
-        self.data = None if self.data is None else os.path.expanduser(self.data)
-        require(self.every >= 0, "monitor.every", self.every, "0 or more")
-        require(self.max_images >= 2, "monitor.max_images", self.max_images, "at least 2")
-        require(0 < self.max_share <= 1, "monitor.max_share", self.max_share, "above 0 and at most 1")
-        require(self.collapse_rank >= 0, "monitor.collapse_rank", self.collapse_rank, "0 or more")
-        require(self.collapse_std >= 0, "monitor.collapse_std", self.collapse_std, "0 or more")
+    data: PathText | None = None
+    every: NonNegativeInt = 1000
+    max_images: Annotated[int, Rule("of at least 2", lambda value: value >= 2)] = 1000
+    max_share: PositiveShare = 0.03
+    collapse_rank: NonNegativeFloat = 2.0
+    collapse_std: NonNegativeFloat = 0.01
 
 
 @dataclass
-class PretrainConfig:
+class OptimConfig(OptimizerConfig):
+    """Optimizer and schedules.
+
+    Attributes:
+        base_lr: learning rate at a batch of 256 images; the run uses base_lr * batch_size / 256.
+        betas: decay rates of the optimizer's running moments; null takes those of the paper's recipes, [0.9, 0.95] (its
+            ResNets) for encoders with batch norm and [0.9, 0.999] (its ConvNeXts) for all others.
+        weight_decay_end: weight decay at the end of its cosine; null keeps it constant.
+    """
+
+    base_lr: PositiveFloat = 2e-4
+    weight_decay_end: NonNegativeFloat | None = 0.2
+
+
+@dataclass(kw_only=True)
+class PretrainConfig(RunConfig):
     """Run: length, precision, logs and checkpoints.
 
     Attributes:
-        output_dir: folder of the run: config.yaml, metrics.jsonl, tensorboard/, figures/, checkpoints/ and encoder/.
-        epochs: length of the run in passes over the images.
-        max_steps: length of the run in optimizer steps; when set it takes the place of epochs.
-        precision: fp32, or mixed precision in bf16 or fp16.
-        accumulation: parts that each process splits its share of a batch into, to fit the memory.
         compile: the training step's forward and backward through torch.compile, which takes minutes at the start; see
             docs/compile.md for what it can trace. Measurements and pictures are not compiled.
-        channels_last: images and weights in the channels-last memory format, the faster one nearly everywhere.
-        seed: seed of everything random: weights, order of the images, crops, masks, stochastic depth.
-        log_every: optimizer steps between rows of metrics.jsonl.
-        checkpoint_every: optimizer steps between checkpoints; 0 writes one at the end only.
-        keep_checkpoints: number of the newest checkpoints that are kept.
         panels_every: optimizer steps between reconstruction panels in figures/; 0 writes them at the end only.
         export_ema: encoder/ holds the averaged weights (optim.ema_decay) in place of the last ones.
-        time_limit: time after which the run saves, prints the command that continues it, and ends with exit code 0:
-            hours, as a number, or a text "HH:MM:SS". The step under way and the saving come on top of it.
-        resume: true continues from the newest checkpoint of output_dir, and starts from the beginning where there is
-            none; a path continues from that checkpoint.
     """
 
     model: ModelConfig
     data: DataConfig
-    output_dir: str
     optim: OptimConfig = field(default_factory=OptimConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
-    guard: GuardConfig = field(default_factory=GuardConfig)
-    epochs: float = 1600
-    max_steps: int | None = None
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    accumulation: int = 1
+    epochs: PositiveFloat = 1600
     compile: bool = False
-    channels_last: bool = True
-    seed: int = 0
-    log_every: int = 10
-    checkpoint_every: int = 1000
-    keep_checkpoints: int = 2
-    panels_every: int = 1000
+    panels_every: NonNegativeInt = 1000
     export_ema: bool = False
-    time_limit: str | float | None = None
-    resume: bool | str = False
 
-    def __post_init__(self) -> None:
-        require(bool(self.output_dir), "output_dir", "an empty text", "the name of a folder")
-        self.output_dir = os.path.expanduser(self.output_dir)
-        if isinstance(self.resume, str):
-            self.resume = os.path.expanduser(self.resume)
-        require(self.epochs > 0, "epochs", self.epochs, "above 0")
-        require(
-            self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "null or at least 1"
-        )
-        require(self.accumulation >= 1, "accumulation", self.accumulation, "at least 1")
-        require(abs(self.seed) < 2**63, "seed", self.seed, "a whole number of at most 63 bits")
-        require(self.log_every >= 1, "log_every", self.log_every, "at least 1")
-        require(self.checkpoint_every >= 0, "checkpoint_every", self.checkpoint_every, "0 or more")
-        require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "at least 1")
-        require(self.panels_every >= 0, "panels_every", self.panels_every, "0 or more")
+    CARDS: ClassVar = "pretrain"
+    ESSENTIALS: ClassVar = (
+        "model.input_size",
+        "model.init",
+        "model.mask_ratio",
+        "optim.batch_size",
+        "optim.base_lr",
+        "epochs",
+        "max_steps",
+        "precision",
+        "accumulation",
+        "data.workers",
+        "resume",
+        "time_limit",
+    )
+
+    def check(self) -> None:
+        """Refuse options that do not go together."""
         require(
             not self.export_ema or self.optim.ema_decay is not None,
             "export_ema",
@@ -277,24 +249,3 @@ class PretrainConfig:
             self.compile,
             "false together with model.grad_checkpointing: the compiler chooses itself what is computed again",
         )
-        self.time_limit_seconds()
-
-    def time_limit_seconds(self) -> float:
-        """`time_limit` in seconds, infinite for none.
-
-        Raises:
-            ValueError: it is neither a number of hours above 0 nor HH:MM:SS.
-        """
-        limit, seconds = self.time_limit, math.inf
-        if limit is not None:
-            parts = re.fullmatch(r"(\d+):([0-5]\d):([0-5]\d)", str(limit))
-            hours = re.fullmatch(r"\d+(\.\d*)?", str(limit))
-            if parts:
-                seconds = sum(int(p) * unit for p, unit in zip(parts.groups(), (3600, 60, 1), strict=True))
-            else:
-                seconds = 3600 * float(str(limit)) if hours else 0.0
-        rule = 'a number of hours above 0, or HH:MM:SS (in a YAML file in quotes: "12:00:00")'
-        require(seconds > 0, "time_limit", limit, rule)
-        # Without quotes YAML reads 12:00:00 as 43200, a number to the base of 60.
-        require(isinstance(limit, str | None) or limit < 1000, "time_limit", limit, rule)
-        return seconds

@@ -8,12 +8,14 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from spark.errors import FileError, UserError
+
+if TYPE_CHECKING:  # writing a text file needs no torch
+    from torch import Tensor, nn
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -149,11 +151,13 @@ def _system_error(error: BaseException) -> int | None:
     return None
 
 
-def write_tensors(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
+def write_tensors(module: "nn.Module", path: Path, metadata: Mapping[str, str]) -> None:
     """Save a state dict as safetensors, which wants contiguous tensors that share no memory.
 
     The file has the permissions of any new file: safetensors would keep it from all other users.
     """
+    from safetensors.torch import save_file
+
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in module.state_dict().items():

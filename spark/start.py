@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from spark.errors import FileError, UserError
-from spark.model.encoder import is_own
+from spark.model.names import is_own
 from spark.model.spark import SparK
 from spark.training.checkpoint import find_run, read_encoder
 from spark.weights.encoder import STATE, WEIGHTS

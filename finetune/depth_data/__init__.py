@@ -1,7 +1,6 @@
 """RGB-D data on disk -> samples in metres -> augmented batches."""
 
 from finetune.depth_data.base import DepthSet, OpenOptions
-from finetune.depth_data.cache import CachedSet, check_room, fill
 from finetune.depth_data.labels import LabelOptions
 from finetune.depth_data.mixing import MixedSampler, MixedSet, TrainingMix
 from finetune.depth_data.registry import KINDS, Kind, open_depth_data, recognise
@@ -11,7 +10,6 @@ from finetune.depth_data.transforms import DepthTrainingSet, EvalTransform, Trai
 
 __all__ = [
     "KINDS",
-    "CachedSet",
     "DepthFileError",
     "DepthSample",
     "DepthSet",
@@ -26,9 +24,7 @@ __all__ = [
     "OpenOptions",
     "TrainTransform",
     "TrainingMix",
-    "check_room",
     "collate_depth",
-    "fill",
     "open_depth_data",
     "paint_border",
     "read_depth_mm",

@@ -91,10 +91,6 @@ class DepthSet(Dataset[DepthSample]):
     def names(self) -> list[str]:
         """Names of the samples, in order, each once."""
 
-    @abstractmethod
-    def files(self) -> Iterator[Path]:
-        """Every file that decides what the samples are, in the order of these; a change of one makes caches anew."""
-
     def origin(self, index: int) -> str:
         """Where a list names the sample, " (LIST, line N)"; "" without a list."""
         return ""

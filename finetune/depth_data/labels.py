@@ -8,7 +8,8 @@ import cv2
 import numpy as np
 from scipy.io import loadmat
 
-from finetune.depth_data.sample import VOID, file_error, unreadable
+from finetune.depth_data.entries import VOID
+from finetune.depth_data.sample import file_error, unreadable
 from spark.errors import UserError
 
 MAPPING_40 = "classMapping40.mat"

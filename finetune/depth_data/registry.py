@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, get_args
 
 from finetune.depth_data.base import DepthSet, OpenOptions
 from finetune.depth_data.sets.densedepth import DenseDepth
@@ -22,21 +22,8 @@ from finetune.depth_data.sets.nyu import (
 )
 from finetune.depth_data.sets.nyu_pairs import NYUPairs
 from finetune.depth_data.sets.redweb import ReDWeb
+from finetune.options import Kind
 from spark.errors import UserError
-
-Kind: TypeAlias = Literal[
-    "nyu_labeled",
-    "densedepth",
-    "hub_tars",
-    "fastdepth",
-    "diw",
-    "nyu_pairs",
-    "redweb",
-    "ibims",
-    "kitti",
-    "folder",
-    "nyu_sync",
-]
 
 KINDS: Mapping[Kind, type[DepthSet]] = MappingProxyType(
     {

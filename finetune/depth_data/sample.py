@@ -1,26 +1,24 @@
-"""One image with what is known of its depth, how its files are read, and the keys of a batch.
+"""One image with what is known of it, how its files are read, and the names in a batch.
 
 A data set has one kind of supervision, and a micro-batch comes from one data set. So a batch always has
 
     image       float32 [B, 3, H, W]   normalised as the encoder expects
-    set         str                    name of the data set
-    supervision str                    "metric", "affine" or "ordinal"
+    name, set, supervision             lists of B texts: of the sample, of its data set, and "metric", "affine" or
+                                       "ordinal"
+    position, index                    int64 [B]
+    failed                             list of "path: reason", of samples that could not be read
 
-beside `name`, `position`, `index`, `failed`, and, by its supervision, with the same H and W (the crop):
+and what the entries of its samples say (`finetune.depth_data.entries`), with the same H and W (the crop). The usual are
 
-    metric   depth        float32 [B, 1, H, W]   metres, 0 where there is no reading
-             valid        bool    [B, 1, H, W]   min_depth < depth < max_depth
-    affine   affine       float32 [B, 1, H, W]   disparity up to scale and shift of each image: larger is nearer; 0
-                                                 where it is unknown
-             affine_valid bool    [B, 1, H, W]   where it is known
-    ordinal  pairs        int64   [B, N, 4]      (yA, xA, yB, xB), pixels of the crop, 0-based, inside it (0 where not
-                                                 valid)
-             relation     int64   [B, N]         +1: A is farther than B, -1: A is closer, 0: as far
-             pairs_valid  bool    [B, N]         both points lie inside the crop; false fills up to the longest list
-
-and, where the set has class labels and was asked for them,
-
-             labels       int64   [B, H, W]      class of each pixel from 0 on, 255 = void: not to be learnt
+    depth        float32 [B, 1, H, W]   metres, 0 where there is no reading
+    valid        bool    [B, 1, H, W]   min_depth < depth < max_depth
+    affine       float32 [B, 1, H, W]   disparity up to scale and shift of each image: larger is nearer; 0 where it is
+                                        unknown
+    affine_valid bool    [B, 1, H, W]   where it is known
+    pairs        int64   [B, N, 4]      (yA, xA, yB, xB), pixels of the crop, 0-based, inside it (0 where not valid)
+    relation     int64   [B, N]         +1: A is farther than B, -1: A is closer, 0: as far
+    pairs_valid  bool    [B, N]         both points lie inside the crop; false fills up to the longest list
+    labels       int64   [B, H, W]      class of each pixel from 0 on, 255 = void: not to be learnt
 
 Classes: the 13 of NYU are bed, books, ceiling, chair, floor, furniture, objects, picture, sofa, table, tv, wall and
 window, in this order from 0; files count them from 1 with 0 = void. Void is 255, or with the policy "class" a class of
@@ -29,7 +27,7 @@ its own behind the others (number 13 of 14, number 40 of 41).
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +37,11 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from finetune.depth_data.entries import Depth, Entry, Labels, Pairs, RelativeDepth, size_text
 from spark.errors import UserError
 from spark.images.decode import MAX_PIXELS, describe_failure
 
 Supervision: TypeAlias = Literal["metric", "affine", "ordinal"]
-VOID = 255
-"""The label that no loss and no metric looks at."""
 
 
 class DepthFileError(UserError):
@@ -93,9 +90,11 @@ class SceneGeometry:
     camera: tuple[float, float, float, float]
 
 
-@dataclass(frozen=True)
 class DepthSample:
-    """One image with what is known of its depth: `depth`, `affine` or `pairs`, and perhaps the class of each pixel.
+    """One image with what is known of it, by name.
+
+    The usual entries have arguments of their own, whose arrays are attributes, too; None where a sample has none.
+    All samples of a data set have the same entries.
 
     Args:
         image: uint8 `[H, W, 3]`, RGB.
@@ -106,57 +105,73 @@ class DepthSample:
         relation: int64 `[N]`, +1: A is farther than B, -1: A is closer, 0: as far.
         labels: uint8 `[H, W]`, class of each pixel from 0 on; 255 = void.
         geometry: edges, planes and camera of a scene that is there to be tested on.
+        entries: whatever else the data set brings, such as `{"intrinsics": Intrinsics(K), "next": Frame(image)}`.
 
     Raises:
         DepthFileError: sizes that differ, an image that is none, a point outside the image.
     """
 
-    image: np.ndarray
-    depth: np.ndarray | None
-    name: str
-    affine: np.ndarray | None = None
-    pairs: np.ndarray | None = None
-    relation: np.ndarray | None = None
-    labels: np.ndarray | None = None
-    geometry: SceneGeometry | None = None
+    def __init__(
+        self,
+        image: np.ndarray,
+        depth: np.ndarray | None,
+        name: str,
+        affine: np.ndarray | None = None,
+        pairs: np.ndarray | None = None,
+        relation: np.ndarray | None = None,
+        labels: np.ndarray | None = None,
+        geometry: SceneGeometry | None = None,
+        entries: Mapping[str, Entry] | None = None,
+    ):
+        usual = {
+            "depth": None if depth is None else Depth(depth),
+            "affine": None if affine is None else RelativeDepth(affine),
+            "pairs": None if pairs is None else Pairs(pairs, relation),
+            "labels": None if labels is None else Labels(labels),
+        }
+        self.image, self.name, self.geometry = image, name, geometry
+        self.entries: dict[str, Entry] = {key: entry for key, entry in usual.items() if entry is not None}
+        self.entries |= entries or {}
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise file_error(name, f"the image is {image.dtype} {list(image.shape)}, not uint8 [H, W, 3]")
+        for key, entry in self.entries.items():
+            if (wrong := entry.check(key, (image.shape[0], image.shape[1]))) is not None:
+                raise file_error(name, wrong)
 
-    def __post_init__(self):
-        if self.image.ndim != 3 or self.image.shape[2] != 3 or self.image.dtype != np.uint8:
-            raise file_error(
-                self.name, f"the image is {self.image.dtype} {list(self.image.shape)}, not uint8 [H, W, 3]"
-            )
-        for what, values in (
-            ("depth map", self.depth),
-            ("map of relative depth", self.affine),
-            ("map of classes", self.labels),
-        ):
-            if values is not None and values.shape != self.image.shape[:2]:
-                raise file_error(
-                    self.name,
-                    f"the image is {size_text(self.image.shape)}, its {what} {size_text(values.shape)};"
-                    " a pair has one size (was one of them resized or cropped?)",
-                )
-        if self.pairs is not None:
-            limits = np.tile(np.asarray(self.image.shape[:2]) - 0.5, 2)
-            outside = ((self.pairs < -0.5) | (self.pairs >= limits)).any(1)
-            if outside.any():
-                raise file_error(
-                    self.name,
-                    f"a pair of points (yA, xA, yB, xB) {self.pairs[outside][0].tolist()}, counted from 0, lies outside"
-                    f" the image of {size_text(self.image.shape)}",
-                )
+    @property
+    def depth(self) -> np.ndarray | None:
+        """Metres."""
+        return self._values("depth")
+
+    @property
+    def affine(self) -> np.ndarray | None:
+        """Disparity up to scale and shift."""
+        return self._values("affine")
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Classes."""
+        return self._values("labels")
+
+    @property
+    def pairs(self) -> np.ndarray | None:
+        """Pairs of points."""
+        return self._values("pairs")
+
+    @property
+    def relation(self) -> np.ndarray | None:
+        """Which point of each pair is farther."""
+        return getattr(self.entries.get("pairs"), "relation", None)
 
     @property
     def metres(self) -> np.ndarray:
-        """`depth`; ValueError where no distance is known."""
+        """`depth`; UserError where no distance is known."""
         if self.depth is None:
             raise UserError(f"{self.name} has no depth in metres, which this needs: use a set of RGB-D pairs")
         return self.depth
 
-
-def size_text(shape: tuple[int, ...]) -> str:
-    """`(480, 640, 3)` -> "480x640": height x width, the order used everywhere in this project."""
-    return "x".join(str(n) for n in shape[:2])
+    def _values(self, name: str) -> np.ndarray | None:
+        return getattr(self.entries.get(name), "values", None)
 
 
 def read_rgb(path: str | Path, content: bytes | None = None) -> np.ndarray:

@@ -8,16 +8,16 @@ or an edge is never averaged with what lies beside it; annotated points move wit
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from finetune.depth_data.base import DepthSet
-from finetune.depth_data.sample import VOID, DepthFileError, DepthSample, file_error
+from finetune.depth_data.entries import View, Window, resample_image, to_unit
+from finetune.depth_data.sample import DepthFileError, DepthSample, file_error
 from spark.errors import UserError
 from spark.seeds import derive_seed
 
@@ -27,11 +27,6 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CUT_DEPTH_SIZE = 0.75
 """Largest part of what lies right of (below) its left (upper) edge that CutDepth pastes over; p of its paper."""
-
-PAIR_KEYS = ("pairs", "relation", "pairs_valid")
-TENSOR_KEYS = ("image", "depth", "valid", "affine", "affine_valid", *PAIR_KEYS, "labels")
-
-Window = tuple[float, float, float, float]  # top, bottom, left, right [px]; fractions are fine
 
 
 @dataclass(frozen=True)
@@ -156,54 +151,43 @@ class TrainTransform:
         """
         # All numbers are drawn whatever is switched on: switching one thing off leaves the others as they were.
         draw = torch.rand(12, dtype=torch.float64).tolist()
+        frame = (sample.image.shape[0], sample.image.shape[1])
         # The border goes first, so that neither a rotation nor an average over pixels can bring it back.
-        top, bottom, left, right = self._usable(sample.image.shape[:2])
-        first_row, first_column = math.floor(top), math.floor(left)
-        cut = (slice(first_row, math.ceil(bottom)), slice(first_column, math.ceil(right)))
-        image = sample.image[cut]
-        depth, affine, labels = (
-            None if values is None else values[cut] for values in (sample.depth, sample.affine, sample.labels)
-        )
-        points = np.empty((0, 2)) if sample.pairs is None else sample.pairs.reshape(-1, 2)
-        points = points + 0.5 - (first_row, first_column)  # (row, column) from the corner of the first pixel
-        if self.rotation:
-            degrees = _between((-self.rotation, self.rotation), draw[0])
-            image, depth, affine, labels = (
-                None if values is None else rotate_map(values, degrees, fill)
-                for values, fill in ((image, 0), (depth, 0.0), (affine, math.nan), (labels, VOID))
-            )
-            assert image is not None
-            points = rotate_points(points, image.shape[:2], degrees)
-
+        top, bottom, left, right = self._usable(frame)
+        row, column = math.floor(top), math.floor(left)
         zoom = _between(self.zoom, draw[1])
-        height, width = self._window_size(sample.image.shape[:2], zoom)
-        rows, columns = points.T
-        row = _place((top - first_row, bottom - first_row), height, rows, draw[2])
-        column = _place((left - first_column, right - first_column), width, columns, draw[3])
-        window = (row, row + height, column, column + width)
-        colours = to_unit(resample_image(image, window, self.crop_size))
-        flipped = draw[4] < self.flip
-        side = slice(None, None, -1 if flipped else 1)
-        colours = colours[:, side]
-        if draw[5] < self.colour:
-            colours = self._recolour(colours, draw[6:])
 
-        out = {}
-        if depth is not None:
-            metres = resample_map(depth, window, self.crop_size)[:, side] / np.float32(zoom)
-            colours = self._cut_depth(colours, metres)
-            target = torch.from_numpy(np.ascontiguousarray(metres))[None]
-            out |= {"depth": target, "valid": (target > self.min_depth) & (target < self.max_depth)}
-        if affine is not None:
-            disparity = np.ascontiguousarray(resample_map(affine, window, self.crop_size)[:, side])
-            known = torch.from_numpy(np.isfinite(disparity))[None]
-            out |= {"affine": torch.from_numpy(disparity)[None].nan_to_num(0.0), "affine_valid": known}
-        if sample.pairs is not None and sample.relation is not None:
-            pairs, inside = points_in_crop(points, window, self.crop_size, flipped)
-            out |= {"pairs": pairs, "relation": torch.from_numpy(sample.relation), "pairs_valid": inside}
-        if labels is not None:
-            classes = resample_map(labels, window, self.crop_size)[:, side]
-            out["labels"] = torch.from_numpy(classes.astype(np.int64))
+        def recoloured(colours: np.ndarray) -> np.ndarray:
+            return self._recolour(colours, draw[6:]) if draw[5] < self.colour else colours
+
+        view = View(
+            cut=(
+                slice(row, min(math.ceil(bottom), frame[0])),
+                slice(column, min(math.ceil(right), frame[1])),
+            ),
+            degrees=_between((-self.rotation, self.rotation), draw[0]) if self.rotation else None,
+            window=(0.0, 0.0, 0.0, 0.0),  # which is placed around the points of the entries
+            size=self.crop_size,
+            flipped=draw[4] < self.flip,
+            zoom=zoom,
+            limits=(self.min_depth, self.max_depth),
+            colours=lambda colours: normalise(recoloured(colours), self.mean, self.std),
+        )
+        points = np.concatenate([np.empty((0, 2)), *(entry.points for entry in sample.entries.values())])
+        rows, columns = view.in_part(points).T
+        height, width = self._window_size(frame, zoom)
+        first = _place((top - row, bottom - row), height, rows, draw[2])
+        left_most = _place((left - column, right - column), width, columns, draw[3])
+        view = replace(view, window=(first, first + height, left_most, left_most + width))
+
+        colours = recoloured(view.image(sample.image))
+        out: dict[str, Tensor] = {}
+        for name, entry in sample.entries.items():
+            seen = entry.seen(name, view)
+            assert not seen.keys() & {"image", *out}, f"two entries of {sample.name} give {sorted(seen)}"
+            out |= seen
+        if "depth" in out:
+            colours = self._cut_depth(colours, out["depth"][0].numpy())
         return {"image": normalise(colours, self.mean, self.std), **out}
 
     def _cut_depth(self, colours: np.ndarray, metres: np.ndarray) -> np.ndarray:
@@ -309,90 +293,33 @@ class DepthTrainingSet(Dataset[dict]):
 
 def has_reading(sample: DepthSample) -> bool:
     """Whether something is known of some pixel's depth; of pairs of points there is always one."""
-    if sample.depth is not None:
-        return bool((sample.depth > 0).any())
-    return sample.affine is None or bool(np.isfinite(sample.affine).any())
+    return not any(entry.blank for entry in sample.entries.values())
 
 
 def collate_depth(samples: Sequence[dict]) -> dict:
     """Samples of `DepthTrainingSet` of one data set -> a batch.
 
     Returns:
-        what `finetune.depth_data.sample` lists, stacked, with position and index int64 `[B]`, name (list), failed
-        (list).
+        what `finetune.depth_data.sample` lists: tensors stacked, filled up with zeros (false) to the longest; numbers
+        as a tensor `[B]`, texts as a list, lists as one.
     """
-    if "pairs" in samples[0]:
-        longest = max(len(sample["pairs"]) for sample in samples)
-        samples = [sample | {key: _padded(sample[key], longest) for key in PAIR_KEYS} for sample in samples]
-    batch: dict = {
-        key: torch.stack([sample[key] for sample in samples]) for key in TENSOR_KEYS if key in samples[0]
-    }
-    batch |= {key: torch.tensor([sample[key] for sample in samples]) for key in ("position", "index")}
-    batch |= {key: samples[0][key] for key in ("set", "supervision") if key in samples[0]}
-    batch["name"] = [sample["name"] for sample in samples]
-    batch["failed"] = [reason for sample in samples for reason in sample["failed"]]
+    batch = {}
+    for key, first in samples[0].items():
+        values = [sample[key] for sample in samples]
+        if isinstance(first, Tensor):
+            batch[key] = _stacked(values)
+        elif isinstance(first, list):
+            batch[key] = [item for value in values for item in value]
+        else:
+            batch[key] = values if isinstance(first, str) else torch.tensor(values)
     return batch
 
 
-def resample_image(image: np.ndarray, window: Window, size: tuple[int, int]) -> np.ndarray:
-    """A window of a uint8 image `[H, W, 3]` at `size` (h, w): bilinear, area-averaging if smaller."""
-    top, bottom, left, right = window
-    box = (max(left, 0.0), max(top, 0.0), min(right, image.shape[1]), min(bottom, image.shape[0]))
-    resized = Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR, box=box)
-    return np.asarray(resized)
-
-
-def resample_map(values: np.ndarray, window: Window, size: tuple[int, int]) -> np.ndarray:
-    """A window of a map `[H, W]` at `size` (h, w): the value nearest to each new pixel's centre."""
-    top, bottom, left, right = window
-    rows = top + (np.arange(size[0]) + 0.5) * (bottom - top) / size[0]
-    columns = left + (np.arange(size[1]) + 0.5) * (right - left) / size[1]
-    inside_rows = np.clip(np.floor(rows).astype(np.int64), 0, values.shape[0] - 1)
-    inside_columns = np.clip(np.floor(columns).astype(np.int64), 0, values.shape[1] - 1)
-    return values[inside_rows[:, None], inside_columns]
-
-
-def rotate_map(values: np.ndarray, degrees: float, fill: float) -> np.ndarray:
-    """Rotate an image `[H, W, 3]` (bilinear) or a map `[H, W]` (nearest) counterclockwise about its middle."""
-    method = Image.Resampling.BILINEAR if values.ndim == 3 else Image.Resampling.NEAREST
-    colour = (fill,) * 3 if values.ndim == 3 else fill
-    return np.asarray(Image.fromarray(values).rotate(degrees, method, fillcolor=colour))  # type: ignore[arg-type]
-
-
-def rotate_points(points: np.ndarray, size: Sequence[int], degrees: float) -> np.ndarray:
-    """Where `rotate_map` of a map of (H, W) `size` takes points (row, column) `[N, 2]`, measured from its corner."""
-    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    middle = np.asarray(size[:2]) / 2
-    return (points - middle) @ np.array([[cosine, sine], [-sine, cosine]]) + middle
-
-
-def points_in_crop(
-    points: np.ndarray, window: Window, size: tuple[int, int], flipped: bool
-) -> tuple[Tensor, Tensor]:
-    """Pixels of a crop in which pairs of points lie.
-
-    Args:
-        points: (row, column) `[2 N, 2]` in the frame of the window, A and B in turn.
-        window: of the crop.
-        size: (h, w) of the crop [px].
-        flipped: whether the crop is mirrored.
-
-    Returns:
-        int64 `[N, 4]` (yA, xA, yB, xB), 0 where not both points are inside, and bool `[N]` where they are.
-    """
-    top, bottom, left, right = window
-    scale = np.array([size[0] / (bottom - top), size[1] / (right - left)])
-    pixels = np.floor((points - (top, left)) * scale).astype(np.int64)
-    if flipped:
-        pixels[:, 1] = size[1] - 1 - pixels[:, 1]
-    pairs = pixels.reshape(-1, 4)
-    inside = np.all((pairs >= 0) & (pairs < np.tile(size, 2)), axis=1)
-    return torch.from_numpy(pairs * inside[:, None]), torch.from_numpy(inside)
-
-
-def to_unit(image: np.ndarray) -> np.ndarray:
-    """uint8 -> float32 in [0, 1]."""
-    return image.astype(np.float32) / np.float32(255.0)
+def _stacked(values: Sequence[Tensor]) -> Tensor:
+    if len({value.shape for value in values}) > 1:
+        longest = max(len(value) for value in values)
+        values = [torch.cat([v, v.new_zeros(longest - len(v), *v.shape[1:])]) for v in values]
+    return torch.stack(list(values))
 
 
 def normalise(colours: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -413,11 +340,6 @@ def _place(limits: tuple[float, float], length: float, points: np.ndarray, draw:
         if nearest <= farthest:
             first, last = nearest, farthest
     return first + draw * (last - first)
-
-
-def _padded(values: Tensor, length: int) -> Tensor:
-    """Zeros (false) below the rows of a tensor `[n, ...]`, up to `length` rows."""
-    return torch.cat([values, values.new_zeros(length - len(values), *values.shape[1:])])
 
 
 def _check_sizes(**sizes: tuple[int, int]) -> None:

@@ -10,12 +10,14 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from finetune.heads.levels import levels_at
+from finetune.heads.base import Head, levels_at
 from finetune.heads.output import DepthOutput, DepthRange
 from spark.errors import UserError
 from spark.model.encoder import PyramidLevel
 
 STRIDES = (4, 8, 16, 32)
+SCALES = ("scale_32", "scale_16", "scale_8", "scale_4", "scale_2")
+"""Names of the core's maps in `DepthOutput.extras`, by their stride."""
 
 
 class CoreOutput(NamedTuple):
@@ -29,6 +31,10 @@ class CoreOutput(NamedTuple):
 
     scales: tuple[Tensor, ...]
     """The bottleneck at stride 32 and the fused maps at strides 16, 8, 4, 2, each with the core's width."""
+
+    def extras(self) -> dict[str, Tensor]:
+        """The scales by name."""
+        return dict(zip(SCALES, self.scales, strict=True))
 
 
 class FusionCore(nn.Module):
@@ -97,7 +103,7 @@ def double(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=True)
 
 
-class Fusion(nn.Module):
+class Fusion(Head):
     """The core alone: inverse depth up to scale and shift, under `disparity_affine`; no metres.
 
     Args:
@@ -113,18 +119,13 @@ class Fusion(nn.Module):
         self.levels = levels_at("fusion", levels, STRIDES)
         check_width(width)
         self.core = FusionCore(self.levels, width)
-        self.scale_channels = (width,) * (len(STRIDES) + 1)
+        self.extras = dict.fromkeys(SCALES, width)
 
-    def forward(self, images: Tensor, features: Sequence[Tensor]) -> DepthOutput:
-        """Return relative depth at the resolution of `images`.
-
-        Args:
-            images: [B, C, H, W]; H and W multiples of 32. They are not used.
-            features: The maps of `self.levels`.
-        """
+    def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> DepthOutput:
+        """Return relative depth at the size of the images and, in training, the core's scales."""
         core: CoreOutput = self.core(features)
         relative = core.relative.float() if core.relative.dtype.itemsize < 4 else core.relative
-        return DepthOutput(disparity_affine=relative, scales=core.scales if self.training else None)
+        return DepthOutput(disparity_affine=relative, extras=core.extras() if self.training else {})
 
 
 def check_width(width: int) -> None:

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from finetune.heads.base import Head
 from finetune.heads.output import DepthOutput, DepthRange
 from spark.model.encoder import PyramidLevel
 
 
-class Linear(nn.Module):
+class Linear(Head):
     """All feature maps from stride 4 on, standardised and brought to one size, and a 1x1 convolution to depth.
 
     The standardisation (batch norm without weights) has nothing to learn; it lets channels of any magnitude be read at
@@ -22,7 +23,6 @@ class Linear(nn.Module):
         depth_range: From the convolution's output to metres.
     """
 
-    outputs = ("depth",)
     frozen_encoder = True
 
     def __init__(self, levels: Sequence[PyramidLevel], depth_range: DepthRange) -> None:
@@ -35,15 +35,11 @@ class Linear(nn.Module):
         nn.init.zeros_(self.project.weight)
         nn.init.constant_(self.project.bias, depth_range.initial_logit)  # type: ignore[arg-type]
 
-    def forward(self, images: Tensor, features: Sequence[Tensor]) -> DepthOutput:
-        """Return depth at the resolution of `images`.
-
-        Args:
-            images: [B, C, H, W]. Only their size is used.
-            features: One map [B, C_i, H / s_i, W / s_i] for each of `self.levels`.
-        """
-        size = features[0].shape[-2:]
-        maps = [F.interpolate(m, size, mode="bilinear", align_corners=False) for m in features]
+    def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> DepthOutput:
+        """Return depth at the size of the images."""
+        largest = features[0].shape[-2:]
+        maps = [F.interpolate(m, largest, mode="bilinear", align_corners=False) for m in features]
         x = self.project(self.standardise(torch.cat(maps, 1)))
-        x = F.interpolate(x, images.shape[-2:], mode="bilinear", align_corners=False)
+        # Before the sigmoid of the range: a model's own resize would come after it.
+        x = F.interpolate(x, size, mode="bilinear", align_corners=False)
         return DepthOutput(depth=self.depth_range(x))

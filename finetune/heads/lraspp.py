@@ -6,13 +6,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.segmentation.lraspp import LRASPPHead
 
-from finetune.heads.levels import levels_at
+from finetune.heads.base import Head, levels_at
 from finetune.heads.output import DepthOutput, DepthRange
 from spark.errors import UserError
 from spark.model.encoder import PyramidLevel
 
 
-class LiteASPP(nn.Module):
+class LiteASPP(Head):
     """Lite R-ASPP (Howard et al. 2019, arXiv 1905.02244) on strides 8 and 32, then a 1x1 convolution to depth.
 
     With MobileNetV3-Large it has the 3.22 million parameters of torchvision's network for 21 classes, and 22 more that
@@ -24,8 +24,6 @@ class LiteASPP(nn.Module):
         width: Channels inside.
         maps: Channels that are combined to depth.
     """
-
-    outputs = ("depth",)
 
     def __init__(
         self, levels: Sequence[PyramidLevel], depth_range: DepthRange, width: int = 128, maps: int = 21
@@ -40,14 +38,10 @@ class LiteASPP(nn.Module):
         self.depth_range = depth_range
         nn.init.constant_(self.project.bias, depth_range.initial_logit)  # type: ignore[arg-type]
 
-    def forward(self, images: Tensor, features: Sequence[Tensor]) -> DepthOutput:
-        """Return depth at the resolution of `images`.
-
-        Args:
-            images: [B, C, H, W]. Only their size is used.
-            features: The maps of `self.levels`.
-        """
+    def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> DepthOutput:
+        """Return depth at the size of the images."""
         low, high = features
         x = self.project(self.decoder({"low": low, "high": high}))
-        x = F.interpolate(x, images.shape[-2:], mode="bilinear", align_corners=False)
+        # Before the sigmoid of the range: a model's own resize would come after it.
+        x = F.interpolate(x, size, mode="bilinear", align_corners=False)
         return DepthOutput(depth=self.depth_range(x))

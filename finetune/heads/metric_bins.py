@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from finetune.heads.fusion import STRIDES, CoreOutput, FusionCore, check_width
-from finetune.heads.levels import levels_at
+from finetune.heads.base import Head, levels_at
+from finetune.heads.fusion import SCALES, STRIDES, CoreOutput, FusionCore, check_width
 from finetune.heads.output import DepthOutput, DepthRange, full_precision
 from spark.errors import UserError
 from spark.model.encoder import PyramidLevel
@@ -20,7 +20,7 @@ from spark.model.encoder import PyramidLevel
 ALPHA, GAMMA = 300.0, 2
 
 
-class MetricBins(nn.Module):
+class MetricBins(Head):
     """Relative depth from a fusion core, and metric depth from bins on the core's five scales.
 
     Depth is positive; as in the original nothing bounds it above, and `depth_range` is not used: an untrained head
@@ -66,7 +66,7 @@ class MetricBins(nn.Module):
                 f" {max_temperature}."
             )
         self.core = FusionCore(self.levels, width)
-        self.scale_channels = (width,) * (len(STRIDES) + 1)
+        self.extras = dict.fromkeys(SCALES, width)
         features = self.core.feature.out_channels
         self.bottleneck = nn.Conv2d(width, width, kernel_size=1)
         self.seed_bins = pixel_mlp(width, 256, bins)
@@ -75,16 +75,11 @@ class MetricBins(nn.Module):
         self.attractors = nn.ModuleList(Attractor(embedding, number) for number in attractors)
         self.distribution = LogBinomial(features + 1, embedding, bins, min_temperature, max_temperature)
 
-    def forward(self, images: Tensor, features: Sequence[Tensor]) -> DepthOutput:
-        """Return metric and relative depth at the resolution of `images`.
-
-        Args:
-            images: [B, C, H, W]; H and W multiples of 32. They are not used.
-            features: The maps of `self.levels`.
-        """
+    def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> DepthOutput:
+        """Return metric and relative depth at the size of the images and, in training, the core's scales."""
         core: CoreOutput = self.core(features)
         bottleneck = self.bottleneck(core.scales[0])
-        with full_precision(images):
+        with full_precision(bottleneck):
             centres = F.softplus(wide(self.seed_bins(wide(bottleneck))))
             embedding = self.seed_embedding(wide(bottleneck))
             for project, attractor, scale in zip(
@@ -95,7 +90,7 @@ class MetricBins(nn.Module):
             condition = torch.cat((wide(core.features), wide(core.relative)), 1)
             weights = self.distribution(condition, resize(embedding, condition))
             depth = (weights * resize(centres, condition)).sum(1, keepdim=True)
-        return DepthOutput(depth, wide(core.relative), scales=core.scales if self.training else None)
+        return DepthOutput(depth, wide(core.relative), core.extras() if self.training else {})
 
 
 class Attractor(nn.Module):

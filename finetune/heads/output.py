@@ -2,7 +2,7 @@
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from spark.errors import UserError
 
 
-class DepthOutput(NamedTuple):
-    """What a depth model returns; None is what its head does not give."""
+@dataclass(frozen=True)
+class DepthOutput:
+    """What a depth model, or its head, returns; None is what the head does not give."""
 
     depth: Tensor | None = None
     """Depth along the optical axis [B, 1, H, W] [m], fp32 or wider."""
@@ -19,12 +20,9 @@ class DepthOutput(NamedTuple):
     disparity_affine: Tensor | None = None
     """Inverse depth up to an unknown scale and shift [B, 1, H, W], larger is nearer."""
 
-    scales: tuple[Tensor, ...] | None = None
-    """In training mode: maps of the head's core [B, C_i, h_i, w_i], deepest first, for decoders that only training
-    has; of the padded image."""
-
-    segmentation: Tensor | None = None
-    """From such a decoder (`finetune.model.segmentation`): logits of the classes [B, K, H, W]."""
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    """Further maps [B, C, h, w] by name, at any stride, of the padded images: what the head names in `Head.extras`,
+    and what modules of losses make of it."""
 
     def disparity(self) -> Tensor | None:
         """Inverse depth [B, 1, H, W]: the affine-invariant one of a head that gives it, else 1 / depth [1/m]."""
@@ -32,15 +30,11 @@ class DepthOutput(NamedTuple):
             return self.disparity_affine
         return self.depth.reciprocal()
 
-    def cut(self, height: int, width: int) -> "DepthOutput":
-        """The maps of full size without the padding on the right and below; `scales` stay."""
-        return self._replace(
-            **{
-                name: value[..., :height, :width]
-                for name in ("depth", "disparity_affine", "segmentation")
-                if (value := getattr(self, name)) is not None
-            }
-        )
+    def get(self, name: str) -> Tensor | None:
+        """A map by name: depth, disparity, disparity_affine or one of `extras`."""
+        if name == "disparity":
+            return self.disparity()
+        return getattr(self, name) if name in ("depth", "disparity_affine") else self.extras.get(name)
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[object]:

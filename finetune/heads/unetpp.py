@@ -8,12 +8,13 @@ from segmentation_models_pytorch.base.initialization import initialize_decoder
 from segmentation_models_pytorch.decoders.unetplusplus.decoder import DecoderBlock, UnetPlusPlusDecoder
 from torch import Tensor, nn
 
+from finetune.heads.base import Head
 from finetune.heads.output import DepthOutput, DepthRange
 from spark.errors import UserError
 from spark.model.encoder import PyramidLevel
 
 
-class UnetPlusPlus(nn.Module):
+class UnetPlusPlus(Head):
     """Dense UNet++ decoder (Zhou et al. 2018, arXiv 1807.10165) and a 3x3 convolution to depth.
 
     With a pyramid at strides 2, 4, 8, 16, 32 this is `smp.UnetPlusPlus(classes=1)` parameter for parameter. An
@@ -28,8 +29,6 @@ class UnetPlusPlus(nn.Module):
         decoder_channels: Width at each resolution from half the deepest stride up to stride 1, so log2(deepest
             stride) numbers (5 for stride 32).
     """
-
-    outputs = ("depth",)
 
     def __init__(
         self,
@@ -66,14 +65,9 @@ class UnetPlusPlus(nn.Module):
         nn.init.xavier_uniform_(self.project.weight, gain=0.1)
         nn.init.constant_(self.project.bias, depth_range.initial_logit)  # type: ignore[arg-type]
 
-    def forward(self, images: Tensor, features: Sequence[Tensor]) -> DepthOutput:
-        """Return depth at the resolution of `images`.
-
-        Args:
-            images: [B, C, H, W]; H and W multiples of the deepest stride. Only their size is used.
-            features: One map [B, C_i, H / s_i, W / s_i] for each of `self.levels`.
-        """
-        x = self.decoder([images, *features])
+    def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> DepthOutput:
+        """Return depth at the size of the images."""
+        x = self.decoder([features[0], *features])  # it drops the first, which stands for the image
         for block in self.upsample:
             x = block(x)
         return DepthOutput(depth=self.depth_range(self.project(x)))

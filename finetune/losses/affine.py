@@ -1,10 +1,16 @@
 """Losses on inverse depth that ignore its scale and shift: what data without metric depth can teach (MiDaS)."""
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from finetune.losses.base import DepthLoss, NoGroundTruth, check_maps
 from spark.errors import UserError
+
+if TYPE_CHECKING:
+    from finetune.model.depth_model import DepthModel
 
 
 def align(prediction: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,7 +49,14 @@ class _Aligned(DepthLoss):
     """What both losses do first: align each image, leave out those with too few readings."""
 
     predicts = "disparity"
-    needs = "disparity"
+    needs = (("affine", "affine_valid"), ("depth", "valid"))
+
+    def targets(self, batch: Mapping[str, Tensor], model: "DepthModel") -> tuple[Tensor, ...]:
+        """Affine-invariant ground truth if the batch has it, else the inverse of metric depth; where it is valid."""
+        values, valid = super().targets(batch, model)
+        if "affine" in batch:
+            return values, valid
+        return torch.where(valid, values, torch.ones_like(values)).reciprocal(), valid
 
     def score(self, prediction: Tensor, *targets: Tensor) -> Tensor:
         """Align and score.

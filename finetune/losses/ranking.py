@@ -23,7 +23,7 @@ class PairwiseRanking(DepthLoss):
         drop_smallest: Share of the unequal pairs with the smallest losses that is left out.
     """
 
-    needs = "pairs"
+    needs = (("pairs", "relation", "pairs_valid"),)
 
     def __init__(
         self,
@@ -43,6 +43,10 @@ class PairwiseRanking(DepthLoss):
         self.predicts = output
         self.sign = 1 if polarity == "farther" else -1
         self.drop_smallest = drop_smallest
+
+    def other_output(self) -> str:
+        """Pairs can be ranked by either output."""
+        return ", or rank what it gives (loss_options.ranking.output)"
 
     def score(self, prediction: Tensor, *targets: Tensor) -> Tensor:
         """Compare the points of each pair.

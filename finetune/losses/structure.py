@@ -1,11 +1,17 @@
 """Losses on the structure of a map: SSIM with the ground truth, smoothness where the image is smooth (kornia)."""
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from finetune.losses.base import DepthLoss, NoGroundTruth, check_maps
 from spark.errors import UserError
+
+if TYPE_CHECKING:
+    from finetune.model.depth_model import DepthModel
 
 
 class SSIM(DepthLoss):
@@ -72,11 +78,17 @@ class Smoothness(DepthLoss):
     """
 
     predicts = "disparity"
-    needs = "image"
+    needs = (("image",),)
 
     def __init__(self, normalise: bool = True) -> None:
         super().__init__()
         self.normalise = normalise
+
+    def targets(self, batch: Mapping[str, Tensor], model: "DepthModel") -> tuple[Tensor, ...]:
+        """The images in [0, 1], without the normalisation that the model wants."""
+        (images,) = super().targets(batch, model)
+        mean, std = (images.new_tensor(values)[:, None, None] for values in (model.mean, model.std))
+        return (images * std + mean,)
 
     def score(self, prediction: Tensor, *targets: Tensor) -> Tensor:
         """Compare with the image.

@@ -20,16 +20,15 @@ result.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from finetune.heads import DepthOutput
+from finetune.heads.output import DepthOutput
+from finetune.options import Fit, Space
 from spark.errors import UserError
 
-Space: TypeAlias = Literal["depth", "log_depth", "disparity"]
-Fit: TypeAlias = Literal["scale", "scale_shift"]
 SPACES: tuple[Space, ...] = ("depth", "log_depth", "disparity")
 MAD_TO_SIGMA = 1.4826
 """Median absolute deviation of normally distributed numbers -> their standard deviation."""
@@ -91,7 +90,7 @@ class Calibration:
         else:
             assert output.depth is not None
             depth = _forward(output.depth, self)
-        return output._replace(depth=depth.clamp(*limits))
+        return replace(output, depth=depth.clamp(*limits))
 
     def metres(self, predicted: np.ndarray, relative: bool = False) -> np.ndarray:
         """The same for numbers of any shape: depth [m], or inverse depth of a head without metres if `relative`."""

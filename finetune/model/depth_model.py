@@ -7,25 +7,35 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune.construct import construct
-from finetune.heads import HEADS, DepthOutput, DepthRange
+from finetune.heads import HEADS
+from finetune.heads.base import Head
+from finetune.heads.output import DepthOutput, DepthRange
 from finetune.model.calibration import Calibration
+from finetune.model.prediction import predict_image, read_photo
 from spark.errors import UserError
 from spark.files import checksum, whole_folder, write_tensors, write_whole
-from spark.model.encoder import PyramidLevel, build_encoder, freeze_unreached, is_own, pyramid, pyramid_info
+from spark.model.encoder import PyramidLevel, build_encoder, freeze_unreached, pyramid, pyramid_info
+from spark.model.names import is_own
 from spark.training.checkpoint import read_encoder
 from spark.weights.encoder import CARD, CONFIG, WEIGHTS, description, name_of
 from spark.weights.hub import PREFIX, download
 from spark.weights.keys import KeyReport
+
+FRAME_MAPS = ("depth", "disparity_affine")
+"""Maps that are brought to the size of the images."""
 
 ENCODER_NAME = "encoder_name= (--encoder_name)"
 """How sentences call the argument and the option that name an encoder which a file does not say, or may not."""
@@ -116,16 +126,15 @@ class DepthModel(nn.Module):
         self.depth_range = DepthRange(min_depth, max_depth, initial_depth)
         self.head_name = head
         self.head_options = head_options
-        self.head: Any = construct("head", HEADS, head, head_options, levels, self.depth_range)
+        self.head: Head = construct("head", HEADS, head, head_options, levels, self.depth_range)
         self.levels: list[PyramidLevel] = self.head.levels
         self.image_size = None if image_size is None else (int(image_size[0]), int(image_size[1]))
         self.mean = _three("mean", mean, encoder)
         self.std = _three("std", std, encoder)
-        self.segmentation: nn.Module | None = None  # of training only, see finetune.segmentation
         self.calibration: Calibration | None = None  # of evaluation only, losses see what the head says
         self.sha256: dict[str, str] | None = None
         freeze_unreached(encoder, self.levels, in_chans=3)
-        if getattr(self.head, "frozen_encoder", False):
+        if self.head.frozen_encoder:
             self.encoder.requires_grad_(False)
             self.freeze_encoder()
 
@@ -133,22 +142,68 @@ class DepthModel(nn.Module):
         """Predict depth for images [B, 3, H, W] normalised with `mean` and `std`, at their size, whatever it is.
 
         Sides that are no multiple of the encoder's stride are padded right and below with the edge pixels; the
-        padding is cut off the result. In evaluation a calibration is applied (`finetune.model.calibration`).
+        padding is cut off `depth` and `disparity_affine`, while `extras` stay as the head gives them. In evaluation a
+        calibration is applied (`finetune.model.calibration`).
         """
         if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
             raise UserError(f"images must be [B, 3, H, W] and not empty, got {list(images.shape)}.")
         height, width = images.shape[-2:]
-        missing = (0, -width % self.stride, 0, -height % self.stride)
+        rows, columns = self.padded_size((height, width))
+        missing = (0, columns - width, 0, rows - height)
         padded = F.pad(images, missing, mode="replicate") if any(missing) else images
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_frozen):
             features = pyramid(self.encoder, padded, self.levels)
-        output: DepthOutput = self.head(padded, features)
-        if self.segmentation is not None and self.training:
-            output = output._replace(segmentation=self.segmentation(padded, output.scales))
-        output = output.cut(height, width)
+        output: DepthOutput = self.head(features, (padded.shape[-2], padded.shape[-1]))
+        given = {
+            name: self.to_frame(value, (height, width))
+            for name in FRAME_MAPS
+            if (value := output.get(name)) is not None
+        }
+        output = replace(output, **given)
         if self.calibration is not None and not self.training:
             output = self.calibration.apply(output)
         return output
+
+    def predict(
+        self,
+        photo: str | Path | Image.Image | np.ndarray,
+        *,
+        tiles: int = 1,
+        flip_average: bool = False,
+        image_size: tuple[int, int] | None = None,
+    ) -> np.ndarray:
+        """Predict the depth of a photo, float32 [H, W] in metres at the photo's size; a calibration is applied.
+
+        Args:
+            photo: A file, a PIL image, or pixels, uint8 [H, W, 3] (RGB) or [H, W] (grey).
+            tiles: How many tiles along the long side show the model more detail; 1 shows it the whole photo alone.
+            flip_average: Average with the prediction for the mirror image.
+            image_size: (H, W) at which the model sees the photo [px]; None: the size it was trained at.
+
+        Raises:
+            UserError: The photo cannot be read, or the model gives no metres.
+        """
+        if "depth" not in self.outputs:
+            raise UserError(
+                f"head {self.head_name} gives no metres: calibrate the model (finetune/commands/calibrate.py), or"
+                " take its inverse depth from finetune.model.prediction.predict_image"
+            )
+        return predict_image(self, read_photo(photo), image_size, flip_average, tiles)
+
+    def padded_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(H, W) of the padded images that the encoder sees, for images of `size`."""
+        height, width = size
+        return height + -height % self.stride, width + -width % self.stride
+
+    def to_frame(self, values: Tensor, size: tuple[int, int]) -> Tensor:
+        """Bring a map of the padded images, of any stride [B, C, h, w], to images of `size` (H, W) [B, C, H, W].
+
+        Bilinearly, with align_corners=False.
+        """
+        padded = self.padded_size(size)
+        if values.shape[-2:] != padded:
+            values = F.interpolate(values, padded, mode="bilinear", align_corners=False)
+        return values[..., : size[0], : size[1]]
 
     def calibrate(self, calibration: Calibration | None) -> None:
         """Take a calibration in place of any other, or none; ValueError for a space that the head has nothing in."""
@@ -176,7 +231,7 @@ class DepthModel(nn.Module):
         The parameters keep `requires_grad`, so an optimizer can be built before; it passes over those without
         gradient. Under a head that probes a frozen encoder it stays still.
         """
-        self.encoder_frozen = frozen or getattr(self.head, "frozen_encoder", False)
+        self.encoder_frozen = frozen or self.head.frozen_encoder
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "DepthModel":
@@ -191,7 +246,7 @@ class DepthModel(nn.Module):
 
         With `card`, the text of a model card, README.md too.
 
-        A decoder that only training has is left out; a calibration is part of config.json.
+        Modules of losses are no part of it; a calibration is part of config.json.
 
         Raises:
             ValueError: The folder holds something else, or the encoder was built with what no file can hold.
@@ -213,11 +268,7 @@ class DepthModel(nn.Module):
         with whole_folder(folder, (CONFIG, WEIGHTS, CARD)) as temporary:
             if card is not None:
                 (temporary / CARD).write_text(card, encoding="utf-8")
-            decoder, self.segmentation = self.segmentation, None
-            try:
-                write_tensors(self, temporary / WEIGHTS, {})
-            finally:
-                self.segmentation = decoder
+            write_tensors(self, temporary / WEIGHTS, {})
             (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         return Path(folder)
 

@@ -10,9 +10,10 @@ import timm
 from huggingface_hub import ModelCardData
 
 from finetune.model.depth_model import DepthModel
+from finetune.protocols.metrics import METRIC
 from finetune.scoring.best import Selection
-from finetune.scoring.caveats import reservations
-from finetune.scoring.metrics import METRIC, own_metrics
+from finetune.scoring.caveats import caveats
+from finetune.scoring.metrics import own_metrics
 from spark.errors import UserError
 from spark.weights.hub import (
     DEPTH_MARK,
@@ -356,5 +357,5 @@ def _scores(evaluation: Evaluation, image_size: tuple[int, int] | None) -> str:
         lines.append(f"The model saw images at {seen[0]}x{seen[1]} px.")
     if border := WHITE_BORDER.get(results.get("white_border", "keep")):
         lines.append(border)
-    lines += [f"{sentence[0].upper()}{sentence[1:]}." for sentence in reservations(results)]
+    lines += [f"{sentence[0].upper()}{sentence[1:]}." for sentence in caveats(results)]
     return "\n\n".join([*lines, table(own_metrics(results))])

@@ -5,11 +5,9 @@ threads. Near is red, far is blue (matplotlib's `turbo_r`, which tells more dept
 is no reading.
 """
 
-import heapq
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import PercentFormatter
 
+from finetune.scoring.pictures import Triptych
 from spark.errors import UserError
 from spark.files import write_whole
 
@@ -34,57 +33,9 @@ ERROR_LIMIT = 0.5
 """Relative error at the ends of the colours of an error map."""
 
 
-@dataclass(frozen=True)
-class Triptych:
-    """One row of a figure.
-
-    Args:
-        image: uint8 [H, W, 3].
-        truth: Ground truth [h, w] [m]; 0 or not finite where there is no reading.
-        prediction: Prediction [h', w'] [m]. The three may differ in size, they are drawn at one.
-        name: Name of the image, drawn above it.
-        caption: What to say of the prediction (its error), drawn above it.
-    """
-
-    image: np.ndarray
-    truth: np.ndarray
-    prediction: np.ndarray
-    name: str = ""
-    caption: str = ""
-
-
 def depth_colours() -> Colormap:
     """Return the colour map of depth; masked entries take `HOLE_COLOUR`."""
     return matplotlib.colormaps["turbo_r"].with_extremes(bad=HOLE_COLOUR)
-
-
-class WorstRows:
-    """The rows with the largest errors of many that come one by one.
-
-    Args:
-        count: How many to keep.
-    """
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self._heap: list[tuple[float, int, Triptych]] = []
-        self._seen = 0
-
-    def wants(self, error: float) -> bool:
-        """Whether a row of this error would be kept now."""
-        return len(self._heap) < self.count or (self.count > 0 and error > self._heap[0][0])
-
-    def add(self, error: float, row: Triptych) -> None:
-        """Keep a row if it is among the worst."""
-        self._seen += 1
-        heapq.heappush(self._heap, (error, -self._seen, row))  # of equal errors the earlier one stays
-        if len(self._heap) > self.count:
-            heapq.heappop(self._heap)
-
-    @property
-    def rows(self) -> list[Triptych]:
-        """The worst first."""
-        return [row for _, _, row in sorted(self._heap, key=lambda entry: entry[:2], reverse=True)]
 
 
 def error_colours() -> Colormap:

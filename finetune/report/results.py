@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from finetune.scoring.caveats import READING, reservations
-from finetune.scoring.metrics import METRIC, count, own_metrics
+from finetune.protocols.metrics import METRIC
+from finetune.scoring.caveats import READING, caveats
+from finetune.scoring.metrics import count, own_metrics
 from spark.report.charts import number
 from spark.report.page import Cell, Table, Text
 from spark.report.sections import plain_path
@@ -162,7 +163,7 @@ def reading(scored: Mapping[str, list[Results]]) -> list[Text]:
             " scenes drawn together), and colour marks intervals without 0. The interval knows the choice of test"
             " images only, not the chance in training, which takes several seeds."
         )
-    caution = [f"{sentence[0].upper()}{sentence[1:]}." for sentence in reservations(result)]
+    caution = [f"{sentence[0].upper()}{sentence[1:]}." for sentence in caveats(result)]
     if len(scored) > 1 and max(len(results) for results in scored.values()) == 1:
         caution.append("One seed each: a second one may turn a small difference around.")
     if result["images"] < FEW_IMAGES:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.scoring.metrics import METRIC
+from finetune.protocols.metrics import METRIC
 from spark.errors import UserError
 
 
@@ -17,7 +17,7 @@ class Selection:
     """The validations of a run so far, judged by one metric.
 
     Args:
-        metric: A name of `finetune.scoring.metrics.METRIC`.
+        metric: A name of `finetune.protocols.metrics.METRIC`.
         patience: Validations in a row without a better one after which a run ends; None: it never does.
         scores: (step, value) of each validation, in order.
 

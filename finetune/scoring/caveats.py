@@ -1,9 +1,11 @@
-"""What makes scores less than the full measurement of their protocol, in sentences: for tables and model cards."""
+"""Where scores fall short of the full measurement of their protocol, in sentences for tables and model cards."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from finetune.scoring.metrics import METRIC, count
+from finetune.protocols.metrics import METRIC
+from finetune.scoring.evaluators import evaluator_class
+from finetune.scoring.metrics import count
 
 READING = {
     "ground_truth": "ground truth",
@@ -12,78 +14,71 @@ READING = {
     "depth_scale": "metres of one unit of depth files",
     "bad_depth": "bad depth",
 }
-"""How images and ground truth were read: entries of results.json beside the protocol, and what to call them."""
+"""Entries of results.json on how images and ground truth were read, and their names for people."""
 
 
-def reservations(results: Mapping[str, Any]) -> list[str]:
+def caveats(results: Mapping[str, Any]) -> list[str]:
     """Sentences on what a reader of the metrics must know, without capital and full stop.
 
     Args:
-        results: What results.json holds of a protocol. What older files do not hold is not spoken of.
+        results: The results of one protocol. Older files hold less, and get fewer sentences.
     """
-    said = []
+    found = []
     settings = results.get("settings", {})
+    evaluator = evaluator_class(settings)
     expected, depth = settings.get("expected_images"), settings.get("depth")
     if None not in (expected, results.get("images")) and results["images"] != expected:
-        said.append(
+        found.append(
             f"the official list of this protocol has {expected} images, here are {results['images']}: published"
             " numbers stand on those"
         )
     if settings.get("alignment", "none") != "none":
-        said.append(f"fitted to the ground truth of each image (alignment {settings['alignment']})")
-    # Layouts that do not say are for the most part raw, or what the raw protocols were measured on.
+        found.append(f"fitted to the ground truth of each image (alignment {settings['alignment']})")
+    # A layout that does not know is taken for raw: most are, or are what the raw protocols were measured on.
     truth = results.get("ground_truth")
     if depth is not None and settings.get("tables", True) and (truth or "raw") != depth:
         has = "this layout does not say which it has" if truth is None else f"this is {truth} depth"
-        said.append(f"stands on {depth} depth, and {has}: published numbers stand on the former")
+        found.append(f"stands on {depth} depth, and {has}: published numbers stand on the former")
     if settings.get("flip_average") and "predictions" in results:
-        said.append("averages over flips, which files are taken to have been")
+        found.append("averages over flips, which files are taken to have been")
     if results.get("skipped"):
-        said.append(
+        found.append(
             f"{len(results['skipped'])} of {results['images'] + len(results['skipped'])} images left out for want of a"
             f" pixel that counts, the first is {results['skipped'][0]}"
         )
     if results.get("missing"):
-        said.append(
+        found.append(
             f"{count(len(results['missing']), 'image')} without a prediction left out, the first is"
             f" {results['missing'][0]}"
         )
     if unusable := results.get("unusable"):
         listed = ", ".join(unusable[:10]) + (", ..." if len(unusable) > 10 else "")
-        scored = (
-            "all their pairs count as wrong"
-            if settings.get("family") == "relations"
-            else f"scored as {settings.get('min_depth', 0.001):g} m everywhere, with nothing fitted"
-        )
-        said.append(
+        scored = evaluator.unusable_text(settings)
+        found.append(
             f"no value of the prediction could be used of {count(len(unusable), 'image')}, {scored}: {listed}"
         )
     if "wkdr_threshold" in results:
-        said.append(
+        found.append(
             f"threshold of equally far points {results['wkdr_threshold']['value']:g}, chosen on these very images: give"
             " it as --threshold to score others"
         )
     if results.get("unpredicted_pixels"):
-        said.append(f"{count(results['unpredicted_pixels'], 'pixel')} without a prediction above 0 left out")
+        found.append(f"{count(results['unpredicted_pixels'], 'pixel')} without a prediction above 0 left out")
     replaced = "unpredicted_pixels" not in results
     if replaced and results.get("nonfinite_pixels"):
-        scored = "scored as the nearest or farthest depth"
-        if settings.get("family") == "relations":
-            scored = "pairs that need a NaN count as wrong"
-        elif settings.get("space") == "disparity":
-            scored = "scored as the farthest depth"
-        said.append(
+        scored = evaluator.nonfinite_text(settings)
+        found.append(
             f"{count(results['nonfinite_pixels'], 'predicted value')}, in"
             f" {count(results['nonfinite_images'], 'image')}, not finite: {scored}"
         )
     if replaced and results.get("nonpositive_pixels"):
         end = "farthest" if settings.get("space") == "disparity" else "nearest"
-        said.append(
+        found.append(
             f"{count(results['nonpositive_pixels'], 'predicted value')}, in"
             f" {count(results['nonpositive_images'], 'image')}, 0 or negative: scored as the {end} depth"
         )
-    said += [
+    found += [
         f"{count(number, 'image')} without {METRIC[name].heading}"
         for name, number in results.get("undefined", {}).items()
     ]
-    return said
+    return found

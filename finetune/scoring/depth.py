@@ -1,8 +1,9 @@
-"""How a record of `finetune.protocols` acts on maps of depth: the steps of `Protocol` on arrays, and their evaluator.
+"""The steps of `finetune.protocols.Protocol` on maps of depth, and the evaluator that takes them.
 
-Maps are [H, W]; a prediction is of the whole frame, whatever its size.
+Maps are [H, W]; a prediction of any size is of the whole frame.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,9 +13,11 @@ from torch.nn import functional as F
 
 from finetune.depth_data.sample import DepthSample
 from finetune.protocols import Protocol
+from finetune.protocols.metrics import METRICS
 from finetune.scoring.alignment import Alignment, fit
 from finetune.scoring.evaluator import Evaluator, NoValidPixels
-from finetune.scoring.metrics import METRICS, Columns, Row, depth_errors, mean_of_images, pooled_depth
+from finetune.scoring.metrics import Columns, Row, depth_errors, mean_of_images, pooled_depth, summary
+from finetune.scoring.pictures import Triptych
 from spark.errors import UserError
 
 
@@ -235,7 +238,35 @@ def score_pair(
 class DepthEvaluator(Evaluator):
     """Scores maps of depth in metres."""
 
+    columns = ("delta1", "delta2", "delta3", "abs_rel", "rmse", "log10", "silog")
+    draws = True
     _crop_scaled = False
+
+    @classmethod
+    def check_sample(cls, protocol: Protocol, sample: DepthSample) -> None:
+        """The crop must exist in ground truth of this size."""
+        super().check_sample(protocol, sample)
+        protocol.crop_at(sample.metres.shape)
+
+    @classmethod
+    def unusable_text(cls, settings: Mapping[str, Any]) -> str:
+        """They become the nearest depth."""
+        return f"scored as {settings.get('min_depth', 0.001):g} m everywhere, with nothing fitted"
+
+    @classmethod
+    def nonfinite_text(cls, settings: Mapping[str, Any]) -> str:
+        """They become an end of the range."""
+        end = "farthest" if settings.get("space") == "disparity" else "nearest or farthest"
+        return f"scored as the {end} depth"
+
+    def picture(
+        self, sample: DepthSample, prediction: np.ndarray, inverse: bool, row: Row | None
+    ) -> Triptych:
+        """The prediction in metres beside its ground truth."""
+        if row and (inverse or self.protocol.alignment != "none"):
+            prediction = metric_prediction(self.protocol, prediction, sample.metres, inverse=inverse)
+        caption = summary(row) if row else "no pixel of the ground truth counts"
+        return Triptych(sample.image, sample.metres, prediction, sample.name, caption)
 
     def score(self, sample: DepthSample, prediction: np.ndarray, inverse: bool) -> Row:
         """See `score_pair`."""

@@ -1,17 +1,19 @@
-"""What scoring a data set image by image has in common, whatever is scored; families of protocols fill it in.
+"""What scoring a data set image by image has in common; evaluators fill in how an image is scored.
 
-To add a family: an `Evaluator` in a module of its own, its name in `EVALUATORS` of `finetune.scoring.evaluators`, its
-metrics in `finetune.scoring.metrics.METRIC`, and records in `finetune.protocols`.
+To add one: an `Evaluator` in a file of this folder, its name in `EVALUATORS` of `finetune.scoring.evaluators`, its
+metrics in `finetune.protocols.metrics.METRIC`, and records in `finetune.protocols`.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 
 from finetune.depth_data.sample import DepthSample
 from finetune.protocols import Protocol
 from finetune.scoring.metrics import Columns, Row, columns_of
+from finetune.scoring.pictures import Triptych
 from spark.errors import UserError
 
 
@@ -22,7 +24,7 @@ class NoValidPixels(UserError):
 class Evaluator(ABC):
     """Scores a data set image by image.
 
-    >>> evaluator = evaluator_of(get_protocol("nyu-bts"))  # of finetune.families
+    >>> evaluator = evaluator_of(get_protocol("nyu-bts"))  # of finetune.scoring.evaluators
     >>> evaluator.add(sample, prediction)  # for every image
     >>> write_results("results.json", evaluator.results())
 
@@ -31,17 +33,50 @@ class Evaluator(ABC):
         skip_empty: leave out images of which nothing counts, and list them in the results, instead of raising.
     """
 
+    columns: ClassVar[tuple[str, ...]]
+    """Metrics that a table of several protocols shows."""
+
+    draws: ClassVar[bool] = False
+    """Whether `picture` gives pictures."""
+
     def __init__(self, protocol: Protocol, *, skip_empty: bool = False):
         self.protocol, self.skip_empty = protocol, skip_empty
         self.rows: dict[str, Row] = {}
         self.skipped: list[str] = []
         self.unusable: list[str] = []
 
+    @classmethod
+    def needs_metres(cls, protocol: Protocol) -> bool:
+        """Whether inverse depth up to scale and shift cannot be scored under a protocol."""
+        return protocol.supervision == "metric" and protocol.alignment != "disparity"
+
+    @classmethod
+    def check_sample(cls, protocol: Protocol, sample: DepthSample) -> None:
+        """Refuse a data set that the protocol cannot be scored on, by its first sample: UserError."""
+        protocol.seen_at((sample.image.shape[0], sample.image.shape[1]))
+
+    @classmethod
+    @abstractmethod
+    def unusable_text(cls, settings: Mapping[str, Any]) -> str:
+        """How an image without any usable predicted value is scored, for caveats; `settings` is the record."""
+
+    @classmethod
+    @abstractmethod
+    def nonfinite_text(cls, settings: Mapping[str, Any]) -> str:
+        """How predicted values that are not finite are scored, likewise."""
+
+    def picture(
+        self, sample: DepthSample, prediction: np.ndarray, inverse: bool, row: Row | None
+    ) -> Triptych | None:
+        """What to draw of an image and the prediction that `add` took; None: there is no picture."""
+        return None
+
     @abstractmethod
     def score(self, sample: DepthSample, prediction: np.ndarray, inverse: bool) -> Row:
-        """The row of an image: numbers by name, None for a metric that is not defined for it; with `nonfinite`, how
-        many values of the prediction were NaN or infinite, and `nonpositive`, how many others were not above 0 and
-        should have been. One of which that is all of them has the worst scores, not none.
+        """The row of an image: numbers by name, None for a metric that is not defined for it.
+
+        `nonfinite` counts the predicted values that are NaN or infinite, `nonpositive` the others that should be above
+        0 and are not. A prediction without any other value gets the worst scores, and is not left out.
 
         Raises:
             NoValidPixels: nothing of its ground truth counts.
@@ -57,7 +92,7 @@ class Evaluator(ABC):
         """
 
     def check(self, prediction: np.ndarray) -> None:
-        """Refuse what is no map: ValueError."""
+        """Refuse a prediction that is no map: ValueError."""
         if prediction.ndim != 2:
             raise UserError(
                 f"a prediction is depth in metres [H, W], this has shape {list(prediction.shape)}"
@@ -100,7 +135,7 @@ class Evaluator(ABC):
         return row
 
     def extras(self) -> dict[str, Any]:
-        """What else results say; of the family."""
+        """Further entries of results."""
         return {}
 
     def results(self) -> dict[str, Any]:

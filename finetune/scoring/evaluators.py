@@ -1,7 +1,8 @@
-"""Which evaluator acts on the records of a family of protocols."""
+"""The evaluators by name."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 from finetune.protocols import Protocol
 from finetune.scoring.depth import DepthEvaluator
@@ -15,6 +16,13 @@ EVALUATORS: Mapping[str, type[Evaluator]] = MappingProxyType(
 """`Protocol.family` -> class."""
 
 
+def evaluator_class(protocol: Protocol | Mapping[str, Any]) -> type[Evaluator]:
+    """The evaluator of a protocol, or of the `settings` of results; that of depth where older results do not say."""
+    if isinstance(protocol, Protocol):
+        return EVALUATORS[protocol.family]
+    return EVALUATORS.get(protocol.get("family", "depth"), DepthEvaluator)
+
+
 def evaluator_of(protocol: Protocol, *, skip_empty: bool = False) -> Evaluator:
-    """An evaluator that has scored nothing yet."""
-    return EVALUATORS[protocol.family](protocol, skip_empty=skip_empty)
+    """A new evaluator that has scored nothing yet."""
+    return evaluator_class(protocol)(protocol, skip_empty=skip_empty)

@@ -31,9 +31,11 @@ from scipy.ndimage import distance_transform_edt
 from skimage.feature import canny
 
 from finetune.depth_data.sample import DepthSample, Plane
-from finetune.scoring.depth import resize
-from finetune.scoring.evaluator import Evaluator, NoValidPixels
-from finetune.scoring.metrics import METRIC, PLANE_METRICS, Columns, Row, depth_errors, mean_of_images
+from finetune.protocols import Protocol
+from finetune.protocols.metrics import METRIC, PLANE_METRICS
+from finetune.scoring.depth import DepthEvaluator, resize
+from finetune.scoring.evaluator import NoValidPixels
+from finetune.scoring.metrics import Columns, Row, depth_errors, mean_of_images
 from spark.errors import UserError
 
 PLANE_SHARE = 0.05
@@ -139,7 +141,7 @@ def planarity_errors(
     }
 
 
-class IBimsEvaluator(Evaluator):
+class IBimsEvaluator(DepthEvaluator):
     """Scores iBims-1: the metrics of depth over the pixels that count, with PE, DBE and DDE.
 
     A pixel counts where there is ground truth and a prediction: one that is finite and above 0. Others are left out, as
@@ -148,14 +150,21 @@ class IBimsEvaluator(Evaluator):
     The means are over the images that have a score, of PE over all planes of all images.
     """
 
-    def score(self, sample: DepthSample, prediction: np.ndarray, inverse: bool) -> Row:
-        """Of an image; PE is the mean over its `planes`. ValueError: edges and planes are not known."""
+    @classmethod
+    def check_sample(cls, protocol: Protocol, sample: DepthSample) -> None:
+        """Edges and planes must be known."""
+        super().check_sample(protocol, sample)
         if sample.geometry is None:
             raise UserError(
-                f"protocol {self.protocol.name} needs edges and planes: unpack ibims1_core_mat.zip of iBims-1 beside"
+                f"protocol {protocol.name} needs edges and planes: unpack ibims1_core_mat.zip of iBims-1 beside"
                 " ibims1_core_raw, or use --protocol ibims-zoedepth, which scores depth alone"
             )
+
+    def score(self, sample: DepthSample, prediction: np.ndarray, inverse: bool) -> Row:
+        """The row of an image; PE is the mean over its `planes`."""
+        self.check_sample(self.protocol, sample)
         truth, geometry = sample.metres, sample.geometry
+        assert geometry is not None
         values = np.asarray(prediction, np.float64)
         finite = np.isfinite(values)
         nonfinite, nonpositive = int((~finite).sum()), int((finite & (values <= 0)).sum())

@@ -1,112 +1,21 @@
-"""Metrics: one name, one formula, one unit and one direction each, in `METRIC`; and how those of images become one.
-
-Of the pixels that count, p is the prediction, g the ground truth, both in metres, and d = ln p - ln g. Sources: delta,
-abs_rel, sq_rel (its denominator is g, not g^2), rmse and rmse_log: Eigen et al. 2014, section 4.3; log10: Saxena et al.
-2009 as in Laina et al. 2016; silog: BTS (Lee et al. 2019, `compute_errors` of its evaluation), which ZoeDepth and the
-KITTI benchmark share. Eigen's scale-invariant error is silog / 100. `finetune.scoring.pairwise` says more of pairs of
-points.
-"""
+"""Metrics of pixels, and how those of images become one; `finetune.protocols.metrics` has their names and sources."""
 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
+from finetune.protocols.metrics import METRIC, METRICS, WKDR_METRICS
 from spark.errors import UserError
 from spark.files import write_whole
-
-
-@dataclass(frozen=True)
-class Metric:
-    """What a number is.
-
-    Args:
-        name: in results and options.
-        heading: in tables.
-        better: which way is better.
-        formula: in plain text; `finetune.scoring.metrics` and the module of its family say what the letters are.
-        unit: "" for none.
-    """
-
-    name: str
-    heading: str
-    better: Literal["higher", "lower"]
-    formula: str
-    unit: str = ""
-
-    @property
-    def column(self) -> str:
-        """Heading, unit and direction, as short as can be."""
-        unit = f" {self.unit}" if self.unit else ""
-        return f"{self.heading}{unit}{'↑' if self.better == 'higher' else '↓'}"
-
-
-METRIC: Mapping[str, Metric] = MappingProxyType(
-    {
-        metric.name: metric
-        for metric in (
-            Metric("delta1", "δ1", "higher", "share of pixels with max(p / g, g / p) < 1.25"),
-            Metric("delta2", "δ2", "higher", "share of pixels with max(p / g, g / p) < 1.25^2"),
-            Metric("delta3", "δ3", "higher", "share of pixels with max(p / g, g / p) < 1.25^3"),
-            Metric("abs_rel", "AbsRel", "lower", "mean(abs(p - g) / g)"),
-            Metric("sq_rel", "SqRel", "lower", "mean((p - g)^2 / g)", "m"),
-            Metric("rmse", "RMSE", "lower", "sqrt(mean((p - g)^2))", "m"),
-            Metric("rmse_log", "RMSElog", "lower", "sqrt(mean(d^2))"),
-            Metric("log10", "log10", "lower", "mean(abs(log10 p - log10 g))"),
-            Metric("silog", "SILog", "lower", "100 sqrt(mean(d^2) - mean(d)^2)"),
-            Metric("whdr", "WHDR", "lower", "share of unequal pairs ordered wrongly, ties wrong"),
-            Metric("accuracy", "accuracy", "higher", "1 - whdr"),
-            Metric("wkdr", "WKDR", "lower", "share of all pairs whose relation under the threshold is wrong"),
-            Metric("wkdr_unequal", "WKDR unequal", "lower", "wkdr among unequal pairs"),
-            Metric("wkdr_equal", "WKDR equal", "lower", "wkdr among equal pairs"),
-            Metric(
-                "pe_fla",
-                "PE flat",
-                "lower",
-                "deviation of a predicted plane from the plane fitted to it",
-                "cm",
-            ),
-            Metric(
-                "pe_ori", "PE orie", "lower", "angle between the plane fitted to it and the true one", "°"
-            ),
-            Metric("dbe_acc", "DBE acc", "lower", "distance of near predicted edges to true ones", "px"),
-            Metric("dbe_com", "DBE com", "lower", "distance of true edges to predicted ones", "px"),
-            Metric(
-                "dbe_com_sym",
-                "DBE com sym",
-                "lower",
-                "distance of true and of predicted edges to the other kind, each at most 10",
-                "px",
-            ),
-            Metric("dde_0", "DDE0", "higher", "share of pixels on their side of a plane at 3 m"),
-            Metric(
-                "dde_m", "DDE-", "lower", "share of pixels predicted before that plane and lying behind it"
-            ),
-            Metric(
-                "dde_p", "DDE+", "lower", "share of pixels predicted behind that plane and lying before it"
-            ),
-        )
-    }
-)
-METRICS = ("delta1", "delta2", "delta3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog")
-ORDINAL_METRICS = ("whdr", "accuracy", "wkdr")
-WKDR_METRICS = ("wkdr", "wkdr_equal", "wkdr_unequal")
-"""Of pairs of points, `finetune.scoring.pairwise` has their formulas."""
-PLANE_METRICS = ("pe_fla", "pe_ori")
-GEOMETRY_METRICS = (*PLANE_METRICS, "dbe_acc", "dbe_com", "dde_0", "dde_m", "dde_p")
-"""Of iBims-1, `finetune.scoring.ibims` has their formulas."""
-SYMMETRIC_GEOMETRY_METRICS = tuple({"dbe_com": "dbe_com_sym"}.get(name, name) for name in GEOMETRY_METRICS)
-"""The same with the other version of DBE."""
 
 Row: TypeAlias = dict[str, Any]
 """Of one image: `name`, numbers, and None for a metric that is not defined for it."""
 Columns: TypeAlias = dict[str, np.ndarray]
-"""Rows the other way round: name of a number -> float64 [N], NaN where an image has none."""
+"""Name of a number -> its values over N images, float64 [N]; NaN where an image has none."""
 
 
 def depth_errors(prediction: np.ndarray, ground_truth: np.ndarray) -> dict[str, float]:
@@ -206,16 +115,21 @@ def pooled_depth(columns: Columns, counts: np.ndarray) -> dict[str, np.ndarray]:
 def own_metrics(results: Mapping[str, Any]) -> dict[str, float]:
     """The metrics of results that their protocol is about, in the order of `METRIC`: what people are shown.
 
-    Relations have WKDR only where a threshold was given or chosen. Results without a record have all that they hold.
+    WKDR is among them only where a threshold was given or chosen. Results without settings show all their metrics.
     """
     settings, metrics = results.get("settings") or {}, results["metrics"]
     names = settings.get("metrics", metrics)
-    if settings.get("family") == "relations" and not (
-        settings.get("threshold") or "wkdr_threshold" in results
-    ):
+    if settings and not (settings.get("threshold") or "wkdr_threshold" in results):
         names = [name for name in names if name not in WKDR_METRICS]
     order = [name for name in METRIC if name in metrics and name in names]
     return {name: metrics[name] for name in [*order, *(name for name in metrics if name not in METRIC)]}
+
+
+def summary(metrics: Mapping[str, float]) -> str:
+    """The numbers that the field quotes, in one line; of pairs of points those that need no threshold."""
+    if "whdr" in metrics:
+        return f"WHDR {metrics['whdr']:.3f}   accuracy {metrics['accuracy']:.3f}"
+    return f"delta1 {metrics['delta1']:.3f}   AbsRel {metrics['abs_rel']:.3f}   RMSE {metrics['rmse']:.3f} m"
 
 
 def count(number: int, noun: str) -> str:

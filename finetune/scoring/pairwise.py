@@ -17,7 +17,7 @@ has none; wkdr has the threshold of the protocol, in the unit of d, for data tha
 photos are pooled, or scores of photos averaged, as the protocol says. A pair at which the prediction is NaN is wrong.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -25,6 +25,7 @@ import numpy as np
 
 from finetune.depth_data.sample import DepthSample
 from finetune.protocols import Protocol
+from finetune.protocols.metrics import PAIR_METRICS
 from finetune.scoring.depth import resize
 from finetune.scoring.evaluator import Evaluator, NoValidPixels
 from finetune.scoring.metrics import Columns, Row, mean_of_images
@@ -82,7 +83,7 @@ def count_pairs(difference: np.ndarray, relation: np.ndarray, threshold: float) 
     """Compare predicted differences with relations.
 
     Args:
-        difference: how much farther A is than B, `[N]`; NaN is wrong whatever the relation.
+        difference: how much farther A is than B, `[N]`; NaN is always wrong.
         relation: +1: A is farther, -1: A is closer, 0: as far, `[N]`.
         threshold: largest absolute difference at which two points count as equally far, for wkdr.
 
@@ -98,8 +99,8 @@ def count_pairs(difference: np.ndarray, relation: np.ndarray, threshold: float) 
     if not np.isin(relation, (-1, 0, 1)).all():
         raise UserError("a relation of a pair must be -1, 0 or 1")
     ordered = relation != 0
-    said = np.where(difference > threshold, 1, np.where(difference < -threshold, -1, 0))
-    wrong = (said != relation) | np.isnan(difference)
+    predicted = np.where(difference > threshold, 1, np.where(difference < -threshold, -1, 0))
+    wrong = (predicted != relation) | np.isnan(difference)
     return PairCounts(
         unequal=int(ordered.sum()),
         equal=int((~ordered).sum()),
@@ -129,8 +130,8 @@ def choose_threshold(
     scores = np.full((len(differences), 3, len(thresholds)), np.nan)
     for image, (difference, relation) in enumerate(zip(differences, relations, strict=True)):
         d, r = difference[:, None], relation[:, None]
-        said = np.where(d > thresholds, 1, np.where(d < -thresholds, -1, 0))
-        wrong = (said != r) | np.isnan(d)
+        predicted = np.where(d > thresholds, 1, np.where(d < -thresholds, -1, 0))
+        wrong = (predicted != r) | np.isnan(d)
         for row, chosen in enumerate((slice(None), relation == 0, relation != 0)):
             if len(wrong[chosen]):
                 scores[image, row] = wrong[chosen].mean(0)
@@ -154,6 +155,23 @@ class OrdinalEvaluator(Evaluator):
     the one of these that suits the scored images best is chosen, and results say so: right for a validation set, whose
     threshold is then to be given for the test set.
     """
+
+    columns = PAIR_METRICS
+
+    @classmethod
+    def needs_metres(cls, protocol: Protocol) -> bool:
+        """The order of two points is the same in inverse depth."""
+        return False
+
+    @classmethod
+    def unusable_text(cls, settings: Mapping[str, Any]) -> str:
+        """Nothing can be ordered."""
+        return "all their pairs count as wrong"
+
+    @classmethod
+    def nonfinite_text(cls, settings: Mapping[str, Any]) -> str:
+        """NaN orders nothing."""
+        return "pairs that need a NaN count as wrong"
 
     def __init__(self, protocol: Protocol, *, skip_empty: bool = False):
         super().__init__(protocol, skip_empty=skip_empty)

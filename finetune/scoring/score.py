@@ -1,71 +1,25 @@
-"""From images to depth, and from a data set to scores: what validation, evaluation and prediction share."""
+"""From a data set to scores: what validation and evaluation share."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from finetune.depth_data import DepthFileError, DepthSample, DepthSet, EvalTransform
 from finetune.depth_data.sample import file_error
 from finetune.model.depth_model import DepthModel
+from finetune.model.prediction import predicted_maps
 from finetune.protocols import Protocol
-from finetune.report.figures import Triptych, WorstRows
-from finetune.scoring.depth import merge_flipped, metric_prediction
+from finetune.scoring.depth import merge_flipped
 from finetune.scoring.evaluators import evaluator_of
-from finetune.scoring.metrics import Row
-from finetune.scoring.sources import ModelSource, Source, gives_inverse, predicted_maps
-from spark.errors import UserError
+from finetune.scoring.pictures import Triptych, WorstRows
+from finetune.scoring.sources import ModelSource, Source, gives_inverse
 from spark.training.stop import ignore_stop_signals
 
 T = TypeVar("T")
-
-
-def transform_of(model: DepthModel, image_size: tuple[int, int] | None = None) -> EvalTransform:
-    """The image preparation that a model asks for, at its own size unless another (H, W) is given."""
-    size = image_size or model.image_size
-    if size is None:
-        raise UserError(
-            "the model does not record an image_size: say at which size [height, width] it is to see images."
-        )
-    return EvalTransform(size, model.mean, model.std)
-
-
-def chosen_device(name: str) -> torch.device:
-    """The device of an option auto, cpu or cuda; ValueError if there is no GPU to choose."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda was asked for, but torch sees no GPU here: use auto or cpu.")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def check_ground_truth(data: DepthSet, protocol: Protocol) -> None:
-    """Refuse to score on data without the ground truth that a protocol compares with.
-
-    Raises:
-        ValueError: It has none, or of another size than the protocol takes, or names a pair twice, or a header tells
-            that a file cannot be used.
-    """
-    if data.supervision != protocol.supervision:
-        has = {"metric": "depth in metres", "ordinal": "relations of points", "affine": "relative depth"}
-        raise UserError(
-            f"{data} has no {has[protocol.supervision]} to validate on or score against, only {has[data.supervision]}:"
-            " name data that has it, or a protocol for what it has (diw for relations, redweb for relative depth,"
-            " nyu-wkdr-sampled for relations drawn from NYU's depth)"
-        )
-    first: dict[str, int] = {}
-    for index, name in enumerate(data.names()):
-        if (before := first.setdefault(name, index)) != index:
-            raise UserError(
-                f"{name}{data.origin(before)} is to be scored a second time{data.origin(index)}: name each pair once"
-            )
-    data.check_headers()  # these refuse now, not after the first epoch
-    first_sample = data[0]
-    protocol.seen_at((first_sample.image.shape[0], first_sample.image.shape[1]))
-    if protocol.supervision == "metric":
-        protocol.crop_at(first_sample.metres.shape)
 
 
 def predict_depth(model: DepthModel, images: Tensor, protocol: Protocol | None = None) -> np.ndarray:
@@ -170,14 +124,15 @@ def score_all(
                 sample = samples[place[number]]
                 values, inverse = prediction.under(evaluator.protocol, sample.image.shape[:2])
                 row = evaluator.add(sample, values, inverse=inverse)
-                error = row.get("abs_rel") if row else None
+                error = row.get("abs_rel") if row and worst is not None else None
                 bad = worst is not None and error is not None and worst[number].wants(error)
-                if (bad or done in drawn) and evaluator.protocol.family != "relations":
-                    triptych = _triptych(evaluator.protocol, sample, values, inverse, row)
+                if not (bad or done in drawn):
+                    continue
+                if (picture := evaluator.picture(sample, values, inverse, row)) is not None:
                     if done in drawn:
-                        rows[number].append(triptych)
+                        rows[number].append(picture)
                     if worst is not None and error is not None:
-                        worst[number].add(error, triptych)
+                        worst[number].add(error, picture)
             done += 1
         if progress is not None:
             progress(len(batch))
@@ -185,15 +140,6 @@ def score_all(
         ({**evaluator.results(), **source.about}, drawings)
         for evaluator, drawings in zip(evaluators, rows, strict=True)
     ]
-
-
-def _triptych(
-    protocol: Protocol, sample: DepthSample, values: np.ndarray, inverse: bool, row: Row | None
-) -> Triptych:
-    caption = summary(row) if row else "no pixel of the ground truth counts"
-    if row and (inverse or protocol.alignment != "none"):
-        values = metric_prediction(protocol, values, sample.metres, inverse=inverse)
-    return Triptych(sample.image, sample.metres, values, sample.name, caption)
 
 
 def ahead(items: Iterable[T]) -> Iterator[T]:
@@ -205,13 +151,6 @@ def ahead(items: Iterable[T]) -> Iterator[T]:
         while (item := coming.result()) is not end:
             coming = pool.submit(next, iterator, end)
             yield item
-
-
-def summary(metrics: dict[str, float]) -> str:
-    """The numbers that the field quotes, in one line; of relations those that need no threshold."""
-    if "whdr" in metrics:
-        return f"WHDR {metrics['whdr']:.3f}   accuracy {metrics['accuracy']:.3f}"
-    return f"delta1 {metrics['delta1']:.3f}   AbsRel {metrics['abs_rel']:.3f}   RMSE {metrics['rmse']:.3f} m"
 
 
 class _Prepared(Dataset):

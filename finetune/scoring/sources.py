@@ -6,7 +6,8 @@ all protocols; `Prediction.under` says what of it a protocol scores.
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -18,10 +19,11 @@ from torch import Tensor
 from finetune.depth_data import DepthSample, DepthSet, EvalTransform
 from finetune.depth_data.depth_files import MILLIMETRE, read_depth_file
 from finetune.depth_data.sample import file_error, size_text
-from finetune.heads import DepthOutput
 from finetune.model.depth_model import DepthModel
+from finetune.model.prediction import predicted_maps
 from finetune.protocols import KB_SIZE, PROTOCOLS, Protocol
 from finetune.scoring.depth import merge_flipped, resize
+from finetune.scoring.evaluators import evaluator_class
 from spark.errors import UserError
 
 SUFFIXES = (".npy", ".pfm", "_mm.png", "_depth.png", ".png", "_disparity.npy", "_disparity.pfm")
@@ -29,14 +31,13 @@ SUFFIXES = (".npy", ".pfm", "_mm.png", "_depth.png", ".png", "_disparity.npy", "
 
 
 class Prediction(NamedTuple):
-    """What is predicted of one image; maps [h, w] by whether they are inverse depth (up to scale and shift, if a model
-    says so) instead of metres."""
+    """What is predicted of one image: maps [h, w], inverse depth under True, metres under False."""
 
     maps: Mapping[bool, np.ndarray]
     mirrored: Mapping[bool, np.ndarray] = MappingProxyType({})
-    """Of the mirror image, not flipped back; empty where nobody asked."""
-    part: bool = False
-    """The maps are of what the protocol shows of the image (`Protocol.sees`) alone."""
+    """Of the mirror image, not flipped back; empty where no protocol averages over flips."""
+    region: bool = False
+    """The maps are of the region that the protocol shows (`Protocol.sees`), not of the whole frame."""
 
     def under(self, protocol: Protocol, size: tuple[int, ...]) -> tuple[np.ndarray, bool]:
         """What `protocol` scores, of the whole frame, and whether it is inverse depth.
@@ -50,7 +51,7 @@ class Prediction(NamedTuple):
         values = self.maps[inverse]
         if protocol.flip_average and self.mirrored:
             values = merge_flipped(protocol, values, self.mirrored[inverse])
-        return (whole_frame(protocol, values, size) if self.part else values), inverse
+        return (whole_frame(protocol, values, size) if self.region else values), inverse
 
 
 def whole_frame(protocol: Protocol, prediction: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
@@ -67,11 +68,14 @@ class Source(ABC):
     """Predicts samples."""
 
     about: dict[str, Any]
-    """What results say of it."""
+    """Its entries in results."""
+
+    missing: Sequence[str] = ()
+    """Names of the images without a prediction."""
 
     @abstractmethod
     def check(self, protocol: Protocol) -> None:
-        """ValueError where it gives nothing that `protocol` can score, with what to do."""
+        """UserError where it gives nothing that `protocol` can score."""
 
     @abstractmethod
     def prepare(self, sample: DepthSample, protocols: Sequence[Protocol]) -> Any:
@@ -88,7 +92,7 @@ class ModelSource(Source):
     Args:
         model: The model.
         transform: Size and normalisation that it was trained with.
-        about: What results say of it.
+        about: Its entries in results.
     """
 
     def __init__(self, model: DepthModel, transform: EvalTransform, about: dict[str, Any]) -> None:
@@ -100,45 +104,39 @@ class ModelSource(Source):
         check_protocol(self.model, protocol)
 
     def prepare(self, sample: DepthSample, protocols: Sequence[Protocol]) -> list[Tensor]:
-        """Network input of each part of the image that a protocol shows. ValueError: the image is too small."""
+        """Network input of each region of the image that a protocol shows. UserError: the image is too small."""
         inputs = []
-        for protocol in _parts(protocols).values():
-            top, bottom, left, right = protocol.seen_at((sample.image.shape[0], sample.image.shape[1]))
+        for region in _by_region(protocols).values():
+            top, bottom, left, right = region[0].seen_at((sample.image.shape[0], sample.image.shape[1]))
             inputs.append(self.transform.prepare(np.ascontiguousarray(sample.image[top:bottom, left:right])))
         return inputs
 
     def predict(self, prepared: Sequence[Any], protocols: Sequence[Protocol]) -> list[list[Prediction]]:
-        """One forward for each part of the images that a protocol shows, and one of its mirror image if asked."""
-        by_part = {}
-        for number, part in enumerate(_parts(protocols)):
-            asking = [protocol for protocol in protocols if _part(protocol) == part]
-            wanted = {gives_inverse(self.model, protocol) for protocol in asking}
+        """One forward for each region of the images that a protocol shows, and one of its mirror image if asked."""
+        found: dict[str, list[Prediction]] = {}
+        for number, sharing in enumerate(_by_region(protocols).values()):
+            wanted = {gives_inverse(self.model, protocol) for protocol in sharing}
             images = torch.stack([inputs[number] for inputs in prepared])
             maps = predicted_maps(self.model, images, wanted)
-            flips = any(protocol.flip_average for protocol in asking)
+            flips = any(protocol.flip_average for protocol in sharing)
             mirrored = predicted_maps(self.model, images.flip(-1), wanted) if flips else {}
-            by_part[part] = maps, mirrored
-        return [
-            [
+            predictions = [
                 Prediction(
-                    *(
-                        {inverse: maps[index] for inverse, maps in some.items()}
-                        for some in by_part[_part(protocol)]
-                    ),
-                    part=True,
+                    *({key: each[index] for key, each in some.items()} for some in (maps, mirrored)),
+                    region=True,
                 )
-                for protocol in protocols
+                for index in range(len(prepared))
             ]
-            for index in range(len(prepared))
-        ]
+            found |= dict.fromkeys((protocol.name for protocol in sharing), predictions)
+        return [[found[protocol.name][index] for protocol in protocols] for index in range(len(prepared))]
 
 
-def _parts(protocols: Sequence[Protocol]) -> dict[tuple[str, float], Protocol]:
-    return {_part(protocol): protocol for protocol in protocols}
-
-
-def _part(protocol: Protocol) -> tuple[str, float]:
-    return protocol.sees, protocol.option("border")
+def _by_region(protocols: Sequence[Protocol]) -> dict[tuple[str, float], list[Protocol]]:
+    """The protocols that show a model the same region of an image, together."""
+    regions: dict[tuple[str, float], list[Protocol]] = {}
+    for protocol in protocols:
+        regions.setdefault((protocol.sees, protocol.option("border")), []).append(protocol)
+    return regions
 
 
 def gives_inverse(model: DepthModel, protocol: Protocol | None) -> bool:
@@ -148,37 +146,11 @@ def gives_inverse(model: DepthModel, protocol: Protocol | None) -> bool:
 
 def check_protocol(model: DepthModel, protocol: Protocol) -> None:
     """Refuse to score a model without metres under a protocol that stands on them; ValueError says what to use."""
-    if "depth" not in model.outputs and needs_metres(protocol):
+    if "depth" not in model.outputs and evaluator_class(protocol).needs_metres(protocol):
         raise UserError(
             f"head {model.head_name} gives no metres, and protocol {protocol.name} compares metres: use --protocol"
             " nyu-affine, which fits scale and shift of each image"
         )
-
-
-def needs_metres(protocol: Protocol) -> bool:
-    """Whether inverse depth up to scale and shift cannot be scored under a protocol."""
-    return (
-        protocol.supervision == "metric"
-        and protocol.family != "relations"
-        and protocol.alignment != "disparity"
-    )
-
-
-@torch.inference_mode()
-def predicted_maps(model: DepthModel, images: Tensor, wanted: set[bool]) -> dict[bool, np.ndarray]:
-    """One forward in evaluation mode: inverse depth (True) and metres (False), as wanted, float32 [B, h, w]."""
-    was_training = model.training
-    model.eval()
-    try:
-        output: DepthOutput = model(images.to(next(model.parameters()).device))
-    finally:
-        model.train(was_training)
-    found = {}
-    for inverse in wanted:
-        values = output.disparity() if inverse else output.depth
-        assert values is not None
-        found[inverse] = values[:, 0].float().cpu().numpy()
-    return found
 
 
 class FolderSource(Source):
@@ -253,7 +225,7 @@ class FolderSource(Source):
                 raise UserError(f"{self.paths[name]}: {self._cropped(values, protocol)}")
         if (
             any(map(self._inverse, self.paths.values()))
-            and needs_metres(protocol)
+            and evaluator_class(protocol).needs_metres(protocol)
             and protocol.alignment != "median"
         ):
             raise UserError(
@@ -297,7 +269,8 @@ class FolderSource(Source):
     def predict(self, prepared: Sequence[Any], protocols: Sequence[Protocol]) -> list[list[Prediction]]:
         """What was read."""
         return [
-            [Prediction({inverse: values}, part=part)] * len(protocols) for inverse, values, part in prepared
+            [Prediction({inverse: values}, region=cropped)] * len(protocols)
+            for inverse, values, cropped in prepared
         ]
 
 
@@ -318,7 +291,7 @@ class BaselineSource(Source):
 
     Args:
         values: Metres [H, W].
-        about: What results say of it.
+        about: Its entries in results.
     """
 
     def __init__(self, values: np.ndarray, about: dict[str, Any]) -> None:
@@ -334,6 +307,28 @@ class BaselineSource(Source):
         """The one there is; its mirror image has it too."""
         both = {False: self.values}
         return [[Prediction(both, both)] * len(protocols) for _ in prepared]
+
+
+def baseline_source(baseline: str, training: Callable[[], DepthSet]) -> BaselineSource:
+    """The baseline that an option names.
+
+    Args:
+        baseline: "constant:METRES", or "mean".
+        training: opens the data whose mean depth "mean" is.
+
+    Raises:
+        UserError: neither, or what `mean_depth` raises.
+    """
+    kind, _, value = baseline.partition(":")
+    about = {"baseline": baseline}
+    if kind == "constant":
+        with suppress(ValueError):
+            if 0 < (metres := float(value)) < float("inf"):
+                return BaselineSource(np.full((2, 2), metres), about)
+    elif baseline == "mean":
+        data = training()
+        return BaselineSource(mean_depth(data), {**about, "baseline_data": repr(data)})
+    raise UserError(f"baseline must be constant:METRES with a depth above 0, or mean, not {baseline!r}")
 
 
 def mean_depth(data: DepthSet) -> np.ndarray:

@@ -1,28 +1,26 @@
 """The objects of a depth run from its options: the model, the decoder that only training has, and the pairs."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-from finetune.config import DepthConfig
+from finetune.config import AugmentationConfig, DepthConfig
 from finetune.depth_data import (
     KINDS,
-    CachedSet,
     DepthSet,
     MixedSet,
     TrainingMix,
     TrainTransform,
     open_depth_data,
 )
-from finetune.losses import WeightedLoss
+from finetune.losses.weighted import WeightedLoss
 from finetune.model.depth_model import DepthModel, open_encoder
-from finetune.model.segmentation import attach_segmentation
 from finetune.protocols import Protocol
-from finetune.scoring.score import check_ground_truth
-from spark.errors import UserError
+from finetune.scoring.checks import check_ground_truth
+from finetune.tasks.trained import TrainedDepth
 from spark.seeds import Purpose, derive_seed
 from spark.training.checkpoint import KeyReport
+from spark.training.option_types import values_of
 
 
 def build_model(config: DepthConfig) -> tuple[DepthModel, KeyReport]:
@@ -58,23 +56,15 @@ def build_model(config: DepthConfig) -> tuple[DepthModel, KeyReport]:
     return model, report
 
 
-def add_segmentation(model: DepthModel, criterion: WeightedLoss, config: DepthConfig) -> None:
-    """Give a model the decoder that a loss on classes trains through; without such a loss it stays as it is.
+def build_trained(model: DepthModel, config: DepthConfig) -> TrainedDepth:
+    """A model with the losses of a run, whose modules draw their weights apart from those of the model.
 
     Raises:
-        ValueError: The loss and the data differ in the number of classes; data without labels is refused elsewhere.
+        UserError: A loss is none, an option of it is wrong, or the model lacks what it scores.
     """
-    if (auxiliary := criterion.segmentation) is None:
-        return
-    classes = auxiliary.classes
-    for data in (config.data, *config.data.sets):
-        if data.labels is not None and classes != (has := data.labels + (data.void == "class")):
-            raise UserError(
-                f"the segmentation has {classes} classes and the data at {data.root} {has} (data.labels {data.labels},"
-                f" data.void {data.void}): set loss_options.segmentation.classes to {has}, of all sets alike"
-            )
+    criterion = WeightedLoss(config.losses, config.loss_options)
     torch.manual_seed(derive_seed(config.seed, 0, Purpose.LOSS_WEIGHTS))
-    attach_segmentation(model, classes, auxiliary.decoder_channels)
+    return TrainedDepth(model, criterion)
 
 
 def open_data(config: DepthConfig, protocol: Protocol) -> tuple[TrainingMix, DepthSet | None]:
@@ -83,14 +73,12 @@ def open_data(config: DepthConfig, protocol: Protocol) -> tuple[TrainingMix, Dep
     Raises:
         ValueError: Either is not there, or the ground truth to validate on does not fit the protocol.
     """
-    data, caches = config.data, cache_folder(config)
+    data = config.data
     transform = train_transform(config)
     sets: list[MixedSet] = []
     for number, entry in enumerate((data, *data.sets), start=1):
-        opened = open_depth_data(entry.root, entry.list, "train", kind=entry.kind, **entry.reading())
+        opened = open_depth_data(entry.root, entry.list, "train", **entry.reading())
         name = next(kind for kind, of in KINDS.items() if isinstance(opened, of))
-        if caches is not None:
-            opened = CachedSet(opened, caches)
         if name in {one.name for one in sets}:
             name = f"{name}-{number}"
         own = transform if entry is data else replace(transform, border=None)
@@ -107,46 +95,18 @@ def open_data(config: DepthConfig, protocol: Protocol) -> tuple[TrainingMix, Dep
         data.val_root or data.root,
         data.val_list,
         "test",
-        kind=data.val_kind or (data.kind if data.val_root is None else None),
-        **{**data.reading(), "depth": "filled" if protocol.depth == "filled" else "raw", "labels": None},
+        **{
+            **data.reading(),
+            "kind": data.val_kind or (data.kind if data.val_root is None else None),
+            "depth": "filled" if protocol.depth == "filled" else "raw",
+            "labels": None,
+        },
     )
     check_ground_truth(held_out, protocol)
-    return training, held_out if caches is None else CachedSet(held_out, caches)
-
-
-def cache_folder(config: DepthConfig) -> Path | None:
-    """Where the caches of a run lie; None without."""
-    if config.data.cache is True:
-        return Path(config.output_dir) / "cache"
-    return Path(config.data.cache) if config.data.cache else None
-
-
-def cached(training: TrainingMix, held_out: DepthSet | None) -> list[CachedSet]:
-    """The sets of a run that are read from caches."""
-    every = [*(one.data for one in training.sets), held_out]
-    return [data for data in every if isinstance(data, CachedSet)]
+    return training, held_out
 
 
 def train_transform(config: DepthConfig) -> TrainTransform:
     """The augmentation of a run."""
-    data = config.data
-    assert data.mean is not None
-    assert data.std is not None
-    return TrainTransform(
-        image_size=data.image_size,
-        crop_size=data.crop_size,
-        border=data.border,
-        zoom=data.zoom,
-        flip=data.flip,
-        rotation=data.rotation,
-        colour=data.colour,
-        gamma=data.gamma,
-        brightness=data.brightness,
-        channel=data.channel,
-        contrast=data.contrast,
-        cut_depth=data.cut_depth,
-        min_depth=config.model.min_depth,
-        max_depth=config.model.max_depth,
-        mean=data.mean,
-        std=data.std,
-    )
+    options = values_of(config.data, AugmentationConfig)
+    return TrainTransform(**options, min_depth=config.model.min_depth, max_depth=config.model.max_depth)

@@ -2,34 +2,33 @@
 
 import os
 
-import torch
 from torch import nn
 
 from finetune.config import DepthConfig
 from finetune.depth_data import DepthSet, TrainingMix
 from finetune.depth_data.transforms import NYU_FRAME
-from finetune.model.depth_model import DepthModel
 from finetune.tasks.schedule import RunLength
+from finetune.tasks.trained import TrainedDepth
 from spark.training.checkpoint import KeyReport
+from spark.training.run import Run
 
 
 def describe(
     config: DepthConfig,
-    model: DepthModel,
+    trained: TrainedDepth,
     report: KeyReport,
     start: KeyReport | None,
     pairs: TrainingMix,
     held_out: DepthSet | None,
     length: RunLength,
-    world: int,
-    device: torch.device,
+    run: Run,
 ) -> str:
     """What is going to run, in a few lines."""
 
     def millions(*modules: nn.Module) -> str:
         return f"{sum(p.numel() for module in modules for p in module.parameters()) / 1e6:.2f}M"
 
-    optim, data = config.optim, config.data
+    optim, data, model = config.optim, config.data, trained.model
     if report.source:
         weights = str(report)
     elif config.pretrained:
@@ -44,9 +43,9 @@ def describe(
             f"model      {millions(model.encoder)} parameters, with {model.head_name} head"
             f" {millions(model.encoder, model.head)}; depth {config.model.min_depth:g} to {config.model.max_depth:g} m",
             *(
-                [f"decoder    {millions(model.segmentation)} for segmentation, in training only"]
-                if model.segmentation
-                else []
+                f"loss       {name} trains {millions(loss)} parameters of its own"
+                for name, loss in trained.criterion.terms.items()
+                if any(True for _ in loss.parameters())
             ),
             *(
                 f"data       {f'{share:.1%} of the micro-batches: ' if data.sets else ''}{one.name}: {one.data}"
@@ -57,8 +56,8 @@ def describe(
             *([f"border     {border}"] if (border := border_text(data.border, pairs.sets[0].data)) else []),
             f"validation {held_out or 'none: name pairs to validate on with --data.val_list'}",
             f"loss       {' + '.join(f'{weight:g} {name}' for name, weight in config.losses.items())}",
-            f"batch      {optim.batch_size} = {world} processes x {config.accumulation} parts x"
-            f" {optim.batch_size // world // config.accumulation} pairs; {device.type}, {config.precision}",
+            f"batch      {optim.batch_size} = {run.world} processes x {config.accumulation} parts x"
+            f" {optim.batch_size // run.world // config.accumulation} pairs; {run.device.type}, {config.precision}",
             f"optimizer  {optim.name}, lr {optim.lr:.3g} at its peak, encoder x {optim.encoder_lr_factor:g}"
             + (f", layer decay {optim.layer_decay:g}" if optim.layer_decay else ""),
             f"length     {length.steps} steps ({length.warmup} of warm-up{frozen}),"

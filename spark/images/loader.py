@@ -125,15 +125,11 @@ class Feed:
         count = min(most, len(self._images))
         return [self._images[position, position * len(self._images) // count] for position in range(count)]
 
-    def received(self, batch: dict[str, Any]) -> list[str]:
-        """Take note of a batch that is going to be trained on; "SHARD: reason" of shards that broke off before it."""
-        return []
-
-    def gather(self) -> None:
-        """Tell all processes what was received; all of them call it together."""
+    def received(self, batch: dict[str, Any]) -> None:
+        """Take note of a batch that is going to be trained on."""
 
     def advance(self) -> None:
-        """Count what was received as done: a checkpoint made from now on goes on behind it."""
+        """Count what was received as done: a checkpoint made from now on goes on behind it. All processes call it."""
 
     def epoch(self, images: int) -> float:
         """Passes over the data that so many images are."""
@@ -181,7 +177,7 @@ class StreamFeed(Feed):
         self._division, states, self.notes = self._resumed(
             before, Division(self.shards, readers, config.seed)
         )
-        self._states = self._pending = states
+        self._states = states
         first = options.accelerator.process_index * self.own
         self._received = states[first : first + self.own].clone()
         division = self._division
@@ -300,24 +296,18 @@ class StreamFeed(Feed):
             )
         return samples
 
-    def received(self, batch: dict[str, Any]) -> list[str]:
+    def received(self, batch: dict[str, Any]) -> None:
         """See `Feed`."""
         self._received[batch["reader"]] = batch["state"]
-        return batch["lost"]
-
-    def gather(self) -> None:
-        """See `Feed`."""
-        accelerator = self.options.accelerator
-        if accelerator.num_processes == 1:
-            self._pending = self._received.clone()
-            return
-        gathered = accelerator.gather(self._received.to(accelerator.device))
-        assert isinstance(gathered, Tensor)
-        self._pending = gathered.cpu()
 
     def advance(self) -> None:
         """See `Feed`."""
-        self._states = self._pending
+        accelerator = self.options.accelerator
+        self._states = self._received.clone()
+        if accelerator.num_processes > 1:
+            gathered = accelerator.gather(self._received.to(accelerator.device))
+            assert isinstance(gathered, Tensor)
+            self._states = gathered.cpu()
         self.state["states"] = self._states.tolist()
 
     def epoch(self, images: int) -> float:

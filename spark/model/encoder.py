@@ -13,7 +13,6 @@ Or it is anybody's own module that keeps this contract:
 import difflib
 import importlib
 import itertools
-import re
 import traceback
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 from spark.errors import FileError, UserError
+from spark.model.names import is_own
 
 
 class PyramidLevel(NamedTuple):
@@ -67,11 +67,6 @@ def build_encoder(
                 module.drop_prob = 0.0
     pyramid_info(encoder)
     return encoder
-
-
-def is_own(name: str) -> bool:
-    """Whether a name means one's own code, "package.module:factory"."""
-    return bool(re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name))
 
 
 def _build_own(name: str, options: dict[str, Any]) -> nn.Module:

@@ -1,9 +1,7 @@
 """What a run watches itself by: some fixed images for panels, and measurements of the features of unmasked ones."""
 
-from collections.abc import Callable
 from pathlib import Path
 
-from accelerate import Accelerator
 from torch import Tensor
 
 from spark.config import MonitorConfig, PretrainConfig
@@ -17,8 +15,8 @@ from spark.model.spark import SparK
 from spark.monitor.measures import Monitor, MonitoredImages, collapse_warning, read_labelled
 from spark.monitor.probes import list_labelled
 from spark.training.accelerator import reduce_sum
+from spark.training.run import Run
 from spark.training.sharding import on_device
-from spark.training.state import RunState
 
 PANEL_IMAGES = 6
 
@@ -71,46 +69,35 @@ def build_monitor(
 
 
 class Watch:
-    """Measures as `monitor` does while it can be afforded, and tells what it finds.
+    """Measures as `monitor` does while it can be afforded, and says what it finds.
 
     Args:
         config: when a warning is due.
         monitor: from `build_monitor`; None measures nothing.
-        state: of the run.
-        accelerator: of the run.
     """
 
-    def __init__(
-        self, config: MonitorConfig, monitor: Monitor | None, state: RunState, accelerator: Accelerator
-    ):
+    def __init__(self, config: MonitorConfig, monitor: Monitor | None):
         self.config = config
         self.monitor = monitor
-        self.state = state
-        self.accelerator = accelerator
 
-    def measure(self, last: bool, rate: float, say: Callable[[str], None]) -> dict[str, float | str]:
+    def measure(self, run: Run) -> dict[str, float | str]:
         """Measure the features of unmasked images, if it is time to, and if that keeps within its share of the time.
 
         Every process calls it after every step.
 
-        Args:
-            last: this was the last step.
-            rate: of training [images/s].
-            say: prints a line.
-
         Returns:
             What belongs into the row of the step.
         """
-        step, every = self.state.step, self.config.every
-        if not every or (step % every and not last):
+        step, every = run.step, self.config.every
+        if not every or (step % every and step != run.task.total_steps):
             return {}
+        rate = run.pace.rate
         affordable = self.monitor is not None and self.monitor.affordable(rate)
         spark = None
-        if self.state.sharded:  # the main process decides, all gather the weights
-            affordable = reduce_sum(self.accelerator, [float(affordable)])[0] > 0
-            spark = self.state.whole_model() if affordable else None
-        elif affordable:
-            spark = self.state.spark
+        if run.state.sharded:  # the main process decides, all gather the weights
+            affordable = reduce_sum(run.accelerator, [float(affordable)])[0] > 0
+        if affordable and run.writers:
+            spark = run.whole(averaged=False)
         if self.monitor is None:
             return {}
         if spark is None:
@@ -119,18 +106,18 @@ class Watch:
                 "monitor": f"skipped: its {expected:.1f} s would exceed monitor.max_share {self.monitor.max_share}"
             }
         try:
-            with on_device(spark, self.accelerator.device):
+            with on_device(spark, run.device):
                 values = self.monitor.measure(spark.encoder)
         except ValueError as error:  # labelled images that cannot be read: the run can do without
-            say(f"the monitor is off from here on: {error}")
+            run.say(f"the monitor is off from here on: {error}")
             self.monitor = None
             return {"monitor": f"off: {error}"}
         text = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
-        say(f"unmasked features after step {step}: {text}")
+        run.say(f"unmasked features after step {step}: {text}")
         warning = collapse_warning(
             values, self.monitor.images, self.config.collapse_rank, self.config.collapse_std
         )
         if warning is None:
             return {**values}
-        say(f"warning: after step {step} the {warning}")
+        run.say(f"warning: after step {step} the {warning}")
         return {**values, "event": "collapse", "reason": warning}

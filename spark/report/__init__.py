@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from spark.report.environment import environment, record_environment
 from spark.report.page import render, write_page
 from spark.report.pretraining import pretraining_sections
 from spark.report.runs import Run, read_run
 from spark.report.sections import environments, events, settings
+from spark.training.environment import environment
 
 __all__ = [
     "REPORT",
@@ -16,7 +16,6 @@ __all__ = [
     "pretraining_page",
     "pretraining_sections",
     "read_run",
-    "record_environment",
     "render",
     "settings",
     "write_page",

@@ -25,7 +25,7 @@ from spark.errors import UserError
 from spark.training.sharding import fsdp_plugin, prepare_sharded, use_fsdp
 
 
-def start_accelerator(output_dir: str | Path, precision: str, shards: bool = False) -> Accelerator:
+def start_accelerator(output_dir: str | Path, precision: str) -> Accelerator:
     """Start Accelerate for a run: device, processes, precision, TensorBoard in ``output_dir/tensorboard``.
 
     Several processes on a machine without GPU talk through gloo. Buffers are not broadcast between processes: running
@@ -34,21 +34,15 @@ def start_accelerator(output_dir: str | Path, precision: str, shards: bool = Fal
     Args:
         output_dir: folder of the run.
         precision: fp32, bf16 or fp16.
-        shards: whether the script can train sharded weights, see `spark.training.sharding`.
 
     Raises:
-        ValueError: fp16 without a GPU, or FSDP that the script cannot do.
+        ValueError: fp16 without a GPU, or FSDP that the engine cannot do.
     """
     wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"true", "1", "yes"}
     on_cpu = wants_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     if on_cpu and precision == "fp16":
         raise UserError("precision fp16 needs a GPU; use bf16 or fp32 on this machine")
     plugin = fsdp_plugin()
-    if plugin is not None and not shards:
-        raise UserError(
-            "FSDP is for pretraining only: use configs/accelerate/gpu_8.yaml, whole weights on each GPU, and a smaller "
-            "batch where memory is short"
-        )
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision="no" if precision == "fp32" else precision,

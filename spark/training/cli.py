@@ -1,85 +1,138 @@
-"""A command line and a YAML file become a dataclass of options, and back."""
+"""A command line and YAML files become a dataclass of options, and back.
+
+The dataclasses are the only list of options: their types check, their docstrings are the ``--help``. None of it needs
+torch.
+"""
 
 import dataclasses
 import difflib
-import json
-import math
 import os
 import re
 import sys
+import types
 import typing
-from argparse import Action, ArgumentError
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar, Union
 
 import yaml
-from jsonargparse import (
-    ActionConfigFile,  # pyright: ignore[reportPrivateImportUsage]
-    ArgumentParser,
-    DefaultHelpFormatter,
-)
 
-from spark.errors import FileError, UserError
+from spark.errors import UserError, one_line
 from spark.files import write_whole
+from spark.training.cards import find_card
+from spark.training.help import help_text
+from spark.training.option_types import Options, as_written, field_types, type_name
 
-T = TypeVar("T")
-
-
-def require(holds: bool, path: str, value: Any, rule: str) -> None:
-    """Raise ``ValueError("<path> must be <rule>, got <value>")`` unless `holds`."""
-    if not holds:
-        raise UserError(f"{path} must be {rule}, got {value}")
+T = TypeVar("T", bound=Options)
 
 
 def parse_config(cls: type[T], argv: Sequence[str] | None, description: str) -> T:
-    """Read a dataclass of options from a command line.
+    """Read the options of a command from its command line.
 
-    ``--config FILE`` reads a YAML file, dotted options such as ``--optim.base_lr 1e-3`` override it (the last one
-    counts), ``--losses.l1 0.5`` adds to an option that is a dict (``--losses '{l1: 0.5}'`` replaces it), ``--help``
-    lists every option, and ``--print_config`` prints the result as YAML and exits.
+    ``--config FILE`` reads a YAML file or a run card. Dotted options such as ``--optim.base_lr 1e-3`` override it, and
+    the last one counts. ``--losses.l1 0.5`` adds to an option that is a dict, ``--losses '{l1: 0.5}'`` replaces it. A
+    list may be several values (``--model.input_size 96 128``), and a name alone means true. ``--help`` explains the
+    options, and ``--print_config`` prints the result as YAML.
 
     Args:
-        cls: a dataclass, its fields typed, possibly dataclasses themselves, with an ``Attributes:`` docstring section.
+        cls: the options.
         argv: the arguments, None for those of the process.
         description: what ``--help`` says first.
 
-    Returns:
-        An instance of `cls`.
-
     Raises:
-        SystemExit: code 2, after one line on stderr, for an unknown option (the nearest one is named), a wrong type, a
-            missing required option, a value that the dataclass refuses with ValueError, or an unreadable file; code 0
-            after ``--help`` and ``--print_config``.
+        SystemExit: code 2, after one line on stderr, for an unknown option (the nearest one is named), a wrong value,
+            a missing required option, or an unreadable file; code 0 after ``--help`` and ``--print_config``.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = ArgumentParser(
-        description=description, exit_on_error=False, formatter_class=_help_formatter(cls)
-    )
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the options below")
-    parser.add_class_arguments(cls)
+    for at, argument in enumerate(argv):
+        if argument in ("-h", "--help"):
+            wanted = next(iter(argv[at + 1 :]), None)
+            print(help_text(cls, description, wanted and wanted.lstrip("-")))
+            raise SystemExit(0)
     try:
-        _check_names(cls, argv)
-        values = parser.instantiate(parser.parse_args(argv))
-        config = cls(**{name: values[name] for name in typing.get_type_hints(cls)})
-        _require_finite(config)
-        return config
-    except (ArgumentError, ValueError, OSError) as error:
+        return read_options(cls, argv)
+    except (UserError, OSError) as error:
         if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {_explain(cls, str(error))}", file=sys.stderr)
+            print(f"error: {one_line(error) or error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def _require_finite(value: Any, path: str = "") -> None:
-    """Raise ValueError for the first number that is infinite or no number, which YAML knows as .inf and .nan."""
-    if dataclasses.is_dataclass(value):
-        for item in dataclasses.fields(value):
-            _require_finite(getattr(value, item.name), f"{path}.{item.name}".lstrip("."))
-    elif isinstance(value, list | tuple):
-        for entry in value:
-            _require_finite(entry, path)
-    elif isinstance(value, float):
-        require(math.isfinite(value), path, value, "a finite number")
+def read_options(cls: type[T], argv: Sequence[str]) -> T:
+    """As `parse_config`, without what prints.
+
+    Raises:
+        UserError: something is wrong with an option or a file; one sentence.
+    """
+    from argparse import ArgumentError
+
+    from jsonargparse import (
+        ActionConfigFile,  # pyright: ignore[reportPrivateImportUsage]
+        ArgumentParser,
+    )
+
+    arguments = list(_arguments(cls, argv))
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile)
+    parser.add_class_arguments(cls)
+    try:
+        values = parser.instantiate(parser.parse_args(arguments))
+        return cls(**{name: values[name] for name in field_types(cls)})
+    except UserError:
+        raise
+    except (ArgumentError, ValueError) as error:
+        raise UserError(_explain(cls, str(error))) from error
+
+
+def call_options(cls: type[T], options: Mapping[str, Any]) -> T:
+    """Options from the keyword arguments of a call, checked as those of a command line are.
+
+    ``model="resnet50"`` sets the first option of the group model, its name; ``optim={"batch_size": 64}`` and
+    ``**{"optim.batch_size": 64}`` set options in a group; ``config="small"`` reads a run card.
+
+    Raises:
+        UserError: something is wrong with an option or a file; one sentence.
+    """
+    _, groups = _names(cls)
+
+    def arguments(entries: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+        for key, value in entries.items():
+            name = prefix + key
+            if name in groups and isinstance(value, Mapping):
+                yield from arguments(value, f"{name}.")
+            else:
+                name = f"{name}.{groups[name][0]}" if name in groups else name
+                yield f"--{name}={_as_yaml(value)}"
+
+    given = dict(options)
+    first = [f"--config={given.pop('config')}"] if "config" in given else []
+    return read_options(cls, [*first, *arguments(given)])
+
+
+def _as_yaml(value: Any) -> str:
+    if isinstance(value, str | Path):
+        return str(value)
+    return yaml.safe_dump(_plain(value), default_flow_style=True, width=1 << 30).removesuffix("...\n").strip()
+
+
+def make_callable(module: str, call: Callable[..., None]) -> None:
+    """Let a module be called: ``spark.pretrain(...)``, beside ``spark.pretrain.main([...])``."""
+
+    class CallableModule(types.ModuleType):
+        def __call__(self, **options: Any) -> None:
+            call(**options)
+
+    sys.modules[module].__class__ = CallableModule
+
+
+def start(main: Callable[[], int | None]) -> NoReturn:
+    """End the program with what `main` returns, for a file that was started as ``python spark/pretrain.py``.
+
+    Python puts the folder of such a file first on its path, where modules of ours would hide others of their name.
+    """
+    folder = Path(getattr(sys.modules["__main__"], "__file__", None) or ".").resolve().parent
+    if sys.path and sys.path[0] and Path(sys.path[0]).resolve() == folder:
+        del sys.path[0]
+    raise SystemExit(main())
 
 
 def save_config(config: Any, path: str | Path) -> None:
@@ -104,94 +157,133 @@ def _plain(value: Any) -> Any:
 
 
 def config_changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """Options that differ between the config of a checkpoint and that of the run which continues from it."""
+    """Options that differ between the config of a checkpoint and that of the run which continues from it.
+
+    Options that only one of the two has belong to another version of this project, and are left out.
+    """
     lines = []
-    for name in [*before, *(name for name in now if name not in before)]:
-        old, new = before.get(name), now.get(name)
+    for name in (name for name in before if name in now):
+        old, new = before[name], now[name]
         if isinstance(old, dict) and isinstance(new, dict):
             lines += config_changes(old, new, f"{prefix}{name}.")
         elif old != new and prefix + name != "resume":
-            lines.append(f"{prefix}{name} was {_as_written(old)}, is {_as_written(new)}")
+            lines.append(f"{prefix}{name} was {as_written(old)}, is {as_written(new)}")
     return lines
 
 
-def _as_written(value: Any) -> str:
-    """A plain value as it is given on the command line: null, true, [0.9, 0.95]."""
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _options(cls: type, prefix: str = "") -> tuple[dict[str, Any], dict[str, list[str]]]:
+def _names(cls: type, prefix: str = "") -> tuple[dict[str, Any], dict[str, list[str]]]:
     """Dotted name -> type of every option of a dataclass; dotted name -> names of the members of every group."""
     options, groups = {}, {}
-    for name, kind in typing.get_type_hints(cls).items():
+    for name, kind in field_types(cls).items():
         if dataclasses.is_dataclass(kind):
-            inner, nested = _options(typing.cast(type, kind), f"{prefix}{name}.")
+            inner, nested = _names(typing.cast(type, kind), f"{prefix}{name}.")
             options |= inner
-            groups |= {prefix + name: list(typing.get_type_hints(kind))} | nested
+            groups |= {prefix + name: list(field_types(typing.cast(type, kind)))} | nested
         else:
             options[prefix + name] = kind
     return options, groups
 
 
-def _check_names(cls: type, argv: Sequence[str]) -> None:
-    """Raise ValueError for the first option that does not exist, on the command line or in a file given to --config."""
-    options, groups = _options(cls)
-    for at, argument in enumerate(argv):
-        if not argument.startswith("--"):
-            continue
-        name, equals, value = argument[2:].partition("=")
-        if name == "config":
-            if path := value if equals else "".join(argv[at + 1 : at + 2]):
-                _check_file(Path(path), options, groups)
-        elif name not in {"help", "print_config", *options, *groups} and not _is_entry(name, options):
+def _arguments(cls: type[Options], argv: Sequence[str]) -> Iterator[str]:
+    """The arguments in the form ``--name=value``: names checked, several values made a list, cards found.
+
+    Raises:
+        UserError: an option that does not exist, here or in a file given to --config, one without a value, or a value
+            without an option.
+    """
+    options, groups = _names(cls)
+    given: list[tuple[str, list[str]]] = [("", [])]  # values before the first name have none
+    for argument in argv:
+        if re.match(r"--\w", argument):
+            name, equals, value = argument[2:].partition("=")
+            given.append((name, [value] if equals else []))
+        else:
+            given[-1][1].append(argument)
+    stray = given[0][1]
+    for name, values in given[1:]:
+        kind = options.get(name)
+        if name not in {"config", "print_config", *options, *groups} and not _is_entry(name, options):
             raise UserError(f"unknown option --{name}{_suggest(name, options, groups)}")
+        if name == "print_config":
+            yield "--print_config"
+        elif not values:
+            if not _takes(kind, bool):
+                raise UserError(f"--{name} needs a value" + (f": {type_name(kind)}" if kind else ""))
+            yield f"--{name}=true"
+        elif _takes(kind, list) or _takes(kind, tuple):
+            yield f"--{name}={_listed(kind, values)}"
+        else:
+            if name == "config":
+                values[0] = _as_yaml(_read_file(find_card(values[0], cls.CARDS), cls, options, groups))
+            yield f"--{name}={values[0]}"
+            stray += values[1:]
+    if cls.POSITIONAL is not None and stray:
+        kind = options[cls.POSITIONAL]
+        yield f"--{cls.POSITIONAL}={_listed(kind, stray) if _takes(kind, list) else stray.pop(0)}"
+        stray = [] if _takes(kind, list) else stray
+    if stray:
+        raise UserError(f"unexpected argument {stray[0]}; options are given as --name VALUE")
 
 
-def _help_formatter(cls: type) -> type[DefaultHelpFormatter]:
-    """Writes ``--help`` with types in words, such as "a number or null"."""
-    options, _ = _options(cls)
+def _takes(kind: Any, wanted: type) -> bool:
+    """Whether a type is `wanted`, or has it among its alternatives."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return _takes(parts[0], wanted)
+    if origin in (Union, types.UnionType):
+        return any(_takes(part, wanted) for part in parts)
+    return (origin or kind) is wanted
 
-    class Formatter(DefaultHelpFormatter):
-        def _get_help_string(self, action: Action) -> str:
-            text = super()._get_help_string(action)
-            return (
-                text.replace("%(type)s", _type_name(options[action.dest])) if action.dest in options else text
-            )
 
-    return Formatter
+def _listed(kind: Any, values: Sequence[str]) -> str:
+    """Values of an option that takes a list, as YAML; a single one may be the list itself or another alternative."""
+    if len(values) == 1 and (
+        re.match(r"\[|null$", values[0]) or any(_takes(kind, other) for other in (int, float, str, bool))
+    ):
+        return values[0]
+    texts = any(_takes(part, str) for part in typing.get_args(kind)) or "str" in repr(kind)
+    return _as_yaml(list(values)) if texts else f"[{', '.join(values)}]"
 
 
 def _is_entry(name: str, options: dict[str, Any]) -> bool:
     """Whether a dotted name is an entry of an option that is a dict, which adds to the dict or replaces in it."""
     return any(
-        typing.get_origin(kind) is dict and re.match(rf"{re.escape(option)}\.\w", name)
-        for option, kind in options.items()
+        _takes(kind, dict) and re.match(rf"{re.escape(option)}\.\w", name) for option, kind in options.items()
     )
 
 
-def _check_file(path: Path, options: dict[str, Any], groups: dict[str, list[str]]) -> None:
-    if not path.is_file():
-        raise FileError(f"there is no config file {path}; check the path given to --config")
+def _read_file(
+    path: Path, cls: type[Options], options: dict[str, Any], groups: dict[str, list[str]]
+) -> dict[str, Any]:
+    """The options in a YAML file, without those that were retired.
+
+    Raises:
+        UserError: it is not valid YAML, or holds an option that does not exist.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
 
-    def walk(section: Any, prefix: str) -> None:
+    def known(section: Any, prefix: str) -> dict[str, Any]:
         where = f"{prefix} in {path}" if prefix else str(path)
         members = groups.get(prefix) or [name for name in (*options, *groups) if "." not in name]
         if not isinstance(section, dict):
             raise UserError(
                 f"{where} must hold options ({', '.join(members)}), one a line as `name: value`, got {section!r}"
             )
+        kept = {}
         for key, value in section.items():
             name = f"{prefix}.{key}" if prefix else str(key)
             if name in groups:
-                walk(value, name)
-            elif name not in options:
+                kept[key] = known(value, name)
+            elif name in options:
+                kept[key] = value
+            elif name not in cls.RETIRED:
                 raise UserError(f"unknown option {name} in {path}{_suggest(name, options, groups)}")
+        return kept
 
-    walk(content, "")
+    return known(content, "")
 
 
 def _suggest(name: str, options: dict[str, Any], groups: dict[str, list[str]]) -> str:
@@ -216,12 +308,10 @@ def _suggest(name: str, options: dict[str, Any], groups: dict[str, list[str]]) -
 def _explain(cls: type, message: str) -> str:
     """Put jsonargparse's messages of several lines into one sentence; leave others as they are."""
     key = re.match(r'Parser key "([^"]+)":', message)
-    options, groups = _options(cls)
+    options, groups = _names(cls)
     if key and key[1] in options:
         value = re.search(r"(?:Got value|Given value): (.*)", message)
-        return (
-            f"{key[1]} must be {_type_name(options[key[1]])}, got {value[1] if value else 'something else'}"
-        )
+        return f"{key[1]} must be {type_name(options[key[1]])}, got {value[1] if value else 'something else'}"
     if key and key[1] in groups:
         first = f"{key[1]}.{groups[key[1]][0]}"
         return f"--{key[1]} is the name of a YAML file; single options are set as --{first} VALUE"
@@ -229,39 +319,4 @@ def _explain(cls: type, message: str) -> str:
         names = missing[1].split(", ")
         example = " ".join(f"--{name} VALUE" for name in names)
         return f"{' and '.join(names)} must be set, in the config file or as {example}"
-    if stray := re.search(r"nrecognized arguments: (.*)", message):
-        return f"unexpected argument {stray[1]}; options are given as --name VALUE"
     return " ".join(message.split())
-
-
-def _type_name(kind: Any) -> str:
-    """Name a type as a user would: ``float | None`` is "a number or null"."""
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        return "one of " + ", ".join(str(part) for part in parts)
-    if origin is tuple:
-        if parts[-1] is Ellipsis:
-            return f"a list [...] of {_plural(parts[0])}"
-        return f"a list [...] of {len(parts)} {_plural(parts[0])}"
-    if origin is list:
-        return f"a list [...] of {_plural(parts[0])}"
-    if origin is dict:
-        return f"{{name: {_type_name(parts[1])}, ...}}"
-    if origin is not None:
-        return " or ".join(_type_name(part) for part in parts)
-    names = {
-        int: "a whole number",
-        float: "a number",
-        str: "a text",
-        bool: "true or false",
-        type(None): "null",
-        Any: "any value",
-    }
-    return names[kind]
-
-
-def _plural(kind: type) -> str:
-    if dataclasses.is_dataclass(kind):
-        return f"{{{': ..., '.join(typing.get_type_hints(kind))}: ...}}"
-    names = {int: "whole numbers", float: "numbers", str: "texts"}
-    return names.get(kind) or f"entries, each {_type_name(kind)}"

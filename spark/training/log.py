@@ -5,7 +5,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ class RunLog:
                 rows.append(row)
             elif keep_events and "event" in row:
                 rows.append({"at_step": row["step"], **row, "step": step})
-        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        write_whole(self.path, _lines(rows))
 
     def row(self, step: int, **values: float | str) -> None:
         """Write one row; numbers that are not finite become null, for JSON has no other word for them.
@@ -63,14 +63,10 @@ class RunLog:
         """
         if not self.accelerator.is_main_process:
             return
-        finite = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in values.items()
-        }
         before = self.path.stat().st_size if self.path.exists() else 0
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **finite}) + "\n")
+                file.write(json.dumps({"step": step, **_finite(values)}) + "\n")
         except OSError as error:
             with suppress(OSError):  # half a row would make the file unreadable
                 os.truncate(self.path, before)
@@ -79,11 +75,20 @@ class RunLog:
             raise FileError(
                 f"the disk is full, {self.path} could not be written; free some space and continue with --resume true"
             ) from error
-        self._mirror(
-            lambda: self.accelerator.log(
-                {k: v for k, v in values.items() if isinstance(v, int | float)}, step=step
-            )
-        )
+        self._mirror_numbers(step, values)
+
+    def amend(self, step: int, **values: float | str) -> None:
+        """Add values to the row of the step, if that is the last one, or write a row; errors as `row`."""
+        rows = read_rows(self.path) if self.accelerator.is_main_process else []
+        if not rows or rows[-1]["step"] != step:
+            return self.row(step, **values)
+        rows[-1] |= _finite(values)
+        write_whole(self.path, _lines(rows))
+        self._mirror_numbers(step, values)
+
+    def _mirror_numbers(self, step: int, values: Mapping[str, float | str]) -> None:
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        self._mirror(lambda: self.accelerator.log(numbers, step=step))
 
     def _mirror(self, write: Callable[[], None]) -> None:
         """Write to TensorBoard, which repeats ``metrics.jsonl``: a run can do without what its disk refuses.
@@ -106,6 +111,17 @@ class RunLog:
         self._mirror(self.accelerator.end_training)
 
 
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """Rows of a ``metrics.jsonl``; a last line that was cut off by a crash is left out, no file is no rows."""
     path = Path(path)
@@ -120,6 +136,49 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise UserError(f"{path} line {number} is not JSON: repair or remove that line") from error
     return rows
+
+
+class Pace:
+    """Speed of training since the last row, without what is not training: measuring, saving, validating.
+
+    Args:
+        batch_size: samples of a step.
+
+    Attributes:
+        steps: done since then.
+    """
+
+    def __init__(self, batch_size: int):
+        self.batch_size = batch_size
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self.steps, self._since, self._waited = 0, time.perf_counter(), 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time in which training waits for data."""
+        begin = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - begin
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is not one of training."""
+        begin = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begin
+
+    @property
+    def rate(self) -> float:
+        """Samples per second."""
+        return self.steps * self.batch_size / (time.perf_counter() - self._since)
+
+    @property
+    def waiting_share(self) -> float:
+        """Share of the time in which training waited for data."""
+        return self._waited / (time.perf_counter() - self._since)
 
 
 class ProgressReport:

@@ -1,26 +1,59 @@
-"""Options that runs share."""
+"""Options that every training run has, and those of its optimizer and guard."""
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
-from spark.training.cli import require
+from spark.training.option_types import (
+    NOT_EMPTY,
+    InnerShare,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Options,
+    PathText,
+    PositiveFloat,
+    PositiveInt,
+    Rule,
+    ShareBelow1,
+)
+
+
+def time_limit_seconds(limit: str | float | None) -> float:
+    """A time limit in seconds: a number of hours, or "HH:MM:SS"; infinite for None, 0 for what is neither."""
+    if limit is None:
+        return math.inf
+    if parts := re.fullmatch(r"(\d+):([0-5]\d):([0-5]\d)", str(limit)):
+        return sum(int(part) * unit for part, unit in zip(parts.groups(), (3600, 60, 1), strict=True))
+    hours = float(limit) if re.fullmatch(r"\d+(\.\d*)?", str(limit)) else 0.0
+    # Without quotes YAML reads 12:00:00 as 43200, a number to the base of 60.
+    return 3600 * hours if isinstance(limit, str) or hours < 1000 else 0.0
+
+
+TimeLimit = Annotated[
+    str | float,
+    Rule(
+        'a number of hours above 0, or HH:MM:SS (in a YAML file in quotes: "12:00:00")',
+        lambda limit: time_limit_seconds(limit) > 0,
+        names=True,
+    ),
+]
+Seed = Annotated[int, Rule("of at most 63 bits", lambda seed: abs(seed) < 2**63)]
+Folder = Annotated[PathText, NOT_EMPTY]
 
 
 @dataclass
-class OptimConfig:
+class OptimizerConfig:
     """Optimizer and schedules.
 
     Attributes:
         name: optimizer; the paper uses lamb for pretraining.
-        base_lr: learning rate at a batch of 256 images; the run uses base_lr * batch_size / 256.
         batch_size: images of one optimizer step, over all processes and all accumulated parts.
-        betas: decay rates of the optimizer's running moments; null takes those of the paper's recipes, [0.9, 0.95] (its
-            ResNets) for encoders with batch norm and [0.9, 0.999] (its ConvNeXts) for all others.
+        betas: decay rates of the optimizer's running moments.
         eps: term added to the optimizer's denominator.
         weight_decay: weight decay at the start.
-        weight_decay_end: weight decay at the end of its cosine; null keeps it constant.
         warmup_steps: optimizer steps of the warm-up; when set it takes the place of warmup_epochs.
-        warmup_epochs: epochs of the warm-up, in which the learning rate rises linearly.
+        warmup_epochs: epochs of the warm-up, in which the learning rate rises.
         clip_grad: largest norm of the gradient of all parameters together; null does not clip.
         ema_decay: keep an exponential moving average of the weights beside them, which each step leaves at this share
             of itself, such as 0.999; null keeps none. Buffers (batch norm's running statistics) are copied, not
@@ -28,53 +61,14 @@ class OptimConfig:
     """
 
     name: Literal["lamb", "adamw", "sgd"] = "lamb"
-    base_lr: float = 2e-4
-    batch_size: int = 4096
-    betas: tuple[float, float] | None = None
-    eps: float = 1e-6
-    weight_decay: float = 0.04
-    weight_decay_end: float | None = 0.2
-    warmup_steps: int | None = None
-    warmup_epochs: float = 40
-    clip_grad: float | None = 5.0
-    ema_decay: float | None = None
-
-    def __post_init__(self) -> None:
-        require(self.base_lr > 0, "optim.base_lr", self.base_lr, "above 0")
-        require(self.batch_size >= 1, "optim.batch_size", self.batch_size, "at least 1")
-        require(
-            self.betas is None or all(0 <= beta < 1 for beta in self.betas),
-            "optim.betas",
-            self.betas and list(self.betas),
-            "two numbers of at least 0 and below 1",
-        )
-        require(self.eps > 0, "optim.eps", self.eps, "above 0")
-        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "at least 0")
-        require(
-            self.weight_decay_end is None or self.weight_decay_end >= 0,
-            "optim.weight_decay_end",
-            self.weight_decay_end,
-            "at least 0, or null for a constant one",
-        )
-        require(
-            self.warmup_steps is None or self.warmup_steps >= 0,
-            "optim.warmup_steps",
-            self.warmup_steps,
-            "0 or more",
-        )
-        require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "at least 0")
-        require(
-            self.clip_grad is None or self.clip_grad > 0,
-            "optim.clip_grad",
-            self.clip_grad,
-            "above 0, or null for no clipping",
-        )
-        require(
-            self.ema_decay is None or 0 < self.ema_decay < 1,
-            "optim.ema_decay",
-            self.ema_decay,
-            "between 0 and 1, or null for no average",
-        )
+    batch_size: PositiveInt = 4096
+    betas: tuple[ShareBelow1, ShareBelow1] | None = None
+    eps: PositiveFloat = 1e-6
+    weight_decay: NonNegativeFloat = 0.04
+    warmup_steps: NonNegativeInt | None = None
+    warmup_epochs: NonNegativeFloat = 40
+    clip_grad: PositiveFloat | None = 5.0
+    ema_decay: InnerShare | None = None
 
 
 @dataclass
@@ -97,14 +91,50 @@ class GuardConfig:
 
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
     on_spike: Literal["ignore", "skip", "rollback", "stop"] = "ignore"
-    spike_window: int = 200
-    spike_factor: float = 20.0
-    max_skips: int = 10
-    max_rollbacks: int = 3
+    spike_window: Annotated[int, Rule("of at least 4", lambda value: value >= 4)] = 200
+    spike_factor: PositiveFloat = 20.0
+    max_skips: NonNegativeInt = 10
+    max_rollbacks: NonNegativeInt = 3
     on_save_error: Literal["stop", "continue"] = "stop"
 
-    def __post_init__(self) -> None:
-        require(self.spike_window >= 4, "guard.spike_window", self.spike_window, "at least 4")
-        require(self.spike_factor > 0, "guard.spike_factor", self.spike_factor, "above 0")
-        require(self.max_skips >= 0, "guard.max_skips", self.max_skips, "0 or more")
-        require(self.max_rollbacks >= 0, "guard.max_rollbacks", self.max_rollbacks, "0 or more")
+
+@dataclass(kw_only=True)
+class RunConfig(Options):
+    """Run: length, precision, logs and checkpoints.
+
+    Attributes:
+        output_dir: folder of the run: config.yaml, metrics.jsonl, figures/, checkpoints/ and what it exports.
+        epochs: length of the run in passes over the data.
+        max_steps: length of the run in optimizer steps; when set it takes the place of epochs.
+        precision: fp32, or mixed precision in bf16 or fp16.
+        accumulation: parts that each process splits its share of a batch into, to fit the memory.
+        channels_last: images and weights in the channels-last memory format, the faster one nearly everywhere.
+        seed: seed of everything random: weights, order of the data, augmentation, masks, stochastic depth.
+        log_every: optimizer steps between rows of metrics.jsonl.
+        log_with: tracker that metrics go to beside metrics.jsonl; all but tensorboard are packages of their own.
+        checkpoint_every: optimizer steps between checkpoints; 0 writes one at the end only.
+        keep_checkpoints: number of the newest checkpoints that are kept.
+        time_limit: time after which the run saves, prints the command that continues it, and ends with exit code 0:
+            hours, as a number, or a text "HH:MM:SS". The step under way and the saving come on top of it.
+        resume: true continues from the newest checkpoint of output_dir, and starts from the beginning where there is
+            none; a path continues from that checkpoint.
+    """
+
+    output_dir: Folder
+    epochs: PositiveFloat = 100
+    max_steps: PositiveInt | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    accumulation: PositiveInt = 1
+    channels_last: bool = True
+    seed: Seed = 0
+    log_every: PositiveInt = 10
+    log_with: Literal["tensorboard", "wandb", "trackio", "mlflow", "none"] = "tensorboard"
+    checkpoint_every: NonNegativeInt = 1000
+    keep_checkpoints: PositiveInt = 2
+    time_limit: TimeLimit | None = None
+    resume: bool | PathText = False
+    guard: GuardConfig = field(default_factory=GuardConfig)
+
+    def time_limit_seconds(self) -> float:
+        """`time_limit` in seconds, infinite for none."""
+        return time_limit_seconds(self.time_limit)

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
-from spark.model.spark import SparK
 from spark.training.checkpoint import find_run, load_run, save_run, step_of
 from spark.training.cli import config_changes
 from spark.training.guard import Guard
@@ -24,43 +23,45 @@ from spark.weights.keys import is_sharded
 class RunState:
     """Everything that training changes.
 
-    Where the weights are sharded over processes (`spark.training.sharding`), each process has a part of them; what
+    Where the weights are sharded over processes (`spark.training.sharding`), each process has a part of them; whoever
     needs whole ones takes `whole_model` and `whole_average`, and so does all that writes.
 
     Attributes:
-        spark: the model.
+        model: what is trained.
         optimizer: its optimizer, as `spark.training.accelerator.prepare` returns it.
         scaler: gradient scaler of fp16, or None.
-        ema: averaged weights, or None.
+        average: averaged weights, or None.
         guard: what judges the steps.
-        unreadable: images that could not be read.
+        unreadable: samples that could not be read.
         facts: what a checkpoint says about the run that wrote it, see `changes`.
         unsharded: where the weights are sharded, in the main process, a copy of the model from before that.
         step: optimizer steps done.
         offset: step n, counted from 0, trains on batch n + offset of the stream. Rollbacks pass over batches, and
             another size of the batches numbers them anew.
+        idle: micro-batches so far, of all processes, that taught nothing.
     """
 
-    spark: SparK
+    model: nn.Module
     optimizer: Any
     scaler: Any
-    ema: SparK | None
+    average: nn.Module | None
     guard: Guard
     unreadable: UnreadableImages
     facts: dict[str, Any]
-    unsharded: SparK | None = None
+    unsharded: nn.Module | None = None
     step: int = 0
     offset: int = 0
+    idle: int = 0
     _buffers: list[Tensor] = field(init=False)
     _before: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         # Batch norm's running statistics change in the forward pass already. To be able to go back to the state before
         # a step whose loss is not finite, they are copied first.
-        self._buffers = list(self.spark.buffers())
+        self._buffers = list(self.model.buffers())
         self._before = [buffer.clone() for buffer in self._buffers]
-        self.sharded = any(is_sharded(parameter) for parameter in self.spark.parameters())
-        self._unsharded_average = copy.deepcopy(self.unsharded) if self.ema is not None else None
+        self.sharded = any(is_sharded(parameter) for parameter in self.model.parameters())
+        self._unsharded_average = copy.deepcopy(self.unsharded) if self.average is not None else None
 
     def begin_step(self) -> None:
         """Remember what the forward pass is going to change."""
@@ -70,17 +71,17 @@ class RunState:
         """Take back what forward passes since `begin_step` have changed."""
         torch._foreach_copy_(self._buffers, self._before)  # pyright: ignore[reportPrivateImportUsage]
 
-    def whole_model(self) -> SparK | None:
+    def whole_model(self) -> Any:
         """The model with whole weights, on the CPU if they are sharded; None in processes that have no whole one.
 
         Every process calls it where weights are sharded.
         """
-        return _whole(self.spark, self.unsharded) if self.sharded else self.spark
+        return _whole(self.model, self.unsharded) if self.sharded else self.model
 
-    def whole_average(self) -> SparK | None:
+    def whole_average(self) -> Any:
         """The averaged weights, likewise; None too where there are none."""
-        sharded = self.sharded and self.ema is not None
-        return _whole(self.ema, self._unsharded_average) if sharded else self.ema
+        sharded = self.sharded and self.average is not None
+        return _whole(self.average, self._unsharded_average) if sharded else self.average
 
     def save(self, output_dir: str | Path, keep: int) -> Path | None:
         """Write a checkpoint, the same with sharded and whole weights.
@@ -93,7 +94,7 @@ class RunState:
         Raises:
             OSError: disk full, or not writable.
         """
-        model, ema = self.whole_model(), self.whole_average()
+        model, average = self.whole_model(), self.whole_average()
         moments = None
         if self.sharded:
             moments = gathered(self.optimizer.state_dict(), keep=self.unsharded is not None)
@@ -103,6 +104,7 @@ class RunState:
             **self.facts,
             "unreadable": self.unreadable.state_dict(),
             "offset": self.offset,
+            "empty": self.idle,
             "guard": self.guard.state_dict(),
         }
         return save_run(
@@ -111,7 +113,7 @@ class RunState:
             model=model,
             optimizer=self.optimizer,
             scaler=self.scaler,
-            ema=ema,
+            ema=average,
             extra=extra,
             keep=keep,
             moments=moments,
@@ -130,14 +132,15 @@ class RunState:
     def resume(self, checkpoint: Path) -> None:
         """Take over all of a checkpoint.
 
-        Batches of another size than before go on behind the images that were seen, at the next whole batch.
+        Batches of another size than before go on behind the samples that were seen, at the next whole batch.
 
         Raises:
-            ValueError: it does not belong to this model or optimizer.
+            UserError: it does not belong to this model or optimizer.
         """
         state = self._load(checkpoint)
         self.step = state["step"]
         self.offset = next_batch(state, self.facts["config"]) - self.step
+        self.idle = state.get("empty", 0)
         if "guard" in state:
             self.guard.load_state_dict(state["guard"])
         self.unreadable.load_state_dict(state["unreadable"])
@@ -156,7 +159,7 @@ class RunState:
     def roll_back(self, checkpoint: Path) -> None:
         """Take over weights and moments of a checkpoint of this run; the stream goes on behind the batch that failed.
 
-        With the same images the same would happen again.
+        With the same samples the same would happen again.
         """
         rollbacks = self.guard.rollbacks + 1
         state = self._load(checkpoint)
@@ -173,11 +176,11 @@ class RunState:
 
     def _load(self, checkpoint: Path) -> dict[str, Any]:
         return load_run(
-            checkpoint, model=self.spark, optimizer=self.optimizer, scaler=self.scaler, ema=self.ema
+            checkpoint, model=self.model, optimizer=self.optimizer, scaler=self.scaler, ema=self.average
         )
 
 
-def _whole(sharded: SparK | None, whole: SparK | None) -> SparK | None:
+def _whole(sharded: nn.Module | None, whole: nn.Module | None) -> nn.Module | None:
     """Fill a whole copy with weights that are sharded; without a copy, as in other processes, only take part in it."""
     assert sharded is not None
     tensors = gathered(sharded.state_dict(), keep=whole is not None)
@@ -192,7 +195,7 @@ def find_checkpoint(output_dir: str | Path, resume: bool | str, before: float = 
     Network file systems may show other machines the folder as it was a minute ago, and a checkpoint that only some
     processes find would tear the run apart.
     """
-    if resume is not True:  # a path can be wrong, which all processes are to say
+    if resume is not True:  # every process reports a wrong path
         return find_run(output_dir, resume, before)
     found = [find_run(output_dir, True, before) if PartialState().is_main_process else None]
     broadcast_object_list(found)
@@ -200,7 +203,7 @@ def find_checkpoint(output_dir: str | Path, resume: bool | str, before: float = 
 
 
 def read_extra(checkpoint: Path) -> dict[str, Any]:
-    """What this loop keeps in a checkpoint beside weights and optimizer, read without the rest."""
+    """What the engine keeps in a checkpoint beside weights and optimizer, read without the rest."""
     return torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True, mmap=True)["extra"]
 
 
@@ -212,22 +215,23 @@ def next_batch(state: dict[str, Any], config: dict[str, Any]) -> int:
         config: of the run that goes on, as `config_dict` makes it.
     """
     batches = state["step"] + state.get("offset", 0)
-    images = batches * state["config"]["optim"]["batch_size"]
-    return math.ceil(images / config["optim"]["batch_size"])
+    samples = batches * state["config"]["optim"]["batch_size"]
+    return math.ceil(samples / config["optim"]["batch_size"])
 
 
-def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def changes(before: dict[str, Any], now: dict[str, Any], unit: str) -> list[str]:
     """What differs between the run that wrote a checkpoint and the one that goes on from it, in sentences.
 
     Args:
         before: from `read_extra`; older checkpoints lack all but "config".
-        now: the facts of the run: "config", "data", "layout", "device_type", "processes", "stream", "sharded".
+        now: the facts of the run: "config", "device_type", "processes", "sharded", perhaps "stream".
+        unit: what a sample is, in the plural.
     """
     lines = config_changes(before["config"], now["config"])
     old, new = (facts["config"]["optim"]["batch_size"] for facts in (before, now))
     if old != new:
         lines.append(
-            f"batches were {old} images, are {new}: the stream goes on with the first whole batch behind the images "
+            f"batches were {old} {unit}, are {new}: the stream goes on with the first whole batch behind the {unit} "
             "seen so far; learning rate and length follow the new batch size, at the same step"
         )
     if (old := before.get("sharded", now["sharded"])) != now["sharded"]:
@@ -236,34 +240,13 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
             f"weights were {words[old]} in each process, are {words[now['sharded']]}: the run agrees with the earlier "
             "one to rounding"
         )
-    lines += data_changes(before.get("data", now["data"]), now["data"])
-    if (old := before.get("layout", before["config"]["model"]["layout"])) != now["layout"]:
-        lines.append(
-            f"the layout was {old} on {before.get('device_type', now['device_type'])}, is {now['layout']} on "
-            f"{now['device_type']}: from here on the run agrees with the earlier one to rounding"
-        )
     if (old := before.get("processes", now["processes"])) != now["processes"]:
         same = (
-            "the same batches of images, divided anew; the run agrees with the earlier one to rounding, except for "
+            f"the same batches of {unit}, divided anew; the run agrees with the earlier one to rounding, except for "
             "what stochastic depth draws"
         )
         lines.append(
             f"processes were {old}, are {now['processes']}: "
-            + ("other batches of images" if now.get("stream") else same)
+            + (f"other batches of {unit}" if now.get("stream") else same)
         )
     return lines
-
-
-def data_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Say how the list of images differs from that of the checkpoint, for the positions of the stream are its."""
-    if before["names"] == now["names"] or ("shards" in before) != (
-        "shards" in now
-    ):  # the latter: the feed tells it
-        return []
-    unit = "shards" if "shards" in now else "images"
-    change = (
-        f"data was {before[unit]} {unit}, is {now[unit]}"
-        if before[unit] != now[unit]
-        else f"data is {now[unit]} {unit} as before, but of other names or in another order"
-    )
-    return [f"{change}: the stream of images differs from here on"]

@@ -16,7 +16,6 @@ from typing import Any
 import timm
 import torch
 import yaml
-from accelerate.utils import extract_model_from_parallel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -24,7 +23,8 @@ from torch import Tensor, nn
 
 from spark.errors import FileError, UserError
 from spark.files import whole_folder, write_tensors
-from spark.model.encoder import build_encoder, create_model, is_own
+from spark.model.encoder import build_encoder, create_model
+from spark.model.names import is_own
 from spark.weights.channels import adapt_input, adapt_statistics
 from spark.weights.keys import KeyReport
 from spark.weights.official import (
@@ -100,6 +100,8 @@ def save_encoder(
         ValueError: Neither a stock timm model nor an encoder, or mean and std do not have a value for each channel.
         OSError: Disk full, or not writable.
     """
+    from accelerate.utils import extract_model_from_parallel  # slow to import, and only exports need it
+
     encoder = extract_model_from_parallel(encoder, keep_torch_compile=False)
     config = _encoder_config(encoder, mean, std, input_size)
     if "architecture" in config:

@@ -27,7 +27,8 @@ from timm.models.convnext import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from spark.errors import FileError, UserError
-from spark.model.encoder import is_own, pyramid_info, require_timm_name, unreached_parameters
+from spark.model.encoder import pyramid_info, require_timm_name, unreached_parameters
+from spark.model.names import is_own
 from spark.model.spark import SparK
 from spark.weights.channels import adapt_input, adapt_output
 from spark.weights.keys import KeyReport, fit, some

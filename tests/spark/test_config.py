@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+import spark
 from finetune.config import DepthConfig
-from finetune.evaluate import EvaluationConfig
-from finetune.predict import PredictConfig
+from finetune.options import CompareConfig, DoctorConfig, PredictConfig
 from spark.config import DataConfig, ModelConfig, PretrainConfig
-from spark.training.cli import config_changes, config_dict, parse_config, save_config
+from spark.errors import UserError
+from spark.training.cards import find_card
+from spark.training.cli import call_options, config_changes, config_dict, parse_config, save_config
+from spark.training.option_types import Options
 
 REQUIRED = ["--model.name", "resnet18", "--data.train", "images", "--output_dir", "out"]
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -90,52 +93,70 @@ def test_home_folder_is_expanded_in_files_too(tmp_path, monkeypatch):
     assert config.resume == str(tmp_path / "old")
 
 
-def test_print_config_and_help(capsys):
+def test_print_config(capsys):
     with pytest.raises(SystemExit) as stopped:
         parse(*REQUIRED, "--print_config")
     assert stopped.value.code == 0
     assert yaml.safe_load(capsys.readouterr().out)["optim"]["batch_size"] == 4096
-    with pytest.raises(SystemExit) as stopped:
-        parse("--help")
-    assert stopped.value.code == 0
-    text = capsys.readouterr().out
-    assert "share of the patches that is hidden" in text
-    assert "--optim.warmup_epochs" in text
 
 
-def test_every_option_is_explained(capsys):
-    with pytest.raises(SystemExit):
-        parse("--help")
-    text = capsys.readouterr().out
-
-    def options(values, prefix=""):
-        for name, value in values.items():
-            if isinstance(value, dict):
-                yield from options(value, f"{prefix}{name}.")
-            else:
-                yield prefix + name
-
-    for name in options(config_dict(parse(*REQUIRED))):
-        after = text.split(f"\n  --{name} ", 1)[1]
-        explanation = " ".join(after.split("\n  --", 1)[0].split())
-        assert len(explanation.split("(")[0].split()) > 3, (
-            f"{name} has no explanation in --help: {explanation}"
-        )
-    text = " ".join(text.split())
-    assert "(type: a number or null, default: null)" in text
-    assert "(type: a whole number or a list [...] of 2 whole numbers, default: 224)" in text
-    assert "(type: one of auto, packed, masked, spconv, triton, default: auto)" in text
-    assert not any(raw in text for raw in ("Optional[", "Union[", "Literal[", "tuple[", "%("))
+def test_lists_as_several_values_and_true_by_the_name_alone():
+    config = parse(*REQUIRED, "--model.input_size", "96", "128", "--resume", "--data.mean", "0.5")
+    assert (config.model.input_size, config.resume, config.data.mean) == ((96, 128), True, (0.5,))
+    assert parse(*REQUIRED, "--model.input_size", "96").model.input_size == 96
+    config = parse_config(
+        PredictConfig, ["--model", "m", "--input", "i", "--output", "o", "--formats", "npy", "ply"], ""
+    )
+    assert config.formats == ["npy", "ply"]
 
 
-@pytest.mark.parametrize("cls", [DepthConfig, EvaluationConfig, PredictConfig])
-def test_the_help_of_depth_scripts_names_types_in_words(cls, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        parse_config(cls, ["--help"], "")
-    assert stopped.value.code == 0
-    text = capsys.readouterr().out
-    assert "type: a number" in " ".join(text.split())
-    assert not any(raw in text for raw in ("Optional[", "Union[", "Literal[", "tuple[", "%("))
+def test_positional_values():
+    assert parse_config(CompareConfig, ["a.json", "b.json", "--images", "3"], "").results == [
+        "a.json",
+        "b.json",
+    ]
+    assert parse_config(CompareConfig, ["--output", "c.csv", "a.json", "b.json"], "").results == [
+        "a.json",
+        "b.json",
+    ]
+    assert parse_config(DoctorConfig, ["NYU", "--list", "x.txt"], "").path == "NYU"
+
+
+def test_calls_from_python(tmp_path):
+    card = CONFIGS / "pretrain" / "small.yaml"
+    options = {
+        "data": tmp_path,
+        "model": "resnet50",
+        "output_dir": "o",
+        "optim": {"batch_size": 8, "betas": [0, 0.9]},
+    }
+    called = call_options(PretrainConfig, {**options, "config": "small", "optim.eps": 1e-3})
+    given = ["--data.train", str(tmp_path), "--model.name=resnet50", "--output_dir=o", "--optim.batch_size=8"]
+    assert called == parse("--config", str(card), *given, "--optim.betas=[0,0.9]", "--optim.eps=1e-3")
+    with pytest.raises(UserError, match="optim.batch_size must be a whole number above 0, got 0"):
+        spark.pretrain(**{**options, "optim": {"batch_size": 0}})
+    with pytest.raises(UserError, match="did you mean model.name"):
+        spark.pretrain(**{**options, "model": {"nam": "resnet50"}})
+    with pytest.raises(UserError, match="output_dir must be set"):
+        spark.pretrain(data="x", model="resnet50")
+    assert spark.pretrain.main is spark.pretrain.__dict__["main"], "it is the module, too"
+
+
+def test_cards_by_name(capsys, tmp_path, monkeypatch):
+    assert parse("--config", "small", "--data.train", "x", "--output_dir", "y").model.decoder_width == 256
+    text = error_of(capsys, *REQUIRED, "--config", "smal")
+    assert "there is no config file smal" in text
+    assert "did you mean small?" in text
+    monkeypatch.chdir(tmp_path)
+    Path("small").write_text("seed: 3\n")
+    assert parse(*REQUIRED, "--config", "small").seed == 3, "a file of that name comes first"
+    assert find_card("unetpp_nyu", "depth").is_file()
+
+
+def test_options_of_older_runs_still_parse(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("data: {root: x, cache: true}\nencoder: resnet18\noutput_dir: y\n")
+    assert parse_config(DepthConfig, ["--config", str(file)], "").data.root == "x"
 
 
 @pytest.mark.parametrize(
@@ -148,7 +169,7 @@ def test_the_help_of_depth_scripts_names_types_in_words(cls, capsys):
         ("--modle.name", "did you mean model.name?"),
         ("--model.mask", "did you mean model.mask_ratio?"),
         ("--max_step", "did you mean max_steps?"),
-        ("--optim.frobnicate", "optim has name, base_lr"),
+        ("--optim.frobnicate", "optim has name, batch_size"),
         ("--frobnicate", "--help lists all options"),
     ],
 )
@@ -172,45 +193,51 @@ def test_unknown_key_in_file_names_path_and_nearest(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--optim.base_lr", "abc"], "optim.base_lr must be a number, got abc"),
-        (["--seed", "1.5"], "seed must be a whole number, got 1.5"),
+        (["--optim.base_lr", "abc"], "optim.base_lr must be a number above 0, got abc"),
+        (["--seed", "1.5"], "seed must be a whole number of at most 63 bits, got 1.5"),
         (
             ["--model.input_size", "[1, 2, 3]"],
-            "model.input_size must be a whole number or a list [...] of 2 whole numbers",
+            "model.input_size must be a whole number above 0 or a list [...] of 2 whole numbers above 0",
         ),
-        (["--optim.betas", "0.9"], "optim.betas must be a list [...] of 2 numbers or null, got 0.9"),
-        (["--data.mean", "0.5"], "data.mean must be a list [...] of numbers or null"),
+        (
+            ["--optim.betas", "0.9"],
+            "optim.betas must be a list [...] of 2 numbers of at least 0 and below 1 or null, got [0.9]",
+        ),
         (["--model.sync_bn", "3"], "model.sync_bn must be true or false, got 3"),
         (
             ["--model.layout", "dense"],
             "model.layout must be one of auto, packed, masked, spconv, triton, got dense",
         ),
         (["--precision", "fp8"], "precision must be one of fp32, bf16, fp16, got fp8"),
-        (["--optim.clip_grad", "x"], "optim.clip_grad must be a number or null, got x"),
+        (["--optim.clip_grad", "x"], "optim.clip_grad must be a number above 0 or null, got x"),
         (["--model", "resnet50"], "single options are set as --model.name VALUE"),
         (["stray"], "unexpected argument stray"),
-        (["--config"], "expected one argument"),
+        (["--config"], "--config needs a value"),
+        (["--epochs"], "--epochs needs a value: a number above 0"),
         (["--config", "no/such/file.yaml"], "there is no config file no/such/file.yaml"),
-        (["--model.mask_ratio", "1.5"], "model.mask_ratio must be between 0 and 1, got 1.5"),
-        (["--optim.base_lr", "0"], "optim.base_lr must be above 0"),
-        (["--optim.clip_grad", "0"], "optim.clip_grad must be above 0, or null"),
-        (["--optim.weight_decay_end", "-1"], "optim.weight_decay_end must be at least 0, or null"),
+        (["--model.mask_ratio", "1.5"], "model.mask_ratio must be a number between 0 and 1 or a list"),
+        (["--optim.base_lr", "0"], "optim.base_lr must be a number above 0, got 0\n"),
+        (["--optim.clip_grad", "0"], "optim.clip_grad must be a number above 0 or null, got 0"),
+        (
+            ["--optim.weight_decay_end", "-1"],
+            "optim.weight_decay_end must be a number of at least 0 or null, got -1",
+        ),
         (["--data.crop_scale", "[0.9, 0.5]"], "data.crop_scale must be"),
-        (["--accumulation", "0"], "accumulation must be at least 1"),
-        (["--epochs", "0"], "epochs must be above 0"),
-        (["--data.train", ""], "data.train must be the place of the images, got an empty text"),
-        (["--output_dir", ""], "output_dir must be the name of a folder, got an empty text"),
+        (["--accumulation", "0"], "accumulation must be a whole number above 0, got 0"),
+        (["--epochs", "0"], "epochs must be a number above 0, got 0"),
+        (["--data.train", ""], "data.train must be a path, got an empty text"),
+        (["--output_dir", ""], "output_dir must be a path, got an empty text"),
         (["--epochs", ".inf"], "epochs must be a finite number, got inf"),
         (["--optim.base_lr", ".inf"], "optim.base_lr must be a finite number, got inf"),
         (["--data.std", "[1, .inf, 1]"], "data.std must be a finite number, got inf"),
         (["--data.mean", "[.nan, 1, 1]"], "data.mean must be a finite number, got nan"),
         (
             ["--data.crop_scale", "[0, 1]"],
-            "above 0 and at most 1, [low, high] with low first, got [0.0, 1.0]",
+            "2 numbers above 0 and at most 1 with the lower one first, got [0, 1]",
         ),
         (
             ["--model.mask_ratio", "[0.7, 0.5]"],
-            "two such numbers, [low, high] with low first, got [0.7, 0.5]",
+            "2 numbers between 0 and 1 with the lower one first, got [0.7, 0.5]",
         ),
         (
             ["--model.init_decoder", "keep"],
@@ -226,9 +253,9 @@ def test_wrong_value(capsys, arguments, words):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("optim: {base_lr: fast}\n", "optim.base_lr must be a number, got fast"),
+        ("optim: {base_lr: fast}\n", "optim.base_lr must be a number above 0, got fast"),
         ("optim: 3\n", "optim in"),
-        ("optim:\n", "must hold options (name, base_lr"),
+        ("optim:\n", "must hold options (name, batch_size"),
         ("", "must hold options (output_dir"),
         ("model: {name: x\n", "is not valid YAML"),
         ("- a\n", "must hold options"),
@@ -242,7 +269,7 @@ def test_bad_file(capsys, tmp_path, content, words):
 
 def test_missing_options_are_named(capsys):
     text = error_of(capsys, "--model.name", "resnet18")
-    assert "data.train and output_dir must be set" in text
+    assert "output_dir and data.train must be set" in text
     assert "--data.train VALUE" in text
 
 
@@ -266,7 +293,7 @@ class HeadConfig:
 
 
 @dataclass
-class OtherConfig:
+class OtherConfig(Options):
     """Run.
 
     Attributes:
@@ -418,7 +445,9 @@ def test_changes_between_two_configs_are_named():
     [(None, math.inf), (0.5, 1800), ("2", 7200), ("1.5", 5400), ("00:10:05", 605), ("100:00:00", 360000)],
 )
 def test_time_limit(limit, seconds):
-    config = PretrainConfig(ModelConfig("resnet18"), DataConfig("x"), "y", time_limit=limit)
+    config = PretrainConfig(
+        model=ModelConfig("resnet18"), data=DataConfig("x"), output_dir="y", time_limit=limit
+    )
     assert config.time_limit_seconds() == seconds
 
 
@@ -427,9 +456,9 @@ def test_time_limit_that_is_none(limit):
     with pytest.raises(
         ValueError, match=r"time_limit must be a number of hours above 0, or HH:MM:SS \(in a YAML"
     ):
-        PretrainConfig(ModelConfig("resnet18"), DataConfig("x"), "y", time_limit=limit)
+        PretrainConfig(model=ModelConfig("resnet18"), data=DataConfig("x"), output_dir="y", time_limit=limit)
 
 
 def test_an_average_that_is_not_kept_cannot_be_exported():
     with pytest.raises(ValueError, match=r"export_ema must be false where optim\.ema_decay is null"):
-        PretrainConfig(ModelConfig("resnet18"), DataConfig("x"), "y", export_ema=True)
+        PretrainConfig(model=ModelConfig("resnet18"), data=DataConfig("x"), output_dir="y", export_ema=True)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from finetune import DepthModel, depth, evaluate, load_depth_model, predict
-from finetune.scoring.score import transform_of
+from finetune.model.prediction import transform_of
 from spark import SparK, load_encoder, load_official, pretrain, save_encoder
 from spark.commands import export as export_encoder
 from spark.commands import probe

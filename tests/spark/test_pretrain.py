@@ -19,11 +19,11 @@ import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
+from spark.task import checkpoint_activations, default_betas, try_forward
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import spark.training.checkpoint
 from spark import outputs, pretrain
-from spark.assembly import checkpoint_activations, default_betas, try_forward
 from spark.config import PretrainConfig
 from spark.images.batches import MaskedBatches
 from spark.images.sources import open_source, remote

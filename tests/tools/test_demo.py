@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from finetune.config import DepthConfig
-from finetune.evaluate import EvaluationConfig
+from finetune.options import EvaluationConfig
 from spark.commands import report
 from spark.config import PretrainConfig
 from spark.training.cli import parse_config

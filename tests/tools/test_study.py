@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from finetune.config import DepthConfig
-from finetune.evaluate import EvaluationConfig
+from finetune.options import EvaluationConfig
 from spark.config import PretrainConfig
 from spark.training.cli import parse_config
 from tools import study

@@ -12,10 +12,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from finetune.model.depth_model import load_depth_model
-from spark.assembly import build_model
 from spark.config import PretrainConfig
 from spark.files import write_whole
 from spark.sparse.choice import device_name
+from spark.task import build_model
 from spark.training.cli import parse_config
 from tools.benchmarks.timing import interleaved, summary
 

@@ -23,15 +23,16 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from finetune.depth_data import DepthSample, open_depth_data
 from finetune.model.depth_model import load_depth_model
+from finetune.model.prediction import transform_of
 from finetune.protocols import get_protocol
 from finetune.report.figures import colourise, depth_colours, save_figure, shared_range
-from finetune.scoring.score import predict_depth, transform_of
-from spark.assembly import build_model
+from finetune.scoring.score import predict_depth
 from spark.config import ModelConfig
 from spark.errors import UserError
-from spark.model.encoder import is_own
 from spark.model.masking import mean_ratio, visible_at
+from spark.model.names import is_own
 from spark.report import Run, read_run
+from spark.task import build_model
 from spark.training.checkpoint import find_run
 
 Pictures = list[np.ndarray]

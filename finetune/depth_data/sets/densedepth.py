@@ -1,7 +1,6 @@
 """NYU Depth V2 as DenseDepth publishes it: `nyu_data.zip` with CSV files of pairs, `nyu_test.zip` with arrays, or what
 these unpack to."""
 
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -106,16 +105,6 @@ class DenseDepth(DepthSet):
         """Names of the pairs, in order."""
         return [image for image, _, _ in self.entries]
 
-    def files(self) -> Iterator[Path]:
-        """The archive, or the files of each pair; a list that lies elsewhere."""
-        if Path(self.csv).is_file():
-            yield Path(self.csv)
-        if not self.archive.root.is_dir():
-            yield self.archive.root
-            return
-        for image, depth, _ in self.entries:
-            yield from (self.archive.root / self._inside(name) for name in (image, depth))
-
     def __getitem__(self, index: int) -> DepthSample:
         name, depth_name, line = self.entries[index]
         with at_line(self.csv, line):
@@ -219,13 +208,6 @@ class DenseDepthTest(DepthSet):
     def names(self) -> list[str]:
         """Names of the pairs, in order."""
         return [f"eigen_test/{index:04d}" for index in range(len(self))]
-
-    def files(self) -> Iterator[Path]:
-        """The archive, or the two arrays."""
-        if self.archive.root.is_dir():
-            yield from (self.archive.root / array.name for array in (self.rgb, self.depth))
-        else:
-            yield self.archive.root
 
     def has_test_split(self) -> bool:
         """This is it."""

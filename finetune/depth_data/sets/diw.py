@@ -1,6 +1,5 @@
 """Depth in the Wild (Chen et al. 2016): photos, each with one pair of points of which the farther one is known."""
 
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -107,11 +106,6 @@ class DIW(DepthSet):
     def names(self) -> list[str]:
         """Names of the photos, in order; a photo that comes twice has the line beside its name."""
         return self._names
-
-    def files(self) -> Iterator[Path]:
-        """The annotations, and the photos."""
-        yield self.csv
-        yield from (self.root / name for name, _, _ in self.photos)
 
     def __getitem__(self, index: int) -> DepthSample:
         name, line, rows = self.photos[index]

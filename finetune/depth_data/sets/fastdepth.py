@@ -2,7 +2,6 @@
 
 import io
 from abc import abstractmethod
-from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -126,10 +125,6 @@ class FastDepth(_H5Pairs):
         """Names of the pairs, in order."""
         return self._names
 
-    def files(self) -> Iterator[Path]:
-        """The file of each pair."""
-        yield from (self.root / name for name in self._names)
-
     def origin(self, index: int) -> str:
         """The line of the list, if there is one."""
         return "" if self.list_file is None else line_text(self.list_file, self._lines[index])
@@ -201,10 +196,6 @@ class HubTars(_H5Pairs):
     def names(self) -> list[str]:
         """Names of the pairs, in order."""
         return self._names
-
-    def files(self) -> Iterator[Path]:
-        """The tars."""
-        yield from hub_tars(self.root, self.split)
 
     def has_test_split(self) -> bool:
         """Whether the tars of the test split are there."""

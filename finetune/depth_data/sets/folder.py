@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -147,11 +146,6 @@ class PlainFolder(DepthSet):
     def names(self) -> list[str]:
         """Names of the pairs, in order."""
         return [entry.image for entry in self.entries]
-
-    def files(self) -> Iterator[Path]:
-        """Image and depth map of each pair."""
-        for entry in self.entries:
-            yield from (self.root / entry.image, self.root / entry.depth)
 
     def origin(self, index: int) -> str:
         """The line of the list, if there is one."""

@@ -1,6 +1,5 @@
 """iBims-1 (Koch et al. 2018): 100 indoor scenes with laser depth, masks, and the edges and planes that are scored."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -108,13 +107,6 @@ class IBims(DepthSet):
     def origin(self, index: int) -> str:
         """The line of the list."""
         return line_text(self.list_file, self._lines[index])
-
-    def files(self) -> Iterator[Path]:
-        """Image, depth and masks of each scene, and what its geometry comes from."""
-        for name in self._names:
-            yield from (self._path(folder, name) for folder in ("rgb", "depth", *MASKS))
-            if self.geometry_folder is not None:
-                yield self.geometry_folder / f"{name}.mat"
 
     def check_headers(self) -> None:
         """Check image and depth of every scene by their headers.

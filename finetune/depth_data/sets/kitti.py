@@ -133,12 +133,6 @@ class KITTI(DepthSet):
         """The line of the list."""
         return line_text(self.list_file, self.frames[index].line)
 
-    def files(self) -> Iterator[Path]:
-        """Image and depth of each frame, and the calibrations that laser scans need."""
-        for frame in self.frames:
-            yield from (self.root / frame.image, self.root / frame.depth)
-        yield from self._calibrations()
-
     def check_headers(self) -> None:
         """Check pairs of images and maps by their headers; laser scans and arrays have none worth the name.
 

@@ -1,7 +1,6 @@
 """NYU Depth V2: the "sync" folders that BTS introduced, and the official nyu_depth_v2_labeled.mat."""
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -120,14 +119,6 @@ class NYUSync(DepthSet):
     def names(self) -> list[str]:
         """Names of the pairs, in order."""
         return [entry.image for entry in self.entries]
-
-    def files(self) -> Iterator[Path]:
-        """Image, depth and classes of each pair."""
-        for entry in self.entries:
-            image = self.root / entry.image
-            yield from (image, self.root / entry.depth)
-            if self.labels is not None:
-                yield from self.labels.files(image.parent, image.stem.removeprefix("rgb_"))
 
     def origin(self, index: int) -> str:
         """The line of the list."""
@@ -254,12 +245,6 @@ class NYULabeled(DepthSet):
     def names(self) -> list[str]:
         """Names of the pairs, in order."""
         return [f"{number:04d}" for number in self.ids]
-
-    def files(self) -> Iterator[Path]:
-        """The labelled file, its splits, and the classes' mapping."""
-        yield from (self.mat_path, self.splits_path)
-        if self.labels is not None:
-            yield self.mat_path.with_name(MAPPING_40)
 
     def has_test_split(self) -> bool:
         """The file has the official one."""

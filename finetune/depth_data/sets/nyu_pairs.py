@@ -1,6 +1,5 @@
 """Pairs of points of NYU Depth V2 with their relation (Zoran et al. 2015), in the files of Chen et al. 2016."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
@@ -89,11 +88,6 @@ class NYUPairs(DepthSet):
     def names(self) -> list[str]:
         """Names of the images, in order."""
         return [photo.image.as_posix() for photo in self.photos]
-
-    def files(self) -> Iterator[Path]:
-        """The pairs, and the images."""
-        yield self.csv
-        yield from (self.root / photo.image for photo in self.photos)
 
     def origin(self, index: int) -> str:
         """The line of the file."""

@@ -1,6 +1,5 @@
 """ReDWeb (Xian et al. 2018): photos with relative depth from stereo."""
 
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
@@ -83,11 +82,6 @@ class ReDWeb(DepthSet):
     def origin(self, index: int) -> str:
         """The line of the list, if there is one."""
         return "" if self.list_file is None else line_text(self.list_file, self._lines[index])
-
-    def files(self) -> Iterator[Path]:
-        """Photo and map of each."""
-        for name in self._names:
-            yield from (self.root / "Imgs" / name, self._map(name))
 
     def __getitem__(self, index: int) -> DepthSample:
         if self.list_file is None:

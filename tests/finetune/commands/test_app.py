@@ -17,8 +17,8 @@ from PIL import Image
 from finetune import DepthModel
 from finetune.commands import app
 from finetune.model.calibration import Calibration
+from finetune.model.prediction import predict_image
 from finetune.predicting.camera import from_view
-from finetune.predicting.tiles import predict_image
 from spark.images.decode import read_image
 
 SIZE = (60, 80)

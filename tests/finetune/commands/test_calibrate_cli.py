@@ -13,8 +13,8 @@ from finetune import DepthModel, load_depth_model
 from finetune.commands.calibrate import main
 from finetune.evaluate import main as evaluate
 from finetune.model.calibration import for_intrinsics
+from finetune.model.prediction import predict_image
 from finetune.predict import main as predict
-from finetune.predicting.tiles import predict_image
 from tests.depth_world import make_depth_world
 
 

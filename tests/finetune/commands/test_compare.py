@@ -11,9 +11,10 @@ from scipy.stats import bootstrap, ttest_rel
 
 from finetune.commands.compare import compare, main
 from finetune.protocols import Protocol
+from finetune.protocols.metrics import METRICS
 from finetune.scoring.evaluators import evaluator_of
 from finetune.scoring.intervals import draws, resampled, with_intervals
-from finetune.scoring.metrics import METRICS, depth_errors, write_results
+from finetune.scoring.metrics import depth_errors, write_results
 from tests.finetune.scoring.test_protocols import sample
 
 SMALL = Protocol("small", "a test", 1e-3, 10.0)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.io import loadmat, savemat
 
-from finetune.depth_data import CachedSet, DepthFileError, fill, open_depth_data, recognise
+from finetune.depth_data import DepthFileError, open_depth_data, recognise
 from tests import depth_layouts as write
 from tests.depth_layouts import DRIVE, SIZE, png, put, scene
 
@@ -20,7 +20,6 @@ def test_frames_without_a_map_are_counted_and_left_out(tmp_path: Path) -> None:
     assert "4 of the 5 frames" in repr(data)
     assert data.names()[1] == f"{DRIVE}/image_02/data/0000000005.png"
     assert data.origin(3) == " (eigen.txt, line 4)"
-    assert sum(path.suffix == ".png" for path in data.files()) == 8
 
 
 @pytest.mark.parametrize(("images", "depths"), [("raw", "gts"), ("input", "train"), ("", "gts/val")])
@@ -62,7 +61,7 @@ def test_a_list_is_needed_and_maps_have_16_bits(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Eigen's 697: name it \(data.list\).*eigen\.txt"):
         open_depth_data(root, kind="kitti")
     data = open_depth_data(root, "eigen.txt")
-    (path,) = [path for path in data.files() if path.match("groundtruth/image_02/0000000010.png")]
+    (path,) = root.rglob("groundtruth/image_02/0000000010.png")
     put(path, png(np.full(SIZE, 9, np.uint8)))
     for read in (lambda: data[2], data.check_headers):
         with pytest.raises(
@@ -106,9 +105,6 @@ def test_a_laser_scan_is_projected(tmp_path: Path) -> None:
     data = open_depth_data(root, "list.txt")
     np.testing.assert_array_equal(data[0].metres, expected)
     assert data[0].metres.dtype == np.float32
-    assert [path.name for path in data.files()] == [
-        *("0000000069.png", "0000000069.bin", "calib_cam_to_cam.txt", "calib_velo_to_cam.txt")
-    ]
     assert "projected laser scans" in repr(data)
 
 
@@ -141,7 +137,7 @@ def test_bad_calibrations(tmp_path: Path, name: str, content: str | None, messag
 def test_bad_scans_and_frames_of_another_size(tmp_path: Path) -> None:
     root = write.write_kitti_laser(tmp_path, np.ones((3, 3)))
     data = open_depth_data(root, "list.txt")
-    image, scan, *_ = data.files()
+    (image,), (scan,) = root.rglob("0000000069.png"), root.rglob("0000000069.bin")
     scan.write_bytes(scan.read_bytes()[:-3])
     with pytest.raises(
         DepthFileError, match=r"0000000069\.bin: cannot be read as a laser scan.*list\.txt, line 1"
@@ -197,22 +193,12 @@ def test_edges_planes_and_camera(tmp_path: Path) -> None:
             *(("wall", 20 * 30), ("wall", 20 * 34), ("floor", 18 * 64))
         ]
         assert [plane.normal.tolist() for plane in geometry.planes] == [[0, -1, 0], [1, 0, 0], [0, 0, 1]]
-    names = [path.name for path in open_depth_data(root).files()]
-    assert names.count("room_00.png") == 4
-    assert names.count("room_00.mat") == 1
 
 
 def test_without_the_other_archive_there_is_depth_only(tmp_path: Path) -> None:
     data = open_depth_data(write.write_ibims(tmp_path, geometry=False))
     assert data[0].geometry is None
     assert "without edges and planes" in repr(data)
-
-
-def test_scenes_with_geometry_are_read_anew_beside_a_cache(tmp_path: Path) -> None:
-    data = CachedSet(open_depth_data(write.write_ibims(tmp_path / "data", 2)), tmp_path / "cache")
-    fill([data], 0, 0.0, lambda text: None)
-    assert data[1].geometry is not None
-    np.testing.assert_array_equal(data[1].metres, data.data[1].metres)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from finetune.model.segmentation import attach_segmentation
 from safetensors.torch import load_file
 
 from finetune import DepthModel, load_depth_model
@@ -17,7 +18,6 @@ from finetune.evaluate import main as evaluate
 from finetune.heads import HEADS
 from finetune.losses import WeightedLoss
 from finetune.model.depth_model import start_from
-from finetune.model.segmentation import attach_segmentation
 from finetune.predict import main as predict
 from finetune.protocols import get_protocol
 from finetune.scoring.depth import metric_prediction, score_pair

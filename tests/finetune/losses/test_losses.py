@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from finetune.heads import DepthOutput
+from finetune.heads.output import DepthOutput
 from finetune.losses import L1, LOSSES, MSE, BerHu, MaskedLoss, NoGroundTruth, SILog, WeightedLoss
 
 POINTWISE = [name for name, kind in LOSSES.items() if issubclass(kind, MaskedLoss)]

@@ -8,11 +8,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from finetune.model.segmentation import SegmentationDecoder, attach_segmentation
 from safetensors.torch import load_file
 
 from finetune import DepthModel, load_depth_model
 from finetune.losses import WeightedLoss
-from finetune.model.segmentation import SegmentationDecoder, attach_segmentation
 from tests.depth_world import make_depth_world
 from tests.finetune.tasks.test_depth_training import fails, run
 

@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from finetune.losses.targets import TARGETS
 from skimage.metrics import structural_similarity
 from torch.nn import functional as F
 
-from finetune.heads import DepthOutput
+from finetune.heads.output import DepthOutput
 from finetune.losses import (
     LOSSES,
     SSIM,
@@ -23,7 +24,6 @@ from finetune.losses import (
     nothing,
 )
 from finetune.losses.affine import align
-from finetune.losses.targets import TARGETS
 
 
 def random_maps(

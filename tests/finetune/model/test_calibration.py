@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from finetune import DepthModel, load_depth_model
-from finetune.heads import DepthOutput
+from finetune.heads.output import DepthOutput
 from finetune.model.calibration import Calibration, Readings, contradictions, fit_calibration, for_intrinsics
 from finetune.model.depth_model import write_calibration
 

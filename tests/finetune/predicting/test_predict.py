@@ -12,9 +12,9 @@ from PIL import Image
 
 from finetune import DepthModel
 from finetune.depth_data.depth_files import read_depth_file
+from finetune.model.prediction import fitted_size
 from finetune.predict import main, output_stems, predict_image
 from finetune.predicting.pointcloud import step_of
-from finetune.predicting.tiles import fitted_size
 from finetune.report.figures import colourise, depth_map, save_figure, shortened
 from spark.files import write_whole
 

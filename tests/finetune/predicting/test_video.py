@@ -13,8 +13,8 @@ import torch
 from rich.progress import Progress
 
 from finetune import DepthModel
+from finetune.model import prediction
 from finetune.predict import main
-from finetune.predicting import tiles as whole_images
 from finetune.predicting.video import ColourRange, VideoFrames, VideoWriter, legend, paint
 from finetune.report.figures import colourise
 
@@ -193,7 +193,7 @@ def test_what_a_killed_run_left_of_the_same_video_goes(model: Path, tmp_path: Pa
 def test_control_c_leaves_a_whole_video(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, calls = whole_images.predict_images, []
+    original, calls = prediction.predict_images, []
 
     def stopped(*arguments):
         calls.append(0)
@@ -260,8 +260,8 @@ def test_colours_have_one_meaning() -> None:
 
 def test_tiles_cover_the_side_and_overlap() -> None:
     for length, tiles in ((100, 2), (640, 3), (7, 4), (1, 2)):
-        side = whole_images.tile_side(length, tiles)
-        starts = whole_images.tile_starts(length, side)
+        side = prediction.tile_side(length, tiles)
+        starts = prediction.tile_starts(length, side)
         assert len(starts) <= tiles
         assert starts[0] == 0
         assert starts[-1] + side == length
@@ -286,7 +286,7 @@ def test_tiles_of_other_scales_leave_no_seams(monkeypatch: pytest.MonkeyPatch, r
     class Model:
         outputs = ("disparity_affine",) if relative else ("depth",)
 
-    monkeypatch.setattr(whole_images, "predict_images", predict)
+    monkeypatch.setattr(prediction, "predict_images", predict)
     truth = predict(None, [image])[0]
-    put_together = whole_images.predict_image(Model(), image, tiles=3)  # type: ignore[arg-type]
+    put_together = prediction.predict_image(Model(), image, tiles=3)  # type: ignore[arg-type]
     np.testing.assert_allclose(put_together, truth, rtol=2e-4)

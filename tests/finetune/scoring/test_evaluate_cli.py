@@ -13,20 +13,15 @@ from PIL import Image
 
 from finetune import DepthModel, load_depth_model
 from finetune.depth_data import open_depth_data
-from finetune.evaluate import main, reservations
+from finetune.evaluate import main
+from finetune.model.prediction import transform_of
 from finetune.protocols import PROTOCOLS, get_protocol
-from finetune.report.figures import (
-    HOLE_COLOUR,
-    Triptych,
-    WorstRows,
-    colourise,
-    relative_error,
-    shared_range,
-    triptychs,
-)
+from finetune.protocols.metrics import METRICS
+from finetune.report.figures import HOLE_COLOUR, colourise, relative_error, shared_range, triptychs
+from finetune.scoring.caveats import caveats
 from finetune.scoring.depth import score_pair
-from finetune.scoring.metrics import METRICS
-from finetune.scoring.score import predict_depth, score, transform_of
+from finetune.scoring.pictures import Triptych, WorstRows
+from finetune.scoring.score import predict_depth, score
 from tests.depth_world import make_depth_world
 
 
@@ -105,7 +100,7 @@ def test_ground_truth_of_another_kind_is_told(protocol: str, truth: str | None, 
         "undefined": {},
     }
     told = [f"stands on {said}: published numbers stand on the former"] if said else []
-    assert reservations(results) == told
+    assert caveats(results) == told
 
 
 def test_flip_average_is_an_option_that_results_state(model: Path, world: Path, tmp_path: Path) -> None:

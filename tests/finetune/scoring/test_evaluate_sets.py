@@ -11,11 +11,13 @@ from torch.nn import functional as F
 
 from finetune import DepthModel, load_depth_model
 from finetune.depth_data import open_depth_data
-from finetune.evaluate import main, reservations
+from finetune.evaluate import main
+from finetune.model.prediction import transform_of
 from finetune.protocols import PROTOCOLS
+from finetune.protocols.metrics import GEOMETRY_METRICS, METRICS
+from finetune.scoring.caveats import caveats
 from finetune.scoring.ibims import boundary_errors, planarity_errors
-from finetune.scoring.metrics import GEOMETRY_METRICS, METRICS, own_metrics
-from finetune.scoring.score import transform_of
+from finetune.scoring.metrics import own_metrics
 from tests import depth_layouts as write
 
 KITTI_SIZE, NYU_SIZE = (375, 1242), (480, 640)
@@ -98,10 +100,10 @@ def test_monodepth2_on_laser_points(model: Path, tmp_path: Path) -> None:
     assert row["pixels"] == (inside > 0).sum() > 100
     assert results["settings"]["alignment"] == "median"
     assert results["ground_truth"] == "laser" == results["settings"]["depth"]
-    assert not [said for said in reservations(results) if "depth, and" in said]
+    assert not [said for said in caveats(results) if "depth, and" in said]
     other = {**results, "settings": PROTOCOLS["kitti-garg-kb"].record()}
     assert "stands on benchmark depth, and this is laser depth: published numbers stand on the former" in (
-        reservations(other)
+        caveats(other)
     )
 
 

@@ -8,15 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finetune.scoring.metrics import (
-    METRIC,
-    METRICS,
-    columns_of,
-    depth_errors,
-    mean_of_images,
-    pooled_depth,
-    write_results,
-)
+from finetune.protocols.metrics import METRIC, METRICS
+from finetune.scoring.metrics import columns_of, depth_errors, mean_of_images, pooled_depth, write_results
 
 
 def test_worked_example():

@@ -11,8 +11,8 @@ from finetune.depth_data import open_depth_data
 from finetune.depth_data.depth_files import npy_bytes, pfm_bytes, png_bytes
 from finetune.evaluate import main
 from finetune.protocols import PROTOCOLS, get_protocol
+from finetune.protocols.metrics import METRICS
 from finetune.scoring.depth import score_pair
-from finetune.scoring.metrics import METRICS
 from finetune.scoring.sources import mean_depth
 from tests.depth_world import make_depth_world
 

@@ -11,6 +11,7 @@ import pytest
 
 from finetune.depth_data import DepthSample, NYUSync
 from finetune.protocols import PROTOCOLS, Protocol, get_protocol
+from finetune.protocols.metrics import METRICS
 from finetune.scoring.depth import (
     DepthEvaluator,
     merge_flipped,
@@ -20,7 +21,7 @@ from finetune.scoring.depth import (
     valid_pixels,
 )
 from finetune.scoring.evaluator import NoValidPixels
-from finetune.scoring.metrics import METRICS, columns_of, depth_errors, mean_of_images, write_results
+from finetune.scoring.metrics import columns_of, depth_errors, mean_of_images, write_results
 from finetune.scoring.sources import mean_depth
 from tools.tables import PAGE, page
 

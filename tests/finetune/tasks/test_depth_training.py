@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import finetune.tasks.outputs
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,6 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import finetune.depth
-import finetune.tasks.outputs
 from finetune import DepthModel, load_depth_model
 from finetune.config import DepthConfig, DepthDataConfig, DepthModelConfig, DepthOptimConfig
 from finetune.depth import main

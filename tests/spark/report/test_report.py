@@ -11,14 +11,15 @@ import pytest
 import yaml
 from PIL import Image
 
+from finetune.protocols.metrics import METRICS
 from finetune.report import depth_page
 from finetune.report.results import difference, paired_interval, worst_table
-from finetune.scoring.metrics import METRICS
 from spark.commands import report
-from spark.report import pretraining_page, read_run, record_environment
+from spark.report import pretraining_page, read_run
 from spark.report.charts import Line, draw, number, running_mean, thinned, ticks
 from spark.report.pretraining import panel_caption, task
 from spark.report.runs import Run, Series
+from spark.training.environment import record_environment
 
 
 class Page(HTMLParser):
