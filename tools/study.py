@@ -311,7 +311,7 @@ def label_list(share: float, data: Path, output: Path) -> Path:
 def chosen(names: Sequence[str], share: float) -> list[str]:
     """A random share of some names, always the same ones."""
     order = np.random.default_rng(0).permutation(len(names))
-    return [names[i] for i in order[: max(1, round(share * len(names)))]]
+    return [str(names[i]) for i in order[: max(1, round(share * len(names)))]]
 
 
 def scene_of(name: str) -> str:

@@ -60,9 +60,9 @@ def draw(pretrain: Run | None, runs: dict[str, Run], count: int) -> Figure:
     figure = Figure(
         figsize=(9, 2.3 * len(rows) * (2 if pretrain else 1) * height / width), layout="constrained"
     )
-    below = figure
+    below: Any = figure
     if pretrain:
-        above, below = figure.subfigures(2, 1)
+        above, below = np.asarray(figure.subfigures(2, 1))
         restored = masked_and_reconstructed(pretrain, [sample.image for sample in samples])
         grid(above, ["image", "masked", "reconstruction"], restored)
     axes = grid(below, headings, rows)
