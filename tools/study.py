@@ -630,9 +630,13 @@ def run_study(options: argparse.Namespace, argv: list[str]) -> None:
     content = yaml.safe_load(options.study.read_text(encoding="utf-8"))
     data = (options.data or Path("no_data")).absolute()
     study = Study(content, data, options.output_dir.absolute(), measure=not options.table)
-    hidden = {str(data): "$SPARK_DATA", str(study.output): "$OUTPUT", str(options.data): "$SPARK_DATA"}
-    command = hide(shlex.join(["python", "-m", "tools.study", *argv]), hidden)
-    command = command.replace("$OUTPUT", str(options.output_dir))
+    hidden = {str(data): "$SPARK_DATA", str(study.output): "$OUTPUT"}
+    shown = [
+        "$SPARK_DATA" if before == "--data" else text for before, text in zip(["", *argv], argv, strict=False)
+    ]
+    command = " ".join(
+        ["python -m tools.study", *(text if "$" in text else shlex.quote(text) for text in shown)]
+    )
     if options.table:
         write_results(study, options, command, models.kept(study.output / "latency.json"))
         return
