@@ -14,11 +14,13 @@ from torch.optim import Optimizer
 from spark.config import ModelConfig, PretrainConfig, SparKConfig
 from spark.errors import UserError
 from spark.images.batches import MaskedBatches, StepPlan
-from spark.images.loader import FeedOptions, open_feed
-from spark.images.transform import Normalise, PretrainTransform
+from spark.images.dataset import SampleReader
+from spark.images.loader import open_loader
+from spark.images.transform import PretrainTransform
 from spark.model.masking import check_masks, mean_ratio, visible_at
+from spark.model.normalise import Normalise
 from spark.model.spark import SparK, norm_kind
-from spark.monitor.measures import reconstruction_panels, save_panels
+from spark.monitor.panels import reconstruction_panels, save_panels
 from spark.monitor.watch import Watch, build_monitor, fixed_batch
 from spark.report import pretraining_page
 from spark.seeds import Purpose, derive_seed
@@ -78,16 +80,27 @@ class Pretraining(Task):
             config.data.hflip,
         )
         collate = MaskedBatches(self.plan, self.spark.patch_size, self.spark.mask_block_size)
-        self.feed = open_feed(
-            FeedOptions(config, transform, self.plan, collate, run.accelerator, run.micro_batch), run.before
+        reader = SampleReader(
+            transform, config.seed, config.data.max_pixels, config.model.in_chans, self.plan
         )
-        self.num_samples = self.feed.size or (config.max_steps or 0) * batch_size
-        self.num_shards = self.feed.shards
+        self.loader = open_loader(
+            config.data,
+            reader,
+            collate,
+            run.accelerator,
+            run.micro_batch,
+            cache=run.folder / "shards",
+            before=run.before,
+            length_is_known=config.max_steps is not None
+            and (config.optim.warmup_steps is not None or not config.optim.warmup_epochs),
+        )
+        self.num_samples = self.loader.size or (config.max_steps or 0) * batch_size
+        self.num_shards = self.loader.shards
         self.config = config = resolve(config, self.spark, transform)
         assert config.data.mean is not None
         assert config.data.std is not None
         self.mean, self.std = config.data.mean, config.data.std
-        self.normalise = Normalise(self.mean, self.std, run.device)
+        self.normalise = Normalise(self.mean, self.std, fused=True).to(run.device)
         self.total_steps, self.warmup_steps = run_length(
             self.num_samples / batch_size,
             config.epochs,
@@ -96,12 +109,12 @@ class Pretraining(Task):
             config.optim.warmup_steps,
         )
         self.facts = {
-            "data": self.feed.facts,
-            "stream": self.feed.state,  # which moves on with the run
+            "data": self.loader.facts,
+            "stream": self.loader.state,  # which moves on with the run
             "layout": self.layout.layout,
         }
-        self.panel_batch = fixed_batch(self.feed, self.spark, config.seed) if run.main else None
-        monitor = build_monitor(config, self.feed, self.spark, run.micro_batch, run.main)
+        self.panel_batch = fixed_batch(self.loader, self.spark, config.seed) if run.main else None
+        monitor = build_monitor(config, self.loader, self.spark, run.micro_batch, run.main)
         self.watch = Watch(config.monitor, monitor)
         self.device, self.memory_format = run.device, run.memory_format
         self.drawn_step = -1
@@ -139,30 +152,26 @@ class Pretraining(Task):
 
     def batches(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
         """See `Task`."""
-        return self.feed.batches(start, stop)
-
-    def received(self, batch: dict[str, Any]) -> None:
-        """See `Task`."""
-        self.feed.received(batch)
+        return self.loader.batches(start, stop)
 
     def advance(self) -> None:
         """See `Task`."""
-        self.feed.advance()
+        self.loader.advance()
 
     def changes(self, before: dict[str, Any]) -> list[str]:
         """See `Task`; older checkpoints lack what they are asked for."""
-        data, layout = self.feed.facts, self.layout.layout
+        data, layout = self.loader.facts, self.layout.layout
         lines = data_changes(before.get("data", data), data)
         if (old := before.get("layout", before["config"]["model"]["layout"])) != layout:
             lines.append(
                 f"the layout was {old} on {before.get('device_type', self.device.type)}, is {layout} on "
                 f"{self.device.type}: from here on the run agrees with the earlier one to rounding"
             )
-        return lines + self.feed.notes
+        return lines + self.loader.notes
 
     def started(self, run: Run) -> None:
         """See `Task`."""
-        for line in run.state.unreadable.add(self.feed.lost):
+        for line in run.state.unreadable.add(self.loader.missing_shards):
             run.accelerator.print(f"left out the shard {line}")
 
     # --- what it says and writes
@@ -171,7 +180,7 @@ class Pretraining(Task):
         """See `Task`."""
         visible = batch["visible"]
         return {
-            "epoch": self.feed.epoch((run.step + run.state.offset) * self.config.optim.batch_size),
+            "epoch": self.loader.epochs((run.step + run.state.offset) * self.config.optim.batch_size),
             "layout": self.layout.layout,
             "mask_ratio": 1 - int(visible.sum()) / visible.numel(),
             "height": batch["image"].shape[2],
@@ -234,7 +243,7 @@ class Pretraining(Task):
         unused = f" ({millions(spark.encoder, used=False)} more are not used)" if idle else ""
         all_warmup = self.warmup_steps >= self.total_steps and self.warmup_steps
         warmup = "all of them warm-up" if all_warmup else f"{self.warmup_steps} of warm-up"
-        size = self.feed.size
+        size = self.loader.size
         epochs = f"{self.total_steps * optim.batch_size / size:.1f}" if size else "unknown"
         family = "ResNets, as it has" if norm_kind(spark.encoder) == "bn" else "ConvNeXts, as it has no"
         recipe = f" (those of {family} batch norm)" if optim.betas == default_betas(spark) else ""
@@ -244,7 +253,7 @@ class Pretraining(Task):
                 f"{millions(spark)}; {', '.join(f'{h}x{w}' for h, w in self.plan.sizes)} px, patches of "
                 f"{spark.patch_size}, mask {config.model.mask_ratio}",
                 f"layout     {self.layout.layout} ({self.layout.reason})",
-                f"data       {self.feed.title}; loader processes {run.world} x {self.feed.workers}",
+                f"data       {self.loader.title}; loader processes {run.world} x {self.loader.workers}",
                 f"batch      {optim.batch_size} images: processes {run.world} x accumulation {config.accumulation} x "
                 f"{run.micro_batch} at once; {self.device.type}, {config.precision}",
                 f"optimizer  {optim.name}, betas {list(optim.betas or ())}{recipe}, lr {self.peak_lr:.3g} at its peak",

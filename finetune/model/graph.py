@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune.model.depth_model import DepthModel
-from spark.weights.graph import Normalised, pad_to_stride
+from spark.model.normalise import Normalise
+from spark.weights.graph import pad_to_stride
 
 
 class DepthGraph(nn.Module):
@@ -23,7 +24,7 @@ class DepthGraph(nn.Module):
     def __init__(self, model: DepthModel, fit: tuple[int, int] | None = None, pad: bool = True) -> None:
         super().__init__()
         self.model = model
-        self.normalise = Normalised(model.mean, model.std)
+        self.normalise = Normalise(model.mean, model.std)
         self.fit = fit
         self.pad = pad
         self.eval()

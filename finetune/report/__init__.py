@@ -1,20 +1,16 @@
-"""The page about depth runs, on the parts of `spark.report`."""
+"""The page about depth runs, built with `spark.report`."""
 
 from pathlib import Path
 
-from finetune.report.sections import depth_sections
-from spark.report import REPORT, environments, events, read_run, render, settings, write_page, written_by
+from finetune.report.results import with_results
+from finetune.report.sections import depth_sections, is_depth
+from spark.report import RunKind, run_page
 
-__all__ = ["depth_page", "depth_sections"]
+__all__ = ["DEPTH", "depth_page"]
+
+DEPTH = RunKind("depth", is_depth, depth_sections, with_results)
 
 
 def depth_page(folder: str | Path) -> Path:
-    """Write ``report.html`` of a depth run into its folder, from what the folder holds.
-
-    Raises:
-        OSError: it could not be written.
-    """
-    run = read_run(folder)
-    sections = [*depth_sections({run.label: [run]}), events([run]), settings([run]), environments([run])]
-    page = render(run.label, sections, footer=written_by())
-    return write_page(Path(folder) / REPORT, page)
+    """Write ``report.html`` of a depth run into its folder, from its files. OSError: it cannot be written."""
+    return run_page(folder, DEPTH)

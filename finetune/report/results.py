@@ -4,6 +4,8 @@ import json
 import math
 import statistics
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,13 +15,15 @@ from finetune.scoring.caveats import READING, caveats
 from finetune.scoring.metrics import count, own_metrics
 from spark.report.charts import number
 from spark.report.page import Cell, Table, Text
+from spark.report.runs import Run, read_json
 from spark.report.sections import plain_path
 
 Results = dict[str, Any]
 
-FEW_IMAGES = 300  # with fewer, or with one seed, the page says how little it measures
+FEW_IMAGES = 300  # with fewer, or with one seed, the page warns how little it measures
 FEW_SCENES = 5  # under which no interval is given
 RESAMPLES = 4000  # of the bootstrap
+SAME_TIME = 60  # [s] between files that were copied together
 
 
 def heading(name: str) -> str:
@@ -44,8 +48,8 @@ def results_blocks(scored: Mapping[str, list[Results]]) -> list[Any]:
             alike.setdefault(measured_as(result), {}).setdefault(label, []).append(result)
     blocks: list[Any] = []
     if len(alike) > 1:
-        said = "Not all was scored alike (protocol, its settings, images, how they were read): a table for each way."
-        blocks.append(Text(f"{said} Do not compare numbers of different tables.", note=True))
+        text = "Results that were scored differently (protocol, settings, images, reading) are in separate tables."
+        blocks.append(Text(f"{text} Do not compare numbers of different tables.", note=True))
     for group in alike.values():
         blocks += [table(group), *reading(group)]
     return blocks
@@ -180,7 +184,9 @@ def protocol_table(result: Results) -> Table | None:
     extra = {
         name: result[name] for name in ("image_size", "data", "model", "step", *READING) if name in result
     }
-    rows = [[Cell(str(name), head=True), Cell(_said(value))] for name, value in {**settings, **extra}.items()]
+    rows = [
+        [Cell(str(name), head=True), Cell(_shown(value))] for name, value in {**settings, **extra}.items()
+    ]
     return Table(["setting", ""], rows, textual=True)
 
 
@@ -224,7 +230,44 @@ def _number(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else ""
 
 
-def _said(value: Any) -> str:
+def _shown(value: Any) -> str:
     if isinstance(value, list):
-        return " × ".join(_said(item) for item in value) if value else "none"
+        return " × ".join(_shown(item) for item in value) if value else "none"
     return "" if value is None else number(value) if isinstance(value, float) else plain_path(str(value))
+
+
+def with_results(run: Run) -> Run:
+    """A depth run with the scores of its results.json, or else of the evaluation.json that training wrote, if any."""
+    folder, problems = run.folder, run.problems
+    for name in ("results.json", "evaluation.json"):
+        content = read_json(folder / name, problems)
+        if content is None:
+            continue
+        several = content.get("protocols") if isinstance(content, dict) else None
+        found = several if isinstance(several, list) else [content]
+        if found and all(_is_results(one) for one in found):
+            _say_if_older(folder / name, folder / "evaluation.json", problems)
+            return replace(run, results=found)
+        problems.append(
+            f"{name} has not the protocol, images, metrics and per_image of finetune/evaluate.py's files"
+        )
+    return run
+
+
+def _say_if_older(path: Path, other: Path, problems: list[str]) -> None:
+    """Scores from before the run was trained on are not those of its model."""
+    if other.is_file() and other.stat().st_mtime - path.stat().st_mtime > SAME_TIME:
+        problems.append(
+            f"{path.name} is older than {other.name}, which the end of a training wrote: score the model again with"
+            " finetune/evaluate.py"
+        )
+
+
+def _is_results(content: Any) -> bool:
+    return (
+        isinstance(content, dict)
+        and {"protocol", "images"} <= set(content)
+        and isinstance(content.get("metrics"), dict)
+        and isinstance(content.get("per_image"), list)
+        and all(isinstance(row, dict) and "name" in row for row in content["per_image"])
+    )

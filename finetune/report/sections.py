@@ -1,4 +1,4 @@
-"""What the page says of depth runs: results, curves, pictures, worst images."""
+"""Sections of the page about depth runs: results, curves, pictures, worst images."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from finetune.report.results import (
 from spark.report.charts import number
 from spark.report.page import Folded, Section, Text, Tiles, picture
 from spark.report.runs import Run
-from spark.report.sections import Fact, about, curves, differences, named, plain_path, speed
+from spark.report.sections import Fact, curves, differences, fact_blocks, named, plain_path, speed
 
 SHOWN = ("delta1", "abs_rel", "rmse", "whdr")  # validation curves to show at once, others are folded
 CURVES = (
@@ -24,6 +24,14 @@ CURVES = (
     ("images_per_second", "Images per second"),
 )
 NO_RESULTS = "Not scored yet (no results.json or evaluation.json)"
+
+
+def is_depth(run: Run) -> bool:
+    """Whether a run is one of finetune/depth.py; without config.yaml its scores tell."""
+    if run.config:
+        return "encoder" in run.config
+    scored = any((run.folder / name).is_file() for name in ("results.json", "evaluation.json"))
+    return scored or any(name.startswith("val_") for name in run.series)
 
 
 def depth_sections(arms: dict[str, list[Run]]) -> list[Section]:
@@ -37,7 +45,7 @@ def depth_sections(arms: dict[str, list[Run]]) -> list[Section]:
     drawn = curves(runs, CURVES, terms="loss_")
     nothing = Text("No loss was logged: metrics.jsonl is missing or empty.", note=True)
     return [
-        Section("Depth", [*about(runs, [facts(run) for run in runs]), *differences(arms)]),
+        Section("Depth", [*fact_blocks(runs, [facts(run) for run in runs]), *differences(arms)]),
         Section("Results", _results(arms)),
         Section("Curves of depth", [drawn or nothing]),
         Section("Predictions", _pictures(arms)),

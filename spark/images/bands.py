@@ -1,7 +1,6 @@
 """Images that are no photographs: any number of channels, of 8 or 16 bits or floats, in NumPy files or multi-band TIFF.
 
-Nothing is done to their colours, for they have none. Bytes stay bytes; 16 bits become value / 65535; floats are in the
-unit that they were written in.
+Their values are not converted here. Later bytes stay bytes, 16 bits become value / 65535, floats keep their unit.
 """
 
 import io
@@ -18,7 +17,7 @@ KINDS = ("uint8", "uint16", "float32")
 
 
 class Bands:
-    """Pixels of so many channels that are there already, or mapped from the disk.
+    """Decoded pixels of any number of channels, in memory or mapped from the disk.
 
     Args:
         values: [H, W] or [H, W, C]; uint8, uint16 or float32.
@@ -26,7 +25,7 @@ class Bands:
         max_pixels: H * W at most.
 
     Raises:
-        ValueError: another shape, type or number of channels; too large.
+        UserError: another shape, type or number of channels; too large.
     """
 
     def __init__(self, values: np.ndarray, channels: int, max_pixels: int = MAX_PIXELS):
@@ -51,13 +50,13 @@ class Bands:
 
 
 def open_image(content: bytes | np.ndarray, channels: int, max_pixels: int = MAX_PIXELS) -> Picture:
-    """Open what a source gives as an image for a model of so many channels.
+    """Open what a source gives as an image for a model with `channels` channels.
 
-    Photographs are for models of 1 and 3 channels; bytes of 1 or 3 channels in an array count as such.
+    Models of 1 and 3 channels read photographs; uint8 arrays of 1 or 3 channels count as such.
 
     Raises:
-        ValueError: it has other channels, or is of a kind that is not read.
-        Exception: whatever Pillow, NumPy or tifffile raise on what is damaged.
+        UserError: it has another number of channels, or a type that is not read.
+        Exception: of Pillow, NumPy or tifffile, for a damaged image.
     """
     if isinstance(content, np.ndarray):
         values = content
@@ -76,7 +75,7 @@ def open_image(content: bytes | np.ndarray, channels: int, max_pixels: int = MAX
 
 
 def _read_tiff(content: bytes, max_pixels: int) -> np.ndarray:
-    """The bands of a TIFF file, whether they are kept together, apart, or as pages: -> [H, W, C]."""
+    """The bands of a TIFF file, interleaved, planar, or as pages: -> [H, W, C]."""
     with tifffile.TiffFile(io.BytesIO(content)) as file:
         series = file.series[0]
         axes = series.axes

@@ -1,16 +1,16 @@
-"""What all images of an optimizer step share: their size and the share of patches that is hidden.
+"""Batches of images: what all images of an optimizer step share (their size, the share of hidden patches), and masks.
 
-Both are functions of the seed and of the step, which the position of an image in the stream tells. So shapes agree over
-processes and accumulated parts, and a resumed run draws what the uninterrupted one does.
+Size and share are functions of the seed and of the step, which follows from the position of an image in the stream. So
+shapes agree over processes and accumulated micro-batches, and a resumed run draws what an uninterrupted one draws.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import Dataset
+import torch
 
-from spark.images.dataset import collate_images
+from spark.errors import UserError
 from spark.model.masking import MaskRatio, ratio_range, visible_at
 from spark.seeds import Purpose, derive_seed
 
@@ -20,9 +20,9 @@ class StepPlan:
     """Sizes and mask ratios of the steps of a run.
 
     Attributes:
-        sizes: (H, W) [px], of which every step takes one, all equally often.
-        mask_ratio: share of hidden patches, or the range of which every step takes a number, uniformly.
-        batch_size: images of a step, over all processes and accumulated parts.
+        sizes: (H, W) [px]; each step draws one of them, all equally often.
+        mask_ratio: share of hidden patches, or a range from which each step draws uniformly.
+        batch_size: images of a step, over all processes and accumulated micro-batches.
         seed: of the run.
     """
 
@@ -45,41 +45,51 @@ class StepPlan:
         return position // self.batch_size
 
 
-class StepImages(Dataset):
-    """Images in the size of their step.
+def collate_images(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Batch samples of `spark.images.dataset.SampleReader`.
 
-    Args:
-        images: (H, W) -> data set of images of that size, indexed by (position, index) as `UnlabeledImages` is.
-        plan: sizes of the steps.
+    Returns:
+        `image` [B, C, H, W] uint8 (or float32), channels_last; `position` and `index`, int64 [B]; `name`, B strings;
+        `failed`, one list of strings; `failed_shards`, an empty list (streams fill it).
+
+    Raises:
+        UserError: bytes and floats together, whose scales differ.
     """
+    kinds = {sample["image"].dtype: sample["name"] for sample in samples}
+    if len(kinds) > 1:
+        raise UserError(
+            f"images of 8 bits and of more were mixed, such as {' and '.join(sorted(kinds.values()))}: convert them to "
+            "one kind, for data.mean and data.std fit one scale only"
+        )
+    rows = torch.stack([sample["image"].permute(1, 2, 0) for sample in samples])
+    return {
+        "image": rows.permute(0, 3, 1, 2),
+        "position": torch.tensor([sample["position"] for sample in samples]),
+        "index": torch.tensor([sample["index"] for sample in samples]),
+        "name": [sample["name"] for sample in samples],
+        "failed": [failure for sample in samples for failure in sample["failed"]],
+        "failed_shards": [],
+    }
 
-    def __init__(self, images: Mapping[tuple[int, int], Dataset], plan: StepPlan):
-        self.images = images
-        self.plan = plan
 
-    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
-        """The sample at (position, index)."""
-        return self.images[self.plan.size(self.plan.step_of(item[0]))][item]
-
-
+@dataclass(frozen=True)
 class MaskedBatches:
-    """Collate function: a batch of images and, under "visible", the masks of its positions: [B, 1, fh, fw] bool.
+    """Collate function: a batch of images and, under "visible", the masks of its positions, [B, 1, fh, fw] bool.
 
-    Masks are drawn here so that the loader's processes do it.
+    Masks are drawn here so that the loader processes do it.
 
-    Args:
-        plan: mask ratios of the steps; all images of a batch are of one step.
+    Attributes:
+        plan: mask ratios of the steps; all images of a batch belong to one step.
         patch_size: [px].
         block: side of the blocks of a mask, in patches.
     """
 
-    def __init__(self, plan: StepPlan, patch_size: int, block: int = 1):
-        self.plan = plan
-        self.patch_size = patch_size
-        self.block = block
+    plan: StepPlan
+    patch_size: int
+    block: int = 1
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Batch samples of `UnlabeledImages`."""
+        """Batch samples, see `collate_images`."""
         batch = collate_images(samples)
         height, width = batch["image"].shape[2:]
         grid = (height // self.patch_size, width // self.patch_size)

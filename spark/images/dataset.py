@@ -1,14 +1,15 @@
-"""The official augmentation, unlabeled images as the samples of a training stream, and what could not be read.
+"""Unlabeled images as the samples of a training stream; what cannot be read is replaced and reported.
 
-Images are `[C, H, W]` uint8 (float32 if they have more than 8 bits, see `spark.images.bands`), sizes are (H, W); they
-become
-normalised floats on the device that trains, a quarter of the bytes to hand over and nothing left for the loader to
-compute.  A sample is a function of the source and of (seed,
-position in the training stream): not of workers, of ranks, or of where a run was resumed.
+Images are `[C, H, W]` uint8 (float32 if they have more than 8 bits, see `spark.images.bands`). They become normalised
+floats on the device that trains: a quarter of the bytes to hand over, and nothing left for the loader to compute. A
+sample is a function of the source, the seed and its position in the stream; workers, ranks and resuming change nothing.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,134 +18,106 @@ from torch.utils.data import Dataset
 
 from spark.errors import UserError
 from spark.images.bands import open_image
+from spark.images.batches import StepPlan
 from spark.images.decode import MAX_PIXELS, Picture, UnreadableImageError, describe_failure
 from spark.images.sources import Source
 from spark.seeds import derive_seed
-from spark.training.skipped import _first
 
-# So many unreadable files one after another are no accident: better to stop than to walk on in silence.
+# This many unreadable files in a row are no accident: stop instead of searching on in silence.
 MAX_CONSECUTIVE_FAILURES = 1000
+
+Candidate = tuple[int, str, Callable[[], bytes | np.ndarray]]
+"""An image that may be read: its index in the source (-1 in a stream), its name, and a function that reads it."""
+
+
+@dataclass
+class SampleReader:
+    """Reads and augments the images of a run.
+
+    Attributes:
+        transform: picture -> [C, H, W] uint8 or float32; random numbers from torch's global generator of the CPU.
+        seed: of the run; with the position it seeds the augmentation.
+        max_pixels: larger images count as unreadable.
+        channels: of the model; photographs are read for 1 and 3, see `spark.images.bands.open_image`.
+        plan: gives each position the image size of its step (`transform` must have a field `input_size`); None keeps
+            the size of `transform`.
+    """
+
+    transform: Callable[[Picture], Tensor]
+    seed: int
+    max_pixels: int = MAX_PIXELS
+    channels: int = 3
+    plan: StepPlan | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_pixels < 1:
+            raise UserError(f"max_pixels must be at least 1, not {self.max_pixels}")
+        sizes = () if self.plan is None else self.plan.sizes
+        self._sized = {size: replace(cast(Any, self.transform), input_size=size) for size in sizes}
+
+    def read(self, candidate: Candidate, position: int) -> dict[str, Any] | str:
+        """Read and augment one image for a position.
+
+        Returns:
+            `image` [C, H, W], `position`, `index`, `name`; or "name: reason" if it cannot be read.
+        """
+        index, name, content = candidate
+        try:
+            picture = open_image(content(), self.channels, self.max_pixels)
+        except Exception as error:  # on corrupt bytes Pillow's readers raise nearly everything
+            return describe_failure(name, error)
+        transform = self.transform
+        if self.plan is not None:
+            transform = self._sized[self.plan.size(self.plan.step_of(position))]
+        # The CPU's generator alone is forked and seeded: torch.manual_seed would reset those of the GPUs too.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(derive_seed(self.seed, position))
+            try:
+                image = transform(picture)
+            except UnreadableImageError as error:
+                return describe_failure(name, error)
+        return {"image": image, "position": position, "index": index, "name": name}
+
+    def first_readable(self, candidates: Iterable[Candidate], position: int) -> dict[str, Any]:
+        """The sample at a position, of the first candidate that can be read.
+
+        Returns:
+            As `read`, and `failed`: "name: reason" of each candidate tried before it.
+
+        Raises:
+            UserError: none of the first `MAX_CONSECUTIVE_FAILURES` can be read.
+        """
+        failed: list[str] = []
+        for candidate in islice(candidates, MAX_CONSECUTIVE_FAILURES):
+            sample = self.read(candidate, position)
+            if isinstance(sample, dict):
+                return {**sample, "failed": failed}
+            failed.append(sample)
+        raise UserError(
+            f"{len(failed)} images were tried one after another and none could be read: check the data. "
+            f"First {'; '.join(failed[:3])}"
+        )
 
 
 class UnlabeledImages(Dataset):
-    """The images of a source as the samples of a training stream, indexed by (position, index).
+    """The images of a source as samples, indexed by (position in the stream, index in the source).
 
-    `index` chooses the image; `position`, where the sample stands in the stream, seeds its augmentation. An image
-    that cannot be read is replaced by the next one that can (after the last comes the first), so that a batch is
-    always full and always the same; the sample tells what failed, for `UnreadableImages` to count.
-
-    Args:
-        source: of the images; kept as `source`.
-        transform: picture -> [C, H, W] uint8; random numbers from torch's global generator of the CPU.
-        seed: of the run.
-        max_pixels: larger images count as unreadable.
-        channels: of the model; photographs are read in colour for 1 and 3, see `spark.images.bands.open_image`.
-
-    Raises:
-        ValueError: on reading, when no image can be read, or too many in a row cannot.
+    An image that cannot be read is replaced by the next one that can (after the last comes the first), so that a batch
+    is always full and always the same.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        transform: Callable[[Picture], Tensor],
-        seed: int,
-        max_pixels: int = MAX_PIXELS,
-        channels: int = 3,
-    ):
-        if max_pixels < 1:
-            raise UserError(f"max_pixels must be at least 1, not {max_pixels}")
+    def __init__(self, source: Source, reader: SampleReader):
         self.source = source
-        self.transform = transform
-        self.seed = seed
-        self.max_pixels = max_pixels
-        self.channels = channels
+        self.reader = reader
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
-        """One sample.
-
-        Returns:
-            `image` [C, H, W] uint8; `position` as given; `index` and `name` of the image that was read in the end;
-            `failed`, a list with "name: reason" for each one tried before it.
-        """
+        """One sample, see `SampleReader.first_readable`."""
         position, index = item
-        failed: list[str] = []
-        for step in range(min(len(self), MAX_CONSECUTIVE_FAILURES)):
-            tried = (index + step) % len(self)
-            name = self.source.name(tried)
-            image = read_sample(
-                lambda at=tried: self.source.read(at),
-                name,
-                self.transform,
-                derive_seed(self.seed, position),
-                self.max_pixels,
-                self.channels,
-            )
-            if isinstance(image, Tensor):
-                return {
-                    "image": image,
-                    "position": position,
-                    "index": tried,
-                    "name": name,
-                    "failed": failed,
-                }
-            failed.append(image)
-        raise UserError(
-            f"{len(failed)} of {len(self)} images were tried one after another and none could be "
-            f"read: check the data. First {_first(failed)}"
+        source, count = self.source, len(self)
+        tried = ((index + step) % count for step in range(count))
+        return self.reader.first_readable(
+            ((i, source.name(i), partial(source.read, i)) for i in tried), position
         )
-
-
-def read_sample(
-    read: Callable[[], bytes | np.ndarray],
-    name: str,
-    transform: Callable[[Picture], Tensor],
-    seed: int,
-    max_pixels: int,
-    channels: int = 3,
-) -> Tensor | str:
-    """Read and augment one image, its random numbers from `seed`.
-
-    Returns:
-        The image as `transform` gives it, or "name: reason" if it cannot be read.
-    """
-    try:
-        picture = open_image(read(), channels, max_pixels)
-    except Exception as error:  # on corrupt bytes Pillow's readers raise nearly everything
-        return describe_failure(name, error)
-    # The CPU's generator alone is forked and seeded: torch.manual_seed would reset those of the GPUs too.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        try:
-            return transform(picture)
-        except UnreadableImageError as error:
-            return describe_failure(name, error)
-
-
-def collate_images(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Batch samples of `UnlabeledImages`.
-
-    Returns:
-        `image` [B, C, H, W] uint8 (or float32), channels_last; `position` and `index`, int64 [B]; `name`, B strings;
-        `failed`, one list of strings.
-
-    Raises:
-        ValueError: bytes beside larger numbers, whose scales differ.
-    """
-    kinds = {sample["image"].dtype: sample["name"] for sample in samples}
-    if len(kinds) > 1:
-        raise UserError(
-            f"images of 8 bits and of more were mixed, such as {' and '.join(sorted(kinds.values()))}: convert them to "
-            "one kind, for data.mean and data.std fit one scale only"
-        )
-    rows = torch.stack([sample["image"].permute(1, 2, 0) for sample in samples])
-    return {
-        "image": rows.permute(0, 3, 1, 2),
-        "position": torch.tensor([sample["position"] for sample in samples]),
-        "index": torch.tensor([sample["index"] for sample in samples]),
-        "name": [sample["name"] for sample in samples],
-        "failed": [failure for sample in samples for failure in sample["failed"]],
-    }

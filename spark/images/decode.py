@@ -19,7 +19,7 @@ from spark.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
-# What a file may really be, whatever it is called: the web has GIF under .png. JPEG includes phones' MPO.
+# The format of a file may differ from its extension: the web has GIF under .png. JPEG includes phones' MPO.
 # Pillow knows more formats, among them EPS, which starts another program.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF")
 
@@ -40,7 +40,7 @@ _UPRIGHT = {
 
 
 class UnreadableImageError(UserError):
-    """The pixels of an image cannot be had; the message is the reason."""
+    """The pixels of an image cannot be decoded; the message is the reason."""
 
 
 class Picture(Protocol):
@@ -53,8 +53,8 @@ class Picture(Protocol):
         """Decode: -> [H, W, 3] uint8, writable.
 
         Args:
-            reduce: 1, 2, 4 or 8: the result may be that many times smaller, sides rounded up. It need not be: the
-                caller looks at its shape.
+            reduce: 1, 2, 4 or 8: the result may be smaller by this factor, sides rounded up, or have full size; its
+                shape shows which.
 
         Raises:
             UnreadableImageError: truncated or corrupt.
@@ -63,10 +63,10 @@ class Picture(Protocol):
 
 
 class RawPicture:
-    """Pixels that are there already: [H, W, 3] uint8 or, for grey ones, [H, W] or [H, W, 1].
+    """Decoded pixels: [H, W, 3] uint8 or, for grey ones, [H, W] or [H, W, 1].
 
     Raises:
-        ValueError: another shape or type.
+        UserError: another shape or type.
     """
 
     def __init__(self, values: np.ndarray):
@@ -133,8 +133,8 @@ def open_picture(content: bytes, max_pixels: int = MAX_PIXELS) -> Picture:
     """Open an encoded image; only a JPEG is left to be decoded later. Converted as by `read_image`.
 
     Raises:
-        ValueError: more than `max_pixels` pixels; a kind of pixel whose white level is unknown.
-        Exception: whatever Pillow raises on what is no image, or a truncated one.
+        UserError: more than `max_pixels` pixels; a kind of pixel whose white level is unknown.
+        Exception: of Pillow, for a file that is no image or is truncated.
     """
     with _opened(io.BytesIO(content), max_pixels) as image:
         if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
@@ -150,9 +150,9 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     frames the first is read. The kind of file is found from its content, not from its name.
 
     Raises:
-        ValueError: more than `max_pixels` pixels (known before anything is decoded), or a kind of pixel whose
+        UserError: more than `max_pixels` pixels (known before anything is decoded), or a kind of pixel whose
             white level is unknown (32-bit integers; floats outside 0..1).
-        Exception: whatever Pillow raises on a truncated or corrupt file; no part of such a file is returned.
+        Exception: of Pillow, for a truncated or corrupt file.
     """
     with open(path, "rb") as file, _opened(file, max_pixels) as image:
         return _upright_rgb(image)
@@ -169,9 +169,9 @@ def _opened(file: IO[bytes], max_pixels: int) -> Iterator[ImageFile.ImageFile]:
 
 @contextmanager
 def _strict_pillow() -> Iterator[None]:
-    """Set Pillow's two process-wide switches as needed here, whatever other code set, and put them back.
+    """Set Pillow's two process-wide switches for a while, and restore them.
 
-    Truncated files are errors. The limit of pixels is left to the caller, as Pillow's is not per call.
+    Truncated files are errors. The caller limits the number of pixels, because Pillow's limit is not per call.
     """
     saved = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
     Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = None, False
@@ -207,9 +207,9 @@ def _to_rgb(image: Image.Image, file_format: str | None) -> Image.Image:
 
 
 def describe_failure(path: str | Path, error: Exception) -> str:
-    """Say in one line, "path: reason", why a file could not be read; ": " is kept out of the reason.
+    """Why a file could not be read, in one line "path: reason".
 
-    So the last ": " ends the path, which `UnreadableImages` counts.
+    The reason has no ": ", so the last one ends the path, which `UnreadableImages` counts.
     """
     return f"{os.fspath(path)}: " + " ".join(_reason(error).split()).replace(": ", ", ")
 

@@ -5,17 +5,17 @@ A reader is a loader process of a training process; the readers are numbered, an
 - A *pass* is one order of all shards, drawn by (seed, pass). Each shard of it belongs to one reader, so that no image
   is read twice within a pass. Nothing is left out where shards do not divide: a reader that has finished its shards
   goes on to its share of the next pass while others are still in this one. The shares take turns over the passes.
-- A *block* is as many images as the shuffle buffer holds, next to each other in what a reader reads. It is given out in
-  an order drawn by the place where it begins, and while it shrinks the next one is read: one image in for one out.
+- A *block* is as many images as the shuffle buffer holds, consecutive in what a reader reads. Its images come out in an
+  order drawn by the place where the block begins; for each image that comes out, one of the next block is read.
 - The *state* of a reader is the place where its block begins, how many images of it were taken, and the shard that it
   reaches into: six integers. To resume, the block is read again, without decoding what was taken.
 
 Micro-batch m of a process comes from its reader m modulo the number of its readers. Crop and mask of an image follow
-from its position in the run, as ever (see `spark.training.accelerator`).
+from its position in the run, as without streaming.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -24,9 +24,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from spark.errors import UserError
-from spark.images.batches import StepPlan
-from spark.images.dataset import MAX_CONSECUTIVE_FAILURES, read_sample
-from spark.images.decode import Picture, describe_failure
+from spark.images.dataset import SampleReader
+from spark.images.decode import describe_failure
 from spark.images.sources import Entry, ShardError, StreamedSource
 from spark.seeds import Purpose, derive_seed
 
@@ -85,43 +84,29 @@ class Division:
         return Division(self.shards, readers, self.seed, min(passes), left)
 
 
+@dataclass
 class Reader:
     """The endless stream of one reader.
 
-    A shard that cannot be read, or breaks off, is passed over from there on; `lost` says so.
+    The rest of a shard that cannot be read, or breaks off, is skipped and noted in `failed_shards`.
 
-    Args:
+    Attributes:
         source: of the images.
         division: of its shards.
         reader: number of this reader.
-        state: [STATE], where to begin.
+        state: [STATE], where to begin; later behind the image that was given out last.
         buffer: images of a block.
-        max_lost: shards that may break off, one after another without an image between them.
-
-    Attributes:
-        state: [STATE], behind the image that was given out last.
-        lost: "SHARD: reason" of shards that were not read to their end.
-
-    Raises:
-        ValueError: too many shards broke off in a row.
+        max_failures: shards that may break off in a row, without an image between them; more raise a `UserError`.
+        failed_shards: "SHARD: reason" of shards that were not read to their end.
     """
 
-    def __init__(
-        self,
-        source: StreamedSource,
-        division: Division,
-        reader: int,
-        state: Sequence[int],
-        buffer: int,
-        max_lost: int,
-    ):
-        self.source = source
-        self.division = division
-        self.reader = reader
-        self.state = tuple(state)
-        self.buffer = buffer
-        self.max_lost = max_lost
-        self.lost: list[str] = []
+    source: StreamedSource
+    division: Division
+    reader: int
+    state: Sequence[int]
+    buffer: int
+    max_failures: int
+    failed_shards: list[str] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Entry]:
         begin, taken = self.state[:3], self.state[3]
@@ -158,9 +143,9 @@ class Reader:
                         place = entry.after
                         yield entry, (number, turn_now, place)
                 except ShardError as error:
-                    self.lost.append(describe_failure(self.source.shard_name(shard), error))
-                    barren.append(self.lost[-1])
-                if len(barren) > self.max_lost:
+                    self.failed_shards.append(describe_failure(self.source.shard_name(shard), error))
+                    barren.append(self.failed_shards[-1])
+                if len(barren) > self.max_failures:
                     raise UserError(
                         f"{len(barren)} of {len(self.source)} shards could not be read to their end, one after "
                         "another: repair the addresses or the shards, or raise data.max_unreadable. "
@@ -170,105 +155,155 @@ class Reader:
             number, turn = number + 1, 0
 
 
+@dataclass
 class StreamedBatches(IterableDataset):
-    """The batches of one process: each loader process is a reader, and makes every so many-th micro-batch.
+    """The batches of one process: each of its loader processes is a reader, and they make micro-batches in turn.
 
-    Args:
+    Yields what `collate` makes, with `index` -1, and: `reader`, number of the reader in this process; `state`, [STATE]
+    behind this batch; `failed_shards`, "SHARD: reason" of shards that broke off meanwhile.
+
+    Attributes:
         source: of the images.
-        transforms: (H, W) -> picture to [C, H, W], for the sizes of the plan.
-        plan: sizes of the steps.
+        reader: of the samples.
         collate: samples to a batch.
         division: of the shards over the readers of all processes.
         states: of the readers of this process, [readers of a process, STATE].
+        buffer: images that each reader shuffles.
         batch_size: images of a micro-batch.
+        stop: one past the last micro-batch.
+        start: first micro-batch.
         rank: number of this process.
         world_size: number of processes.
-        start: first micro-batch.
-        stop: one past the last one.
-        buffer: images that each reader shuffles.
-        max_pixels: larger images count as unreadable.
-        max_lost: see `Reader`.
-        channels: of the model, see `spark.images.dataset.UnlabeledImages`.
-
-    Yields:
-        What `collate` makes, with `index` -1, and: `reader`, number of the reader in this process; `state`, [STATE]
-        behind this batch; `lost`, "SHARD: reason" of shards that were given up meanwhile.
+        max_failures: see `Reader`.
     """
 
-    def __init__(
-        self,
-        source: StreamedSource,
-        transforms: Mapping[tuple[int, int], Callable[[Picture], Tensor]],
-        plan: StepPlan,
-        collate: Callable[[Sequence[dict[str, Any]]], dict[str, Any]],
-        division: Division,
-        states: Tensor,
-        *,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        start: int = 0,
-        stop: int,
-        buffer: int,
-        max_pixels: int,
-        max_lost: int = 0,
-        channels: int = 3,
-    ):
-        self.source = source
-        self.transforms = transforms
-        self.plan = plan
-        self.collate = collate
-        self.division = division
-        self.states = states
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.start = start
-        self.stop = stop
-        self.buffer = buffer
-        self.max_pixels = max_pixels
-        self.max_lost = max_lost
-        self.channels = channels
+    source: StreamedSource
+    reader: SampleReader
+    collate: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
+    division: Division
+    states: Tensor
+    buffer: int
+    batch_size: int
+    stop: int
+    start: int = 0
+    rank: int = 0
+    world_size: int = 1
+    max_failures: int = 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         worker = 0 if info is None else info.id  # the loader asks worker 0 first
         workers = len(self.states)
         own = (self.start + worker) % workers
-        reader = Reader(
-            self.source,
-            self.division,
-            self.rank * workers + own,
-            self.states[own].tolist(),
-            self.buffer,
-            self.max_lost,
-        )
-        images = iter(reader)
+        number, state = self.rank * workers + own, self.states[own].tolist()
+        shards = Reader(self.source, self.division, number, state, self.buffer, self.max_failures)
+        images = ((-1, entry.name, entry.read) for entry in shards)
         for micro_batch in range(self.start + worker, self.stop, workers):
             first = (micro_batch * self.world_size + self.rank) * self.batch_size
-            batch = self.collate(
-                [self._sample(images, position) for position in range(first, first + self.batch_size)]
-            )
-            lost, reader.lost = reader.lost, []
-            yield batch | {"reader": own, "state": torch.tensor(reader.state), "lost": lost}
+            positions = range(first, first + self.batch_size)
+            batch = self.collate([self.reader.first_readable(images, position) for position in positions])
+            failed, shards.failed_shards = shards.failed_shards, []
+            yield batch | {"reader": own, "state": torch.tensor(shards.state), "failed_shards": failed}
 
-    def _sample(self, images: Iterator[Entry], position: int) -> dict[str, Any]:
-        """The next image that can be read, as a sample of `spark.images.dataset.UnlabeledImages`."""
-        failed: list[str] = []
-        transform = self.transforms[self.plan.size(self.plan.step_of(position))]
-        seed = derive_seed(self.plan.seed, position)
-        for entry in islice(images, MAX_CONSECUTIVE_FAILURES):
-            image = read_sample(entry.read, entry.name, transform, seed, self.max_pixels, self.channels)
-            if isinstance(image, Tensor):
-                return {
-                    "image": image,
-                    "position": position,
-                    "index": -1,
-                    "name": entry.name,
-                    "failed": failed,
-                }
-            failed.append(image)
-        raise UserError(
-            f"{len(failed)} images were tried one after another and none could be read: check the data. "
-            f"First {'; '.join(failed[:3])}"
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a stream is: how shards are divided over readers, and the place of each reader.
+
+    Attributes:
+        digest: of the names of the shards.
+        buffer: images that each reader shuffles.
+        division: of the shards.
+        states: of all readers, [readers, STATE].
+    """
+
+    digest: str
+    buffer: int
+    division: Division
+    states: Tensor
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a checkpoint keeps it."""
+        division = self.division
+        return {
+            "shards": self.digest,
+            "seed": division.seed,
+            "buffer": self.buffer,
+            "readers": division.readers,
+            "first": division.first,
+            "left": {number: list(shards) for number, shards in division.left.items()},
+            "states": self.states.tolist(),
+        }
+
+    def resumed(self, kept: Mapping[str, Any]) -> tuple["Progress", list[str]]:
+        """The progress to go on with, given that of a checkpoint and this one of a fresh start.
+
+        Returns:
+            It, and what changed, in sentences for the user.
+        """
+        fresh = self.division
+        states = torch.tensor(kept["states"]).view(-1, STATE)
+        if kept["shards"] != self.digest:
+            division = replace(fresh, first=int(states[:, 4].max()) + 1)
+            sentence = "the shards are others: their stream begins anew"
+            return replace(self, division=division, states=division.start()), [sentence]
+        old = Division(fresh.shards, kept["readers"], kept["seed"], kept["first"], kept["left"])
+        names = ("readers (processes x loader processes) were", "the seed was", "the shuffle buffer was")
+        before = (kept["readers"], kept["seed"], kept["buffer"])
+        now = (fresh.readers, fresh.seed, self.buffer)
+        if before == now:
+            return replace(self, division=old, states=states), []
+        division = replace(old.divide_again(states, fresh.readers), seed=fresh.seed)
+        changes = [f"{name} {a}, now {b}" for name, a, b in zip(names, before, now, strict=True) if a != b]
+        sentence = (
+            f"{' and '.join(changes)}: shards that nobody had begun are divided anew, what was left of those under "
+            "way is left out of this pass"
         )
+        return replace(self, division=division, states=division.start()), [sentence]
+
+    def title(self, name: str, size: int | None) -> str:
+        """What a stream of this name and number of images is, for the summary of a run."""
+        shards, readers = self.division.shards, self.division.readers
+        each = shards // readers
+        return (
+            f"{size or 'an unknown number of'} images in {shards} shards of {name}, streamed: "
+            f"{each if shards % readers == 0 else f'{each} or {each + 1}, by turns,'} to a reader in each pass, "
+            f"none left out; shuffled {self.buffer} at a time"
+        )
+
+
+def first_samples(
+    source: StreamedSource, reader: SampleReader, count: int, max_failures: float, name: str
+) -> list[dict[str, Any]]:
+    """The first `count` images that can be read, or all if there are fewer, as samples of positions 0, 1, ...
+
+    Args:
+        source: of the images.
+        reader: of the samples.
+        count: most samples.
+        max_failures: shards that may break off.
+        name: of the source, for messages.
+
+    Raises:
+        UserError: no image can be read, or too many shards broke off.
+    """
+    samples: list[dict[str, Any]] = []
+    failed: list[str] = []
+    for shard in range(len(source)):
+        try:
+            for entry in source.entries(shard):
+                sample = reader.read((-1, entry.name, entry.read), len(samples))
+                if isinstance(sample, dict):
+                    samples.append({**sample, "failed": []})
+                if len(samples) == count:
+                    return samples
+        except ShardError as error:
+            failed.append(describe_failure(source.shard_name(shard), error))
+        if len(failed) > max_failures:
+            break
+    if failed or not samples:
+        raise UserError(
+            f"{name} gave {len(samples)} images: check the address, or the shards. "
+            f"{'First ' + '; '.join(failed[:3]) if failed else 'None of them could be read'}"
+        )
+    return samples

@@ -1,4 +1,4 @@
-"""The augmentation of pretraining images and their normalisation."""
+"""The augmentation of pretraining images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ from torchvision import transforms
 
 from spark.errors import UserError
 from spark.images.decode import Picture, UnreadableImageError
-from spark.weights.channels import LUMA
+from spark.weights.channels import LUMA, adapt_statistics
 
-# A crop is decoded at a reduced scale where it stays so many times larger than what it is resized to: at 1 the coarse
-# filter of the decoder shows (up to six levels of 255 on average in photos), at 1.5 it is three at most. Pillow's
-# `thumbnail` has such a number too, its reducing_gap.
+# A crop is decoded at a reduced scale where it stays larger than its final size by this factor. At 1 the coarse filter
+# of the decoder shows (up to six levels of 255 on average in photos), at 1.5 it is three at most. Pillow's `thumbnail`
+# has a similar `reducing_gap`.
 REDUCING_GAP = 1.5
 
 
 @dataclass
 class PretrainTransform:
-    """The official augmentation: random resized crop (bicubic), horizontal flip; `Normalise` does the rest.
+    """The official augmentation: random resized crop (bicubic), horizontal flip; `spark.model.normalise` does the rest.
 
     Random numbers come from torch's global generator. At a square size this is the transform of SparK's
     official code (Tian et al., ICLR 2023), drawing the same numbers; it resizes with PyTorch's filter for bytes, which
@@ -35,13 +35,13 @@ class PretrainTransform:
         input_size: size of the result, (H, W) or one number for a square [px].
         in_chans: 3 for colour, 1 for grey; any number for images that are no photographs (`spark.images.bands`).
         crop_scale: smallest and largest share of the image's area that a crop covers.
-        mean: for `Normalise`, per channel, of values in [0, 1]; None: ImageNet's, weighted by luma for one channel. For
+        mean: for normalising, per channel, of values in [0, 1]; None: ImageNet's, weighted by luma for one channel. For
             other numbers of channels it must be given.
         std: likewise.
         hflip: probability of a flip.
 
     Raises:
-        ValueError: a value out of its range; not one mean or std for each channel, or none where it must be given.
+        UserError: a value out of its range; not one mean or std for each channel, or none where it must be given.
     """
 
     input_size: int | tuple[int, int] = 224
@@ -86,7 +86,7 @@ class PretrainTransform:
                 )
             if self.in_chans == 3:
                 return tuple(colour)
-            return (sum(weight * value for weight, value in zip(LUMA, colour, strict=True)),)
+            return adapt_statistics(colour, 1)
         if len(values) != self.in_chans:
             raise UserError(
                 f"{name} has {len(values)} values for {self.in_chans} channels: "
@@ -142,27 +142,3 @@ def _grey(image: Tensor) -> Tensor:
     """Brightness of [3, H, W] uint8, rounded as Pillow does: -> [1, H, W] uint8."""
     weights = torch.tensor([round(weight * 65536) for weight in LUMA], dtype=torch.int32)
     return ((image.int() * weights[:, None, None]).sum(0, keepdim=True) + 32768 >> 16).to(torch.uint8)
-
-
-class Normalise:
-    """Bytes to normalised numbers, where the bytes are: (value / 255 - mean) / std; floats: (value - mean) / std.
-
-    Args:
-        mean: per channel, of values in [0, 1] or, for floats, in their own unit.
-        std: likewise.
-        device: of the images that are to come.
-    """
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu"):
-        mean_, std_ = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std))
-        self._scale = {
-            kind: (1 / (white * std_)).to(device, torch.float32)
-            for kind, white in ((torch.uint8, 255), (torch.float32, 1))
-        }
-        self._shift = (-mean_ / std_).to(device, torch.float32)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] uint8 or float32 -> float32, in the same memory format."""
-        scale = self._scale[images.dtype]
-        values = images.float().mul_(scale) if images.dtype == torch.uint8 else images * scale
-        return values.add_(self._shift)

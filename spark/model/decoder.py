@@ -13,10 +13,8 @@ from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
 from spark.errors import UserError
-from spark.model.decoder_folding import folded_upsample_conv, folding_pays
-from spark.model.decoder_parts import block_in_parts, parts_pay
+from spark.model.decoder_cpu import hooked, run_block
 from spark.sparse import SparseTensor, SyncBatchNorm2d
-from spark.sparse.batch_norm import world_size
 from spark.sparse.filled_conv import Filled, filled_conv, filled_conv_pays
 
 
@@ -96,42 +94,16 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x: Tensor | Filled, head: nn.Conv2d | None = None) -> Tensor:
         """[B, in_chans, h, w] -> [B, out_chans, 2h, 2w], or what a 1x1 convolution makes of that, if one is given."""
-        up, conv = self.upsample, self.conv1
-        assert up.bias is not None
-        folds = folding_pays(x.x if isinstance(x, Filled) else x)
-        if isinstance(x, Filled) and (folds or hooked(up)):
-            x = x.dense()
-        if isinstance(x, Filled):
-            y = conv(x.upsampled(up.weight, up.bias))
-        elif folds and parts_pay(x) and not self._needs_modules(head):
-            return block_in_parts(x, up, conv, self.norm1, self.conv2, self.norm2, head)
-        elif folds and not hooked(up, conv):
-            y = folded_upsample_conv(x, up.weight, up.bias, conv.weight)
-        else:
-            y = conv(up(x))
+        return run_block(self, x, head)
+
+    def plain(self, x: Tensor, head: nn.Conv2d | None = None) -> Tensor:
+        """The same, module by module: the reference of `run_block`."""
+        return self.finish(self.conv1(self.upsample(x)), head)
+
+    def finish(self, y: Tensor, head: nn.Conv2d | None) -> Tensor:
+        """What follows the first convolution."""
         y = self.norm2(self.conv2(self.act(self.norm1(y))))
         return y if head is None else head(y)
-
-    def _needs_modules(self, head: nn.Conv2d | None) -> bool:
-        """Whether layers were replaced or frozen, wait for other processes, or someone waits for them to be called."""
-        stock = isinstance(self.act, nn.ReLU6) and (head is None or head.bias is not None)
-        stock = stock and all(_in_training_alone(norm) for norm in (self.norm1, self.norm2))
-        return not stock or hooked(*self.children(), *([] if head is None else [head]))
-
-
-def _in_training_alone(norm: nn.Module) -> bool:
-    """Whether it normalises by the statistics of this process's batch, and follows them at a steady pace."""
-    if not isinstance(norm, SyncBatchNorm2d) or not norm.affine or not norm.track_running_stats:
-        return False
-    return norm.training and norm.momentum is not None and not (norm.sync and world_size() > 1)
-
-
-def hooked(*modules: nn.Module) -> bool:
-    """Whether someone waits for these modules to be called, which shortcuts that read their weights do not do."""
-    return any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        for m in modules
-    )
 
 
 class LightDecoder(nn.Module):

@@ -6,7 +6,7 @@ timm's `forward_intermediates`, which works on plain tensors and on sparse ones.
 Or it is anybody's own module that keeps this contract:
 1. `forward(images)` returns the list of feature maps [B, C_i, H / s_i, W / s_i], the largest first, each stride s_i
    twice the one before;
-2. the attribute `feature_info` says so: a list of `{"num_chs": C_i, "reduction": s_i}`;
+2. the attribute `feature_info` says which: a list of `{"num_chs": C_i, "reduction": s_i}`;
 3. sizes divide evenly: images whose sides are multiples of the last stride give maps of exactly these sizes.
 """
 
@@ -49,7 +49,7 @@ def build_encoder(
         timm_kwargs: handed to `timm.create_model` as they are.
 
     Raises:
-        ValueError: unknown name (nearest names are offered), or a model without a feature pyramid.
+        UserError: unknown name (nearest names are offered), or a model without a feature pyramid.
         OSError: the published weights could not be downloaded.
     """
     if is_own(name):
@@ -97,7 +97,7 @@ def create_model(name: str, *, pretrained: bool = False, **options: Any) -> nn.M
     """`timm.create_model`, with sentences for errors.
 
     Raises:
-        ValueError: unknown name or tag, or options that the model or its weights cannot follow.
+        UserError: unknown name or tag, or options that the model or its weights cannot follow.
         OSError: the published weights could not be downloaded.
     """
     require_timm_name(name)
@@ -118,7 +118,7 @@ def require_timm_name(name: str) -> None:
     """Refuse what timm does not know.
 
     Raises:
-        ValueError: unknown model (the nearest names are offered), or a tag that it does not have (its tags are named).
+        UserError: unknown model (the nearest names are offered), or a tag that it does not have (its tags are named).
     """
     base = name.split(".")[0]
     if not timm.is_model(base):
@@ -139,7 +139,7 @@ def pyramid_info(encoder: nn.Module) -> list[PyramidLevel]:
     Where several maps share a stride the deepest of them is taken.
 
     Raises:
-        ValueError: the model does not yield maps of at least two strides, each twice the one before.
+        UserError: the model does not yield maps of at least two strides, each twice the one before.
     """
     name = type(encoder).__name__
     entries = getattr(encoder, "feature_info", None)
@@ -187,7 +187,7 @@ def unreached_parameters(encoder: nn.Module, levels: Sequence[PyramidLevel], in_
     Found by differentiating a small dense forward, so no architecture has to be known by name.
 
     Raises:
-        ValueError: the encoder does not run on an image of twice its stride (it attends over a fixed grid, say), or
+        UserError: the encoder does not run on an image of twice its stride (it attends over a fixed grid, say), or
             one's own returns other maps than its `feature_info` announces.
     """
     named = [(name, p) for name, p in encoder.named_parameters() if p.requires_grad]
@@ -239,7 +239,7 @@ def cut_pyramid(levels: Sequence[PyramidLevel], stride: int) -> list[PyramidLeve
     """The levels down to a stride [px]; deeper parts of the encoder then do not run.
 
     Raises:
-        ValueError: there is no map of this stride.
+        UserError: there is no map of this stride.
     """
     strides = [level.stride for level in levels]
     if stride not in strides:
@@ -251,3 +251,27 @@ def freeze_unreached(encoder: nn.Module, levels: Sequence[PyramidLevel], in_chan
     """Freeze what `unreached_parameters` finds: without gradients, it would trouble DistributedDataParallel."""
     for name in unreached_parameters(encoder, levels, in_chans):
         encoder.get_parameter(name).requires_grad_(False)
+
+
+def timm_config(encoder: nn.Module) -> dict[str, Any]:
+    """A timm model's `pretrained_cfg`, to read and to change; empty for any other network."""
+    config: Any = getattr(encoder, "pretrained_cfg", None)
+    return config if isinstance(config, dict) else {}
+
+
+def first_convolution(encoder: nn.Module) -> str | list[str] | None:
+    """Name of the convolution that reads the image.
+
+    timm's own note of it goes first (some models have several), unless an option such as `stem_type` made it untrue.
+    """
+    noted = timm_config(encoder).get("first_conv")
+    names = [noted] if isinstance(noted, str) else list(noted or ())
+    parameters = dict(encoder.named_parameters())
+    if names and all(f"{name}.weight" in parameters for name in names):
+        return noted
+    return next((key.removesuffix(".weight") for key, p in parameters.items() if p.ndim == 4), None)
+
+
+def input_channels(encoder: nn.Module) -> int:
+    """Channels that a convnet reads: those of its first convolution."""
+    return next((p.shape[1] for p in encoder.parameters() if p.ndim == 4), 3)

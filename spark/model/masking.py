@@ -34,7 +34,7 @@ def check_masks(grid: tuple[int, int], mask_ratio: MaskRatio, block: int = 1) ->
     """Refuse masks that cannot be drawn on this grid.
 
     Raises:
-        ValueError: a ratio that leaves no patch visible, or none masked; a range that is none; blocks as large as the
+        UserError: a ratio that leaves no patch visible, or none masked; a range that is none; blocks as large as the
             grid.
     """
     low, high = ratio_range(mask_ratio)
@@ -55,7 +55,7 @@ def num_visible(grid: tuple[int, int], mask_ratio: float) -> int:
     At 224 px and stride 32 a ratio of 0.6 keeps 20 of 49 patches, so the true ratio is 0.592.
 
     Raises:
-        ValueError: the ratio leaves no patch visible, or none masked, on this grid.
+        UserError: the ratio leaves no patch visible, or none masked, on this grid.
     """
     total = grid[0] * grid[1]
     keep = round(total * (1 - mask_ratio))
@@ -84,7 +84,7 @@ def random_visible(
     device: torch.device | str | None = None,
     block: int = 1,
 ) -> Tensor:
-    """Draw a mask for `batch` images, of blocks of so many patches a side: [B, 1, fh, fw] bool.
+    """Draw a mask for `batch` images, of blocks of `block` x `block` patches: [B, 1, fh, fw] bool.
 
     Equally many patches are visible in each.
     """
@@ -102,7 +102,7 @@ def visible_at(
     device: torch.device | str | None = None,
     block: int = 1,
 ) -> Tensor:
-    """Masks of the images at these positions of the training stream, of blocks of so many patches a side.
+    """Masks of the images at these positions of the training stream, of blocks of `block` x `block` patches.
 
     The mask of an image is a function of (seed, position) alone, so that it does not depend on how the
     batch is split over processes or on where a run was resumed.

@@ -83,7 +83,7 @@ class SparK(nn.Module):
         mask_block_size: side of the blocks of patches that are hidden or shown together, see `spark.model.masking`.
 
     Raises:
-        ValueError: unknown model, sizes or options that do not fit; each says what does.
+        UserError: unknown model, sizes or options that do not fit; the message says what does.
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class SparK(nn.Module):
         """Patches (fh, fw) of an image of this size [px].
 
         Raises:
-            ValueError: the size is no multiple of the patch size; the nearest sizes that are, are named.
+            UserError: the size is no multiple of the patch size; the nearest sizes that are, are named.
         """
         p = self.patch_size
         if height % p or width % p or min(height, width) < p:
@@ -215,7 +215,7 @@ class SparK(nn.Module):
         return height // p, width // p
 
     def layout_on(self, device_type: str, precision: str) -> Choice:
-        """The layout of a forward, and why: `layout` itself if it names one, what the measurements say if it is "auto".
+        """The layout of a forward, and why: `layout` itself, or for "auto" the one that the measurements favour.
 
         Args:
             device_type: torch's name of it, "cpu" or "cuda".
@@ -242,7 +242,7 @@ class SparK(nn.Module):
                 them before the mask moves there. A mask that is drawn here is of known count.
 
         Raises:
-            ValueError: sizes, channels or types that do not fit, or (not looked at on a GPU) nothing visible or another
+            UserError: sizes, channels or types that do not fit, or (not looked at on a GPU) nothing visible or another
                 number of visible patches. On a GPU a wrong number fails an assertion of the device.
         """
         if not images.is_floating_point():
@@ -298,7 +298,7 @@ class SparK(nn.Module):
         """Visible patches of the images, and at masked ones the prediction in image space: [B, C, H, W].
 
         Raises:
-            ValueError: the target is no image.
+            UserError: the target is no image.
         """
         restore = TARGETS[self.target].restore
         if restore is None:

@@ -1,4 +1,4 @@
-"""Is a run learning: features of unmasked images, scored while it runs, and reconstruction panels.
+"""Is a run learning: features of unmasked images, scored while it runs.
 
 Nothing here changes a run: networks run in evaluation mode without gradients and are left in the mode they were in, no
 running statistic moves, and no random number of the run is drawn.
@@ -9,60 +9,41 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision.transforms import functional
-from torchvision.utils import make_grid
 
-from spark.files import write_whole
 from spark.model.encoder import pyramid, pyramid_info
-from spark.model.hog import draw_hog
-from spark.model.spark import SparK
 from spark.monitor.probes import (
     LabelledFiles,
     Preparation,
     PreparedImages,
-    choose_strength,
-    fit_logistic,
-    knn_predict,
+    probe_scores,
     require_images_of_each_class,
-    share_equal,
-    standardise,
 )
 
 NEIGHBOURS = 20
 PROBE_STRENGTHS = (1e-2, 1e-1, 1.0)  # the weaker ones of spark/commands/probe.py take most of its time
 
-_FEWEST = 8  # images that tell features which collapse from images which are few
-
-_GAP = 2  # [px] between pictures
-_HEADER = 16  # [px] for the titles
-_READABLE = 128  # [px] smaller images are enlarged by a whole factor up to this width
+_FEWEST = 8  # images: with fewer, a low rank says nothing about collapse
 
 
 @dataclass
 class MonitoredImages:
-    """The unmasked images that a run is watched on, the same ones at every measurement.
+    """The unmasked images of all measurements of a run.
 
     Attributes:
         images: [N, C, H, W], normalised, on the CPU.
         labels: [N] int64, or None for images without labels.
         train: [N] bool, True in the training split; None without labels.
-        classes: number of classes, 0 without labels.
         unreadable: "path: reason" of labelled files that were left out.
     """
 
     images: Tensor
     labels: Tensor | None = None
     train: Tensor | None = None
-    classes: int = 0
     unreadable: Sequence[str] = ()
 
 
@@ -73,13 +54,13 @@ def read_labelled(
 
     Args:
         found: from `spark.monitor.probes.list_labelled`.
-        most: of a split with more images than that, this many are taken, spread evenly over the sorted files.
+        most: images of each split, spread evenly over its sorted files.
         size: (H, W) [px] that images are resized and centre cropped to.
         mean: per channel, on the scale 0 to 1; one value reads the images in grey, three in colour.
         std: likewise.
 
     Raises:
-        ValueError: too few readable images of a class.
+        UserError: too few readable images of a class.
     """
     chosen = torch.cat([_spread(part.nonzero()[:, 0], most) for part in (found.train, ~found.train)])
     prepared = PreparedImages(
@@ -94,11 +75,11 @@ def read_labelled(
             unreadable.append(image)
     labels, train = found.labels[kept], found.train[kept]
     require_images_of_each_class(found.classes, labels[train], labels[~train])
-    return MonitoredImages(torch.stack(images), labels, train, len(found.classes), unreadable)
+    return MonitoredImages(torch.stack(images), labels, train, unreadable)
 
 
 def _spread(indices: Tensor, most: int) -> Tensor:
-    """At most so many of [N] indices, evenly spread."""
+    """At most `most` of the indices [N], evenly spread."""
     count = min(most, len(indices))
     return indices[torch.arange(count) * len(indices) // count]
 
@@ -170,7 +151,9 @@ class Monitor:
                     values["bn_drift"] = batch_norm_drift(self._statistics, statistics)
         self._statistics = statistics
         if watched.labels is not None and watched.train is not None and features.isfinite().all():
-            values |= probe_scores(features, watched.labels, watched.train, watched.classes)
+            k = min(NEIGHBOURS, int(watched.train.sum()))
+            scores = probe_scores(features, watched.labels, watched.train, [k], PROBE_STRENGTHS)
+            values |= {"knn": scores["knn"][str(k)], "linear": scores["linear"]["val"]}
         self._last = time.perf_counter() - begin
         self.seconds += self._last
         share = self.seconds / (time.perf_counter() - self._began)
@@ -276,24 +259,12 @@ def batch_norm_gap(encoder: nn.Module, images: Tensor) -> float:
     return batch_norm_drift(known, seen)
 
 
-def probe_scores(features: Tensor, labels: Tensor, train: Tensor, classes: int) -> dict[str, float]:
-    """Top-1 accuracies on the validation split of features [N, D]: `knn` and `linear`."""
-    known, asked = standardise(features[train], features[~train])
-    wanted = labels[~train]
-    k = min(NEIGHBOURS, len(known))
-    strength, _ = choose_strength(known, labels[train], classes, PROBE_STRENGTHS, seed=0)
-    return {
-        "knn": share_equal(knn_predict(known, labels[train], asked, [k], classes)[k], wanted),
-        "linear": fit_logistic(known, labels[train], classes, strength).accuracy(asked, wanted),
-    }
-
-
 def collapse_warning(
     values: dict[str, float], images: int, least_rank: float, least_std: float
 ) -> str | None:
     """The sentence to warn with if the features of a measurement have collapsed; None if they have not.
 
-    Nor is there one of fewer than 8 images: their rank, which is not above their number, would say nothing.
+    With fewer than 8 images there is no warning: the rank is at most their number.
     """
     if images < _FEWEST:
         return None
@@ -308,91 +279,3 @@ def collapse_warning(
         f"features collapse: {' and '.join(signs)}, so images look alike to the encoder; if the loss does not fall, "
         "lower optim.base_lr or lengthen the warm-up"
     )
-
-
-@torch.no_grad()
-def reconstruction_panels(
-    model: SparK, images: Tensor, visible: Tensor, mean: Sequence[float], std: Sequence[float]
-) -> Image.Image:
-    """Draw a row "input, masked, reconstruction" for each image; for histograms of oriented gradients "input, masked,
-    HOG, HOG predicted", the last as true in visible patches and as predicted in masked ones.
-
-    The reconstruction shows visible patches as they are, and masked patches as predicted, brought back to image space
-    with the mean and standard deviation of the true patch, as the loss compares them. The model runs in evaluation mode
-    and is left in the mode it was in; no running statistic changes.
-
-    Args:
-        model: the model, not wrapped for several processes.
-        images: [B, C, H, W] on the model's device, normalised by `mean` and `std`. One channel is shown in grey, of two
-            the first, of more than three the first three, as a line above the panels says.
-        visible: [B, 1, fh, fw] bool, True = seen.
-        mean: per channel, on the scale 0 to 1.
-        std: per channel, on the scale 0 to 1.
-
-    Returns:
-        An RGB picture with B rows of three or four images, small ones enlarged.
-    """
-    was_training = model.training
-    model.eval()
-    output = model(images, visible)
-    model.train(was_training)
-
-    seen = F.interpolate(visible.float(), size=images.shape[2:]) > 0
-    masked = images.where(seen, 0.0)  # the mean colour of the data set
-    columns = {"input": _displayable(images, mean, std), "masked": _displayable(masked, mean, std)}
-    if model.target == "hog":
-        true, predicted = (
-            draw_hog(x).cpu().expand(-1, 3, -1, -1) for x in (output.target, output.prediction)
-        )
-        columns |= {"HOG": true, "HOG predicted": true.where(seen.cpu(), predicted)}
-    else:
-        columns["reconstruction"] = _displayable(model.reconstruct(images, output), mean, std)
-    rows = torch.stack(list(columns.values()), dim=1).flatten(0, 1)
-    zoom = max(1, _READABLE // images.shape[3])
-    rows = rows.repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)
-    grid = functional.to_pil_image(make_grid(rows, nrow=len(columns), padding=_GAP, pad_value=1.0))
-
-    caption = "" if _is_colour(mean) else _caption(len(mean))
-    header = 2 * _HEADER if caption else _HEADER
-    picture = Image.new("RGB", (grid.width, grid.height + header), "white")
-    picture.paste(grid, (0, header))
-    width = rows.shape[3]
-    draw = ImageDraw.Draw(picture)
-    draw.text((_GAP, 2), caption, fill="black")
-    for column, title in enumerate(columns):
-        draw.text((_GAP + column * (width + _GAP), header - _HEADER + 2), title, fill="black")
-    return picture
-
-
-def save_panels(picture: Image.Image, output_dir: str | Path, step: int) -> Path:
-    """Write panels to ``output_dir/figures/panels_NNNNNNN.png`` and return that path."""
-    path = Path(output_dir) / "figures" / f"panels_{step:07d}.png"
-    content = BytesIO()
-    picture.save(content, format="PNG")
-    return write_whole(path, content.getvalue())
-
-
-def _is_colour(mean: Sequence[float]) -> bool:
-    """Whether channels of this mean are shown as they are: colour or grey, between 0 and 1."""
-    return len(mean) in (1, 3) and min(mean) >= 0 and max(mean) <= 1
-
-
-def _caption(channels: int) -> str:
-    """What the panels of other images show, see `_displayable`."""
-    shown = "1-3" if channels >= 3 else "1"
-    return f"channel{'s' * (channels >= 3)} {shown} of {channels}, black to white: mean -3 to +3 std"
-
-
-def _displayable(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """[B, C, H, W] normalised -> [B, 3, H, W] on the CPU, between 0 and 1.
-
-    Colour and grey of values between 0 and 1 come back as they were; of other images black is the mean less 3 standard
-    deviations, white the mean plus as many.
-    """
-    images = images.float().cpu()
-    scale, shift = (
-        torch.tensor(list(values)).view(1, -1, 1, 1)
-        for values in ((std, mean) if _is_colour(mean) else ([1 / 6] * len(mean), [0.5] * len(mean)))
-    )
-    images = (images * scale + shift).nan_to_num(0.0).clamp(0, 1)
-    return images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)

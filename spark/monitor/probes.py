@@ -1,37 +1,34 @@
 """Labelled images, and what a linear probe and the nearest neighbours read off frozen features of them.
 
 Shared by `spark/commands/probe.py` and by the monitors of a run. Features are standardised with mean and standard
-deviation of
-the training split. kNN is the vote of the k nearest training images by cosine similarity s, each with weight
-exp(s / 0.07), as in Wu et al. 2018, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination" (section
-3.4), and later DINO. The linear probe is multinomial logistic regression, by full-batch L-BFGS.
+deviation of the training split. kNN is the vote of the k nearest training images by cosine similarity s, each with
+weight exp(s / 0.07), as in Wu et al. 2018, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination"
+(section 3.4), and later DINO. The linear probe is multinomial logistic regression. Both are scikit-learn's.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.nn.functional import cross_entropy, linear, normalize
+from torch.nn.functional import nll_loss
 from torch.utils.data import Dataset
-from torchvision.transforms import functional
+from torchvision.transforms.functional import pil_to_tensor
 
 from spark.errors import FileError, UserError
 from spark.images.decode import describe_failure, read_image
 from spark.images.sources import list_images
+from spark.model.normalise import Normalise
 
 SPLITS = ("train", "val")
 TEMPERATURE = 0.07
-STRENGTHS = (
-    1e-4,
-    1e-3,
-    1e-2,
-    1e-1,
-    1.0,
-    10.0,
-)  # weaker ones take most of the time, and L-BFGS seldom converges
+# Weaker L2 strengths take most of the time, and L-BFGS seldom converges.
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 MAX_ITERATIONS = 1000
 
 
@@ -56,8 +53,8 @@ def list_labelled(root: Path) -> LabelledFiles:
     """Find the images of `root/train/CLASS/` and `root/val/CLASS/`, subfolders of a class included.
 
     Raises:
-        FileNotFoundError: a split is missing.
-        ValueError: a split without images, images outside the class folders, other classes in one split than in the
+        FileError: a split is missing.
+        UserError: a split without images, images outside the class folders, other classes in one split than in the
             other, or fewer than two.
     """
     named = {split: _files_with_class(root / split) for split in SPLITS}
@@ -117,7 +114,7 @@ class Preparation:
         height, width = self.size
         image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
         image = image if len(self.mean) == 3 else image.convert("L")
-        return functional.normalize(functional.to_tensor(image), list(self.mean), list(self.std))
+        return Normalise(self.mean, self.std)(pil_to_tensor(image))
 
 
 class PreparedImages(Dataset):
@@ -160,8 +157,8 @@ def standardise(train: Tensor, val: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def knn_predict(
-    train: Tensor, labels: Tensor, queries: Tensor, neighbours: Sequence[int], classes: int
-) -> dict[int, Tensor]:
+    train: Tensor, labels: Tensor, queries: Tensor, neighbours: Sequence[int]
+) -> dict[int, np.ndarray]:
     """Classes by the weighted vote of the nearest training images (Wu et al. 2018, section 3.4).
 
     Args:
@@ -169,79 +166,50 @@ def knn_predict(
         labels: [N].
         queries: features [M, D].
         neighbours: numbers k of voters.
-        classes: number of classes.
 
     Returns:
         For each k the predicted labels [M].
 
     Raises:
-        ValueError: a k above N.
+        UserError: a k above N.
     """
-    most = max(neighbours)
-    if most > len(train):
-        raise UserError(f"k {most} is more than the {len(train)} training images: give a smaller one")
-    bank = normalize(train, dim=1)
-    votes: dict[int, list[Tensor]] = {k: [] for k in neighbours}
-    for chunk in queries.split(1024):  # [1024, N] similarities at a time
-        similarity, nearest = (normalize(chunk, dim=1) @ bank.T).topk(most, dim=1)
-        weights, voters = (similarity / TEMPERATURE).exp(), labels[nearest]
-        for k in neighbours:
-            counts = weights.new_zeros(len(chunk), classes).scatter_add_(1, voters[:, :k], weights[:, :k])
-            votes[k].append(counts.argmax(1))
-    return {k: torch.cat(predicted) for k, predicted in votes.items()}
+    from sklearn.neighbors import KNeighborsClassifier  # here: importing it takes a second
+
+    if max(neighbours) > len(train):
+        raise UserError(
+            f"k {max(neighbours)} is more than the {len(train)} training images: give a smaller one"
+        )
+    weights: Any = lambda distance: np.exp((1 - distance) / TEMPERATURE)  # noqa: E731
+    voters = KNeighborsClassifier(metric="cosine", weights=weights)
+    voters.fit(train.numpy(), labels.numpy())
+    return {k: voters.set_params(n_neighbors=k).predict(queries.numpy()) for k in neighbours}
 
 
-@dataclass
-class LogisticRegression:
-    """A fitted linear classifier.
+def fit_linear(features: Tensor, labels: Tensor, strength: float) -> Any:
+    """Minimise mean cross-entropy + strength / 2 * |weight|^2 (the bias is free), by L-BFGS from zero.
 
-    Attributes:
-        weight: [classes, D].
-        bias: [classes].
-        converged: False if L-BFGS stopped at MAX_ITERATIONS.
+    Returns:
+        scikit-learn's fitted `LogisticRegression`.
     """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
 
-    weight: Tensor
-    bias: Tensor
-    converged: bool
-
-    def logits(self, features: Tensor) -> Tensor:
-        """Features [N, D] -> [N, classes]."""
-        return linear(features, self.weight, self.bias)
-
-    def accuracy(self, features: Tensor, labels: Tensor) -> float:
-        """Share of features [N, D] whose largest logit is that of their label [N]."""
-        return share_equal(self.logits(features).argmax(1), labels)
+    # For two classes scikit-learn has one weight vector, the difference of the two that softmax has: twice the penalty.
+    scale = 2 if len(labels.unique()) == 2 else 1
+    inverse = scale / (strength * len(labels)) if strength else np.inf
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model = LogisticRegression(C=inverse, tol=1e-6, max_iter=MAX_ITERATIONS)
+        return model.fit(features.numpy(), labels.numpy())
 
 
-def fit_logistic(features: Tensor, labels: Tensor, classes: int, strength: float) -> LogisticRegression:
-    """Minimise mean cross-entropy + strength / 2 * |weight|^2 (the bias is free), from zero: nothing is random.
-
-    In scikit-learn's terms, strength = 1 / (C * N).
-    """
-    weight = features.new_zeros(classes, features.shape[1], requires_grad=True)
-    bias = features.new_zeros(classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [weight, bias],
-        max_iter=MAX_ITERATIONS,
-        max_eval=2 * MAX_ITERATIONS,
-        tolerance_grad=1e-6,
-        line_search_fn="strong_wolfe",
-    )
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = cross_entropy(linear(features, weight, bias), labels) + strength / 2 * weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    converged = optimizer.state[weight]["n_iter"] < MAX_ITERATIONS
-    return LogisticRegression(weight.detach(), bias.detach(), converged)
+def accuracy(model: Any, features: Tensor, labels: Tensor) -> float:
+    """Share of features [N, D] that a fitted classifier gives their label [N]."""
+    return float(model.score(features.numpy(), labels.numpy()))
 
 
 def choose_strength(
-    features: Tensor, labels: Tensor, classes: int, strengths: Sequence[float], seed: int
+    features: Tensor, labels: Tensor, strengths: Sequence[float], seed: int
 ) -> tuple[float, list[dict[str, float]]]:
     """Choose the L2 strength on a tenth of the training split, held out of each class at random.
 
@@ -251,26 +219,60 @@ def choose_strength(
     """
     generator = torch.Generator().manual_seed(seed)
     held_out = torch.zeros(len(labels), dtype=torch.bool)
-    for label in range(classes):
-        members = (labels.cpu() == label).nonzero()[:, 0]
+    for label in labels.unique():
+        members = (labels == label).nonzero()[:, 0]
         order = torch.randperm(len(members), generator=generator)
         held_out[members[order[: max(1, len(members) // 10)]]] = True
-    held_out = held_out.to(labels.device)
 
     rows = []
+    asked, wanted = features[held_out], labels[held_out]
     for strength in strengths:
-        model = fit_logistic(features[~held_out], labels[~held_out], classes, strength)
-        logits, wanted = model.logits(features[held_out]), labels[held_out]
+        model = fit_linear(features[~held_out], labels[~held_out], strength)
+        logarithms = torch.from_numpy(model.predict_log_proba(asked.numpy()))
         rows.append(
             {
                 "l2": strength,
-                "accuracy": share_equal(logits.argmax(1), wanted),
-                "cross_entropy": cross_entropy(logits, wanted).item(),
+                "accuracy": accuracy(model, asked, wanted),
+                "cross_entropy": nll_loss(logarithms, wanted).item(),
             }
         )
     return min(rows, key=lambda row: (-row["accuracy"], row["cross_entropy"]))["l2"], rows
 
 
-def share_equal(predicted: Tensor, labels: Tensor) -> float:
-    """Share of equal entries of two [N]."""
-    return (predicted == labels).double().mean().item()
+def probe_scores(
+    features: Tensor,
+    labels: Tensor,
+    train: Tensor,
+    neighbours: Sequence[int],
+    strengths: Sequence[float] = STRENGTHS,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Score frozen features on their validation split.
+
+    Args:
+        features: [N, D].
+        labels: [N].
+        train: [N] bool, True in the training split.
+        neighbours: numbers k of voters.
+        strengths: L2 strengths of the linear probe to choose from.
+        seed: of the images that are held out for this choice.
+
+    Returns:
+        Top-1 accuracies: `knn` by k, and `linear`, a dict with `val`, `train`, the chosen `l2`, whether L-BFGS
+        `converged`, and the scores on `held_out` images for each strength.
+    """
+    known, asked = standardise(features[train], features[~train])
+    predicted = knn_predict(known, labels[train], asked, neighbours)
+    strength, held_out = choose_strength(known, labels[train], strengths, seed)
+    model = fit_linear(known, labels[train], strength)
+    return {
+        "features": features.shape[1],
+        "knn": {str(k): float((predicted[k] == labels[~train].numpy()).mean()) for k in neighbours},
+        "linear": {
+            "val": accuracy(model, asked, labels[~train]),
+            "train": accuracy(model, known, labels[train]),
+            "l2": strength,
+            "converged": bool(max(model.n_iter_) < MAX_ITERATIONS),
+            "held_out": held_out,
+        },
+    }

@@ -6,11 +6,10 @@ from torch import Tensor
 
 from spark.config import MonitorConfig, PretrainConfig
 from spark.errors import UserError
-from spark.images.batches import MaskedBatches, StepPlan
-from spark.images.dataset import collate_images
-from spark.images.loader import Feed
-from spark.images.transform import Normalise
+from spark.images.batches import MaskedBatches, StepPlan, collate_images
+from spark.images.loader import ImageLoader
 from spark.model.masking import mean_ratio
+from spark.model.normalise import Normalise
 from spark.model.spark import SparK
 from spark.monitor.measures import Monitor, MonitoredImages, collapse_warning, read_labelled
 from spark.monitor.probes import list_labelled
@@ -21,7 +20,7 @@ from spark.training.sharding import on_device
 PANEL_IMAGES = 6
 
 
-def fixed_batch(feed: Feed, spark: SparK, seed: int) -> tuple[Tensor, Tensor]:
+def fixed_batch(feed: ImageLoader, spark: SparK, seed: int) -> tuple[Tensor, Tensor]:
     """Images and masks for the panels, always the same and in the model's own size.
 
     Returns:
@@ -34,13 +33,13 @@ def fixed_batch(feed: Feed, spark: SparK, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def build_monitor(
-    config: PretrainConfig, feed: Feed, spark: SparK, batch_size: int, main_process: bool
+    config: PretrainConfig, feed: ImageLoader, spark: SparK, batch_size: int, main_process: bool
 ) -> Monitor | None:
     """What watches a run, in its main process; None in the others, which only check the options, and if it is off.
 
     Raises:
-        FileNotFoundError: a split of the labelled folder is missing.
-        ValueError: the labelled folder does not fit.
+        FileError: a split of the labelled folder is missing.
+        UserError: the labelled folder does not fit.
     """
     most, mean, std = config.monitor.max_images, config.data.mean, config.data.std
     if not config.monitor.every:
@@ -52,7 +51,7 @@ def build_monitor(
 
         def read() -> MonitoredImages:
             pixels = collate_images(feed.fixed(count))["image"]
-            return MonitoredImages(Normalise(mean, std)(pixels))
+            return MonitoredImages(Normalise(mean, std, fused=True)(pixels))
     else:
         if len(mean) not in (1, 3):
             raise UserError(

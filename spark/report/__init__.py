@@ -3,20 +3,22 @@
 from pathlib import Path
 
 from spark.report.page import render, write_page
-from spark.report.pretraining import pretraining_sections
-from spark.report.runs import Run, read_run
+from spark.report.pretraining import PRETRAINING
+from spark.report.runs import Run, RunKind, read_run
 from spark.report.sections import environments, events, settings
 from spark.training.environment import environment
 
 __all__ = [
+    "PRETRAINING",
     "REPORT",
     "Run",
+    "RunKind",
     "environments",
     "events",
     "pretraining_page",
-    "pretraining_sections",
     "read_run",
     "render",
+    "run_page",
     "settings",
     "write_page",
     "written_by",
@@ -25,21 +27,16 @@ __all__ = [
 REPORT = "report.html"
 
 
-def pretraining_page(folder: str | Path) -> Path:
-    """Write ``report.html`` of a pretraining run into its folder, from what the folder holds.
+def run_page(folder: str | Path, kind: RunKind) -> Path:
+    """Write ``report.html`` of a run into its folder, from its files. OSError: it cannot be written."""
+    run = kind.read(read_run(folder))
+    sections = [*kind.sections({run.label: [run]}), events([run]), settings([run]), environments([run])]
+    return write_page(Path(folder) / REPORT, render(run.label, sections, footer=written_by()))
 
-    Raises:
-        OSError: it could not be written.
-    """
-    run = read_run(folder)
-    sections = [
-        *pretraining_sections({run.label: [run]}),
-        events([run]),
-        settings([run]),
-        environments([run]),
-    ]
-    page = render(run.label, sections, footer=written_by())
-    return write_page(Path(folder) / REPORT, page)
+
+def pretraining_page(folder: str | Path) -> Path:
+    """`run_page` of a pretraining run."""
+    return run_page(folder, PRETRAINING)
 
 
 def written_by() -> str:

@@ -17,7 +17,7 @@ from spark.report.runs import Series
 WIDTH, HEIGHT = 380, 220  # of the drawing, in its own units; the page scales it
 LEFT, RIGHT, TOP, BOTTOM = 50, 10, 10, 42  # margins for numbers, and for what they are below
 MOST_POINTS = 600  # of a line
-FEW_POINTS = 25  # up to which points are marked, and tell their value under the pointer
+FEW_POINTS = 25  # up to which points are marked, and show their value under the pointer
 SMOOTH_FROM = 80  # points from which on a running mean is drawn over the values
 
 
@@ -84,9 +84,9 @@ def draw(lines: Sequence[Line], steps: int) -> Drawing:
             drawing.paths.append((points(running_mean(line.series)), line.color, "mean"))
         if count <= FEW_POINTS:
             for step, value in zip(line.series.steps, line.series.values, strict=True):
-                said = f"{line.label}, step {step:.0f}: {number(float(value))}"
+                text = f"{line.label}, step {step:.0f}: {number(float(value))}"
                 x, y = round(float(x_of(step)), 1), round(float(y_of(value)), 1)
-                drawing.dots.append((x, y, line.color, said))
+                drawing.dots.append((x, y, line.color, text))
     drawing.x_ticks.extend(
         (round(float(x_of(t)), 1), number(t)) for t in ticks(0.0, last, 5) if t == round(t)
     )
@@ -124,7 +124,7 @@ def running_mean(series: Series) -> Series:
 
 
 def ticks(low: float, high: float, about: int) -> list[float]:
-    """Round numbers from `low` to `high`, about so many: steps of 1, 2 or 5 times a power of ten."""
+    """Round numbers from `low` to `high`, about `about` of them: steps of 1, 2 or 5 times a power of ten."""
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     step = min((factor * power for factor in (1, 2, 5, 10)), key=lambda s: abs(s - rough))

@@ -87,7 +87,7 @@ class Cell:
     """A cell of a table.
 
     Args:
-        text: what it says.
+        text: its content.
         small: a second line.
         mark: "", "best", "better" or "worse".
         head: whether it names its row.
@@ -129,7 +129,7 @@ class Section:
 
 
 def picture(path: Path, alt: str, caption: str) -> Picture | Text:
-    """A picture file as a block; a damaged one is a note that says so."""
+    """A picture file as a block; a note instead if it is damaged."""
     try:
         content = path.read_bytes()
         with Image.open(io.BytesIO(content)) as opened:

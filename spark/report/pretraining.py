@@ -1,12 +1,12 @@
-"""What the page says of pretraining runs."""
+"""The sections about pretraining runs."""
 
 from typing import Any
 
 from spark.model.masking import ratio_range
 from spark.report.charts import number
 from spark.report.page import Section, Text, picture
-from spark.report.runs import Run
-from spark.report.sections import Fact, about, curves, differences, named, speed
+from spark.report.runs import Run, RunKind
+from spark.report.sections import Fact, curves, differences, fact_blocks, named, speed
 
 CURVES = (
     ("loss", "Loss"),
@@ -29,7 +29,7 @@ def pretraining_sections(arms: dict[str, list[Run]]) -> list[Section]:
     for run in runs:
         tasks.setdefault(task(run), []).append(run.label)
     what = [
-        Text(f"{', '.join(labels)}: {said}" if len(tasks) > 1 else said) for said, labels in tasks.items()
+        Text(f"{', '.join(labels)}: {about}" if len(tasks) > 1 else about) for about, labels in tasks.items()
     ]
     drawn = curves(runs, CURVES)
     nothing = Text("No loss was logged: metrics.jsonl is missing or empty.", note=True)
@@ -45,7 +45,7 @@ def pretraining_sections(arms: dict[str, list[Run]]) -> list[Section]:
                 Text(f"{run.label} has drawn no reconstructions yet: its figures/ is empty.", note=True)
             )
     return [
-        Section("Pretraining", [*what, *about(runs, [facts(run) for run in runs]), *differences(arms)]),
+        Section("Pretraining", [*what, *fact_blocks(runs, [facts(run) for run in runs]), *differences(arms)]),
         Section("Curves of pretraining", [drawn or nothing]),
         Section("Reconstructions", panels),
     ]
@@ -107,3 +107,11 @@ def _percent(ratio: Any) -> str | None:
         return None if ratio is None else " to ".join(f"{r:.0%}" for r in dict.fromkeys(ratio_range(ratio)))
     except (TypeError, ValueError):  # of a config that somebody edited
         return str(ratio)
+
+
+def is_pretraining(run: Run) -> bool:
+    """Whether a run is one of spark/pretrain.py; one without a readable config.yaml counts as such."""
+    return not run.config or run.option("model.name") is not None
+
+
+PRETRAINING = RunKind("pretraining", is_pretraining, pretraining_sections)

@@ -1,13 +1,14 @@
-"""What a run left in its folder, read so that a page can be made of it whatever state the run is in.
+"""What a run left in its folder, read for a page about it, in any state of the run.
 
-A run may be under way, have crashed in the middle of a line, or lack files: what cannot be read is said in
-`Run.problems` and left out. ``metrics.jsonl`` is read line by line into arrays of numbers, so one of millions of rows
+A run may be under way, have crashed in the middle of a line, or lack files: what cannot be read is left out and noted
+in `Run.problems`. ``metrics.jsonl`` is read line by line into arrays of numbers, so one of millions of rows
 fits in memory.
 """
 
 import json
 import math
 from array import array
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from spark.errors import UserError
 
 ENVIRONMENT = "environment.json"
 PICTURES = (".png", ".jpg", ".jpeg")
-SAME_TIME = 60  # [s] between files that were copied together
 MOST_EVENTS = 200  # a run that rolls back all the time is not to make a page of megabytes
 
 
@@ -45,49 +45,64 @@ class Run:
         folder: where it is.
         config: config.yaml, empty where there is none.
         series: numbers of metrics.jsonl by name; a name without a finite number is not there.
-        spoilt: steps at which a number of metrics.jsonl was NaN or infinite, ascending, by name.
+        not_finite: steps at which a number of metrics.jsonl was NaN or infinite, ascending, by name.
         texts: the last text of metrics.jsonl by name, such as `layout`.
         events: rows of metrics.jsonl that have an `event`, the last `MOST_EVENTS` of them.
         steps: optimizer steps that the log reaches to.
         pictures: images in figures/, in the order of their names.
-        results: of results.json or evaluation.json of a depth run, one for each protocol it was scored under.
         sessions: environment.json: what each start of the run ran on.
         problems: sentences about what could not be read.
+        results: scores that `RunKind.read` found, if runs of this kind have some.
     """
 
     label: str
     folder: Path
     config: dict[str, Any] = field(default_factory=dict)
     series: dict[str, Series] = field(default_factory=dict)
-    spoilt: dict[str, list[int]] = field(default_factory=dict)
+    not_finite: dict[str, list[int]] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
     steps: int = 0
     pictures: list[Path] = field(default_factory=list)
-    results: list[dict[str, Any]] = field(default_factory=list)
     sessions: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-
-    @property
-    def is_depth(self) -> bool:
-        """Whether it is a run of finetune/depth.py; else it is one of spark/pretrain.py."""
-        if self.config:
-            return "encoder" in self.config
-        return bool(self.results) or any(name.startswith("val_") for name in self.series)
+    results: list[dict[str, Any]] = field(default_factory=list)
 
     def option(self, path: str, default: Any = None) -> Any:
         """An option of the configuration by its dotted name."""
-        value: Any = self.config
-        for part in path.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        return default if value is None else value
+        return option_of(self.config, path, default)
 
     def last(self, name: str) -> float | None:
         """The last value of a name, NaN where that was not finite; None where it has none."""
         at = float(self.series[name].steps[-1]) if name in self.series else -1.0
-        if name in self.spoilt and self.spoilt[name][-1] > at:
+        if name in self.not_finite and self.not_finite[name][-1] > at:
             return math.nan
         return float(self.series[name].values[-1]) if name in self.series else None
+
+
+def option_of(config: Mapping[str, Any], path: str, default: Any = None) -> Any:
+    """A value of nested options by its dotted name; the default where it is absent or null."""
+    value: Any = config
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return default if value is None else value
+
+
+@dataclass(frozen=True)
+class RunKind:
+    """A kind of runs that a page can show; every task brings its own.
+
+    Args:
+        name: for messages.
+        matches: whether a run is of this kind.
+        sections: of the page, of runs by label; several under one label are seeds of one thing.
+        read: adds to a run what only this kind has.
+    """
+
+    name: str
+    matches: Callable[[Run], bool]
+    sections: Callable[[dict[str, list[Run]]], list[Any]]
+    read: Callable[[Run], Run] = lambda run: run
 
 
 def read_run(folder: str | Path, label: str = "") -> Run:
@@ -98,7 +113,7 @@ def read_run(folder: str | Path, label: str = "") -> Run:
         label: what to call it; its name if empty.
 
     Raises:
-        ValueError: it is not the folder of a run.
+        UserError: it is not the folder of a run.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -108,19 +123,18 @@ def read_run(folder: str | Path, label: str = "") -> Run:
             f"{folder} is not the folder of a run: it holds neither config.yaml nor metrics.jsonl"
         )
     problems: list[str] = []
-    series, spoilt, texts, events, steps = read_metrics(folder / "metrics.jsonl", problems)
-    sessions = _read_json(folder / ENVIRONMENT, problems)
+    series, not_finite, texts, events, steps = read_metrics(folder / "metrics.jsonl", problems)
+    sessions = read_json(folder / ENVIRONMENT, problems)
     return Run(
         label or folder.resolve().name,
         folder,
         _read_config(folder / "config.yaml", problems),
         series,
-        spoilt,
+        not_finite,
         texts,
         events,
         steps,
         sorted(p for p in (folder / "figures").glob("*") if p.suffix in PICTURES and p.is_file()),
-        _read_results(folder, problems),
         [entry for entry in sessions if isinstance(entry, dict)] if isinstance(sessions, list) else [],
         problems,
     )
@@ -129,8 +143,8 @@ def read_run(folder: str | Path, label: str = "") -> Run:
 def read_metrics(
     path: Path, problems: list[str]
 ) -> tuple[dict[str, Series], dict[str, list[int]], dict[str, str], list[dict[str, Any]], int]:
-    """Read a ``metrics.jsonl`` of any length: series, spoilt steps, texts, events, last step, as `Run` has them."""
-    spoilt: dict[str, set[int]] = {}
+    """Read a ``metrics.jsonl`` of any length: series, not_finite steps, texts, events, last step, as `Run` has them."""
+    not_finite: dict[str, set[int]] = {}
     columns: dict[str, tuple[array, array]] = {}
     texts: dict[str, str] = {}
     events: list[dict[str, Any]] = []
@@ -152,9 +166,9 @@ def read_metrics(
                         texts[name] = value
                     elif isinstance(value, int | float) and name != "step":
                         if not math.isfinite(value):
-                            spoilt.setdefault(name, set()).add(step)
+                            not_finite.setdefault(name, set()).add(step)
                             continue
-                        spoilt.get(name, set()).discard(step)  # a run that went back did better
+                        not_finite.get(name, set()).discard(step)  # a run that went back did better
                         steps, values = columns.setdefault(name, (array("d"), array("d")))
                         steps.append(step)
                         values.append(value)
@@ -164,7 +178,7 @@ def read_metrics(
         problems.append(f"{path.name} cannot be read: {error.strerror}")
     if broken:
         problems.append(f"{path.name}: {broken} lines that are not rows of a run were left out")
-    bad = {name: sorted(steps) for name, steps in spoilt.items() if steps}
+    bad = {name: sorted(steps) for name, steps in not_finite.items() if steps}
     for name, steps in bad.items():
         problems.append(
             f"{name} was NaN or infinite in {len(steps)} logged steps, from {steps[0]} to {steps[-1]}: its curve leaves"
@@ -192,43 +206,8 @@ def _read_config(path: Path, problems: list[str]) -> dict[str, Any]:
     return config
 
 
-def _read_results(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """Of results.json of a run folder, or else of the evaluation.json that training wrote; nothing without either."""
-    for name in ("results.json", "evaluation.json"):
-        content = _read_json(folder / name, problems)
-        if content is None:
-            continue
-        several = content.get("protocols") if isinstance(content, dict) else None
-        found = several if isinstance(several, list) else [content]
-        if found and all(_is_results(one) for one in found):
-            _say_if_older(folder / name, folder / "evaluation.json", problems)
-            return found
-        problems.append(
-            f"{name} has not the protocol, images, metrics and per_image of finetune/evaluate.py's files"
-        )
-    return []
-
-
-def _say_if_older(path: Path, other: Path, problems: list[str]) -> None:
-    """Scores from before the run was trained on are not those of its model."""
-    if other.is_file() and other.stat().st_mtime - path.stat().st_mtime > SAME_TIME:
-        problems.append(
-            f"{path.name} is older than {other.name}, which the end of a training wrote: score the model again with"
-            " finetune/evaluate.py"
-        )
-
-
-def _is_results(content: Any) -> bool:
-    return (
-        isinstance(content, dict)
-        and {"protocol", "images"} <= set(content)
-        and isinstance(content.get("metrics"), dict)
-        and isinstance(content.get("per_image"), list)
-        and all(isinstance(row, dict) and "name" in row for row in content["per_image"])
-    )
-
-
-def _read_json(path: Path, problems: list[str]) -> Any:
+def read_json(path: Path, problems: list[str]) -> Any:
+    """Content of a JSON file; None, and a sentence in `problems`, if it is damaged; None if it is missing."""
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except (ValueError, OSError, RecursionError) as error:

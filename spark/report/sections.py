@@ -15,8 +15,8 @@ from spark.report.runs import Run
 
 Fact = tuple[str, Any, str]
 COLORS = 8  # of lines, in the page's style
-INSIGNIFICANT = ("output_dir", "seed", "resume")  # options that tell two seeds of one thing apart
-UNDRAWN = ("epoch", "at_step")  # numbers of metrics.jsonl that say no more than the step does
+INSIGNIFICANT = ("output_dir", "seed", "resume")  # options in which seeds of one experiment differ
+UNDRAWN = ("epoch", "at_step")  # numbers of metrics.jsonl that follow from the step
 
 
 def named(arms: dict[str, list[Run]]) -> list[Run]:
@@ -32,12 +32,14 @@ def problems(runs: Sequence[Run]) -> list[Text]:
     """Notes about what could not be read."""
     prefix = "{}: " if len(runs) > 1 else ""
     return [
-        Text(prefix.format(run.label) + plain_path(said), note=True) for run in runs for said in run.problems
+        Text(prefix.format(run.label) + plain_path(problem), note=True)
+        for run in runs
+        for problem in run.problems
     ]
 
 
-def about(runs: Sequence[Run], facts: Sequence[Sequence[Fact]]) -> list[Any]:
-    """What could not be read, and the facts of every run: (name, value, remark), left out where the value is None."""
+def fact_blocks(runs: Sequence[Run], facts: Sequence[Sequence[Fact]]) -> list[Any]:
+    """Notes about what could not be read, and the facts of every run: (name, value, remark); None is left out."""
     blocks: list[Any] = problems(runs)
     known = [
         [(name, str(value), remark) for name, value, remark in of_run if value is not None]
@@ -110,24 +112,24 @@ def differences(arms: dict[str, list[Run]]) -> list[Any]:
     if len(arms) < 2:
         return []
     lengths = {label: sorted({run.steps for run in runs}) for label, runs in arms.items()}
-    said = "; ".join(
+    length = "; ".join(
         f"{label}: {' and '.join(map(str, steps))} optimizer steps" for label, steps in lengths.items()
     )
     if len({tuple(steps) for steps in lengths.values()}) == 1:
-        said = f"Equal length, {' and '.join(map(str, next(iter(lengths.values()))))} optimizer steps"
+        length = f"Equal length, {' and '.join(map(str, next(iter(lengths.values()))))} optimizer steps"
     first = {label: flat(runs[0].config) for label, runs in arms.items()}
     names = dict.fromkeys(name for options in first.values() for name in options)
     differ = [
         n for n in names if n not in INSIGNIFICANT and len({repr(o.get(n)) for o in first.values()}) > 1
     ]
     if not differ:
-        return [Text(f"{said}; the configurations do not differ.")]
+        return [Text(f"{length}; the configurations do not differ.")]
     rows = [
         [Cell(name, head=True), *(Cell(_value(options.get(name))) for options in first.values())]
         for name in differ
     ]
     return [
-        Text(f"{said}. All that differs in the configurations:"),
+        Text(f"{length}. All that differs in the configurations:"),
         Table(["option", *arms], rows, textual=True),
     ]
 

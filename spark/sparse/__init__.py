@@ -48,10 +48,10 @@ def sparsify(
         visible: [B, 1, fh, fw] bool, True = seen; H and W multiples of fh and fw.
         layout: "packed", "masked", "spconv" or "triton".
         sync: batch statistics cover the visible sites of all processes.
-        visible_count: visible patches of all images together, where the caller knows it: then nothing waits for a GPU.
+        visible_count: visible patches of all images together; if given, nothing waits for a GPU.
 
     Raises:
-        ValueError: unknown layout, one whose package is missing, sizes that do not line up, or (on the CPU; on a GPU an
+        UserError: unknown layout, one whose package is missing, sizes that do not line up, or (on the CPU; on a GPU an
             assertion of the device fails) another number of visible patches.
     """
     if layout not in LAYOUTS:

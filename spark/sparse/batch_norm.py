@@ -1,6 +1,6 @@
 """Batch normalisation over the sites that count, of one process or of all.
 
-PyTorch's SyncBatchNorm runs on GPUs only and weighs nothing by mask; this one runs wherever the process group runs
+PyTorch's SyncBatchNorm runs on GPUs only and knows no masks; this one runs wherever the process group runs
 (gloo on CPU, NCCL on GPU) and merges (count, mean, M2) of each process, so that uneven counts are right.
 """
 
@@ -46,10 +46,10 @@ class BatchNormCall(NamedTuple):
 
 
 def require_statistics(count: int) -> None:
-    """Refuse batch statistics of a single site.
+    """Refuse batch statistics of a single site, whose variance is undefined.
 
     Raises:
-        ValueError: there is no second one.
+        UserError: there is a single site.
     """
     if count < 2:
         raise UserError("batch norm needs more than one visible site: use more images or a lower mask ratio")
@@ -57,7 +57,7 @@ def require_statistics(count: int) -> None:
 
 @torch.no_grad()
 def move_running_statistics(call: BatchNormCall, mean: Tensor, var: Tensor, count: int | Tensor) -> None:
-    """Towards the mean and the variance (divided by the count; [C] each) of a batch of that many sites."""
+    """Move running statistics towards mean and variance (divided by `count`; [C] each) of a batch of `count` sites."""
     if call.running_mean is not None and call.running_var is not None:
         unbiased = var * (count / (count - 1))
         call.running_mean.lerp_(mean.to(call.running_mean.dtype), call.momentum)
@@ -75,7 +75,7 @@ def batch_norm(x: Tensor, call: BatchNormCall, *, sync: bool) -> BatchNormed:
         sync: merge statistics over processes (only in training, only with more than one).
 
     Raises:
-        ValueError: training on a single value per channel.
+        UserError: training on a single value per channel.
     """
     if call.training and in_recomputation():
         call = call._replace(running_mean=None, running_var=None)

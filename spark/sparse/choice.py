@@ -23,7 +23,7 @@ _TABLE = "spark/sparse/measured.csv"
 
 
 class Choice(NamedTuple):
-    """A layout, and why it was taken: "auto: " and what the table says, or "as named"."""
+    """A layout, and why it was taken: "auto: " and the reason from the table, or "as named"."""
 
     layout: str
     reason: str
@@ -34,8 +34,8 @@ def choose_layout(device_type: str, convolutions: str, precision: str, mask_rati
 
     Nearest: of this device type (nothing is concluded from another); then, each only where the table has it, of this
     very device, of this kind of convolutions and of this precision; then of the nearest mask ratio (of both neighbours
-    in the middle between two). A layout whose package is missing is no candidate. Of equally fast layouts "packed" is
-    taken, then "masked".
+    in the middle between two). A layout whose package is missing is no candidate. Of equally fast layouts "packed" goes
+    first, then "masked".
 
     Args:
         device_type: torch's name of it, "cpu" or "cuda".
@@ -74,7 +74,7 @@ def choose_layout(device_type: str, convolutions: str, precision: str, mask_rati
 
 
 def measured() -> list[dict[str, str]]:
-    """Rows of the table; none where nothing was measured yet."""
+    """Rows of the table; empty if nothing was measured yet."""
     with MEASURED.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
@@ -100,7 +100,7 @@ def is_available(layout: str) -> bool:
 
 
 def convolution_kind(encoder: nn.Module) -> str:
-    """The kind of an encoder whose layouts compare alike: "grouped" if any k x k convolution has groups, else "dense".
+    """The kind of an encoder's convolutions, as the table has it: "grouped" if any k x k one has groups, else "dense".
 
     Depthwise convolutions (ConvNeXt's, for one) are grouped ones: little arithmetic on many numbers, by kernels of
     their own in every layout. Dense stems and downsampling beside them do not count.
@@ -113,5 +113,5 @@ def convolution_kind(encoder: nn.Module) -> str:
 
 
 def _where(rows: Sequence[Mapping[str, str]], column: str, value: str) -> list[Mapping[str, str]]:
-    """The rows with this value, or all where there is none."""
+    """The rows with this value, or all rows if no row has it."""
     return [row for row in rows if row.get(column) == value] or list(rows)

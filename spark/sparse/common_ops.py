@@ -39,7 +39,7 @@ def elementwise(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> S
 def convert(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
     """Change of type, device or memory: `to`, `float`, `contiguous`, `clone`, `detach`.  Preserves zero.
 
-    A memory format speaks of the dense array; rows have only one, so it is dropped there.
+    A memory format is one of the dense array; rows have only one, so it is ignored there.
     """
     if x.data.ndim != 4:
         kwargs.pop("memory_format", None)
@@ -52,7 +52,7 @@ def new_dense(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> Ten
 
 
 def expand_as(func: Callable, dense: Tensor, x: SparseTensor) -> Tensor:
-    """A plain operand about to meet x: left as it is, since the rules of arithmetic broadcast it themselves."""
+    """A plain operand of x stays as it is: the rules of arithmetic broadcast it."""
     if not isinstance(dense, Tensor):
         raise MissingRuleError("no sparse rule for expand_as on a sparse value")
     torch.broadcast_shapes(dense.shape, x.shape)
@@ -150,8 +150,8 @@ def arithmetic_of(
     """Make the rule of a + b, a - b, a * b, a / b: of two sparse values, or of one and what broadcasts to its shape.
 
     Args:
-        as_operand: (operand, x) -> what meets x's data: a number, or a tensor that broadcasts to it.
-        clean: (func, x, data) -> what func made of x, with masked sites at zero again.
+        as_operand: (operand, x) -> a number, or a tensor that broadcasts to x's data.
+        clean: (func, x, data) -> the result of func on x, with masked sites at zero again.
     """
 
     def arithmetic(func: Callable, a: Any, b: Any, **kwargs: Any) -> SparseTensor:
@@ -283,7 +283,7 @@ def adaptive_max_pool2d(
 
 
 def addcmul(func: Callable, a: Any, b: Any, c: Any, *, value: float = 1) -> Any:
-    """a + value * b * c, as the arithmetic of the layout has it."""
+    """a + value * b * c, by the arithmetic of the layout."""
     product = torch.mul(b, c)
     return torch.add(a, product if value == 1 else product * value)
 

@@ -1,4 +1,4 @@
-"""Convolutions of a map that has rows at the visible sites and one token at all others, for the price of the rows.
+"""Convolutions of a map that has rows at the visible sites and one token at all others, at the cost of the rows.
 
 A 3x3 convolution is linear: that of the map is that of a constant map, the token everywhere, plus that of a sparse one,
 `row - token` at the visible sites and zero elsewhere. The first takes nine different values (inside, four edges, four
@@ -107,8 +107,9 @@ class _Upsampling:
     Attributes:
         size: of the result, (B, 2h, 2w).
         products: that each result adds up, [B * 2h * 2w, 4].
-        results: that has each product in it, [16 (N + 2)]; B * 2h * 2w if none has, or many, as those of the token.
-        of_token: whether a result has the token's product of each tap in it, [B, 16, 2h * 2w] bool.
+        results: the result that each product is part of, [16 (N + 2)]; B * 2h * 2w if it is part of none or many (as
+            the token's).
+        of_token: whether the token's product of each tap is part of a result, [B, 16, 2h * 2w] bool.
     """
 
     def __init__(self, sites: Sites, h: int, w: int):
@@ -169,7 +170,7 @@ def _taps(weight: Tensor) -> Tensor:
 
 
 def _times(rows: Tensor, matrix: Tensor) -> Tensor:
-    """[N, C] @ [C, D], by whom it is fastest."""
+    """[N, C] @ [C, D], by the fastest library."""
     if by_mkl(rows):
         return rows @ matrix
     return as_rows(F.conv_transpose2d(as_image(rows), matrix[..., None, None]))

@@ -1,4 +1,4 @@
-"""The masked layout: a dense array [B, C, h, w], zero at masked sites.  The reference every other layout is held to.
+"""The masked layout: a dense array [B, C, h, w], zero at masked sites; the reference that all layouts must equal.
 
 Each rule is the dense operator, then the mask.  Source of the semantics: the official SparK code's sparse modules.
 """

@@ -527,7 +527,7 @@ def packed_conv(
 def convolve_by(
     plan: Plan, rows: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe | None
 ) -> Tensor:
-    """Convolve by a plan: in the type that autocast says, keeping the recipe's inputs for the backward pass."""
+    """Convolve by a plan: in the type of autocast, keeping the recipe's inputs for the backward pass."""
     device = rows.device.type
     if torch.is_autocast_enabled(device) and rows.dtype != torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(device)

@@ -1,7 +1,7 @@
 """The packed layout: rows [N, C] of the visible sites, in the order of `sites.py`.
 
-What works site by site (pointwise convolution, linear layers, norms, activations) runs on the rows as they are, and
-masked sites cost nothing.  What looks at neighbours reads patches with their surroundings (`packed_conv.py`).
+Operators that work site by site (pointwise convolution, linear layers, norms, activations) run on the rows, and masked
+sites cost nothing.  Operators that look at neighbours read patches with their surroundings (`packed_conv.py`).
 
 Norms and activations leave a recipe with their result: how to compute it again in the backward pass.  A convolution
 then keeps nothing of its own, so that of convolution, norm and activation one tensor stays in memory.
@@ -220,7 +220,7 @@ def batch_norm(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> Sp
 
 
 def _normalise(x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """What batch norm made of x."""
+    """The result of batch norm."""
     scale = invstd * weight
     return torch.addcmul(bias - mean * scale, x.to(scale.dtype), scale).to(x.dtype)
 
@@ -238,9 +238,8 @@ def relu(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> SparseTe
 
 
 class _ReLUOf:
-    """ReLU of what a recipe computes again. The last result stays for whoever needs it next, who takes it away.
-
-    That is the ReLU's own backward pass, right after that of the convolution which computed its input again.
+    """ReLU of what a recipe computes again. The last result is kept for its next use, which removes it:
+    the ReLU's own backward pass, right after that of the convolution which computed its input again.
     """
 
     def __init__(self, compute: Callable[..., Tensor]):
@@ -253,7 +252,7 @@ class _ReLUOf:
         return result
 
     def take(self, *inputs: Tensor) -> Tensor:
-        """The last result, unless somebody changed it since; computed again otherwise."""
+        """The last result, unless it was changed since; computed again otherwise."""
         last, self.last = self.last, None
         return last[0] if last is not None and last[0]._version == last[1] else self.compute(*inputs)
 

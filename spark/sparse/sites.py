@@ -41,7 +41,7 @@ class Cells:
     Cells without a row are kept as lists: little is written, but the lists' lengths have to be read off the mask.
 
     Args:
-        row: row under each cell, any shape [..., w], int64; any row where there is none.
+        row: row under each cell, any shape [..., w], int64; any row for cells without one.
         masked: cells over masked patches, bool.
         outside: cells beyond the image's border, bool.
         num_rows: N, rows of the feature map.
@@ -130,14 +130,14 @@ class Sites:
     Args:
         visible: [B, 1, fh, fw] bool, True = seen.
         sync: batch statistics cover the visible sites of all processes.
-        visible_count: visible patches of all images together, M, where the caller knows it. Without it, the mask is
+        visible_count: visible patches of all images together, M, if known. Without it, the mask is
             read, and a GPU waited for, once.
 
     Attributes:
         static: shapes do not depend on the values of the mask, see `static_on`.
 
     Raises:
-        ValueError: a mask of another type or shape, or a CPU mask with another number of visible patches. On a GPU a
+        UserError: a mask of another type or shape, or a CPU mask with another number of visible patches. On a GPU a
             wrong number fails an assertion of the device, at the latest when a result is read.
     """
 

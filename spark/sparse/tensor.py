@@ -61,7 +61,7 @@ class Layout:
 class Recipe(NamedTuple):
     """How to compute data again in the backward pass, from tensors that are kept for it anyway.
 
-    What reads the data then need not keep it: of convolution, norm and activation only the convolution's result stays.
+    The next operator then need not keep it: of convolution, norm and activation only the convolution's result stays.
 
     Attributes:
         compute: inputs -> data, without gradient.
@@ -117,10 +117,10 @@ class SparseTensor:
         product: what made them, where that may save more; gone likewise.
 
     Args:
-        data: in the form that `layout` says.
+        data: in the form of `layout`.
         sites: the visible sites.
         layout: how data lie, and the rules of that form.
-        size: (B, C, h, w), whatever the order below.
+        size: (B, C, h, w), in any memory order.
         channels_last: logical order of dimensions is [B, h, w, C] (after `permute(0, 2, 3, 1)`).
     """
 
@@ -142,7 +142,7 @@ class SparseTensor:
 
     @property
     def data(self) -> Tensor:
-        """In the form that the layout says."""
+        """In the form of the layout."""
         return self._data
 
     @data.setter
@@ -314,7 +314,7 @@ def pytree_leaves(tree: Any) -> list[Any]:
 
 
 def _where() -> str:
-    """The module that called an operator, found on the stack (only when there is an error to tell)."""
+    """The module that called an operator, found on the stack (only for an error message)."""
     inner, root = None, None
     for frame in inspect.stack()[2:]:
         caller = frame.frame.f_locals.get("self")

@@ -100,6 +100,13 @@ def match_gradient_strides(model: nn.Module) -> None:
             parameter.register_post_accumulate_grad_hook(match)
 
 
+def chosen_device(name: str) -> torch.device:
+    """The device of an option auto, cpu or cuda. UserError: there is no GPU to choose."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda was asked for, but torch sees no GPU here: use auto or cpu.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 def usable_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""What a run runs on: versions and the kind of machine, nothing that tells one machine from another."""
+"""What a run runs on: versions and the kind of machine, nothing that identifies the machine."""
 
 import json
 import platform

@@ -65,8 +65,7 @@ def forward_backward(task: Task, run: Run, batches: Iterator[dict[str, Any]]) ->
             batch = next(batches)
         found.names += batch["name"]
         failed += batch["failed"]
-        lost += batch.get("lost", ())
-        task.received(batch)
+        lost += batch.get("failed_shards", ())
         position = (run.step + state.offset) * parts + part
         torch.manual_seed(derive_seed(run.config.seed, position, run.rank, Purpose.STEP))
         with nullcontext() if part == parts - 1 else run.accelerator.no_sync(run.wrapped):

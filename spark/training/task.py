@@ -81,7 +81,7 @@ class Task(ABC):
         """Micro-batches of this process from number `start` to `stop`: functions of seed and position alone.
 
         Each has "name" (of its samples) and "failed" ("NAME: reason" of samples that others took the place of), a
-        streamed one also "lost" (shards that broke off, likewise).
+        streamed one also "failed_shards" (shards that broke off, likewise).
         """
 
     @abstractmethod
@@ -119,14 +119,11 @@ class Task(ABC):
     def before_step(self, step: int) -> None:
         """Prepare a step, counted from 0."""
 
-    def received(self, batch: dict[str, Any]) -> None:
-        """Note a batch that is going to be trained on."""
-
     def check(self, run: "Run", idle: int) -> None:
         """Refuse to go on; `idle` is the number of micro-batches so far, of all processes, that taught nothing."""
 
     def advance(self) -> None:
-        """Count the received batches as done: a checkpoint made from now on goes on behind them."""
+        """Count the batches so far as done: a checkpoint made from now on goes on behind them."""
 
     def columns(self, run: "Run", batch: dict[str, Any]) -> dict[str, float | str]:
         """The task's own columns of a row; `batch` is the last one of the step."""

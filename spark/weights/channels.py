@@ -1,10 +1,10 @@
-"""Weights and statistics made for some number of channels, for images of another.
+"""Weights and statistics for images with another number of channels.
 
-What reads the image follows timm's rule (`timm.models.adapt_input_conv`): for one channel the kernels are added up, so
-that a grey image gives what the same image in colour gave; for more channels they are repeated in turn (R, G, B, R,
-...) and scaled by old / new, so that features keep their size. What describes or predicts the image, a number for each
-channel, follows the same turns: new channel i takes the value of old channel i modulo their number; one channel takes
-the mean over the old ones, weighted as brightness is where these are red, green and blue.
+The convolution that reads the image follows timm's rule (`timm.models.adapt_input_conv`): for one channel the kernels
+are added up, so that a grey image gives the same as that image in colour; for more channels they are repeated in turn
+(R, G, B, R, ...) and scaled by old / new, so that features keep their size. Values for each channel (statistics, and
+weights that predict the image) are repeated likewise: new channel i takes the value of old channel i modulo their
+number; one channel takes the mean over the old ones, weighted by brightness where these are red, green and blue.
 """
 
 from collections.abc import Sequence

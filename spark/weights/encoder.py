@@ -23,21 +23,18 @@ from torch import Tensor, nn
 
 from spark.errors import FileError, UserError
 from spark.files import whole_folder, write_tensors
-from spark.model.encoder import build_encoder, create_model
+from spark.model.encoder import build_encoder, create_model, first_convolution, input_channels, timm_config
 from spark.model.names import is_own
 from spark.weights.channels import adapt_input, adapt_statistics
 from spark.weights.keys import KeyReport
 from spark.weights.official import (
     MODEL_NAME,
     encoder_name,
-    first_convolution,
     fit_encoder,
-    input_channels,
     own_names,
     read_torch_file,
     read_weights,
     stored_channels,
-    timm_config,
 )
 
 logger = logging.getLogger(__name__)
@@ -66,7 +63,7 @@ _NOT_ARCHITECTURE = (
 matter of use."""
 
 _OWN_CONFIG = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "input_size": (3, 224, 224)}
-"""How images of one's own encoder are prepared unless it is said."""
+"""Default preparation of the images of one's own encoder."""
 
 _PREPROCESSING = ("interpolation", "crop_pct", "crop_mode", "fixed_input_size", "classifier")
 """Entries of a timm model's `pretrained_cfg` that stay true of other weights."""
@@ -88,7 +85,7 @@ def save_encoder(
     Args:
         encoder: A stock timm model, or one's own encoder, such as `SparK.encoder`.
         folder: Written whole or not at all; an earlier export there is replaced.
-        mean: Of each channel, as the images were normalised. Default: what the model's `pretrained_cfg` says.
+        mean: Of each channel, as the images were normalised. Default: that of the model's `pretrained_cfg`.
         std: Likewise.
         input_size: Training size [px], one number or (H, W), for the record: the encoder takes any.
         card: Makes the model card of the content of config.json, which is then written as README.md.
@@ -97,7 +94,7 @@ def save_encoder(
         The folder.
 
     Raises:
-        ValueError: Neither a stock timm model nor an encoder, or mean and std do not have a value for each channel.
+        UserError: Neither a stock timm model nor an encoder, or mean and std do not have a value for each channel.
         OSError: Disk full, or not writable.
     """
     from accelerate.utils import extract_model_from_parallel  # slow to import, and only exports need it
@@ -142,7 +139,7 @@ def description(encoder: nn.Module) -> dict[str, Any]:
     Of a model that was handed over as an object only the class can be named.
 
     Raises:
-        ValueError: as `architecture`, for a model that is neither timm's nor yields feature maps.
+        UserError: as `architecture`, for a model that is neither timm's nor yields feature maps.
     """
     if timm_config(encoder).get("architecture") or not hasattr(encoder, "feature_info"):
         return architecture(encoder)
@@ -217,7 +214,7 @@ def _require_rebuildable(encoder: nn.Module, config: dict[str, Any]) -> None:
 
 @dataclass
 class _Source:
-    """Encoder weights on their way in, from whatever holds them.
+    """Encoder weights read from a file or folder.
 
     Attributes:
         label: Where they came from, for messages.
@@ -245,7 +242,7 @@ def load_encoder(
     model_name: str | None = None,
     **timm_kwargs: Any,
 ) -> nn.Module:
-    """Build an encoder from whatever holds one; logs every key that did not match.
+    """Build an encoder from a folder, a file or a name; logs every key that did not match.
 
     Args:
         source: An exported folder, a checkpoint folder of a run (`checkpoints/step_*`), an official `.pth` file of any
@@ -255,17 +252,17 @@ def load_encoder(
             first convolution.
         pretrained: For a timm name: load timm's published weights (needs the network). Otherwise the weights of a
             timm name are random. Files and folders are always loaded.
-        model_name: timm name of the encoder in a `.pth` file that does not say it; "package.module:factory" of one's
-            own encoder in any file or folder, which must always be said: no file decides which code is run. What
-            says that it is timm's needs none, and does not ask for it.
+        model_name: timm name of the encoder in a `.pth` file that does not name it; "package.module:factory" of one's
+            own encoder in any file or folder, always required there: no file decides which code is run. Ignored for
+            files and folders that name a timm model.
         timm_kwargs: Further options of `timm.create_model`, such as `drop_path_rate` or `out_indices`.
 
     Returns:
         A timm model without classifier; `encoder.pretrained_cfg` has `mean`, `std` and `input_size`.
 
     Raises:
-        ValueError: Unknown timm name, unreadable or unsafe file, or weights of another architecture.
-        FileNotFoundError: A path that does not exist.
+        UserError: Unknown timm name, unreadable or unsafe file, or weights of another architecture.
+        FileError: A path that does not exist.
         OSError: timm's published weights could not be downloaded.
     """
     encoder, report = read_encoder(
@@ -295,7 +292,7 @@ def read_encoder(
     """`load_encoder`, with the report as a value; it is empty for a name.
 
     With `averaged`, the averaged weights of a checkpoint of a run (`optim.ema_decay`) in place of the last ones.
-    `name_option` is how sentences call `model_name`: by the option of whoever calls.
+    `name_option` is how messages call `model_name`.
     """
     if "num_classes" in timm_kwargs:
         raise UserError(
@@ -313,60 +310,51 @@ def read_encoder(
             encoder.pretrained_cfg = _own_preparation(in_chans or 3)  # type: ignore[assignment]
         return encoder, KeyReport()
 
-    def fit(encoder: nn.Module) -> KeyReport:
-        return fit_encoder(
-            found.tensors,
-            encoder,
-            source=found.label,
-            name=found.name,
-            ignored=found.ignored,
-            name_option=name_option,
-        )
-
-    channels = found.options["in_chans"]
-    if in_chans not in (None, channels):
-        for key in ("mean", "std"):
-            if key in found.preparation:
-                found.preparation[key] = adapt_statistics(found.preparation[key], in_chans)
+    about = {
+        "source": found.label,
+        "name": found.name,
+        "ignored": found.ignored,
+        "name_option": name_option,
+    }
+    stored = found.options["in_chans"]
+    channels = in_chans or stored
+    options = {**found.options, "in_chans": channels, **timm_kwargs}
+    preparation = found.preparation
+    if channels != stored:
+        for key in preparation.keys() & {"mean", "std"}:
+            preparation[key] = adapt_statistics(preparation[key], channels)
     if is_own(found.name):
-        encoder = build_encoder(
-            found.name, **{**found.options, "in_chans": in_chans or channels, **timm_kwargs}
-        )
+        encoder = build_encoder(found.name, **options)
         first = f"{first_convolution(encoder)}.weight"
         if first in found.tensors:
-            found.tensors[first] = adapt_input(found.tensors[first], in_chans or channels)
-        report = fit(encoder)
-        known = _own_preparation(in_chans or channels)
-        size = found.preparation.get("input_size", known["input_size"][1:])
-        encoder.pretrained_cfg = {**known, **found.preparation, "input_size": (in_chans or channels, *size)}  # type: ignore[assignment]
+            found.tensors[first] = adapt_input(found.tensors[first], channels)
+        report = fit_encoder(found.tensors, encoder, **about)
+        known = {**_own_preparation(channels), **preparation}
+        size = known["input_size"][-2:]
+        encoder.pretrained_cfg = {**known, "input_size": (channels, *size)}  # type: ignore[assignment]
         return encoder, report
     encoder = build_encoder(found.name, **found.options)
-    report = fit(encoder)
-    height, width = found.preparation.get("input_size", timm_config(encoder)["input_size"][1:])
-    preparation = {
-        **found.preparation,
-        "input_size": (channels, height, width),
-        "first_conv": first_convolution(encoder),
-    }
-    if features_only or timm_kwargs or in_chans not in (None, channels):
+    report = fit_encoder(found.tensors, encoder, **about)
+    size = preparation.get("input_size", timm_config(encoder)["input_size"][1:])
+    preparation["first_conv"] = first_convolution(encoder)
+    if features_only or options != found.options:
         # timm itself wraps and adapts: the weights go in as if they were its published ones
         weights = {"state_dict": encoder.state_dict(), "num_classes": 0, "label_offset": None}
         encoder = create_model(
             found.name,
             pretrained=True,
-            pretrained_cfg_overlay={**preparation, **weights},
+            pretrained_cfg_overlay={**preparation, "input_size": (stored, *size), **weights},
             features_only=features_only,
             num_classes=0,
-            **{**found.options, "in_chans": in_chans or channels, **timm_kwargs},
+            **options,
         )
         timm_config(encoder).pop("state_dict")
-        preparation["input_size"] = (in_chans or channels, height, width)
-    timm_config(encoder).update(preparation)
+    timm_config(encoder).update(preparation, input_size=(channels, *size))
     return encoder, report
 
 
 def _own_preparation(channels: int) -> dict[str, Any]:
-    """How images of one's own encoder are prepared unless it is said; of other than colours nobody knows the mean."""
+    """Default preparation of the images of one's own encoder; other than colour images have no default mean."""
     known = _OWN_CONFIG if channels == 3 else {}
     return {**known, "input_size": (channels, *_OWN_CONFIG["input_size"][1:])}
 
@@ -418,17 +406,17 @@ def _from_file(path: Path, model_name: str | None, name_option: str) -> _Source:
 def name_of(
     built: dict[str, Any], source: Path, model_name: str | None, name_option: str = MODEL_NAME
 ) -> str:
-    """timm name of an encoder, or the caller's own word for one's own.
+    """timm name of an encoder, or `model_name` for one's own.
 
     Args:
         built: Of `description`, as a file has it.
         source: The file or folder, for messages.
-        model_name: The caller's word. A name other than the file's is taken, for modules get moved and renamed, but
-            not in silence: the weights decide whether it fits, and they do not tell everything.
+        model_name: Given by the caller. A name other than the file's is accepted with a warning, because modules get
+            renamed; whether the weights fit is checked later.
         name_option: How messages call it.
 
     Raises:
-        ValueError: It is one's own, and the caller names none.
+        UserError: It is one's own, and the caller names none.
     """
     if "own" not in built:
         return built["architecture"]

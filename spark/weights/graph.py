@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from spark.errors import UserError
 from spark.files import write_whole
 from spark.model.encoder import pyramid, pyramid_info
+from spark.model.normalise import Normalise
 
 ONNX, PROGRAM = ".onnx", ".pt2"
 OPSET = 17
@@ -47,7 +48,7 @@ def is_graph(path: str | Path) -> bool:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What sizes a graph takes; the batch is always free.
+    """Image sizes that a graph takes; the batch size is always free.
 
     Args:
         stride: That the network needs sides to be multiples of [px].
@@ -68,7 +69,7 @@ class Sizes:
         return self._allowed(kind, [self.usual])[0]
 
     def probes(self, kind: str) -> list[tuple[int, int, int]]:
-        """(B, H, W) of the images that it is tried on: the example's, odd, upright, wide, small, other batches."""
+        """(B, H, W) of the images of the comparison: the example's, odd, upright, wide, small, other batches."""
         if self.fixed:
             return [(2, *self.fixed), (1, *self.fixed), (3, *self.fixed)]
         s, (height, width) = self.stride, self.example(kind)
@@ -85,28 +86,6 @@ class Sizes:
             return list(sizes)
         up = [[max(2, -(-side // self.stride)) * self.stride for side in size] for size in sizes]
         return [(height, width) for height, width in up]
-
-
-class Normalised(nn.Module):
-    """Pixels [B, C, H, W], uint8 or floats on the scale 0 to 1, to what a network expects.
-
-    Args:
-        mean: Of each channel, on the scale 0 to 1.
-        std: Likewise.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32)[:, None, None])
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32)[:, None, None])
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Return float32 of the same shape."""
-        unit = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
-        return (unit - self.mean) / self.std
 
 
 def pad_to_stride(images: Tensor, stride: int) -> Tensor:
@@ -136,13 +115,13 @@ class EncoderGraph(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.levels = pyramid_info(encoder)
-        self.normalise = Normalised(mean, std)
+        self.normalise = Normalise(mean, std)
         self.pad = pad
         self.eval()
 
     @property
     def outputs(self) -> dict[str, str]:
-        """Name of each feature map, and what is behind "height" and "width" in the names of its axes."""
+        """Name of each feature map, and the suffix of "height" and "width" in the names of its axes."""
         return {f"stride_{level.stride}": f"_{level.stride}" for level in self.levels}
 
     @property
@@ -156,7 +135,7 @@ class EncoderGraph(nn.Module):
         return tuple(pyramid(self.encoder, pad_to_stride(x, self.stride) if self.pad else x, self.levels))
 
     def reference(self, image: Tensor) -> list[Tensor]:
-        """The same without anything that is here for the graph's sake."""
+        """The same without what only the graph needs."""
         x, s = self.normalise(image), self.stride
         padding = (0, -image.shape[-1] % s, 0, -image.shape[-2] % s)
         return list(pyramid(self.encoder, F.pad(x, padding, mode="replicate"), self.levels))
@@ -174,14 +153,14 @@ def write_graph(
     opset: int = OPSET,
     tolerance: float = TOLERANCE,
 ) -> float:
-    """Export a network of pixels, try it beside PyTorch, and write the file if it agrees.
+    """Export a network of pixels, compare it with PyTorch, and write the file if both agree.
 
     Args:
         network: From `image`, uint8 [B, C, H, W] (float32 where C is not 1 or 3), to a tuple of tensors; on the CPU.
-        reference: What it is held to, called with the same images.
+        reference: Computes the expected outputs of the same images.
         path: FILE.onnx or FILE.pt2.
-        outputs: Name of each output, and what is behind "height" and "width" in the names of its axes.
-        sizes: That the graph is to take.
+        outputs: Name of each output, and the suffix of "height" and "width" in the names of its axes.
+        sizes: Image sizes that the graph takes.
         channels: C.
         metadata: Put into the file, as text or JSON: ONNX's `metadata_props`, torch.export's extra file
             `metadata.json`. `input`, `largest_difference` and `tolerance` are added.
@@ -192,7 +171,7 @@ def write_graph(
         The largest difference that was found.
 
     Raises:
-        ValueError: It cannot be exported, or computes something else; nothing is written.
+        UserError: It cannot be exported, or computes something else; nothing is written.
         OSError: The file cannot be written.
     """
     path = Path(path)
@@ -240,7 +219,7 @@ def write_graph(
 
 
 def _difference(run: Network, probe: Tensor, wanted: Sequence[Tensor]) -> tuple[float, str]:
-    """Largest difference as a share of the largest value, over all outputs; and why there is none, as text."""
+    """Largest difference as a share of the largest value, over all outputs, and a description of it."""
     try:
         got = run(probe)
     except Exception as error:  # every runtime has its own kinds
@@ -305,7 +284,7 @@ class _Onnx:
         ):
             warnings.simplefilter(
                 "ignore"
-            )  # of tracing: parity says what came of it; of deprecation: see the log
+            )  # of tracing: the outputs are compared below; of deprecation: see the log
             file = str(Path(folder) / "graph.onnx")
             try:
                 torch.onnx.export(
@@ -329,7 +308,7 @@ class _Onnx:
             self._model = onnx.load(file)
         onnx.checker.check_model(self._model)
         quiet = onnxruntime.SessionOptions()
-        quiet.log_severity_level = 4  # what fails is told by the parity
+        quiet.log_severity_level = 4  # failures show in the comparison
         try:
             self._session = onnxruntime.InferenceSession(
                 self._model.SerializeToString(), quiet, providers=["CPUExecutionProvider"]
@@ -391,7 +370,7 @@ class _Program:
             warnings.simplefilter("ignore")
             try:
                 self._program = torch.export.export(network, (example,), dynamic_shapes=shapes, strict=False)
-            except Exception as error:  # whatever the operators raise
+            except Exception as error:  # the operators raise many kinds
                 free = (
                     ""
                     if sizes.fixed

@@ -12,7 +12,7 @@ from spark.errors import UserError
 
 @dataclass
 class KeyReport:
-    """What became of every tensor when weights were loaded.
+    """Which tensors were loaded, and which were not and why.
 
     Attributes:
         source: Where the weights came from.
@@ -67,7 +67,7 @@ def fit(
     optional: Collection[str] = (),
     ignored: Collection[tuple[str, str]] = (),
 ) -> KeyReport:
-    """Load tensors into a model whose every needed tensor they must hold, all or nothing.
+    """Load tensors into a model, all or nothing: no needed tensor may be missing.
 
     Args:
         tensors: Under the names of the model. A shape may differ by axes of length 1 (a linear layer as a 1x1
@@ -81,7 +81,7 @@ def fit(
         ignored: (name, reason) of what was left out before.
 
     Raises:
-        ValueError: The tensors are those of another architecture; the first differences are named.
+        UserError: The tensors are those of another architecture; the first differences are named.
     """
     own = model.state_dict()
     report = KeyReport(source, ignored=list(ignored))

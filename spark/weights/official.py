@@ -1,6 +1,6 @@
-"""Checkpoints from elsewhere: read without running their code, recognised, renamed, and every key accounted for.
+"""Official checkpoints: read without running code, recognised, renamed, and every key accounted for.
 
-SparK's official code (Tian et al., ICLR 2023) and its users hand around five kinds of file:
+There are five kinds of files from SparK's official code (Tian et al., ICLR 2023) and its users:
 
 1. a training file: `{args, input_size, arch, epoch, performance_desc, module, optimizer, is_pretrain}`;
 2. `*_withdecoder_1kpretrained_spark_style.pth`: what `module` holds, without the wrapper;
@@ -8,8 +8,7 @@ SparK's official code (Tian et al., ICLR 2023) and its users hand around five ki
 4. encoders of ConvNeXt, which carry the names of the original ConvNeXt code even when called timm_style;
 5. a fine-tuned file: `{module, ema, optimizer, ...}` with a classifier.
 
-`read_weights` reads them all; `load_official` makes a `SparK` of 1 and 2, `spark.training.checkpoint.load_encoder` an
-encoder of any.
+`read_weights` reads them all; `load_official` makes a `SparK` of 1 and 2, `spark.load_encoder` an encoder of any.
 """
 
 import logging
@@ -27,7 +26,14 @@ from timm.models.convnext import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from spark.errors import FileError, UserError
-from spark.model.encoder import pyramid_info, require_timm_name, unreached_parameters
+from spark.model.encoder import (
+    first_convolution,
+    input_channels,
+    pyramid_info,
+    require_timm_name,
+    timm_config,
+    unreached_parameters,
+)
 from spark.model.names import is_own
 from spark.model.spark import SparK
 from spark.weights.channels import adapt_input, adapt_output
@@ -45,7 +51,7 @@ OFFICIAL_MODELS = (
     "convnext_base",
     "convnext_large",
 )
-"""Encoders of the official releases, tried in turn when a file does not say its own."""
+"""Encoders of the official releases, tried in turn when a file does not name its encoder."""
 
 _ENCODER_PREFIX = "sparse_encoder.sp_cnn."
 _WRAPPERS = ("ema", "module", "state_dict", "model")
@@ -58,7 +64,7 @@ _UNUSED = {
 }
 
 MODEL_NAME = "model_name= (--model_name)"
-"""How sentences call the argument that names the encoder, unless the caller says what it is called there."""
+"""Name of the argument that names the encoder, in messages, unless the caller passes another."""
 
 _RENAMES = tuple(
     (re.compile(pattern), name)
@@ -78,7 +84,7 @@ _RENAMES = tuple(
 
 @dataclass
 class Weights:
-    """The weights of a file, sorted by what they belong to.
+    """The weights of a file: those of the encoder and others.
 
     Attributes:
         source: The file, and the entry of it that was read.
@@ -86,8 +92,8 @@ class Weights:
         others: Tensors of the decoder and the densify layers under the names of `spark.SparK`; empty in a file that
             holds an encoder only.
         ignored: (name, why it is not wanted).
-        arch: Name of the encoder as the file says it, or None.
-        input_size: Training size [px] as the file says it, or None.
+        arch: Name of the encoder in the file, or None.
+        input_size: Training size [px] in the file, or None.
         config: The `config` entry of a full file.
     """
 
@@ -98,30 +104,6 @@ class Weights:
     arch: str | None
     input_size: int | None
     config: dict[str, Any]
-
-
-def timm_config(encoder: nn.Module) -> dict[str, Any]:
-    """A timm model's `pretrained_cfg`, to read and to change; empty for any other network."""
-    config: Any = getattr(encoder, "pretrained_cfg", None)
-    return config if isinstance(config, dict) else {}
-
-
-def first_convolution(encoder: nn.Module) -> str | list[str] | None:
-    """Name of the convolution that reads the image.
-
-    timm's own note of it goes first (some models have several), unless an option such as `stem_type` made it untrue.
-    """
-    noted = timm_config(encoder).get("first_conv")
-    names = [noted] if isinstance(noted, str) else list(noted or ())
-    parameters = dict(encoder.named_parameters())
-    if names and all(f"{name}.weight" in parameters for name in names):
-        return noted
-    return next((key.removesuffix(".weight") for key, p in parameters.items() if p.ndim == 4), None)
-
-
-def input_channels(encoder: nn.Module) -> int:
-    """Channels that a convnet reads: those of its first convolution."""
-    return next((p.shape[1] for p in encoder.parameters() if p.ndim == 4), 3)
 
 
 def stored_channels(tensors: Mapping[str, Tensor], name: str) -> int:
@@ -138,8 +120,8 @@ def read_torch_file(path: str | Path) -> Any:
     """Read a file of `torch.save` onto the CPU without ever running code from it (`weights_only=True`).
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: The file is damaged, is no checkpoint, or holds Python objects besides tensors and plain values.
+        FileError: No such file.
+        UserError: The file is damaged, is no checkpoint, or holds Python objects besides tensors and plain values.
     """
     path = Path(path)
     if path.is_dir():
@@ -177,8 +159,8 @@ def read_weights(path: str | Path) -> Weights:
     """Read any of the five official kinds of file, or a plain state dict.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: Not readable safely, or no weights in it.
+        FileError: No such file.
+        UserError: Not readable safely, or no weights in it.
     """
     content: Any = _read_safetensors(path) if Path(path).suffix == ".safetensors" else read_torch_file(path)
     if not isinstance(content, dict):
@@ -230,8 +212,8 @@ def timm_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the encoder tensors of a file to timm's names.
 
     ResNets carry timm's names already. ConvNeXt files carry those of the original code, which timm's own
-    `checkpoint_filter_fn` maps; it is asked name by name, with an empty tensor, because with the real ones it looks
-    every shape up in the model and fails on a file of another architecture before anybody can say what differs.
+    `checkpoint_filter_fn` maps; it gets the names one by one with an empty tensor, because with the real
+    ones it looks up every shape in the model and fails on a file of another architecture without saying what differs.
     """
     if not any(key.startswith("downsample_layers.") for key in tensors):
         return dict(tensors)
@@ -244,16 +226,16 @@ def timm_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def encoder_name(weights: Weights, model_name: str | None = None, name_option: str = MODEL_NAME) -> str:
     """Name of the encoder that these weights belong to.
 
-    The caller's `model_name` goes first, which alone may name one's own encoder; then what the file says, then the
-    official model whose tensors have the same names and shapes.
+    `model_name` goes first, which alone may name one's own encoder; then the name in the file, then the official model
+    whose tensors have the same names and shapes.
 
     Args:
         weights: Of the file.
-        model_name: The caller's word, if any.
-        name_option: What the caller's caller knows it by, for messages.
+        model_name: Given by the caller.
+        name_option: How messages call `model_name`.
 
     Raises:
-        ValueError: None of them is known to timm.
+        UserError: None of them is known to timm.
     """
     if model_name is not None:
         if not is_own(model_name):
@@ -331,19 +313,19 @@ def load_official(
 ) -> SparK:
     """Make a `SparK` of an official checkpoint with decoder (kinds 1 and 2), weights only.
 
-    What the file tells sets the options: encoder, channels, decoder width, mask ratio, kind of norm, training size.
+    The file sets the options: encoder, channels, decoder width, mask ratio, kind of norm, training size.
     Nothing in the weights depends on the image size, so `input_size` may be any other.
 
     Args:
         path: The `.pth` file.
         layout: see `SparK`.
-        model_name: timm name of the encoder, if the file does not say it and it is none of the official ones.
-        spark_kwargs: Options of `SparK` that take the place of the file's. With another `in_chans`, what reads and what
-            predicts the image is adapted as `spark.weights.channels` says.
+        model_name: timm name of the encoder, if the file does not name it and it is none of the official ones.
+        spark_kwargs: Options of `SparK`, in place of the file's. With another `in_chans`, what reads and what
+            predicts the image is adapted, see `spark.weights.channels`.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: Not readable safely, no decoder in it, or weights that do not fit the model.
+        FileError: No such file.
+        UserError: Not readable safely, no decoder in it, or weights that do not fit the model.
     """
     weights = read_weights(path)
     if not weights.others:

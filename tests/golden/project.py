@@ -4,7 +4,7 @@
 """
 
 from finetune import DepthModel, load_depth_model
-from finetune.commands import app, compare, doctor
+from finetune.commands import app, compare, doctor, report
 from finetune.commands import export as export_depth
 from finetune.commands.calibrate import main as calibrate
 from finetune.config import DepthConfig
@@ -17,7 +17,7 @@ from finetune.protocols import PROTOCOLS
 from spark import SparK, load_encoder, save_encoder
 from spark.commands import export as export_encoder
 from spark.commands import prepare as prepare_images
-from spark.commands import probe, report
+from spark.commands import probe
 from spark.config import PretrainConfig
 from spark.pretrain import main as pretrain
 from tests import depth_layouts

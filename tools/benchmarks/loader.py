@@ -34,10 +34,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from spark.errors import UserError
-from spark.images.dataset import UnlabeledImages, collate_images
+from spark.images.batches import collate_images
+from spark.images.dataset import SampleReader, UnlabeledImages
 from spark.images.sources import FileSource, list_images
-from spark.images.transform import Normalise, PretrainTransform
+from spark.images.transform import PretrainTransform
 from spark.model.masking import visible_at
+from spark.model.normalise import Normalise
 from spark.seeds import derive_seed
 from spark.sparse.choice import device_name
 from spark.training.sampling import StreamSampler
@@ -106,7 +108,7 @@ def data_sets(case: LoaderCase) -> dict[str, Dataset]:
     """The contenders' data sets, the base of all ratios first."""
     return {
         "plain": PlainImages(case.files, case.size),
-        "ours": UnlabeledImages(FileSource(case.files), PretrainTransform(case.size), _SEED),
+        "ours": UnlabeledImages(FileSource(case.files), SampleReader(PretrainTransform(case.size), _SEED)),
     }
 
 
@@ -127,7 +129,7 @@ def loaders(case: LoaderCase) -> dict[str, DataLoader]:
 
 
 def _mean_and_std(images: UnlabeledImages) -> tuple[Sequence[float], Sequence[float]]:
-    transform = cast(PretrainTransform, images.transform)
+    transform = cast(PretrainTransform, images.reader.transform)
     assert transform.mean is not None
     assert transform.std is not None
     return transform.mean, transform.std
@@ -150,7 +152,7 @@ def check_pictures(case: LoaderCase) -> None:
     """
     images = data_sets(case)
     std = torch.tensor(IMAGENET_DEFAULT_STD)[:, None, None]
-    normalise = Normalise(*_mean_and_std(cast(UnlabeledImages, images["ours"])))
+    normalise = Normalise(*_mean_and_std(cast(UnlabeledImages, images["ours"])), fused=True)
     for position, file in enumerate(case.files):
         item = position, position
         sample = images["ours"][item]

@@ -9,7 +9,8 @@ import torch
 
 from finetune.depth_data.sample import DepthSample
 from finetune.protocols import Protocol, get_protocol
-from finetune.scoring.evaluators import evaluator_of
+from finetune.scoring.depth import DepthEvaluator
+from finetune.scoring.evaluators import evaluator_class, evaluator_of
 from finetune.scoring.intervals import with_intervals
 from spark.errors import UserError
 from spark.sparse.choice import device_name
@@ -40,7 +41,7 @@ def scoring_rows(
     """
     protocols = [get_protocol(name) for name in names]
     for protocol in protocols:
-        if protocol.family != "depth" or protocol.data not in ("nyu", "any"):
+        if evaluator_class(protocol) is not DepthEvaluator or protocol.data not in ("nyu", "any"):
             raise UserError(f"protocol {protocol.name} is not for frames of NYU with depth: name one that is")
     torch.set_num_threads(threads)
     pairs = made_up_pairs(size)

@@ -5,11 +5,12 @@ from pathlib import Path
 from finetune.model.depth_model import DepthModel, load_depth_model
 from finetune.model.graph import DepthGraph, describe
 from finetune.options import ExportDepthConfig
-from finetune.report.card import depth_card
+from finetune.report.card import DEPTH_MARK, depth_card
 from spark.commands.work.export import publication
 from spark.errors import UserError
+from spark.report.card import NOT_RECORDED, read_record
 from spark.weights.graph import OPSET, PROGRAM, TOLERANCE, Sizes, write_graph
-from spark.weights.hub import DEPTH_MARK, NOT_RECORDED, PREFIX, push, read_run
+from spark.weights.hub import PREFIX, push
 
 
 def export(config: ExportDepthConfig) -> None:
@@ -44,7 +45,7 @@ def write_depth_graph(model: DepthModel, config: ExportDepthConfig, output: Path
     usual = fixed or model.image_size or (8 * model.stride, 10 * model.stride)
     # photos are larger than what models are trained at, and are shrunk inside: both ways up, and of other proportions
     photos = [] if fit is None else [(3 * max(fit) + 1, 2 * max(fit) + 3), (2 * max(fit) - 1, 3 * max(fit))]
-    run = None if config.model.startswith(PREFIX) else read_run(config.model, DEPTH_MARK)
+    run = None if config.model.startswith(PREFIX) else read_record(config.model, DEPTH_MARK)
     protocol = NOT_RECORDED if run is None else str(run.option("protocol"))
     metadata = describe(model, fit, protocol)
     if not onnx and fixed is None:

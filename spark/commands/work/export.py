@@ -7,21 +7,20 @@ from typing import Any
 from torch import nn
 
 from spark.errors import FileError, UserError
-from spark.model.encoder import pyramid_info
+from spark.model.encoder import pyramid_info, timm_config
 from spark.options import ExportConfig, ExportOptions
-from spark.training.checkpoint import find_run, read_encoder, save_encoder
-from spark.weights.graph import OPSET, PROGRAM, TOLERANCE, EncoderGraph, Sizes, write_graph
-from spark.weights.hub import (
+from spark.report.card import (
     NOT_RECORDED,
     PRETRAINING_MARK,
     Publication,
     RunRecord,
     encoder_card,
     public_name,
-    push,
-    read_run,
+    read_record,
 )
-from spark.weights.official import timm_config
+from spark.training.checkpoint import find_run, read_encoder, save_encoder
+from spark.weights.graph import OPSET, PROGRAM, TOLERANCE, EncoderGraph, Sizes, write_graph
+from spark.weights.hub import push
 
 
 def export(config: ExportConfig) -> None:
@@ -32,7 +31,7 @@ def export(config: ExportConfig) -> None:
     if (source / "checkpoints").is_dir():
         source = find_run(source, str(source)) or source
     encoder, report = read_encoder(source, model_name=config.model_name, averaged=config.ema)
-    run = read_run(source, PRETRAINING_MARK) if source.is_dir() else None
+    run = read_record(source, PRETRAINING_MARK) if source.is_dir() else None
     if run is not None and config.ema:
         run = replace(run, averaged=True)
     if config.is_graph:
@@ -55,7 +54,7 @@ def export(config: ExportConfig) -> None:
 
 
 def write_encoder_graph(encoder: nn.Module, config: ExportConfig, source: str, run: RunRecord | None) -> None:
-    """Write the pyramid of feature maps as a graph, and say how near it is to PyTorch."""
+    """Write the pyramid of feature maps as a graph, and print how close it is to PyTorch."""
     known = timm_config(encoder)
     mean, std = config.mean or known.get("mean") or (), config.std or known.get("std") or ()
     channels = known["input_size"][0]

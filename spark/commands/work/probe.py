@@ -1,5 +1,6 @@
 """What spark-probe does, once its options are read."""
 
+import json
 import os
 import platform
 import time
@@ -16,31 +17,25 @@ from rich.table import Table
 from rich.text import Text
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from finetune.model.prediction import chosen_device
-from finetune.scoring.metrics import write_results
 from spark.errors import UserError
-from spark.model.encoder import PyramidLevel, pyramid, pyramid_info
+from spark.files import write_whole
+from spark.images.loader import load_batches
+from spark.model.encoder import PyramidLevel, input_channels, pyramid, pyramid_info, timm_config
 from spark.monitor.probes import (
     MAX_ITERATIONS,
     TEMPERATURE,
     Preparation,
     PreparedImages,
-    choose_strength,
-    fit_logistic,
-    knn_predict,
     list_labelled,
+    probe_scores,
     require_images_of_each_class,
-    share_equal,
-    standardise,
 )
 from spark.options import ProbeConfig
+from spark.training.accelerator import chosen_device
 from spark.training.log import progress_bar
 from spark.training.skipped import UnreadableImages
-from spark.training.stop import ignore_stop_signals
 from spark.weights.encoder import description, load_encoder
-from spark.weights.official import input_channels, timm_config
 
 # ----------------------------------------------------------------------------------------------------
 # Features
@@ -61,8 +56,8 @@ def open_candidate(source: str, options: ProbeConfig) -> Candidate:
     """Load an encoder. Random weights are a function of the seed alone, not of the encoders before.
 
     Raises:
-        ValueError: no encoder, no such level, an image size below its stride, or not an encoder of images.
-        FileNotFoundError: a path that does not exist.
+        UserError: no encoder, no such level, an image size below its stride, or not an encoder of images.
+        FileError: a path that does not exist.
     """
     torch.manual_seed(options.seed)
     model = load_encoder(source, pretrained=options.pretrained, model_name=options.model_name)
@@ -120,7 +115,7 @@ def extract_features(
     Args:
         candidate: the encoder; it is moved to the device for the while.
         files: images.
-        unreadable: counts the files that cannot be read; each is told to the user once.
+        unreadable: counts the files that cannot be read; each is printed once.
         device: where to compute.
         precision: fp32, or bf16 under autocast. The average over positions is taken in fp32.
         batch_size: images of one forward.
@@ -130,19 +125,15 @@ def extract_features(
         Features [M, D] of the M files that could be read, float32 on the CPU, and their indices in `files` [M].
 
     Raises:
-        ValueError: no file could be read, or a feature is not finite.
+        UserError: no file could be read, or a feature is not finite.
     """
     model = candidate.model.to(device).eval()
-    loader = DataLoader(
-        PreparedImages(files, candidate.preparation),
-        batch_size,
-        num_workers=workers,
-        collate_fn=list,
-        worker_init_fn=ignore_stop_signals,
-    )
+    images = PreparedImages(files, candidate.preparation)
+    loader = load_batches(images, workers, device, batch_size=batch_size, collate_fn=list)
     features, kept = [], []
     begin = time.monotonic()
-    with progress_bar(len(loader), every=max(1, len(loader) // 5)) as bar:
+    steps = -(-len(files) // batch_size)
+    with progress_bar(steps, every=max(1, steps // 5)) as bar:
         bar.say(f"{candidate.source}, {candidate.preparation.size[0]}x{candidate.preparation.size[1]} px")
         for step, samples in enumerate(loader, start=1):
             for line in unreadable.add([image for _, image in samples if isinstance(image, str)]):
@@ -171,28 +162,6 @@ def extract_features(
 # ----------------------------------------------------------------------------------------------------
 # The command
 # ----------------------------------------------------------------------------------------------------
-
-
-def probe(
-    train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor, options: ProbeConfig
-) -> dict[str, Any]:
-    """Score features [N, D] with labels [N] on those of the validation split, [M, D] and [M]."""
-    classes = int(train_labels.max()) + 1
-    train, val = standardise(train, val)
-    predicted = knn_predict(train, train_labels, val, sorted(set(options.k)), classes)
-    strength, held_out = choose_strength(train, train_labels, classes, options.l2, options.seed)
-    model = fit_logistic(train, train_labels, classes, strength)
-    return {
-        "features": train.shape[1],
-        "knn": {str(k): share_equal(predicted[k], val_labels) for k in sorted(set(options.k))},
-        "linear": {
-            "val": model.accuracy(val, val_labels),
-            "train": model.accuracy(train, train_labels),
-            "l2": strength,
-            "converged": model.converged,
-            "held_out": held_out,
-        },
-    }
 
 
 def run(options: ProbeConfig, command: str) -> dict[str, Any]:
@@ -232,13 +201,12 @@ def run(options: ProbeConfig, command: str) -> dict[str, Any]:
         )
         train, labels = data.train[kept], data.labels[kept]
         require_images_of_each_class(data.classes, labels[train], labels[~train])
-        features, labels, train = features.to(device), labels.to(device), train.to(device)
-        scores = probe(features[train], labels[train], features[~train], labels[~train], options)
+        scores = probe_scores(features, labels, train, sorted(set(options.k)), options.l2, options.seed)
         majority = labels[train].bincount().argmax()
         results["images"] = {"train": int(train.sum()), "val": int((~train).sum())}
         results["unreadable"] = dict(unreadable.reasons)
         results["chance"] = 1 / len(data.classes)
-        results["majority"] = share_equal(majority, labels[~train])
+        results["majority"] = (labels[~train] == majority).double().mean().item()
         results["encoders"].append(
             {
                 "encoder": candidate.source,
@@ -251,7 +219,7 @@ def run(options: ProbeConfig, command: str) -> dict[str, Any]:
                 "seconds": round(time.monotonic() - begin, 1),
             }
         )
-        write_results(options.output, results)
+        write_whole(options.output, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
     return results
 
 

@@ -1,4 +1,4 @@
-"""Where images come from: one interface, and the form of a text that says which source is meant."""
+"""Where images come from: one interface, and the texts that name a source (`data.train`)."""
 
 import glob
 import os
@@ -41,11 +41,11 @@ def open_source(text: str, cache: str | Path, max_unreadable: float = 0.0) -> tu
 
     - a folder: the images in it and its subfolders; if it holds tar files and no image, these; else its `.npy` files
     - a `.tar`: a shard; a `.npy`: an array of images; any other file: a list of image files, one path a line
-    - a pattern with `*`, `?`, `[...]` or braces (`{000..127}`, `{a,b}`): the images, or the tar shards, that it fits
+    - a pattern with `*`, `?`, `[...]` or braces (`{000..127}`, `{a,b}`): the images, or the tar shards, that match
     - `http://` or `https://`, with braces or without: tar shards, fetched to `cache` first
     - `hf:NAME[:SPLIT[:COLUMN]]`: a Hugging Face data set
 
-    What exists under the very name comes before patterns.
+    A file or folder of exactly this name goes before patterns.
 
     Args:
         text: as above.
@@ -53,10 +53,10 @@ def open_source(text: str, cache: str | Path, max_unreadable: float = 0.0) -> tu
         max_unreadable: share of the shards that may fail to be fetched, from 0 to 1; above 0 it allows one at least.
 
     Returns:
-        The source, and "URL: reason" of each shard that it lacks.
+        The source, and "URL: reason" of each shard that could not be fetched.
 
     Raises:
-        ValueError: there is nothing of the kind, or it is damaged; more shards than accepted cannot be fetched.
+        UserError: there is no such source, or it is damaged; too many shards cannot be fetched.
         OSError: it cannot be read, or `cache` not be written.
     """
     if text.startswith("hf:"):
@@ -85,7 +85,7 @@ def open_stream(text: str, size: int | None = None) -> StreamedSource:
         size: number of images, if it is known.
 
     Raises:
-        ValueError: nothing of the kind; a data set that cannot be opened.
+        UserError: there is no such source, or it cannot be opened.
         OSError: it cannot be read.
     """
     if text.startswith("hf:"):
@@ -105,7 +105,7 @@ def open_stream(text: str, size: int | None = None) -> StreamedSource:
 
 
 def _named(path: Path) -> tuple[list[str], list[str]]:
-    """The tar shards that a path or pattern names, or the images that a pattern fits; neither for other forms."""
+    """(tar shards, images) that a path or pattern names; both empty for other forms."""
     if not path.exists() and re.search(r"[*?\[{]", str(path)):
         return _matching(str(path))
     if path.is_dir() and (shards := sorted(path.glob("*.tar"))) and not _has_images(path):
@@ -125,22 +125,22 @@ def _braces(text: str) -> list[str]:
 
 
 def _matching(pattern: str) -> tuple[list[str], list[str]]:
-    """The tar shards or the images, one of the two, that a pattern fits."""
+    """(tar shards, images) that match a pattern; one of the two is empty."""
     found: list[str] = []
     for part in _braces(pattern):
         matches = sorted(glob.glob(part, recursive=True))
         if not matches:
-            raise FileError(f"nothing fits {part}: check the path, or the range in the braces")
+            raise FileError(f"nothing matches {part}: check the path, or the range in the braces")
         found += matches
     shards = [name for name in found if name.endswith(".tar")]
     images = [name for name in found if os.path.splitext(name)[1].lower() in (*EXTENSIONS, ".npy")]
     if shards and images:
         raise UserError(
-            f"{pattern} fits {len(shards)} tar shards and {len(images)} images: name one kind only"
+            f"{pattern} matches {len(shards)} tar shards and {len(images)} images: name one kind only"
         )
     if not shards and not images:
         raise UserError(
-            f"{pattern} fits {len(found)} files or folders, and no image or tar shard among them, first {found[0]}"
+            f"{pattern} matches {len(found)} files or folders, and no image or tar shard among them, first {found[0]}"
         )
     return shards, images
 

@@ -17,7 +17,7 @@ class ArraySource:
         path: of the file.
 
     Raises:
-        ValueError: not such an array, or cut off.
+        UserError: not such an array, or cut off.
     """
 
     def __init__(self, path: str | Path):

@@ -10,12 +10,12 @@ from spark.errors import UserError
 
 
 class Source(Protocol):
-    """Images that can be had in any order, by number."""
+    """Images that can be read in any order, by number."""
 
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What a user finds the image by: its path, or that of the file that holds it and its place there."""
+        """Name for messages: the path of the image, or of the file that holds it and its place there."""
         ...
 
     def read(self, index: int) -> bytes | np.ndarray:
@@ -23,21 +23,21 @@ class Source(Protocol):
 
         Raises:
             OSError: it cannot be read.
-            ValueError: it is no image.
+            UserError: it is no image.
         """
         ...
 
     def digest(self) -> str:
-        """Hexadecimal digest of what the images are called and of their order, to notice that a data set changed."""
+        """Hexadecimal digest of the names of the images and of their order, to notice that a data set changed."""
         ...
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An image that was met while a shard was read.
+    """An image in a shard that is read from front to back.
 
     Attributes:
-        name: what a user finds it by.
+        name: for messages.
         read: gives the encoded image; raises OSError or ValueError as `Source.read` does.
         after: place in the shard behind it, for `StreamedSource.entries`.
     """
@@ -48,14 +48,14 @@ class Entry:
 
 
 class ShardError(UserError):
-    """A shard, or what is left of it, cannot be read; the message is the reason, in one line."""
+    """A shard, or the rest of it, cannot be read; the message is the reason, in one line."""
 
 
 class StreamedSource(Protocol):
     """Images in shards that are read from front to back, on a disk or behind a network.
 
     Attributes:
-        size: number of images, None where nobody says it.
+        size: number of images, None where it is unknown.
     """
 
     size: int | None
@@ -65,7 +65,7 @@ class StreamedSource(Protocol):
         ...
 
     def shard_name(self, shard: int) -> str:
-        """What a user finds a shard by."""
+        """Name of a shard, for messages."""
         ...
 
     def entries(self, shard: int, start: int = 0) -> Iterator[Entry]:
@@ -73,7 +73,7 @@ class StreamedSource(Protocol):
 
         Args:
             shard: its number.
-            start: 0 for its beginning, or `Entry.after` of the last image that is not wanted again.
+            start: 0 for its beginning, or `Entry.after` of the last image that was read.
 
         Raises:
             ShardError: it cannot be opened, breaks off, or holds no image.
@@ -81,5 +81,5 @@ class StreamedSource(Protocol):
         ...
 
     def digest(self) -> str:
-        """Hexadecimal digest of what the shards are called and of their order."""
+        """Hexadecimal digest of the names of the shards and of their order."""
         ...

@@ -19,7 +19,7 @@ class FileSource:
             change when the whole of it is moved.
 
     Raises:
-        ValueError: no files.
+        UserError: no files.
     """
 
     def __init__(self, paths: Sequence[str | Path], root: str | Path = ""):
@@ -67,8 +67,8 @@ def list_images(source: str | Path, confined: bool = False, arrays: bool = False
         arrays: take `.npy` files where a folder holds no image.
 
     Raises:
-        FileNotFoundError: the source, or a file named in the list, does not exist.
-        ValueError: no image in the folder or the list; the source is neither a folder nor a text file; an entry of
+        FileError: the source, or a file named in the list, does not exist.
+        UserError: no image in the folder or the list; the source is neither a folder nor a text file; an entry of
             the list leads out of its folder.
         OSError: a subfolder cannot be read.
     """

@@ -16,7 +16,7 @@ class HubSource:
             `load_dataset` takes); SPLIT is "train" unless named; COLUMN need only be named if several hold images.
 
     Raises:
-        ValueError: `datasets` is not installed, no such data set, split or column, or a column that holds no images.
+        UserError: `datasets` is not installed, no such data set, split or column, or a column that holds no images.
     """
 
     def __init__(self, text: str):
@@ -47,7 +47,7 @@ def hub_title(text: str) -> tuple[str, str, str]:
     """Name, split and column ("" if not named) of `NAME[:SPLIT[:COLUMN]]`.
 
     Raises:
-        ValueError: another form.
+        UserError: another form.
     """
     name, split, column = (*text.split(":"), "", "")[:3]
     if not name or text.count(":") > 2:
@@ -64,7 +64,7 @@ def open_hub(name: str, split: str, streaming: bool = False) -> tuple[Any, Any]:
         streaming: rows are had in their order only, and nothing is kept on the disk.
 
     Raises:
-        ValueError: `datasets` is not installed; no such data set or split.
+        UserError: `datasets` is not installed; no such data set or split.
     """
     try:
         import datasets
@@ -102,7 +102,7 @@ def image_column(name: str, features: Mapping[str, Any], kinds: Any, column: str
         column: as asked for, "" for the only one of images.
 
     Raises:
-        ValueError: there is no such column, or it holds no images, or several do and none is named.
+        UserError: there is no such column, or it holds no images, or several do and none is named.
     """
     images = [found for found, kind in features.items() if isinstance(kind, kinds.Image)]
     there = ", ".join(f"{found} ({type(kind).__name__})" for found, kind in features.items())
@@ -122,7 +122,7 @@ def cell_bytes(cell: Mapping[str, Any] | None) -> bytes:
     """The encoded image of a row.
 
     Raises:
-        ValueError: the row has none.
+        UserError: the row has none.
         OSError: it names a file that cannot be read.
     """
     if cell is None or (cell["bytes"] is None and cell["path"] is None):

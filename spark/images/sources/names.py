@@ -1,18 +1,17 @@
-"""Millions of names in two arrays, which loader processes share or copy as one piece each."""
+"""Millions of names in two arrays, which loader processes share."""
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
-from typing import overload
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 
-class Names(Sequence[str]):
+class Names:
     """An immutable list of file names as bytes one after another, and where each of them ends.
 
-    A Python list costs about a hundred bytes a name beside the name, and every loader process gets a copy of its own,
-    as counting references writes to memory that it shared. Here a name costs its length and 8 bytes.
+    In a Python list a name costs about a hundred bytes more than its length, and every loader process gets a copy,
+    because counting references writes to shared memory. Here a name costs its length and 8 bytes.
 
     Args:
         names: as the file system gives them (names that are not UTF-8 are kept).
@@ -30,17 +29,13 @@ class Names(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self):
             raise IndexError(index)
-        first = index % len(self)
-        return os.fsdecode(self._text[self._ends[first] : self._ends[first + 1]].tobytes())
+        return os.fsdecode(self._text[self._ends[index] : self._ends[index + 1]].tobytes())
 
     def digest(self) -> str:
         """SHA-256 of all names, each followed by a zero byte, which no name has."""

@@ -1,10 +1,9 @@
 """Files behind http(s) addresses: read from front to back, or fetched once to a folder on the disk.
 
-Tar shards that are fetched are like any other: any image at once, exact resume, the same run whatever the number of
-processes. Price: the data set must fit on the disk, and training begins when it is there.
+Fetched tar shards are like any other: random access, exact resume, the same run with any number of processes. The data
+set must fit on the disk, and training begins once it is there.
 """
 
-import fcntl
 import hashlib
 import http.client
 import io
@@ -19,21 +18,23 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
+from filelock import FileLock
+
 from spark.errors import FileError
 from spark.images.sources.tars import image_entries
 
 RETRIES = 4
 PAUSE = 1.0  # before the first retry; doubled for each further one [s]
-TIMEOUT = 60  # for a server that says nothing [s]
+TIMEOUT = 60  # of a server that does not answer [s]
 CONNECTIONS = 4
 _CHUNK = 1 << 20
 
 
 class DownloadError(FileError):
-    """What is behind an address cannot be had, or not all of it; the message is the reason.
+    """A file cannot be downloaded, or not all of it; the message is the reason.
 
     Attributes:
-        stale: the file is another one than before: it has no such place, or another length.
+        stale: the file changed on the server: it has another length.
     """
 
     def __init__(self, reason: str, stale: bool = False):
@@ -42,14 +43,14 @@ class DownloadError(FileError):
 
 
 class Download(io.RawIOBase):
-    """The bytes behind an address, from front to back. A connection that breaks off is taken up where it ended.
+    """The bytes behind an address, from front to back. A broken connection is resumed where it ended.
 
-    `RETRIES` attempts in a row may fail; one that brings a megabyte ends the row. A server that knows no ranges sends
-    the file again, and what is known of it is passed over.
+    `RETRIES` attempts in a row may fail; an attempt that brings a megabyte resets the count. A server without range
+    requests sends the file again, and its known part is skipped.
 
     Args:
         url: http or https.
-        start: place of the first byte that is wanted.
+        start: first byte to read.
 
     Raises:
         DownloadError: on reading; the server refuses, or the connection breaks off again and again.
@@ -129,15 +130,15 @@ class Download(io.RawIOBase):
 def fetch_shards(urls: Sequence[str], folder: str | Path) -> tuple[list[Path], list[str]]:
     """Fetch shards that are not there yet, several at once.
 
-    A shard takes its name when it is whole and has been looked through. Several processes may call this with the same
-    folder: one of them fetches a shard, the others wait for it.
+    A shard gets its final name once it is whole and its entries were checked. Several processes may call this with
+    the same folder: one of them fetches a shard, the others wait for it.
 
     Args:
         urls: http or https.
-        folder: where the shards are kept, under names made of those that they have and of their addresses.
+        folder: where the shards are kept, under their names with a digest of their addresses.
 
     Returns:
-        The files of the shards that could be had, in order; "URL: reason" of each that could not.
+        The files of the fetched shards, in order; "URL: reason" of each that could not.
 
     Raises:
         OSError: the folder cannot be written; a full disk.
@@ -159,10 +160,9 @@ def local_name(url: str) -> str:
 
 
 def _fetch(url: str, path: Path) -> Path | str:
-    """The whole shard at `path`, or why it cannot be had."""
+    """The whole shard at `path`, or why it could not be fetched."""
     part = path.with_name(f".{path.name}.part")
-    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the file, whatever ends the process
+    with FileLock(path.with_name(f".{path.name}.lock")):  # released with the process, however it ends
         if path.exists():
             return path
         for _ in range(2):
@@ -177,7 +177,7 @@ def _fetch(url: str, path: Path) -> Path | str:
             except (DownloadError, ValueError) as error:
                 part.unlink()
                 reason = str(error).replace(str(part), path.name)
-                # Once more from the beginning, if what was there may be that of another shard.
+                # Once more from the beginning, if the earlier part may belong to another file.
                 if not (error.stale if isinstance(error, DownloadError) else begun):
                     break
         return " ".join(reason.split()).replace(": ", ", ")

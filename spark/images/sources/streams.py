@@ -13,13 +13,13 @@ from spark.images.sources.tars import stream_images
 
 
 class TarStream:
-    """Tar shards on the disk or behind http(s) addresses; what `TarSource` says of entries holds here too.
+    """Tar shards on the disk or behind http(s) addresses; their entries are as in `TarSource`.
 
-    A place in a shard is a byte, so that a server which knows ranges sends no byte twice.
+    A place in a shard is counted in bytes, so that a server with range requests sends no byte twice.
 
     Args:
         shards: paths or addresses.
-        size: number of images, None if nobody says it.
+        size: number of images, None if unknown.
     """
 
     def __init__(self, shards: Sequence[str], size: int | None = None):
@@ -68,14 +68,14 @@ class HubStream:
         size: number of images; None asks the data set's own description.
 
     Raises:
-        ValueError: as `HubSource` does.
+        UserError: as `HubSource` does.
     """
 
     def __init__(self, text: str, size: int | None = None):
         self._name, self._split, column = hub_title(text)
         rows, kinds = open_hub(self._name, self._split, streaming=True)
         features = rows.features
-        if features is None:  # formats without a schema: the first row tells
+        if features is None:  # formats without a schema: taken from the first row
             features = rows._resolve_features().features
         self._column = image_column(self._name, features, kinds, column)
         self._rows = rows.select_columns(self._column).cast_column(self._column, kinds.Image(decode=False))

@@ -1,7 +1,7 @@
 """Images in tar shards: any of them at once, by an index that is built when shards on the disk are opened, or one after
 another, as the bytes of a shard arrive.
 
-Nothing is unpacked, so no entry can be written anywhere; what is not a plain file (links, devices) is passed over.
+Nothing is unpacked, so no entry can be written anywhere; entries other than plain files (links, devices) are skipped.
 """
 
 import os
@@ -17,7 +17,7 @@ from spark.images.decode import EXTENSIONS
 from spark.images.sources.names import Names
 
 SHARD_EXTENSIONS = (*EXTENSIONS, ".image.npy")
-"""Images in a shard. `.npy` alone is none: beside a photo it is as a rule something else, an embedding of it, say."""
+"""Images in a shard. Not `.npy` alone: beside a photo that is usually something else, such as its embedding."""
 
 _BLOCK = 512  # of a tar file [bytes]
 _CHUNK = 1 << 20  # read at once [bytes]
@@ -27,15 +27,15 @@ _COMPRESSED = (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5")  # how gzip, bzip2, xz
 class TarSource:
     """The image files in tar shards, in the order of the shards and of the entries in them.
 
-    The conventions are those of webdataset: `KEY.jpg` beside `KEY.json` and whatever else; only images are taken, by
-    the extensions of `SHARD_EXTENSIONS`. An image costs its name and 28 bytes of memory.
+    The conventions are those of webdataset: `KEY.jpg` beside `KEY.json` and others; only images are read, by the
+    extensions of `SHARD_EXTENSIONS`. An image costs its name and 28 bytes of memory.
 
     Args:
         shards: the tar files, not compressed.
-        extensions: in lower case, of the files that are taken.
+        extensions: of the files that are read, in lower case.
 
     Raises:
-        ValueError: a shard that is empty, cut off, compressed, or no tar file, or without an image.
+        UserError: a shard that is empty, cut off, compressed, or no tar file, or without an image.
         OSError: a shard cannot be read.
     """
 
@@ -89,39 +89,15 @@ class TarSource:
 def image_entries(
     shard: str | Path, extensions: Collection[str] = SHARD_EXTENSIONS
 ) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size [bytes] of every image (or file of other `extensions`) in a tar file.
+    """Name, offset and size [bytes] of every image (or file of other `extensions`) in a tar file on the disk.
 
     Raises:
-        ValueError: it is empty, cut off, compressed, or no tar file, or without an image.
+        UserError: it is empty, cut off, compressed, or no tar file, or without an image.
         OSError: it cannot be read.
     """
-    size = os.path.getsize(shard)
-    images = 0
     with open(shard, "rb") as file:
-        head = file.read(_BLOCK)
-        file.seek(0)
-        end = 0
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as archive:
-                for entry in archive:
-                    end = entry.offset_data + (-(-entry.size // _BLOCK) * _BLOCK if entry.isreg() else 0)
-                    if end > size:
-                        raise UserError(_cut_off(shard, f"in {entry.name}"))
-                    if entry.isreg() and not entry.issparse() and _is_image(entry.name, extensions):
-                        images += 1
-                        yield entry.name, entry.offset_data, entry.size
-                    archive.members = []  # pyright: ignore[reportAttributeAccessIssue]  # or it would keep them all
-        except tarfile.TarError as error:
-            raise UserError(
-                _cut_off(shard, "in the header or the data of an entry")
-                if end
-                else _no_tar(shard, head, error)
-            ) from error
-        file.seek(end)
-        if file.read(_BLOCK) != bytes(_BLOCK):
-            raise UserError(_cut_off(shard, "before the mark that ends a tar file"))
-    if not images:
-        raise UserError(_no_image(shard, extensions))
+        for entry, _ in _images(_Reader(file, 0), shard, extensions):
+            yield entry.name, entry.offset_data, entry.size
 
 
 def stream_images(file: BufferedReader, shard: str, start: int = 0) -> Iterator[tuple[str, bytes, int]]:
@@ -136,41 +112,51 @@ def stream_images(file: BufferedReader, shard: str, start: int = 0) -> Iterator[
         Name and content, and the place of the next entry [bytes].
 
     Raises:
-        ValueError: it is empty, cut off, compressed, or no tar file, or (from 0 on) without an image.
+        UserError: it is empty, cut off, compressed, or no tar file, or (from 0 on) without an image.
         OSError: it cannot be read.
     """
-    forward = _Forward(file, start)
-    images = 0
+    reader = _Reader(file, start)
+    for entry, after in _images(reader, shard, SHARD_EXTENSIONS):
+        reader.seek(entry.offset_data)
+        content = reader.read_all(entry.size)
+        if len(content) < entry.size:
+            raise UserError(_cut_off(shard, f"in {entry.name}"))
+        yield entry.name, content, after
+
+
+def _images(
+    reader: "_Reader", shard: str | Path, extensions: Collection[str]
+) -> Iterator[tuple[tarfile.TarInfo, int]]:
+    """The entries with an image, each with the place of the next entry; errors as of `stream_images`."""
+    start, images = reader.tell(), 0
     try:
-        with tarfile.open(fileobj=forward, mode="r:") as archive:  # pyright: ignore[reportArgumentType, reportCallIssue]
+        with tarfile.open(fileobj=reader, mode="r:") as archive:  # pyright: ignore[reportArgumentType, reportCallIssue]
             for entry in archive:
-                if entry.isreg() and not entry.issparse() and _is_image(entry.name, SHARD_EXTENSIONS):
-                    forward.seek(entry.offset_data)
-                    content = forward.read_all(entry.size)
-                    if len(content) < entry.size:
-                        raise UserError(_cut_off(shard, f"in {entry.name}"))
+                if entry.isreg() and not entry.issparse() and _is_image(entry.name, extensions):
                     images += 1
-                    yield entry.name, content, archive.offset
+                    yield entry, archive.offset
                 archive.members = []  # pyright: ignore[reportAttributeAccessIssue]  # or it would keep them all
     except tarfile.TarError as error:
         raise UserError(
             _cut_off(shard, "in the header or the data of an entry")
-            if forward.tell() > _BLOCK or start
-            else _no_tar(shard, forward.last, error)
+            if reader.tell() > _BLOCK or start
+            else _no_tar(shard, reader.last, error)
         ) from error
-    if forward.last != bytes(_BLOCK):
+    if reader.last != bytes(_BLOCK):
         raise UserError(_cut_off(shard, "before the mark that ends a tar file"))
     if not images and not start:
-        raise UserError(_no_image(shard, SHARD_EXTENSIONS))
+        raise UserError(
+            f"the shard {shard} holds no image: looked for entries that end in {' '.join(extensions)}"
+        )
 
 
-class _Forward:
-    """A file as tarfile wants it, of one that can only be read on; tarfile never asks for what it has read already."""
+class _Reader:
+    """A file as tarfile wants it, of one that may not be able to seek; tarfile never asks for what it has read."""
 
     def __init__(self, file: BufferedReader, place: int):
         self._file = file
         self._place = place
-        self.last = b""  # what was read last: a block of zeros, where the mark that ends a tar file was met
+        self.last = b""  # what was read last: a block of zeros at the mark that ends a tar file
 
     def tell(self) -> int:
         return self._place
@@ -178,11 +164,13 @@ class _Forward:
     def seek(self, place: int) -> None:
         if place < self._place:
             raise tarfile.ReadError("an entry of negative size")
+        if self._file.seekable():
+            self._place = self._file.seek(place)
         while self._place < place and self.read(min(place - self._place, _CHUNK)):
             pass
 
     def read_all(self, count: int) -> bytes:
-        """As many bytes, or fewer at the end; memory is taken for those that come, not for those that are promised."""
+        """This many bytes, or fewer at the end; memory is taken as they come, not as the header promises."""
         parts = []
         while count > 0 and (part := self.read(min(count, _CHUNK))):
             parts.append(part)
@@ -196,7 +184,7 @@ class _Forward:
 
 
 def _no_tar(shard: str | Path, head: bytes, error: Exception) -> str:
-    """What a file is that begins so."""
+    """Why a file with this beginning is no tar file."""
     if not head:
         return f"the shard {shard} is empty (0 bytes): write it again, or leave it out"
     if head.startswith(_COMPRESSED):
@@ -210,10 +198,6 @@ def _no_tar(shard: str | Path, head: bytes, error: Exception) -> str:
             "a permission"
         )
     return f"{shard} is no tar file ({error}): name shards, or an image folder or list"
-
-
-def _no_image(shard: str | Path, extensions: Collection[str]) -> str:
-    return f"the shard {shard} holds no image: looked for entries that end in {' '.join(extensions)}"
 
 
 def _cut_off(shard: str | Path, where: str) -> str:

@@ -219,7 +219,7 @@ def spconv_layout() -> Layout:
     """The packed layout with spconv's convolutions.
 
     Raises:
-        ValueError: spconv is missing or does not import.
+        UserError: spconv is missing or does not import.
     """
     rules = {**packed.PACKED.rules, "conv2d": _Conv2d(_import_ops())}
     return Layout("spconv", rules, packed.PACKED.from_dense, packed.PACKED.to_dense)

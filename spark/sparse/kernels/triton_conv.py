@@ -69,7 +69,7 @@ def submanifold_conv(
         recipe: how to compute the rows again.
 
     Raises:
-        ValueError: a window that `fits` refuses, or rows on a CPU without Triton's interpreter.
+        UserError: a window that `fits` refuses, or rows on a CPU without Triton's interpreter.
     """
     kh, kw = weight.shape[2:]
     window = Window((kh, kw), (1, 1), (kh // 2, kw // 2))

@@ -61,7 +61,7 @@ def require_device(rows: Tensor) -> None:
     """Kernels run on a GPU.
 
     Raises:
-        ValueError: the rows lie on a CPU, and Triton's interpreter was not on when this module was imported.
+        UserError: the rows lie on a CPU, and Triton's interpreter was not on when this module was imported.
     """
     if not rows.is_cuda and isinstance(_normalise_kernel, triton.JITFunction):
         raise UserError(

@@ -30,7 +30,7 @@ def triton_layout() -> Layout:
     """The packed layout with Triton's convolutions and batch norms; always the same object.
 
     Raises:
-        ValueError: the package triton is missing.
+        UserError: the package triton is missing.
     """
     try:
         import triton  # noqa: F401

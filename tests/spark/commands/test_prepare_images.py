@@ -17,12 +17,13 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from spark.images.dataset import UnlabeledImages
+from spark.commands.prepare import main
+from spark.commands.work import prepare as prepare_images
+from spark.images.dataset import SampleReader, UnlabeledImages
 from spark.images.sources import open_source, open_stream
 from spark.images.transform import PretrainTransform
 
 ROOT = Path(__file__).resolve().parents[3]
-from spark.commands import prepare as prepare_images
 
 
 def photo(path: Path, height=300, width=400, **options) -> Path:
@@ -51,7 +52,7 @@ def photos(tmp_path) -> Path:
 
 def run(photos, output, *more) -> dict:
     options = ["--short_side", "64", "--shard_size", "3", "--workers", "1", *more]
-    prepare_images.main(["--input", str(photos), "--output", str(output), *options])
+    main(["--input", str(photos), "--output", str(output), *options])
     return json.loads((output / "report.json").read_text())
 
 
@@ -131,7 +132,7 @@ def test_a_terminated_run_goes_on(tmp_path):
     for number in range(40):
         photo(folder / f"{number:02}.png", 700, 700)
     output = tmp_path / "out"
-    command = [sys.executable, str(ROOT / "tools" / "prepare_images.py"), "--input", str(folder)]
+    command = [sys.executable, str(ROOT / "spark" / "commands" / "prepare.py"), "--input", str(folder)]
     command += ["--output", str(output), "--shard_size", "2", "--workers", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
@@ -147,7 +148,7 @@ def test_a_terminated_run_goes_on(tmp_path):
     assert not list(output.glob(".*.part"))
     assert len(open_source(str(output), "unused")[0]) == 2 * len(done)  # all of them whole
 
-    prepare_images.main(command[2:])
+    main(command[2:])
     assert len(open_source(str(output), "unused")[0]) == 40
     assert {path: path.stat().st_mtime_ns for path in done} == done
 
@@ -157,7 +158,7 @@ def test_nothing_of_a_killed_run_goes_on_or_stays(tmp_path):
     folder.mkdir()
     for number in range(40):
         photo(folder / f"{number:02}.png", 700, 700)
-    command = [sys.executable, str(ROOT / "tools" / "prepare_images.py"), "--input", str(folder)]
+    command = [sys.executable, str(ROOT / "spark" / "commands" / "prepare.py"), "--input", str(folder)]
     command += ["--output", str(output), "--shard_size", "2", "--workers", "2"]
     with subprocess.Popen(
         command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -169,7 +170,7 @@ def test_nothing_of_a_killed_run_goes_on_or_stays(tmp_path):
         process.communicate(timeout=120)  # ends when the last worker has closed the pipe
     assert 1 <= len(list(output.glob("*.tar"))) < 20
     (output / ".000019.tar.77.part").write_bytes(b"half")
-    prepare_images.main(command[2:])
+    main(command[2:])
     assert len(open_source(str(output), "unused")[0]) == 40
     assert not list(output.glob(".*.part"))
 
@@ -190,7 +191,9 @@ def bands(kind, number, height=90, width=120, channels=5) -> np.ndarray:
 
 def samples(path: Path, channels: int) -> list:
     transform = PretrainTransform(32, channels, (0.5, 1), (0.5,) * channels, (0.5,) * channels)
-    images = UnlabeledImages(open_source(str(path), "unused")[0], transform, seed=0, channels=channels)
+    images = UnlabeledImages(
+        open_source(str(path), "unused")[0], SampleReader(transform, seed=0, channels=channels)
+    )
     return [images[position, position] for position in range(len(images))]
 
 
@@ -273,7 +276,9 @@ def test_refusals(photos, tmp_path, capsys):
 
     assert "holds other files already: name a new or empty folder" in refused(photos)
     assert "is a file: name a folder" in refused(photos / "0.jpg")
-    assert "--quality lies in 1..100, not 0" in refused(tmp_path / "out", "--quality", "0")
+    assert "quality must be a whole number from 1 to 100, got 0" in refused(
+        tmp_path / "out", "--quality", "0"
+    )
     assert not (tmp_path / "out").exists()
     run(photos, tmp_path / "out")
     capsys.readouterr()

@@ -13,9 +13,11 @@ import torch
 from PIL import Image
 
 from spark import save_encoder
-from spark.commands import probe
+from spark.commands.probe import main
+from spark.commands.work import probe
 from spark.model.encoder import pyramid, pyramid_info
 from spark.monitor import probes as probing
+from spark.options import ProbeConfig
 from spark.training.skipped import UnreadableImages
 
 COLOURS = {"green": (40, 200, 60), "red": (210, 40, 50)}
@@ -42,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(data: Path, output: Path, *more: str, encoders: tuple[str, ...] = ("test_resnet",)) -> dict:
     small = ["--size", "64", "--k", "3", "1", "3", "--l2", "1e-3", "1", "--device", "cpu"]
-    probe.main(["--encoder", *encoders, "--data", str(data), "--output", str(output), *small, *more])
+    main(["--encoder", *encoders, "--data", str(data), "--output", str(output), *small, *more])
     return json.loads(output.read_text())
 
 
@@ -61,12 +63,12 @@ def test_the_vote_is_weighted():
     """One neighbour straight ahead outvotes two at a right angle: exp(1 / 0.07) is much more than 2 exp(0)."""
     train = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]).double()
     labels, query = torch.tensor([0, 1, 1]), torch.tensor([[2.0, 0.0]]).double()
-    predicted = probe.knn_predict(train, labels, query, [1, 3], 2)
+    predicted = probing.knn_predict(train, labels, query, [1, 3])
     assert {k: found.tolist() for k, found in predicted.items()} == {1: [0], 3: [0]}
     # Two at 25 degrees outvote one at 20, for 2 exp(0.906 / 0.07) > exp(0.940 / 0.07); the nearest alone does not.
     angles = torch.tensor([20.0, 25.0, -25.0], dtype=torch.float64).deg2rad()
     train = torch.stack([angles.cos(), angles.sin()], dim=1)
-    predicted = probe.knn_predict(train, labels, query, [1, 3], 2)
+    predicted = probing.knn_predict(train, labels, query, [1, 3])
     assert {k: found.tolist() for k, found in predicted.items()} == {1: [0], 3: [1]}
 
 
@@ -75,7 +77,7 @@ def test_the_vote_equals_a_plain_loop():
     train = torch.randn(60, 4, generator=generator, dtype=torch.float64)
     labels = torch.randint(0, 5, (60,), generator=generator)
     queries = torch.randn(1100, 4, generator=generator, dtype=torch.float64)  # more than one chunk
-    predicted = probe.knn_predict(train, labels, queries, [1, 7, 60], 5)
+    predicted = probing.knn_predict(train, labels, queries, [1, 7, 60])
     for k, found in predicted.items():
         assert found.shape == (1100,)
         for query, answer in list(zip(queries.numpy(), found.tolist(), strict=True))[::37]:
@@ -91,7 +93,7 @@ def test_the_vote_equals_a_plain_loop():
 def test_statistics_are_those_of_the_training_split():
     train = torch.tensor([[1.0, 5.0, 0.0], [3.0, 5.0, 0.0]])
     val = torch.tensor([[4.0, 6.0, 2.0]])
-    a, b = probe.standardise(train, val)
+    a, b = probing.standardise(train, val)
     assert a.tolist() == [[-1, 0, 0], [1, 0, 0]]  # a constant feature is 0, not 0 / 0
     assert b.tolist() == [[2, 1, 2]]
 
@@ -113,17 +115,33 @@ def test_logistic_regression_reaches_the_optimum_that_scipy_finds():
         )
 
     best = scipy.optimize.minimize(objective, np.zeros(27), tol=1e-12).x
-    model = probe.fit_logistic(features, labels, 3, strength)
-    assert model.converged
-    np.testing.assert_allclose(model.weight, best[:24].reshape(3, 8), atol=1e-4)
-    assert model.accuracy(features, labels) == pytest.approx(
+    model = probing.fit_linear(features, labels, strength)
+    assert max(model.n_iter_) < probe.MAX_ITERATIONS
+    np.testing.assert_allclose(model.coef_, best[:24].reshape(3, 8), atol=1e-4)
+    assert probing.accuracy(model, features, labels) == pytest.approx(
         ((x @ best[:24].reshape(3, 8).T + best[24:]).argmax(1) == y).mean()
     )
 
 
+def test_two_classes_are_penalised_as_softmax_penalises_them():
+    features, labels = two_clouds(80, 0.3)
+    strength = 0.02
+    x, sign = features.numpy(), 2.0 * labels.numpy() - 1
+
+    def objective(parameters: np.ndarray) -> float:  # of w and -w, and the difference of the biases
+        margins = sign * (2 * x @ parameters[:8] + parameters[8])
+        return float(np.logaddexp(0, -margins).mean() + strength / 2 * 2 * (parameters[:8] ** 2).sum())
+
+    best = scipy.optimize.minimize(objective, np.zeros(9), tol=1e-12).x
+    np.testing.assert_allclose(
+        probing.fit_linear(features, labels, strength).coef_[0], 2 * best[:8], atol=1e-4
+    )
+
+
 def linear_scores(train, train_labels, val, val_labels, seed=0):
-    options = probe.parse_arguments(["--encoder", "x", "--data", "x", "--output", "x", "--seed", str(seed)])
-    return probe.probe(train, train_labels, val, val_labels, options)["linear"]
+    features, labels = torch.cat([train, val]), torch.cat([train_labels, val_labels])
+    is_train = torch.arange(len(labels)) < len(train_labels)
+    return probing.probe_scores(features, labels, is_train, [10, 20], seed=seed)["linear"]
 
 
 def test_separable_classes_are_told_apart_and_random_labels_are_not():
@@ -147,16 +165,16 @@ def test_the_strength_is_chosen_without_the_validation_split():
 def test_the_held_out_tenth_is_of_every_class_and_of_the_seed(monkeypatch):
     fitted = []
 
-    def fit(features, labels, classes, strength):
+    def fit(features, labels, strength):
         fitted.append(features[:, 0].tolist())
-        return original(features, labels, classes, strength)
+        return original(features, labels, strength)
 
-    original = probing.fit_logistic
-    monkeypatch.setattr(probing, "fit_logistic", fit)
+    original = probing.fit_linear
+    monkeypatch.setattr(probing, "fit_linear", fit)
     labels = torch.tensor([0] * 30 + [1] * 50 + [2] * 2)
     features = torch.arange(82.0).double()[:, None]
     for seed in (0, 0, 1):
-        probe.choose_strength(features, labels, 3, [1.0], seed)
+        probing.choose_strength(features, labels, [1.0], seed)
     held_out = [labels[sorted(set(range(82)) - {int(x) for x in rows})].tolist() for rows in fitted]
     assert held_out == [[0] * 3 + [1] * 5 + [2]] * 3
     assert fitted[0] == fitted[1] != fitted[2]
@@ -167,9 +185,7 @@ def test_the_held_out_tenth_is_of_every_class_and_of_the_seed(monkeypatch):
 
 @pytest.mark.parametrize(("level", "strides"), [("deepest", [32]), ("8", [8]), ("all", [2, 4, 8, 16, 32])])
 def test_features_are_averages_of_the_maps_in_eval_mode(folder, tmp_path, level, strides):
-    options = probe.parse_arguments(
-        ["--encoder", "x", "--data", str(folder), "--output", "x", "--level", level, "--size", "64", "96"]
-    )
+    options = ProbeConfig(encoder=["x"], data=str(folder), output="x", level=level, size=(64, 96))
     candidate = probe.open_candidate("test_resnet", options)
     assert [each.stride for each in candidate.levels] == strides
     files = probe.list_labelled(folder).files[:3]
@@ -203,7 +219,7 @@ def test_each_encoder_decides_size_and_normalisation(folder, tmp_path):
     encoder = timm.create_model("test_resnet", num_classes=0, in_chans=1)
     exported = save_encoder(encoder, tmp_path / "grey", mean=[0.4], std=[0.2], input_size=(64, 96))
     arguments = ["--encoder", str(exported), "test_resnet", "--data", str(folder), "--k", "1"]
-    probe.main([*arguments, "--output", str(tmp_path / "probe.json"), "--l2", "1", "--device", "cpu"])
+    main([*arguments, "--output", str(tmp_path / "probe.json"), "--l2", "1", "--device", "cpu"])
     grey, colour = json.loads((tmp_path / "probe.json").read_text())["encoders"]
     assert (grey["encoder"], grey["architecture"], grey["size"]) == (str(exported), "test_resnet", [64, 96])
     assert (grey["mean"], grey["std"]) == ([0.4], [0.2])
@@ -282,7 +298,7 @@ def test_a_damaged_image_is_counted_named_and_left_out(tmp_path, capsys):
 
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     with pytest.raises(SystemExit) as stop:
-        probe.main([*arguments, "--device", "cpu"])
+        main([*arguments, "--device", "cpu"])
     assert stop.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines

@@ -11,11 +11,13 @@ from PIL import Image
 from torch.nn import functional
 
 from spark.images.bands import open_image
-from spark.images.dataset import UnlabeledImages, collate_images
+from spark.images.batches import collate_images
+from spark.images.dataset import SampleReader, UnlabeledImages
 from spark.images.sources import open_source
-from spark.images.transform import Normalise, PretrainTransform
+from spark.images.transform import PretrainTransform
+from spark.model.normalise import Normalise
 from spark.model.spark import SparK
-from spark.monitor.measures import reconstruction_panels
+from spark.monitor.panels import reconstruction_panels
 from spark.training.checkpoint import load_encoder
 from tests.spark.test_pretrain import curve, error_of, run, small_run
 
@@ -120,7 +122,7 @@ def test_crop_flip_and_scale(kind):
         wanted = (expected.flip(2) if flip else expected) - torch.tensor(mean)[:, None, None]
         wanted = wanted / torch.tensor(std)[:, None, None]
         batch = image[None].clone()
-        found = Normalise(mean, std)(batch)[0].double()
+        found = Normalise(mean, std, fused=True)(batch)[0].double()
         assert (found - wanted).abs().max() < {np.uint8: 0.01, np.uint16: 1e-5, np.float32: 1e-3}[kind]
         assert torch.equal(batch[0], image), "what was handed over is left as it is"
 
@@ -131,9 +133,7 @@ def test_numbers_that_are_not_finite_are_unreadable(tmp_path):
     np.save(tmp_path / "a.npy", values)
     images = UnlabeledImages(
         open_source(str(tmp_path / "a.npy"), "unused")[0],
-        PretrainTransform(32, 5, (1, 1), FIVE, FIVE),
-        seed=0,
-        channels=5,
+        SampleReader(PretrainTransform(32, 5, (1, 1), FIVE, FIVE), seed=0, channels=5),
     )
     assert images[0, 1]["failed"] == [f"{tmp_path}/a.npy[1]: it holds numbers that are not finite"]
 

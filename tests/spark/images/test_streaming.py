@@ -14,7 +14,9 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from spark.errors import FileError
 from spark.images.batches import MaskedBatches, StepPlan
+from spark.images.dataset import SampleReader
 from spark.images.sources import ShardError, open_source, open_stream, remote
 from spark.images.stream import Division, Reader, StreamedBatches
 from spark.images.transform import PretrainTransform
@@ -100,7 +102,7 @@ def test_what_cannot_be_streamed(tmp_path, shards):  # noqa: F811
         ValueError, match=r"no set of tar shards and no Hugging Face .* leave data\.streaming false"
     ):
         open_stream(str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="there are no tar shards at"):
+    with pytest.raises(FileError, match="there are no tar shards at"):
         open_stream(str(tmp_path / "none"))
 
 
@@ -291,8 +293,7 @@ def batches(source, world=1, workers=0, rank=0, start=0, stop=12, states=None, b
     plan = StepPlan(((32, 32),), 0.5, batch * world, seed=2)
     dataset = StreamedBatches(
         source,
-        {(32, 32): PretrainTransform(32)},
-        plan,
+        SampleReader(PretrainTransform(32), plan.seed, max_pixels=10**6, plan=plan),
         MaskedBatches(plan, 8),
         division,
         division.start()[rank * own :][:own] if states is None else states,
@@ -301,7 +302,7 @@ def batches(source, world=1, workers=0, rank=0, start=0, stop=12, states=None, b
         world_size=world,
         start=start,
         stop=stop,
-        **{"buffer": 4, "max_pixels": 10**6, **options},
+        **{"buffer": 4, **options},
     )
     return list(DataLoader(dataset, batch_size=None, num_workers=workers))
 
@@ -350,8 +351,8 @@ def test_broken_shards_are_counted_or_stop_by_policy(server):  # noqa: F811
     source = open_stream(f"{address}/{{00..03}}.tar")  # 03.tar is not there
     with pytest.raises(ValueError, match=r"1 of 4 shards could not be read to their end, .*0[13]\.tar: the "):
         batches(source, stop=8)
-    found = batches(source, stop=8, max_lost=2)
-    lost = [line for batch in found for line in batch["lost"]]
+    found = batches(source, stop=8, max_failures=2)
+    lost = [line for batch in found for line in batch["failed_shards"]]
     assert {line.split(": ")[0] for line in lost} == {f"{address}/01.tar", f"{address}/03.tar"}
     assert all(line.count(": ") == 1 for line in lost)
     assert len(set(flat(batch["name"] for batch in found))) >= 10

@@ -12,7 +12,7 @@ from spark.model.ablations import dense_pyramid, fill_masked
 from spark.model.hog import draw_hog, hog
 from spark.model.masking import random_visible
 from spark.model.spark import SparK
-from spark.monitor.measures import reconstruction_panels
+from spark.monitor.panels import reconstruction_panels
 from tests import oracle
 from tests.spark.model.test_model import lively
 from tests.together import together

@@ -11,8 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spark import SparK
 from spark.model.decoder import DecoderBlock
-from spark.model.decoder_folding import compose, folded_upsample_conv, folding_pays
-from spark.model.decoder_parts import parts_pay
+from spark.model.decoder_cpu import compose, folded_upsample_conv, folding_pays, parts_pay
 from spark.model.masking import random_visible
 from spark.sparse import SparseTensor, sparsify
 from spark.sparse.filled_conv import Filled, constant_conv, filled_conv, filled_conv_pays
@@ -106,7 +105,7 @@ def _parts_of(
     images: int, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], dtype: torch.dtype
 ) -> None:
     one = 4 * size[0] * size[1] * 4 * dtype.itemsize  # four channels at twice the resolution
-    monkeypatch.setattr("spark.model.decoder_parts.PART_BYTES", images * one + 1)
+    monkeypatch.setattr("spark.model.decoder_cpu.PART_BYTES", images * one + 1)
 
 
 @pytest.mark.parametrize("has_head", [False, True])
@@ -144,7 +143,7 @@ def test_parts_in_fp32_are_as_exact_as_the_whole(monkeypatch: pytest.MonkeyPatch
     assert head is not None
     for parts in (True, False):
         block, ours = copy.deepcopy(exact).float(), copy.deepcopy(head).float()
-        monkeypatch.setattr("spark.model.decoder.parts_pay", lambda x, parts=parts: parts)
+        monkeypatch.setattr("spark.model.decoder_cpu.parts_pay", lambda x, parts=parts: parts)
         inputs = [x.requires_grad_(), *block.parameters(), *ours.parameters()]
         out = block(x, ours)
         results = [out, *torch.autograd.grad(out, inputs, cotangent), *(b.double() for b in block.buffers())]
@@ -311,7 +310,7 @@ def test_model_with_and_without_the_shortcuts(ratio: float, monkeypatch: pytest.
     results = []
     for shortcuts in (True, False):
         if not shortcuts:
-            monkeypatch.setattr("spark.model.decoder.folding_pays", lambda x: False)
+            monkeypatch.setattr("spark.model.decoder_cpu.folding_pays", lambda x: False)
             monkeypatch.setattr("spark.model.decoder.filled_conv_pays", lambda x: False)
         loss = model(images, visible).loss
         results.append([loss, *torch.autograd.grad(loss, parameters)])

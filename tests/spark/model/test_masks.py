@@ -1,11 +1,14 @@
 # ruff: noqa: F401, F811  (fixtures of another file)
 """Masks of blocks, ranges of the mask ratio, and sizes that change from step to step."""
 
+import numpy as np
 import pytest
 import torch
 
 from spark.config import PretrainConfig
-from spark.images.batches import MaskedBatches, StepImages, StepPlan
+from spark.images.batches import MaskedBatches, StepPlan
+from spark.images.dataset import SampleReader
+from spark.images.transform import PretrainTransform
 from spark.model.masking import check_masks, random_visible, visible_at
 from spark.model.spark import SparK
 from spark.training.cli import config_dict, parse_config
@@ -112,25 +115,15 @@ def test_steps_draw_uniformly_and_by_position():
 
 
 def test_batches_have_the_size_and_the_ratio_of_their_step():
-    class Blank:
-        def __init__(self, size):
-            self.size = size
-
-        def __getitem__(self, item):
-            return {
-                "image": torch.zeros(3, *self.size),
-                "position": item[0],
-                "index": item[1],
-                "name": "x",
-                "failed": [],
-            }
-
     sizes = ((64, 96), (128, 128))
     plan = StepPlan(sizes, (0.3, 0.7), batch_size=4, seed=0)
-    images, collate = StepImages({size: Blank(size) for size in sizes}, plan), MaskedBatches(plan, 32)
+    reader, collate = SampleReader(PretrainTransform(32), seed=0, plan=plan), MaskedBatches(plan, 32)
+    blank = (0, "x", lambda: np.zeros((64, 64, 3), np.uint8))
     seen = set()
     for step in range(12):
-        halves = [collate([images[4 * step + i, 0] for i in part]) for part in ((0, 1), (2, 3))]
+        halves = [
+            collate([reader.first_readable([blank], 4 * step + i) for i in part]) for part in ((0, 1), (2, 3))
+        ]
         shapes = {tuple(half["image"].shape[2:]) for half in halves}
         assert shapes == {plan.size(step)}, "over all processes and parts"
         h, w = plan.size(step)

@@ -11,10 +11,11 @@ import pytest
 import yaml
 from PIL import Image
 
+from finetune.commands import report
 from finetune.protocols.metrics import METRICS
-from finetune.report import depth_page
+from finetune.report import DEPTH, depth_page
 from finetune.report.results import difference, paired_interval, worst_table
-from spark.commands import report
+from spark.commands import report as pretraining_report
 from spark.report import pretraining_page, read_run
 from spark.report.charts import Line, draw, number, running_mean, thinned, ticks
 from spark.report.pretraining import panel_caption, task
@@ -133,7 +134,7 @@ def runs(tmp_path) -> dict[str, Path]:
 
 def write(tmp_path: Path, *arguments: str | Path) -> str:
     output = tmp_path / "page" / "report.html"
-    assert report.main([*map(str, arguments), "--output", str(output)]) == 0
+    report.main([*map(str, arguments), "--output", str(output)])
     return output.read_text(encoding="utf-8")
 
 
@@ -167,7 +168,7 @@ def test_the_page_is_whole_and_needs_nothing_from_outside(runs, tmp_path):
 
 
 def test_a_run_has_its_own_page(runs):
-    assert report.main([str(runs["spark"])]) == 0
+    report.main([str(runs["spark"])])
     page = Page((runs["spark"] / "report.html").read_text(encoding="utf-8"))
     scored = scores(2, 0.05)
     for name in METRICS:
@@ -351,7 +352,7 @@ def test_no_path_of_this_machine_gets_into_the_page(tmp_path, monkeypatch):
         (["."], "is not the folder of a run"),
         (["run", "run"], "several runs are called run"),
         (["a=run", "b=run"], "say where with --output"),
-        (["a=run", "a=pre", "--output", "x.html"], "a stands for pretraining and depth"),
+        (["a=run", "a=pre", "--output", "x.html"], "a stands for runs of depth and pretraining"),
         (["run", "--output", "run"], "is a folder: name the file"),
         (["run", "--steps", "none.json"], "there is no file none.json"),
         (["run", "--steps", "run/config.yaml"], "is not a JSON list"),
@@ -362,11 +363,22 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys, arguments, wor
     make_run(tmp_path / "run", depth_config())
     make_run(tmp_path / "pre", pretrain_config())
     before = sorted(tmp_path.rglob("*"))
-    assert report.main(arguments) == 2
+    with pytest.raises(SystemExit, match="2"):
+        report.main(arguments)
     error = capsys.readouterr().err
     assert words in error
     assert error.startswith("error: ")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_command_of_spark_knows_pretraining_runs_only(runs, capsys):
+    pretraining_report.main([str(runs["pretrain"])])
+    assert (runs["pretrain"] / "report.html").is_file()
+    with pytest.raises(SystemExit, match="2"):
+        pretraining_report.main([str(runs["spark"])])
+    assert (
+        "is not a run of pretraining, as its config.yaml shows: use spark-report" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -428,7 +440,7 @@ def test_a_loss_that_became_nan_is_not_its_last_finite_value(tmp_path):
     rows = [{"step": s, "loss": loss, "lr": 1e-3} for s, loss in zip((1, 2, 2, 3, 4), losses, strict=True)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     read = read_run(run)
-    assert read.spoilt == {"loss": [3, 4]}  # step 2 was repeated, and went well
+    assert read.not_finite == {"loss": [3, 4]}  # step 2 was repeated, and went well
     assert read.series["loss"].values.tolist() == [1.0, 0.5]
     assert np.isnan(read.last("loss"))
     assert read.last("lr") == 1e-3
@@ -440,10 +452,10 @@ def test_a_loss_that_became_nan_is_not_its_last_finite_value(tmp_path):
 def test_scores_from_before_the_last_training_are_named(tmp_path):
     run = make_run(tmp_path / "run", depth_config(), scores(1))
     (run / "evaluation.json").write_text(json.dumps(scores(2)))
-    assert read_run(run).problems == []
+    assert DEPTH.read(read_run(run)).problems == []
     written = (run / "evaluation.json").stat().st_mtime
     os.utime(run / "results.json", (written - 3600, written - 3600))
-    assert "results.json is older than evaluation.json" in read_run(run).problems[0]
+    assert "results.json is older than evaluation.json" in DEPTH.read(read_run(run)).problems[0]
 
 
 def test_pictures_go_with_the_scores(tmp_path):

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from spark import files as folders
 from spark.files import whole_folder, write_whole
-from spark.model.encoder import build_encoder, pyramid
+from spark.model.encoder import build_encoder, pyramid, timm_config
 from spark.model.spark import SparK
 from spark.training.checkpoint import (
     find_run,
@@ -34,7 +34,7 @@ from spark.training.checkpoint import (
     step_of,
 )
 from spark.training.optim import build_optimizer, parameter_groups
-from spark.weights.official import Weights, encoder_name, read_torch_file, timm_config
+from spark.weights.official import Weights, encoder_name, read_torch_file
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 

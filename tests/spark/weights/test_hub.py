@@ -16,10 +16,11 @@ from finetune import DepthModel, load_depth_model
 from finetune.commands import export as export_depth
 from finetune.model.calibration import Calibration
 from finetune.model.depth_model import write_calibration
-from finetune.predict import predict_image
+from finetune.model.prediction import predict_image
 from spark import load_encoder, save_encoder
 from spark.commands import export as export_encoder
 from spark.model.encoder import build_encoder
+from spark.report import card as cards
 from spark.weights import hub
 
 SCORES = {"delta1": 0.4857493933431284, "abs_rel": 0.28522287240372085, "rmse": 0.9946786980305087}
@@ -202,7 +203,7 @@ def test_results_of_evaluate(model: Path, tmp_path: Path, capsys) -> None:
     for content in ("{}", "{", "[]", '{"protocols": []}', '{"protocols": [{}]}'):
         file.write_text(content)
         assert "holds no results" in error_of(capsys, export_depth.main, *command)
-    (model.parent / "metrics.jsonl").write_text("{")
+    (model.parent / "metrics.jsonl").write_text("{\n{}\n")
     assert "one is damaged" in error_of(capsys, export_depth.main, *command[:4])
     assert not (tmp_path / "no").exists()
 
@@ -222,7 +223,7 @@ def test_results_are_told_by_the_weights_not_by_the_path(model: Path, tmp_path: 
     export_depth.main(command)
     card = (out / "README.md").read_text()
     assert "| rmse | 0.125 |" in card
-    assert "by the path of the model alone" not in card
+    assert "name the model by its path alone" not in card
     export_depth.main(["--model", str(out), "--output", str(tmp_path / "again"), "--results", str(file)])
 
     write_calibration(copy, Calibration("depth", 1.5, 0.0, 0.001, 15.0, "two known distances"))
@@ -241,7 +242,7 @@ def test_results_are_told_by_the_weights_not_by_the_path(model: Path, tmp_path: 
     )
     file.write_text(json.dumps({**results, "model": str(copy)}))
     export_depth.main(command)
-    assert "by the path of the model alone" in (out / "README.md").read_text()
+    assert "name the model by its path alone" in (out / "README.md").read_text()
     file.write_text(json.dumps({key: value for key, value in results.items() if key != "model"}))
     assert "scores of no model, but of predictions or a baseline" in error_of(
         capsys, export_depth.main, *command
@@ -320,9 +321,9 @@ def test_a_card_is_of_the_step_of_the_weights(model: Path, tmp_path: Path) -> No
     assert card.data.to_dict()["base_model"] == "timm/resnet18.a1_in1k"  # which weights timm's name means
 
     pretrained = tmp_path / "pretrain"
-    then = hub.read_run(pretrained / "checkpoints" / "step_0000455", hub.PRETRAINING_MARK)
+    then = cards.read_record(pretrained / "checkpoints" / "step_0000455", cards.PRETRAINING_MARK)
     assert then is not None
-    table = hub.pretraining(then)
+    table = cards.pretraining(then)
     assert "| steps done | 455 |\n| loss of the last logged step | 0.7 |\n| weights | not averaged |" in table
     config = yaml.safe_load((pretrained / "config.yaml").read_text())
     config |= {"export_ema": True, "optim": {**config["optim"], "ema_decay": 0.999}}

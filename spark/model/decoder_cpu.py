@@ -1,13 +1,19 @@
-"""A decoder block of large maps, one part of the batch after the other.
+"""A decoder block on a CPU by the fastest way that gives the same: `run_block` chooses it.
 
-What large maps cost on a CPU is memory more than arithmetic. glibc's allocator asks the kernel for every tensor above
-32 MiB anew, and the kernel fills its pages with zeros when they are first touched. Layer after layer, a block makes a
-dozen such tensors. Here the batch goes through it in parts whose maps stay below that, so that memory is used again.
-What is between two convolutions is written once, into memory that the next part overwrites; the backward pass computes
-it again. Batch norm needs the statistics of all parts first, forwards and backwards.
+*Folding.* Nothing nonlinear stands between the transposed convolution and the first 3x3 convolution of a block. So
+every 2x2 square of results is a 3x3 convolution of the low-resolution map with weights composed of both: 9 c^2
+multiplications a pixel of the result instead of 13 c^2, and the upsampled map is never written. Composing costs a
+multiple of c^3, so this pays where maps are large and channels few.
 
-Legend: x [B, c, h, w], squares of the folded convolution [b, h, w, 2, 2, m] (`spark/model/decoder_folding.py`), their
-image [b, m, 2h, 2w], result of the second convolution [b, o, 2h, 2w], prediction [B, k, 2h, 2w]; b images of a part.
+*Parts.* On a CPU large maps cost memory more than arithmetic. glibc's allocator asks the kernel anew for every tensor
+above 32 MiB, and the kernel fills its pages with zeros when they are first touched; a block makes a dozen such tensors.
+Here the batch goes through the block in parts whose maps stay below that, so that memory is used again. What lies
+between two convolutions is written once, into memory that the next part overwrites, and computed again in the backward
+pass. Batch norm needs the statistics of all parts first, forwards and backwards.
+
+Legend: x [B, c, h, w], upsampling weight [c, m, 4, 4] (stride 2, padding 1), convolution weight [o, m, 3, 3] (padding
+1), squares of the folded convolution [b, h, w, 2, 2, m], their image [b, m, 2h, 2w], result of the second convolution
+[b, o, 2h, 2w], prediction [B, k, 2h, 2w]; b images of a part.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,14 +25,229 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from spark.model.decoder_folding import Fold, border_of, folded_weights
-from spark.sparse.batch_norm import BatchNormCall, in_recomputation, move_running_statistics
+from spark.sparse import SparseTensor, SyncBatchNorm2d
+from spark.sparse.batch_norm import BatchNormCall, in_recomputation, move_running_statistics, world_size
+from spark.sparse.filled_conv import Filled
 from spark.sparse.sites import as_image, as_rows
 
+# At both ends of a line of pixels: the taps of the two convolutions that reach the pixel beyond it, and use it.
+_ENDS = ((0, 0), (3, 2))
 # Half of what glibc's allocator keeps when it is freed.
 PART_BYTES = 16 * 2**20
 # Numbers that are read and written while they are in the cache, and how many of them lie next to each other at least.
 _PIECE, _LINE = 2**18, 1024
+
+
+def run_block(block: Any, x: Tensor | Filled, head: nn.Conv2d | None = None) -> Tensor:
+    """The same as `block.plain(x, head)`, by the fastest exact way for this device, these sizes and these modules.
+
+    Args:
+        block: a `spark.model.decoder.DecoderBlock`.
+        x: its input.
+        head: a 1x1 convolution of its result, if there is one.
+    """
+    up, conv = block.upsample, block.conv1
+    folds = folding_pays(x.x if isinstance(x, Filled) else x)
+    if isinstance(x, Filled):
+        if not folds and not hooked(up):
+            return block.finish(conv(x.upsampled(up.weight, up.bias)), head)
+        x = x.dense()
+    if folds and parts_pay(x) and not _needs_modules(block, head):
+        return block_in_parts(x, up, conv, block.norm1, block.conv2, block.norm2, head)
+    if folds and not hooked(up, conv):
+        return block.finish(folded_upsample_conv(x, up.weight, up.bias, conv.weight), head)
+    return block.plain(x, head)
+
+
+def hooked(*modules: nn.Module) -> bool:
+    """Whether these modules have hooks, which do not run where a shortcut reads their weights."""
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        for m in modules
+    )
+
+
+def _needs_modules(block: Any, head: nn.Conv2d | None) -> bool:
+    """Whether layers of a block were replaced or frozen, have hooks, or exchange statistics with other processes."""
+    stock = isinstance(block.act, nn.ReLU6) and (head is None or head.bias is not None)
+    stock = stock and all(_in_training_alone(norm) for norm in (block.norm1, block.norm2))
+    return not stock or hooked(*block.children(), *([] if head is None else [head]))
+
+
+def _in_training_alone(norm: nn.Module) -> bool:
+    """Whether it normalises by the statistics of this process's batch, and follows them at a steady pace."""
+    if not isinstance(norm, SyncBatchNorm2d) or not norm.affine or not norm.track_running_stats:
+        return False
+    return norm.training and norm.momentum is not None and not (norm.sync and world_size() > 1)
+
+
+# --- folding
+
+
+def folding_pays(x: Tensor | SparseTensor) -> bool:
+    """Whether composing the weights costs less than it saves, for as many channels as x [B, c, h, w] has.
+
+    It costs about 1,000 c^3 multiplications forwards and backwards, half as much again to be worth while, and saves
+    48 B h w c^2. On a GPU memory sets the pace of both, and neither was measured there. `torch.compile` cannot trace
+    its backward pass.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    b, c, h, w = x.shape
+    return x.device.type == "cpu" and min(h, w) > 1 and 48 * b * h * w > 1500 * c
+
+
+def folded_upsample_conv(x: Tensor, up: Tensor, up_bias: Tensor, conv: Tensor) -> Tensor:
+    """[B, c, h, w] -> [B, o, 2h, 2w], by one convolution c -> 4 o and a pixel shuffle, in channels_last memory.
+
+    At the image's border the composed convolution goes wrong: it sees the upsampled map continued by one pixel, where
+    the plain one sees zeros. What that pixel contributes is computed by convolutions along the border and taken off.
+    Height and width must be 2 or more.
+    """
+    device = x.device.type
+    casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64  # autocast leaves fp64 alone
+    with torch.autocast(device, enabled=False):
+        tensors = (x, *folded_weights(up, up_bias, conv))
+        if casts:
+            tensors = (t.to(torch.get_autocast_dtype(device)) for t in tensors)
+        return _Folded.apply(*tensors)  # type: ignore[return-value]
+
+
+def folded_weights(up: Tensor, up_bias: Tensor, conv: Tensor) -> tuple[Tensor, ...]:
+    """What `Fold` works with: composed weight and bias, and the parts they are composed of."""
+    return compose(up, conv), conv.sum((2, 3)) @ up_bias, up, up_bias, conv
+
+
+def compose(up: Tensor, conv: Tensor) -> Tensor:
+    """Weights [4 o, c, 3, 3] of the composed convolution; output channels in the order (row, column, o) of the square.
+
+    The response of the two convolutions to one pixel is 6x6, three squares by three: the convolution of the one's
+    weights with the other's.
+    """
+    c, o = len(up), len(conv)
+    response = F.conv2d(up, conv, padding=2).reshape(c, o, 3, 2, 3, 2)  # c, o, tap, row, tap, column
+    weight = response.flip(2, 4).permute(3, 5, 1, 0, 2, 4).reshape(4 * o, c, 3, 3)
+    return weight.contiguous(memory_format=torch.channels_last)
+
+
+class Fold:
+    """The composed convolution of maps [B, c, h, w]; its results are squares [B, h, w, 2, 2, o], not yet an image.
+
+    Args:
+        weights: as of `folded_weights`.
+    """
+
+    def __init__(self, *weights: Tensor):
+        self.weight, self.bias, *self.parts = weights
+
+    def beyond(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What to take off at the border of the image that the squares of x form, see `_border`."""
+        return _beyond(_border(x), *self.parts)
+
+    def squares(self, x: Tensor, beyond: Sequence[Tensor]) -> Tensor:
+        """The convolution."""
+        b, _, h, w = x.shape
+        flat = F.conv2d(x, self.weight, self.bias.repeat(4), padding=1).permute(0, 2, 3, 1)
+        squares = flat.view(b, h, w, 2, 2, -1)
+        for place, less in zip(_border_of_squares(squares), beyond, strict=True):
+            place -= less.permute(0, *range(2, less.ndim), 1).reshape(place.shape)
+        return squares
+
+    def gradients(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of x (without what the border contributes) and of the composed weight, from that of the squares."""
+        b, _, h, w = x.shape
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            *(grad.view(b, h, w, -1).permute(0, 3, 1, 2), x, self.weight, None),
+            *([1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]),
+        )
+        return grad_x, grad_weight
+
+    def border_gradients(self, grads: Sequence[Tensor], x: Tensor, grad_x: Tensor) -> tuple[Tensor, ...]:
+        """Add the border's contribution to the gradient of x, in place; gradients of the parts.
+
+        The corrections are small: they are computed again.
+
+        Args:
+            grads: of the border of the image, as `border_of` reads them.
+        """
+        with torch.enable_grad():
+            inputs = [t.detach().requires_grad_() for t in (*_border(x), *self.parts)]
+            beyond = _beyond(inputs[:5], *inputs[5:])
+        found = torch.autograd.grad(beyond, inputs, [-grad for grad in grads])
+        for place, more in zip(_border(grad_x), found, strict=False):
+            place += more
+        return found[5:]
+
+
+def border_of(squares: Tensor) -> list[Tensor]:
+    """Border of the image that squares [B, h, w, 2, 2, o] form, in the shapes of `_border`."""
+    *lines, corners = _border_of_squares(squares)
+    return [*(line.flatten(1, 2).transpose(1, 2) for line in lines), corners.permute(0, 3, 1, 2)]
+
+
+class _Folded(torch.autograd.Function):
+    """The composed convolution, its squares unfolded."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *weights)
+        fold = Fold(*weights)
+        b, _, h, w = x.shape
+        pixels = fold.squares(x, fold.beyond(x)).transpose(2, 3).reshape(b, 2 * h, 2 * w, -1)
+        return pixels.permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        x, *weights = ctx.saved_tensors
+        fold = Fold(*weights)
+        b, o, h, w = grad.shape
+        pixels = grad.permute(0, 2, 3, 1)
+        squares = pixels.reshape(b, h // 2, 2, w // 2, 2, o).transpose(2, 3).contiguous()
+        grad_x, grad_weight = fold.gradients(squares, x)
+        grad_parts = fold.border_gradients(border_of(squares), x, grad_x)
+        return grad_x, grad_weight, pixels.sum((0, 1, 2)), *grad_parts
+
+
+def _border(image: Tensor) -> tuple[Tensor, ...]:
+    """Views of [B, C, h, w]: top and bottom row [B, C, w], left and right column [B, C, h], corners [B, C, 2, 2]."""
+    h, w = image.shape[2:]
+    rows, columns = (image[:, :, 0], image[:, :, -1]), (image[..., 0], image[..., -1])
+    return *rows, *columns, image[:, :, :: h - 1, :: w - 1]
+
+
+def _border_of_squares(squares: Tensor) -> tuple[Tensor, ...]:
+    """The same of squares [B, h, w, 2, 2, o]: views [B, w, 2, o] (two), [B, h, 2, o] (two), [B, 2, 2, o]."""
+    b, h, w, _, _, o = squares.shape
+    rows, columns = (
+        (squares[:, 0, :, 0], squares[:, -1, :, 1]),
+        (squares[:, :, 0, :, 0], squares[:, :, -1, :, 1]),
+    )
+    (image, y, x, row, column, channel), start = squares.stride(), squares.storage_offset()
+    # From corner to corner: to the last square, and there to the last row or column.
+    steps = (image, (h - 1) * y + row, (w - 1) * x + column, channel)
+    return *rows, *columns, squares.as_strided((b, 2, 2, o), steps, start)
+
+
+def _beyond(border: Sequence[Tensor], up: Tensor, up_bias: Tensor, conv: Tensor) -> tuple[Tensor, ...]:
+    """What the pixels beyond the border of the upsampled map contribute to the places that `_border` lists.
+
+    A corner beyond the corner is counted by a row and by a column: once too often, hence the sign.
+    """
+    top, bottom, left, right, corners = border
+    rows = (
+        F.conv1d(F.conv_transpose1d(x, up[:, :, tap], up_bias, stride=2), conv[:, :, end])
+        for x, (tap, end) in zip((top, bottom), _ENDS, strict=True)
+    )
+    columns = (
+        F.conv1d(F.conv_transpose1d(x, up[..., tap], up_bias, stride=2), conv[..., end])
+        for x, (tap, end) in zip((left, right), _ENDS, strict=True)
+    )
+    far = torch.einsum("bcyx,cmyx->bmyx", corners, up[:, :, ::3, ::3]) + up_bias[:, None, None]
+    return *rows, *columns, -torch.einsum("bmyx,omyx->boyx", far, conv[:, :, ::2, ::2])
+
+
+# --- parts
 
 
 def parts_pay(x: Tensor) -> bool:
@@ -186,7 +407,7 @@ class _InParts(torch.autograd.Function):
 
 
 def _images_per_part(x: Tensor, channels: int) -> int:
-    """Images whose upsampled map of so many channels fits into a part; one if none does."""
+    """Images whose upsampled maps of `channels` channels fit into a part, at least one."""
     one = 4 * x[0, 0].numel() * channels * x.element_size()
     return max(1, PART_BYTES // one)
 
