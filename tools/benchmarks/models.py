@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from spark.assembly import build_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
