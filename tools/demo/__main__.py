@@ -9,7 +9,7 @@ Runs the project's own commands, exactly as they are run by hand, and prints eac
     3. timm       plain timm loads the exported encoder                  timm.create_model("local-dir:...")
     4. train      UNet++ from scratch and from that encoder, alike       finetune/depth.py, twice
     5. evaluate   both on rooms that no training saw                     finetune/evaluate.py, twice
-    6. report     OUTPUT_DIR/report.html                                 spark/commands/report.py
+    6. report     OUTPUT_DIR/report.html                                 finetune/commands/report.py
     7. figure     OUTPUT_DIR/figure.png                                  tools/demo/figure.py
 
 The two trainings run side by side on half of the cores each, and so do the two evaluations. The output of every step is
