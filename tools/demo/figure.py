@@ -19,7 +19,6 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
-from spark.assembly import build_model
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from finetune.depth_data import DepthSample, open_depth_data
@@ -32,6 +31,7 @@ from spark.errors import UserError
 from spark.model.encoder import is_own
 from spark.model.masking import mean_ratio, visible_at
 from spark.report import Run, read_run
+from spark.task import build_model
 from spark.training.checkpoint import find_run
 
 Pictures = list[np.ndarray]
