@@ -18,7 +18,6 @@ from PIL import Image
 from torch.nn import functional
 
 from spark.commands.prepare import main
-from spark.commands.work import prepare as prepare_images
 from spark.images.dataset import SampleReader, UnlabeledImages
 from spark.images.sources import open_source, open_stream
 from spark.images.transform import PretrainTransform
@@ -100,7 +99,7 @@ def test_finished_shards_are_kept_and_missing_ones_are_written(photos, tmp_path)
     whole = run(photos, output)
     contents = {path.name: path.read_bytes() for path in output.glob("*.tar")}
     (output / "000001.tar").unlink()
-    prepare_images.note_of(output, 1).unlink()
+    work.note_of(output, 1).unlink()
     (output / "report.json").unlink()
     (output / "000000.tar").write_bytes(b"untouched")
     assert run(photos, output) == whole
@@ -111,12 +110,12 @@ def test_finished_shards_are_kept_and_missing_ones_are_written(photos, tmp_path)
 def test_a_shard_that_fails_leaves_nothing(photos, tmp_path, monkeypatch):
     source, _ = open_source(str(photos), "unused")
     (tmp_path / "out").mkdir()
-    settings = prepare_images.Settings(7, source.digest(), 64, 1, 90, 7, 10**9, 3)
+    settings = work.Settings(7, source.digest(), 64, 1, 90, 7, 10**9, 3)
     monkeypatch.setattr(
         os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     with pytest.raises(OSError, match="No space"):
-        prepare_images.write_shard(source, settings, tmp_path / "out", 0)
+        work.write_shard(source, settings, tmp_path / "out", 0)
     assert list((tmp_path / "out").iterdir()) == []
 
 

@@ -116,7 +116,7 @@ def test_logistic_regression_reaches_the_optimum_that_scipy_finds():
 
     best = scipy.optimize.minimize(objective, np.zeros(27), tol=1e-12).x
     model = probing.fit_linear(features, labels, strength)
-    assert max(model.n_iter_) < probe.MAX_ITERATIONS
+    assert max(model.n_iter_) < probing.MAX_ITERATIONS
     np.testing.assert_allclose(model.coef_, best[:24].reshape(3, 8), atol=1e-4)
     assert probing.accuracy(model, features, labels) == pytest.approx(
         ((x @ best[:24].reshape(3, 8).T + best[24:]).argmax(1) == y).mean()
@@ -188,8 +188,8 @@ def test_features_are_averages_of_the_maps_in_eval_mode(folder, tmp_path, level,
     options = ProbeConfig(encoder=["x"], data=str(folder), output="x", level=level, size=(64, 96))
     candidate = probe.open_candidate("test_resnet", options)
     assert [each.stride for each in candidate.levels] == strides
-    files = probe.list_labelled(folder).files[:3]
-    features, kept = probe.extract_features(
+    files = probing.list_labelled(folder).files[:3]
+    features, kept = work.extract_features(
         candidate, files, UnreadableImages(3, 1.0), device=torch.device("cpu"), batch_size=2
     )
     assert kept.tolist() == [0, 1, 2]
@@ -205,12 +205,12 @@ def test_features_are_averages_of_the_maps_in_eval_mode(folder, tmp_path, level,
 def test_preparation_keeps_the_middle_and_the_proportions():
     image = Image.new("RGB", (300, 100), "black")
     image.paste("white", (100, 0, 200, 100))
-    whole = probe.Preparation((50, 50), (0.0,) * 3, (1.0,) * 3)(image)
+    whole = probing.Preparation((50, 50), (0.0,) * 3, (1.0,) * 3)(image)
     assert whole.shape == (3, 50, 50)
     assert (
         whole[:, :, 1:-1].min() == 1
     )  # the middle third; of the black beside it the filter sees a pixel at most
-    grey = probe.Preparation((10, 30), (0.5,), (0.25,))(image)
+    grey = probing.Preparation((10, 30), (0.5,), (0.25,))(image)
     assert grey.shape == (1, 10, 30)
     assert grey[0, 5, [0, 15, 29]].tolist() == [-2, 2, -2]
 
