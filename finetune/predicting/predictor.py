@@ -167,7 +167,7 @@ class Predictor:
         paths: dict[Format, Path] = {name: self.output / f"{stem}_{name}.mp4" for name in VIDEO_FORMATS}
         for path in paths.values():
             hidden_path(path).unlink(missing_ok=True)  # of a killed prediction
-        writers = {
+        writers: dict[Format, VideoWriter] = {
             name: VideoWriter(path, frames.rate) for name, path in paths.items() if name in self.video_formats
         }
         try:

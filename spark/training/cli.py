@@ -183,11 +183,14 @@ def with_defaults(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
 def config_changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
     """Options that differ between the config of a checkpoint and that of the run which continues from it.
 
-    Options that only one of the two has belong to another version of this project, and are left out.
+    Args:
+        before: completed by `with_defaults`, where another version of this project may have written it.
+        now: from `config_dict`.
+        prefix: of the names.
     """
     lines = []
-    for name in (name for name in before if name in now):
-        old, new = before[name], now[name]
+    for name in [*before, *(name for name in now if name not in before)]:
+        old, new = before.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
             lines += config_changes(old, new, f"{prefix}{name}.")
         elif old != new and prefix + name != "resume":
@@ -226,6 +229,8 @@ def _arguments(cls: type[Options], argv: Sequence[str]) -> Iterator[str]:
     stray = given[0][1]
     for name, values in given[1:]:
         kind = options.get(name)
+        if name in cls.RETIRED:
+            raise UserError(f"there is no option --{name} any more: leave it out")
         if name not in {"config", "print_config", *options, *groups} and not _is_entry(name, options):
             raise UserError(f"unknown option --{name}{_suggest(name, options, groups)}")
         if name == "print_config":

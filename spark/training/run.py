@@ -230,11 +230,11 @@ class Run:
         self.task.before_step(self.step)
         self.state.begin_step()
 
-    def count_failures(self, failed: list[str], lost: list[str]) -> None:
+    def count_failures(self, failed: list[str], failed_shards: list[str]) -> None:
         """Tell of samples and shards that could not be read; all processes call it together."""
         for line in self.state.unreadable.add(gather_object(failed)):
             self.say(f"skipped {line}")
-        for line in self.state.unreadable.add_shards(gather_object(lost)):
+        for line in self.state.unreadable.add_shards(gather_object(failed_shards)):
             self.say(f"skipped the rest of the shard {line}")
 
     @contextmanager

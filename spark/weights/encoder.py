@@ -445,7 +445,7 @@ def _from_export(folder: Path, model_name: str | None, name_option: str) -> _Sou
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = "does not describe a timm model (no architecture in it)"
         if isinstance(config, dict) and {"encoder", "head"} <= config.keys():
-            what = "is of a depth model, not of an encoder: spark-export-depth hands it out"
+            what = "is of a model with a head, not of an encoder: use the export command of that model"
         raise UserError(f"{folder / CONFIG} {what}") from error
     try:
         tensors = load_file(folder / WEIGHTS)

@@ -26,12 +26,13 @@ from PIL import Image
 from finetune.depth_data.depth_files import npy_bytes, png_bytes
 from finetune.model.calibration import Calibration, Fit, Readings, Space, fit_calibration
 from finetune.model.depth_model import DepthModel, load_depth_model
-from finetune.model.prediction import chosen_device, read_photo, resized, seen_depths
+from finetune.model.prediction import read_photo, resized, seen_depths
 from finetune.options import AppConfig
 from finetune.predicting.camera import Intrinsics, camera_for
 from finetune.predicting.pointcloud import point_cloud
 from finetune.report.figures import colourise
 from spark.errors import UserError
+from spark.training.accelerator import chosen_device
 
 VIEWER = Path(__file__).parents[1] / "viewer"
 VIEW_SIDE = 1024  # [px], longest side of the pictures and of the distances that the browser gets
