@@ -261,7 +261,7 @@ def test_loading_what_is_no_model(tmp_path: Path) -> None:
 
 def test_an_exported_encoder_is_no_depth_model(tmp_path: Path) -> None:
     folder = save_encoder(build_encoder("test_resnet"), tmp_path / "encoder")
-    with pytest.raises(ValueError, match=r"is an exported encoder.*finetune/depth\.py --encoder") as error:
+    with pytest.raises(ValueError, match=r"is an exported encoder.*spark-depth --encoder") as error:
         load_depth_model(folder)
     assert "copy the folder again" not in str(error.value)
 
