@@ -15,12 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from finetune.model.segmentation import attach_segmentation
-from torch import nn
 
 from finetune import DepthModel
 from finetune.config import DepthConfig
-from finetune.losses import WeightedLoss
+from finetune.losses.weighted import WeightedLoss
 from finetune.protocols import PROTOCOLS, Protocol
 from finetune.scoring.depth import valid_text
 from spark.files import write_whole
@@ -58,24 +56,25 @@ def cost_of(card: Path) -> dict[str, str]:
     encoder = named_encoder(card, "resnet50")
     given = ["--config", str(card), "--encoder", encoder, "--data.root", ".", "--output_dir", "."]
     config = parse_config(DepthConfig, given, "")
-    losses = WeightedLoss(config.losses, config.loss_options)
     with torch.device("meta"), torch.no_grad():  # shapes without values: a large model costs nothing
         model = DepthModel(
             encoder,
             head=config.model.head,
             mean=config.data.mean,
             std=config.data.std,
+            max_depth=config.model.max_depth,
+            encoder_options=config.model.encoder_options,
             **config.model.head_options,
         ).eval()
         images = torch.empty(1, 3, *config.data.image_size)
         macs = count_macs(lambda: model(images))
-        decoder: nn.Module = nn.Identity()
+        losses = WeightedLoss(config.losses, config.loss_options)
+        losses.attach(model)
         extra = 0.0
-        if losses.segmentation is not None:
-            attach_segmentation(model, losses.segmentation.classes, losses.segmentation.decoder_channels)
-            assert model.segmentation is not None
-            decoder = model.segmentation
-            extra = count_macs(lambda: model.train()(images.expand(2, -1, -1, -1))) / 2 - macs
+        if own := [loss for loss in losses.terms.values() if parameters(loss)]:
+            outputs = model.train()(images.expand(2, -1, -1, -1))
+            batch = {"labels": torch.empty(2, *config.data.image_size)}
+            extra = count_macs(lambda: [loss.prediction(outputs, batch, model) for loss in own]) / 2
     return {
         "config": card.stem,
         "encoder": encoder,
@@ -84,7 +83,7 @@ def cost_of(card: Path) -> dict[str, str]:
         "width": str(config.data.image_size[1]),
         "parameters_M": f"{parameters(model.encoder, model.head):.2f}",
         "gmacs": f"{macs / 1e9:.2f}",
-        "training_only_parameters_M": f"{parameters(decoder):.2f}",
+        "training_only_parameters_M": f"{parameters(losses):.2f}",
         "training_only_gmacs": f"{extra / 1e9:.2f}",
     }
 
