@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help env demo test check bench clean
+.PHONY: help env demo test check bench gpu clean
 
 help:
 	@echo "make demo   render rooms, pretrain, transfer, evaluate: runs/demo/report.html (about 5 minutes on 2 cores)"
@@ -11,6 +11,7 @@ help:
 	@echo "make bench  time and memory of a training step, speed of the loader here, half an hour: runs/bench/benchmark_*"
 	@echo "            (OFFICIAL=a clone of SparK compares with the original; ROUNDS=7 for more of each;"
 	@echo "            MEASURED=docs/results/benchmark takes the place of the committed results)"
+	@echo "make gpu    the tests and the benchmarks that need a GPU: runs/bench/gpu_* (OFFICIAL and ROUNDS as above)"
 
 env: .venv/.installed
 
@@ -21,7 +22,7 @@ env: .venv/.installed
 	touch $@
 
 demo: env
-	$(BIN)/python tools/demo.py --output_dir runs/demo
+	$(BIN)/python -m tools.demo --output_dir runs/demo
 
 test: env
 	$(BIN)/python -m pytest -n 2 --dist worksteal
@@ -31,7 +32,7 @@ check: env
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-BENCHMARK = $(BIN)/python tools/benchmark.py
+BENCHMARK = $(BIN)/python -m tools.benchmark
 ORIGINAL = $(if $(OFFICIAL),--official $(OFFICIAL))
 MEASURED ?= runs/bench/benchmark
 LEAN ?= 256/5/3
@@ -49,6 +50,16 @@ bench: env
 	$(BENCHMARK) scaling --model resnet50 --batch 4 --mask_ratio 0.6 --processes 1 2 \
 	    --rounds $(ROUNDS) $(OPTIONS) --csv $(MEASURED)_processes.csv
 	$(BENCHMARK) loader --rounds $(ROUNDS) $(LOADER_OPTIONS) --csv $(MEASURED)_loader.csv
+
+GPU = --device cuda --precision fp32 bf16 --batch 64 $(ORIGINAL) --rounds 20 $(OPTIONS) --csv runs/bench/gpu
+
+gpu: env
+	$(BIN)/python -m pytest -n 0 -m gpu
+	$(BENCHMARK) encoder --layouts packed triton $(GPU)_encoder.csv
+	$(BENCHMARK) step --layouts packed triton $(GPU)_step.csv
+	$(BENCHMARK) step --decoder $(LEAN) --layouts packed triton $(GPU)_step_lean.csv
+	$(BENCHMARK) memory --decoder $(LEAN) --layouts packed triton $(GPU)_memory.csv
+	$(BENCHMARK) layouts --device cuda --batch 64 --rounds 20 $(OPTIONS) --csv runs/bench/gpu_layouts.csv
 
 clean:
 	rm -rf .venv runs build dist *.egg-info

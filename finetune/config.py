@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
+from finetune.heads import HEADS
+from finetune.losses import LOSSES
 from finetune.options import Kind, PlaceConfig, ReadingConfig, Size
 from spark.model.names import is_own
 from spark.training.option_types import (
@@ -14,12 +16,15 @@ from spark.training.option_types import (
     PositiveFloat,
     PositiveInt,
     PositiveShare,
+    Rule,
     Share,
     ShareBelow1,
     require,
 )
 from spark.training.options import OptimizerConfig, RunConfig
 
+HeadName = Annotated[str, Rule(f"one of {', '.join(HEADS)}", lambda name: name in HEADS, names=True)]
+LossWeights = Annotated[dict[str, float], Rule(f"of {', '.join(LOSSES)}", lambda weights: True)]
 Range = Annotated[tuple[PositiveFloat, PositiveFloat], LOW_FIRST]
 
 
@@ -28,8 +33,7 @@ class DepthModelConfig:
     """Model: head and depth range.
 
     Attributes:
-        head: what turns the encoder's features into depth; unetpp, metric_bins (ZoeDepth), lraspp, linear (a probe of
-            the frozen encoder), or fusion (relative depth, without metres).
+        head: what turns the encoder's features into depth; docs/depth.md says what each is and gives.
         head_options: arguments of that head, such as decoder_channels of unetpp.
         init: folder of a depth model, such as OUTPUT_DIR/model of a run, whose weights this one starts from: all with
             the same head, encoder and core from head fusion to metric_bins; null starts the head from random weights.
@@ -42,7 +46,7 @@ class DepthModelConfig:
 
     """
 
-    head: str = "unetpp"
+    head: HeadName = "unetpp"
     head_options: dict[str, Any] = field(default_factory=dict)
     init: PathText | None = None
     min_depth: float = 1e-3
@@ -200,9 +204,7 @@ class DepthConfig(RunConfig):
             convnet of your own in a file or folder, for no file decides which code is run; null asks the file.
         pretrained: for a timm name, load timm's published weights (true) or start from random ones (false); a folder
             or file brings its own weights.
-        losses: name and weight of each loss in the sum; silog, l1, mse, berhu, ssim (metres); ssi, gradient
-            (relative depth); ranking (pairs of points); smoothness; segmentation (classes, through a decoder that only
-            training has). docs/depth.md says what each needs.
+        losses: name and weight of each loss in the sum; docs/depth.md says what each scores and needs.
         loss_options: arguments of each of these losses, by its name, such as variance_focus of silog.
         sync_bn: batch normalisation takes its statistics over all processes (on CPU each process takes its own).
         protocol: evaluation protocol of the validation and of evaluation.json.
@@ -216,16 +218,9 @@ class DepthConfig(RunConfig):
 
     CARDS: ClassVar = "depth"
     ESSENTIALS: ClassVar = (
-        *(
-            "pretrained",
-            "data.list",
-            "data.val_list",
-            "data.kind",
-            "model.head",
-            "model.max_depth",
-            "optim.lr",
-        ),
-        *("optim.batch_size", "epochs", "max_steps", "precision", "accumulation", "protocol", "resume"),
+        *("encoder", "data.root", "output_dir", "pretrained", "data.list", "data.val_list", "data.kind"),
+        *("model.head", "model.max_depth", "losses", "optim.lr", "optim.batch_size", "epochs", "max_steps"),
+        *("precision", "accumulation", "protocol", "resume"),
     )
     RETIRED: ClassVar = ("data.cache",)
 
@@ -234,7 +229,7 @@ class DepthConfig(RunConfig):
     encoder_name: str | None = None
     pretrained: bool = False
     model: DepthModelConfig = field(default_factory=DepthModelConfig)
-    losses: dict[str, float] = field(default_factory=lambda: {"silog": 1.0})
+    losses: LossWeights = field(default_factory=lambda: {"silog": 1.0})
     loss_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     optim: DepthOptimConfig = field(default_factory=DepthOptimConfig)
     epochs: PositiveFloat = 15

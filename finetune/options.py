@@ -179,7 +179,8 @@ class EvaluationConfig(PredictingConfig, Options):
     """
 
     ESSENTIALS: ClassVar = (
-        *("model", "predictions", "baseline", "protocol", "data.list", "data.kind", "data.split"),
+        *("data.root", "output", "model", "predictions", "baseline", "protocol", "data.list", "data.kind"),
+        "data.split",
         *("figures", "batch_size", "device", "image_size", "flip_average"),
     )
 
@@ -227,9 +228,8 @@ class PredictConfig(PredictingConfig, Options):
         video_range: colours of a video from colour_near to colour_far (fixed), or following the frames slowly (smooth,
             the only one for a model without metres).
         frames: most frames of a video or camera; null is all, from a camera until Ctrl-C.
-        camera: intrinsics for ply and mesh, a file (JSON, YAML or opencv's, with fx, fy, cx, cy, width, height), nyu,
-            or the field of view across in degrees; null is what the image's EXIF says, else an assumption, with a
-            warning.
+        camera: intrinsics for ply and mesh, a file (JSON or YAML with fx, fy, cx, cy, width, height), nyu, or the field
+            of view across in degrees; null is what the image's EXIF says, else an assumption, with a warning.
         png_scale: metres of one unit of the 16-bit PNG; other than 0.001 the file is NAME_depth.png. 65535 units are
             the farthest, 0.00390625 (1/256, as KITTI) reaches 256 m.
         max_pixels: images with more pixels are not read (a damaged or hostile file may claim any number).
@@ -315,6 +315,11 @@ class ExportDepthConfig(StoredModelConfig, ExportOptions):
         results: results.json files of evaluate.py on this model, for the model card of a folder; the evaluation.json of
             its run is there anyway.
     """
+
+    ESSENTIALS: ClassVar = (
+        *("model", "output", "resize", "size", "results", "license", "datasets", "push_to_hub", "private"),
+        "encoder_name",
+    )
 
     resize: Literal["fitted", "none"] | None = None
     results: list[PathText] | None = None

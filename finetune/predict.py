@@ -1,12 +1,12 @@
 """Predict depth for images and videos.
 
-    python finetune/predict.py --model RUN/model --input PHOTOS --output DEPTH
+    spark-predict --model RUN/model --input PHOTOS --output DEPTH
 
 For every image, under its own name and subfolder: NAME.npy (float32, metres, the image's own size), NAME_mm.png
 (uint16, millimetres; 0 = no prediction, 65535 = 65.535 m or more) and NAME_colour.png (a picture with a colour bar in
 metres); for every video NAME_colour.mp4. `--formats` asks for others. predictions.json says what was written and what
 could not be read. A model without metres (head fusion) writes NAME_disparity.npy, float32 inverse depth up to scale and
-shift, and NAME_colour.png from its nearest to its farthest, until it is calibrated (finetune/commands/calibrate.py).
+shift, and NAME_colour.png from its nearest to its farthest, until it is calibrated (spark-calibrate).
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         try:
             return predict(config)
-        except KeyboardInterrupt:  # while the model is loaded: later ones are seen to
+        except KeyboardInterrupt:  # while the model is loaded; later ones are handled
             print("interrupted before anything was written")
             return 130
 

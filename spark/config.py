@@ -221,18 +221,9 @@ class PretrainConfig(RunConfig):
 
     CARDS: ClassVar = "pretrain"
     ESSENTIALS: ClassVar = (
-        "model.input_size",
-        "model.init",
-        "model.mask_ratio",
-        "optim.batch_size",
-        "optim.base_lr",
-        "epochs",
-        "max_steps",
-        "precision",
-        "accumulation",
-        "data.workers",
-        "resume",
-        "time_limit",
+        *("model.name", "data.train", "output_dir", "model.input_size", "model.init", "model.mask_ratio"),
+        *("optim.batch_size", "optim.base_lr", "epochs", "max_steps", "precision", "accumulation"),
+        *("data.workers", "resume", "time_limit"),
     )
 
     def check(self) -> None:

@@ -90,6 +90,11 @@ class ExportConfig(ExportOptions):
         input_size: training size for the record, one number or [height, width]; null is what the checkpoint says.
     """
 
+    ESSENTIALS: ClassVar = (
+        *("checkpoint", "output", "ema", "model_name", "mean", "std", "input_size", "size", "license"),
+        *("push_to_hub", "private"),
+    )
+
     checkpoint: PathText
     ema: bool = False
     model_name: str | None = None

@@ -80,17 +80,19 @@ class Pretraining(Task):
             config.data.hflip,
         )
         collate = MaskedBatches(self.plan, self.spark.patch_size, self.spark.mask_block_size)
-        optim, data = config.optim, config.data
+        reader = SampleReader(
+            transform, config.seed, config.data.max_pixels, config.model.in_chans, self.plan
+        )
         self.loader = open_loader(
-            data,
-            SampleReader(transform, config.seed, data.max_pixels, config.model.in_chans, self.plan),
+            config.data,
+            reader,
             collate,
             run.accelerator,
             run.micro_batch,
             cache=run.folder / "shards",
             before=run.before,
             length_is_known=config.max_steps is not None
-            and (optim.warmup_steps is not None or not optim.warmup_epochs),
+            and (config.optim.warmup_steps is not None or not config.optim.warmup_epochs),
         )
         self.num_samples = self.loader.size or (config.max_steps or 0) * batch_size
         self.num_shards = self.loader.shards

@@ -1,6 +1,6 @@
 """A page in the browser: drop a photo, see its depth in metres, read distances, calibrate, download.
 
-    python finetune/commands/app.py --model RUN/model          then open the address that it prints
+    spark-app --model RUN/model          then open the address that it prints
 
 Hovering tells the depth at a pixel. Clicking chooses a point; with known depths of one point or more the page fits a
 scale (of two or more: scale and shift) and shows depth so calibrated, and the command that puts the same calibration

@@ -1,10 +1,10 @@
 """Calibrate a depth model: to known distances, to a handful of RGB-D pairs, or to a camera with another lens.
 
-    python finetune/commands/calibrate.py --model RUN/model --image room.jpg --points "320,240,2.5; 80,400,1.2"
+    spark-calibrate --model RUN/model --image room.jpg --points "320,240,2.5; 80,400,1.2"
     --output CALIBRATED
-    python finetune/commands/calibrate.py --model RUN/model --data.root NYU --data.list nyu_train.txt --pairs 10
+    spark-calibrate --model RUN/model --data.root NYU --data.list nyu_train.txt --pairs 10
     --output CALIBRATED
-    python finetune/commands/calibrate.py --model RUN/model --camera phone.json --trained_camera nyu --output CALIBRATED
+    spark-calibrate --model RUN/model --camera phone.json --trained_camera nyu --output CALIBRATED
 
 What is found is part of the model's config.json; predict, evaluate and export apply it without being asked.
 """

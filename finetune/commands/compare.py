@@ -1,6 +1,6 @@
-"""Compare results of finetune/evaluate.py image by image: is B better than A, or is it chance?
+"""Compare results of spark-evaluate image by image: is B better than A, or is it chance?
 
-    python finetune/commands/compare.py A.json B.json [C.json ...] --output compared.csv
+    spark-compare A.json B.json [C.json ...] --output compared.csv
 
 The first file is the base, each other one is set beside it: metrics, their difference with a bootstrap interval over
 images (the same draws for both), on how many images the other is better, and the p values of Wilcoxon's signed-rank

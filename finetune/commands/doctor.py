@@ -1,6 +1,6 @@
 """What lies there, and what is wrong with it: examine a data set of depth before training on it.
 
-    python finetune/commands/doctor.py NYU --list nyu_train.txt --output pairs.png
+    spark-doctor NYU --list nyu_train.txt --output pairs.png
 
 Recognises the layout (docs/depth_data.md), draws five pairs, and names what is wrong: transposed, mirrored, 8-bit,
 filled instead of raw, wrong scale, test scenes in training, white border kept, missing intrinsics, files that cannot be

@@ -1,7 +1,7 @@
 """Hand out a depth model: an ONNX or torch.export file for other runtimes, or a folder for the Hugging Face hub.
 
-    python finetune/commands/export.py --model RUN/model --output depth.onnx
-    python finetune/commands/export.py --model RUN/model --output FOLDER --push_to_hub OWNER/NAME
+    spark-export-depth --model RUN/model --output depth.onnx
+    spark-export-depth --model RUN/model --output FOLDER --push_to_hub OWNER/NAME
 
 FILE.onnx and FILE.pt2 take RGB images, uint8 [B, 3, H, W], and give depth in metres, float32 [B, 1, H, W], at the size
 of the image; normalisation, padding and calibration are inside (docs/export.md). A file is written only if it computes

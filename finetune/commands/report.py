@@ -1,16 +1,22 @@
-"""spark-report: the page about runs, pretraining and depth ones. Options and examples: `spark.commands.report`."""
+"""spark-report: the page about runs, pretraining and depth ones, as `spark.commands.report` describes it."""
 
 from collections.abc import Sequence
 
-from finetune.report import DEPTH
-from spark.commands import report
-from spark.report import PRETRAINING
-from spark.training.cli import start
+from spark.commands import report as pretraining
+from spark.errors import one_line_errors
+from spark.options import ReportConfig
+from spark.training.cli import parse_config, start
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; a user's error is one sentence and exit code 2."""
-    report.main(argv, (DEPTH, PRETRAINING))
+    with one_line_errors():
+        config = parse_config(ReportConfig, argv, pretraining.__doc__ or "")
+        from finetune.report import DEPTH
+        from spark.commands.work.report import report
+        from spark.report import PRETRAINING
+
+        report(config, (DEPTH, PRETRAINING))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
 """What every data set of depth offers, and the options that it is opened with.
 
 To add one: a `DepthSet` in a file of this folder, its name in `Kind` and `KINDS` of `finetune.depth_data.registry`, a
-test on files written in its layout, and a row in docs/depth_data.md, whose end says it step by step.
+test on files written in its layout, and a row in docs/depth_data.md, whose end has the steps.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, TypeAlias
@@ -14,7 +12,7 @@ from typing import ClassVar, Literal, TypeAlias
 from torch.utils.data import Dataset
 
 from finetune.depth_data.labels import LabelOptions
-from finetune.depth_data.sample import DepthFileError, DepthSample, Supervision
+from finetune.depth_data.sample import DepthSample, Supervision
 
 WhiteBorder: TypeAlias = Literal["keep", "black", "fill"]
 BadDepth: TypeAlias = Literal["refuse", "hole"]
@@ -30,8 +28,8 @@ class OpenOptions:
         depth: "raw" (with holes) or "filled" depth of the labelled file.
         white_border: what becomes of the white border of labelled NYU images, see `nyu.paint_border`.
         labels: classes of each pixel to read along; None reads none.
-        polarity: what the relation `>` of DIW says of its point A.
-        depth_scale: metres of one unit of the depth files of a plain folder; None: what a PNG says itself, else 0.001,
+        polarity: whether the relation `>` of DIW means that its point A is farther or closer.
+        depth_scale: metres of one unit of the depth files of a plain folder; None: what is stored in a PNG, else 0.001,
             and 1 for NPY and PFM.
         bad_depth: "refuse" a depth map with NaN, infinite or negative values, or take them for holes.
     """
@@ -56,16 +54,16 @@ class DepthSet(Dataset[DepthSample]):
 
     supervision: ClassVar[Supervision] = "metric"
     benchmark: ClassVar[str] = "any"
-    """The data set that it is of, as `Protocol.data` calls it; a folder of one's own may be of any."""
+    """The benchmark that it belongs to, as in `Protocol.data`; "any" for a folder of one's own."""
     labelled: bool = False
     """Whether samples carry `labels`."""
     options: OpenOptions = OpenOptions()
     """What `open_depth_data` opened it with."""
     ground_truth: str | None = None
-    """Which depth it is, where the layout tells: "raw", "filled", "benchmark" or "laser" (`Protocol.depth`)."""
+    """Which depth it is, where the layout knows: "raw", "filled", "benchmark" or "laser" (`Protocol.depth`)."""
 
     def reading(self) -> dict[str, str | float | None]:
-        """What scores against it depend on besides the files: for results, JSON values."""
+        """Options of reading that scores depend on, as JSON values for results."""
         names = ("white_border", "polarity", "depth_scale", "bad_depth")
         return {"ground_truth": self.ground_truth} | {name: getattr(self.options, name) for name in names}
 
@@ -105,17 +103,3 @@ class DepthSet(Dataset[DepthSample]):
         Raises:
             DepthFileError: the first that cannot be used.
         """
-
-
-@contextmanager
-def at_line(list_file: str | Path, line: int) -> Iterator[None]:
-    """Add the line of a list to errors about the files that it names."""
-    try:
-        yield
-    except DepthFileError as error:
-        raise DepthFileError(f"{error}{line_text(list_file, line)}") from error
-
-
-def line_text(list_file: str | Path, line: int) -> str:
-    """The line of a list, for the end of a sentence."""
-    return f" ({Path(list_file).name}, line {line})"

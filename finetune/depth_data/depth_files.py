@@ -1,6 +1,6 @@
 """Depth maps as files: NumPy arrays, portable float maps, and 16-bit PNG that say their own scale. Read and written.
 
-A PNG has whole numbers of which one stands for `scale` metres, 0 for no reading. What is written here says the scale in
+A PNG has whole numbers of which one stands for `scale` metres, 0 for no reading. What is written here has the scale in
 a text chunk of the file (`depth_scale`, metres of one unit), where Pillow (`Image.open(path).text`) and others find it.
 """
 
@@ -25,7 +25,7 @@ def read_depth_file(path: str | Path, scale: float | None = None) -> np.ndarray:
 
     Args:
         path: the file.
-        scale: metres of one unit; None: what the file says, which a PNG must, and 1 for NPY and PFM.
+        scale: metres of one unit; None: the one stored in a PNG, which must have it, and 1 for NPY and PFM.
 
     Returns:
         float32 `[H, W]` [m], as stored: of NPY and PFM it may hold NaN, infinite and negative numbers.
@@ -36,15 +36,15 @@ def read_depth_file(path: str | Path, scale: float | None = None) -> np.ndarray:
     path = Path(path)
     extension = path.suffix.lower()
     if extension == ".png":
-        values, said = read_grey(path), stored_scale(path) if scale is None else scale
+        values, unit = read_grey(path), stored_scale(path) if scale is None else scale
         if values.dtype != np.uint16:
             reason = f"has {values.dtype} pixels, depth needs 16 bits: a picture of depth is no measurement"
             raise file_error(path, reason)
-        if said is None:
+        if unit is None:
             raise file_error(
                 path, "does not say the metres of one unit, give the scale (0.001 is millimetres)"
             )
-        return values.astype(np.float32) / np.float32(1.0 / said)
+        return values.astype(np.float32) / np.float32(1.0 / unit)
     if extension not in DEPTH_EXTENSIONS:
         raise file_error(path, f"is no depth map, these are {', '.join(DEPTH_EXTENSIONS)}")
     values = read_npy(path) if extension == ".npy" else read_pfm(path)
@@ -93,7 +93,7 @@ def read_pfm(path: Path) -> np.ndarray:
 
 
 def stored_scale(path: str | Path) -> float | None:
-    """The metres of one unit that a PNG file says itself, from its text chunk; None if it says nothing.
+    """The metres of one unit that are stored in a text chunk of a PNG file; None without one.
 
     Raises:
         DepthFileError: no image, or a scale that is no positive number.
@@ -128,7 +128,7 @@ def pfm_bytes(depth: np.ndarray) -> bytes:
 
 
 def png_bytes(depth: np.ndarray, scale: float = MILLIMETRE) -> tuple[bytes, int]:
-    """`[H, W]` [m] as the content of a 16-bit `.png` file that says its scale.
+    """`[H, W]` [m] as the content of a 16-bit `.png` file that holds its scale.
 
     Args:
         depth: metres; what is not finite or not above 0 becomes 0, which is no reading.

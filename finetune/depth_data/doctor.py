@@ -11,6 +11,7 @@ import numpy as np
 
 from finetune.depth_data.base import DepthSet
 from finetune.depth_data.depth_files import stored_scale
+from finetune.depth_data.lists import files_below
 from finetune.depth_data.registry import Kind, open_depth_data, recognise
 from finetune.depth_data.sample import DepthFileError, DepthSample
 from finetune.depth_data.sets import kitti
@@ -48,11 +49,11 @@ class Finding:
 
 @dataclass
 class Diagnosis:
-    """What the doctor knows of a data set.
+    """What was found out about a data set.
 
     Args:
         kind: its layout, None where none was recognised.
-        about: what a run would print about it.
+        about: its line in the log of a run.
         findings: what is wrong, and remarks.
         drawn: samples to show.
     """
@@ -106,14 +107,12 @@ def diagnose(
         return found
     found.about = repr(data)
     read: list[DepthSample] = []
-    for index in np.unique(np.linspace(0, len(data) - 1, samples).round().astype(int)):
+    for index in spread(len(data), samples):
         try:
-            read.append(data[int(index)])
+            read.append(data[index])
         except DepthFileError as error:
             found.wrong(fault_of(str(error)), str(error))
-    found.drawn = [
-        read[n] for n in np.unique(np.linspace(0, max(len(read) - 1, 0), draw).round().astype(int)) if read
-    ]
+    found.drawn = [read[n] for n in spread(len(read), draw)]
     with_depth = [sample for sample in read if sample.depth is not None]
     if with_depth:
         check_depth(found, with_depth, data)
@@ -143,6 +142,11 @@ def diagnose(
     check_splits(found, data, Path(root), list_file, val_list)
     check_intrinsics(found, data, Path(root))
     return found
+
+
+def spread(length: int, count: int) -> list[int]:
+    """At most `count` indices, evenly over a sequence of `length`, the first and the last among them."""
+    return np.unique(np.linspace(0, length - 1, count).round().astype(int)).tolist() if length else []
 
 
 def fault_of(message: str) -> str:
@@ -177,10 +181,8 @@ def check_depth(found: Diagnosis, samples: Sequence[DepthSample], data: DepthSet
     readings = [sample.metres[sample.metres > 0] for sample in samples]
     empty = [sample.name for sample, values in zip(samples, readings, strict=True) if not values.size]
     if empty:
-        found.wrong(
-            "empty",
-            f"{len(empty)} of {len(samples)} depth maps have no reading at all, the first is {empty[0]}",
-        )
+        text = f"{len(empty)} of {len(samples)} depth maps have no reading at all, the first is {empty[0]}"
+        found.wrong("empty", text)
     readings = [values for values in readings if values.size]
     if not readings:
         return
@@ -188,11 +190,11 @@ def check_depth(found: Diagnosis, samples: Sequence[DepthSample], data: DepthSet
     nyu = found.kind in NYU_KINDS
     low, high = (1.2, 5.0) if nyu else (0.3, 100.0)
     if not low <= median <= high:
+        expected = "rooms have 1.2 to 5" if nyu else "expected 0.3 to 100"
         found.wrong(
             "wrong scale",
-            f"the median depth is {median:.3g} m,"
-            f" {'rooms have 1.2 to 5' if nyu else 'expected 0.3 to 100'} m: the files are"
-            f" probably not in the unit that they are read in{other_unit(median, data)}",
+            f"the median depth is {median:.3g} m, {expected} m: the files are probably not in the unit that they are"
+            f" read in{other_unit(median, data)}",
         )
     elif found.kind == "folder":
         found.note(f"the median depth is {median:.3g} m")
@@ -203,9 +205,8 @@ def check_depth(found: Diagnosis, samples: Sequence[DepthSample], data: DepthSet
     elif 1 < len(levels) <= 256 and evenly_spaced(steps) and sum(values.size for values in readings) > 10_000:
         found.wrong(
             "8-bit",
-            f"all depth maps together have {len(levels)} different values, {np.median(steps) * 1000:.0f}"
-            " mm apart: they were 8-bit"
-            " once, whatever the file says now; take the originals where metres matter",
+            f"all depth maps together have {len(levels)} different values, {np.median(steps) * 1000:.0f} mm apart: they"
+            " were 8-bit once, whatever the file says now; take the originals where metres matter",
         )
     holes = float(np.median([(sample.metres == 0).mean() for sample in samples]))
     text = f"{holes:.1%} of a depth map (median) is without a reading"
@@ -213,9 +214,8 @@ def check_depth(found: Diagnosis, samples: Sequence[DepthSample], data: DepthSet
     if holes < 0.005 and found.kind in RAW_KINDS and not asked:
         found.wrong(
             "filled",
-            f"{text}: this depth was filled in, what a Kinect measures has holes; good for"
-            " training, but scores against it"
-            " are not those of the published protocols, which stand on raw depth",
+            f"{text}: this depth was filled in, what a Kinect measures has holes; good for training, but scores against"
+            " it are not those of the published protocols, which stand on raw depth",
         )
     else:
         found.note(text)
@@ -244,9 +244,8 @@ def check_alignment(found: Diagnosis, samples: Sequence[DepthSample]) -> None:
     if best != "as it is" and means[best] > max(0.15, 1.7 * means["as it is"]):
         found.wrong(
             "mirrored",
-            f"depth is {best} against its image: their edges agree by {means[best]:.2f} so, and"
-            f" by {means['as it is']:.2f}"
-            " as the files are; transpose arrays of MATLAB, never rotate them",
+            f"depth is {best} against its image: their edges agree by {means[best]:.2f} so, and by"
+            f" {means['as it is']:.2f} as the files are; transpose arrays of MATLAB, never rotate them",
         )
 
 
@@ -277,18 +276,15 @@ def check_frames(found: Diagnosis, samples: Sequence[DepthSample], white_border:
         height, width = samples[0].image.shape[:2]
         found.wrong(
             "transposed",
-            f"{len(portrait)} of {len(samples)} frames are upright ({height}x{width}), NYU's are"
-            " 480x640: the axes of the MATLAB"
-            " file were not put back, transpose images and depth",
+            f"{len(portrait)} of {len(samples)} frames are upright ({height}x{width}), NYU's are 480x640: the axes of"
+            " the MATLAB file were not put back, transpose images and depth",
         )
     white = [sample.name for sample in samples if has_white_border(sample.image)]
     if len(white) > len(samples) / 2 and white_border == "keep":
         found.wrong(
             "white border",
-            f"{len(white)} of {len(samples)} images have the white border of NYU's labelled images:"
-            " leave it out of the crops"
-            " (data.border, which it is by default) and paint it over for evaluation"
-            " (data.white_border fill or black)",
+            f"{len(white)} of {len(samples)} images have the white border of NYU's labelled images: leave it out of the"
+            " crops (data.border, the default) and paint it over for evaluation (data.white_border fill or black)",
         )
 
 
@@ -307,16 +303,11 @@ def check_splits(
     if isinstance(data, NYULabeled):
         train, test = (set(read_split(data.splits_path, split).tolist()) for split in ("train", "test"))
         if both := sorted(train & test):
-            found.wrong(
-                "test in training",
-                f"{len(both)} images are in both splits of {data.splits_path}, such as {both[0]}",
-            )
+            text = f"{len(both)} images are in both splits of {data.splits_path}, such as {both[0]}"
+            found.wrong("test in training", text)
         if len(train) > 795:
-            found.wrong(
-                "test in training",
-                f"{data.splits_path} has {len(train)} training images, the official split 795:"
-                " test images are among them",
-            )
+            text = f"{data.splits_path} has {len(train)} training images, the official split 795: test images are among"
+            found.wrong("test in training", f"{text} them")
         return
     names = data.names()
     others: dict[str, list[str]] = {}
@@ -324,17 +315,15 @@ def check_splits(
     if isinstance(data, NYUSync | PlainFolder) and data.list_file is not None and not val_list:
         lists = [path.name for path in pair_lists(root) if path.resolve() != data.list_file.resolve()]
         lists = [name for name in lists if re.search(r"val|test|eigen", name)]
-    kind = found.kind
-    for name in lists:
-        try:
-            others[name] = open_depth_data(root, name, "test", kind=kind).names()
-        except ValueError as error:
-            found.note(f"{name} was not compared: {error}")
+    compared: list[str | None] = [*lists]
     if not lists and data.has_test_split() and list_file is None:
+        compared = [None]
+    for name in compared:
+        called = name or "the test split"
         try:
-            others["the test split"] = open_depth_data(root, None, "test", kind=kind).names()
+            others[called] = open_depth_data(root, name, "test", kind=found.kind).names()
         except ValueError as error:
-            found.note(f"the test split was not compared: {error}")
+            found.note(f"{called} was not compared: {error}")
     scenes = {scene for name in names if (scene := scene_of(name))}
     for where, other in others.items():
         files = sorted(set(names) & set(other))
@@ -346,9 +335,8 @@ def check_splits(
         elif rooms:
             found.wrong(
                 "test in training",
-                f"{len(rooms)} scenes to train on are in {where} too, such as {rooms[0]}: frames"
-                " of one scene are nearly the"
-                " same picture, so the scores would be too good; split by scene",
+                f"{len(rooms)} scenes to train on are in {where} too, such as {rooms[0]}: frames of one scene are"
+                " nearly the same picture, so the scores would be too good; split by scene",
             )
         else:
             found.note(f"no scene is shared with {where}")
@@ -369,16 +357,14 @@ def check_intrinsics(found: Diagnosis, data: DepthSet, root: Path) -> None:
         if without:
             found.wrong(
                 "no intrinsics",
-                f"{len(without)} of {len(data)} lines of {data.list_file} have no focal length (third"
-                " column, in pixels), the first"
-                f" is line {without[0]}: NYU's is 518.8579",
+                f"{len(without)} of {len(data)} lines of {data.list_file} have no focal length (third column, in"
+                f" pixels), the first is line {without[0]}: NYU's is 518.8579",
             )
     elif isinstance(data, PlainFolder):
         words = re.compile(r"intrinsic|calib|camera", re.IGNORECASE)
-        if not any(words.search(path.name) for path in root.rglob("*") if path.is_file()):
+        if not any(words.search(path.name) for path in files_below(root)):
             found.wrong(
                 "no intrinsics",
-                f"no file in {root} names the camera (looked for intrinsics, calib, camera): depth"
-                " trains without it, but point"
-                " clouds and mixing cameras need fx, fy, cx, cy",
+                f"no file in {root} names the camera (looked for intrinsics, calib, camera): depth trains without it,"
+                " but point clouds and mixing cameras need fx, fy, cx, cy",
             )

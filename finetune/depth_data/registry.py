@@ -6,20 +6,14 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from finetune.depth_data.base import DepthSet, OpenOptions
+from finetune.depth_data.lists import LABELED_MAT, WITHOUT_LISTS, existing_root, lists_text
 from finetune.depth_data.sets.densedepth import DenseDepth
 from finetune.depth_data.sets.diw import DIW
 from finetune.depth_data.sets.fastdepth import FastDepth, HubTars
 from finetune.depth_data.sets.folder import PlainFolder
 from finetune.depth_data.sets.ibims import IBims
 from finetune.depth_data.sets.kitti import KITTI
-from finetune.depth_data.sets.nyu import (
-    LABELED_MAT,
-    WITHOUT_LISTS,
-    NYULabeled,
-    NYUSync,
-    existing_root,
-    lists_text,
-)
+from finetune.depth_data.sets.nyu import NYULabeled, NYUSync
 from finetune.depth_data.sets.nyu_pairs import NYUPairs
 from finetune.depth_data.sets.redweb import ReDWeb
 from finetune.options import Kind
@@ -78,7 +72,7 @@ def open_depth_data(
     kind: Kind | None = None,
     **options: Any,
 ) -> DepthSet:
-    """Open a data set; `repr` of the result says which layout was taken.
+    """Open a data set; `repr` of the result names the layout.
 
     Args:
         root: folder or file that the layout has.

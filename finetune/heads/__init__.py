@@ -14,6 +14,8 @@ HEADS: "Registry[Head]" = Registry(
         "metric_bins": "finetune.heads.metric_bins:MetricBins",
         "lraspp": "finetune.heads.lraspp:LiteASPP",
         "linear": "finetune.heads.linear:Linear",
+        "fcrn": "finetune.heads.fcrn:FCRN",
+        "dorn": "finetune.heads.dorn:DORN",
     }
 )
 """Name in a configuration -> class; the arguments of its constructor after `depth_range` are its options."""

@@ -20,6 +20,7 @@ LOSSES: "Registry[DepthLoss]" = Registry(
         "ssim": "finetune.losses.structure:SSIM",
         "smoothness": "finetune.losses.structure:Smoothness",
         "segmentation": "finetune.losses.segmentation:Segmentation",
+        "ordinal": "finetune.losses.ordinal:OrdinalRegression",
     }
 )
 """Name in a configuration -> class; the arguments of its constructor are its options."""

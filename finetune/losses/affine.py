@@ -6,43 +6,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from finetune.least_squares import scale_and_shift_of_images
 from finetune.losses.base import DepthLoss, NoGroundTruth, check_maps
 from spark.errors import UserError
 
 if TYPE_CHECKING:
     from finetune.model.depth_model import DepthModel
-
-
-def align(prediction: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and shift of each image that bring its prediction closest to the target, by least squares.
-
-    Solved in fp64 where the device has it, about the means of both, so that a map with a large offset loses no digits.
-    A prediction that is constant has scale 0 and the mean of the target as shift. Gradients pass.
-
-    Args:
-        prediction: [B, 1, H, W].
-        target: Likewise.
-        valid: Where there is a target, bool.
-
-    Returns:
-        Scale and shift, both [B, 1, 1, 1] in the precision of the solution: `scale * prediction + shift`.
-    """
-    wide = prediction.dtype if prediction.device.type == "mps" else torch.float64
-    dims = (1, 2, 3)
-    zero = torch.zeros((), dtype=wide, device=prediction.device)
-    count = valid.sum(dims, keepdim=True).clamp(min=1)
-    mean_p = torch.where(valid, prediction.to(wide), zero).sum(dims, keepdim=True) / count
-    mean_t = torch.where(valid, target.to(wide), zero).sum(dims, keepdim=True) / count
-    off_p = torch.where(valid, prediction.to(wide) - mean_p, zero)
-    off_t = torch.where(valid, target.to(wide) - mean_t, zero)
-    variance = off_p.square().sum(dims, keepdim=True)
-    # Below rounding of the mean, what is left of a constant is noise. NaN counts as varying and stays NaN.
-    constant = variance <= 1e-20 * count * mean_p.square()
-    scale = (off_p * off_t).sum(dims, keepdim=True) / torch.where(
-        constant, torch.ones_like(variance), variance
-    )
-    scale = torch.where(constant, torch.zeros_like(scale), scale)
-    return scale, mean_t - scale * mean_p
 
 
 class _Aligned(DepthLoss):
@@ -76,7 +45,7 @@ class _Aligned(DepthLoss):
             )
         # NaN outside goes before the product with the scale, whose gradient it would spoil.
         prediction, target = (torch.where(valid, m, torch.zeros_like(m)) for m in (prediction, target))
-        scale, shift = align(prediction, target, valid)
+        scale, shift = scale_and_shift_of_images(prediction, target, valid)
         residual = (scale * prediction + shift - target) * valid
         return self.penalty(residual, valid).to(prediction.dtype)
 

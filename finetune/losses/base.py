@@ -56,7 +56,9 @@ class DepthLoss(nn.Module):
                 f"loss {self.name!r} scores {self.predicts}, and the head gives {', '.join(outputs)}: choose another"
                 f" loss or another head{self.other_output()}"
             )
-        source = outputs[-1] if self.predicts == "disparity" else self.predicts
+        source = self.predicts
+        if source == "disparity":
+            source = "disparity_affine" if "disparity_affine" in outputs else "depth"
         if source in model.head.counted:
             raise UserError(
                 f"loss {self.name!r} scores {source}, which head {model.head_name} counts, so that no gradient passes:"

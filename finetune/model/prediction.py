@@ -3,7 +3,7 @@
 A tile shows the model a region of the photo larger than the whole photo would. The model gives a region another scale
 (it looks like a nearer scene), so every tile is fitted to the prediction for the whole photo by scale and
 shift (of ln depth; of inverse depth for a head without metres). What still differs over an eighth of a tile and more is
-taken from the whole photo, for a region tells less of the shape of a room. Tiles are averaged with weights that fall to
+taken from the whole photo, for a region shows less of the shape of a room. Tiles are averaged with weights that fall to
 0 at their edges: no seams, the depth of the whole photo, and the detail of the tiles.
 """
 
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from finetune.depth_data.transforms import EvalTransform
 from finetune.heads.output import DepthOutput
+from finetune.least_squares import scale_and_shift
 from spark.errors import UserError
 from spark.images.decode import MAX_PIXELS, RawPicture, describe_failure, read_image
 
@@ -213,11 +214,10 @@ def _window(length: int) -> np.ndarray:
 def _fitted(tile: np.ndarray, whole: np.ndarray, relative: bool) -> np.ndarray:
     """A tile's prediction with scale, shift and coarse shape such that it fits that of the whole image."""
     x, y = (tile, whole) if relative else (np.log(tile), np.log(whole))
-    centred, mean = x - x.mean(), float(y.mean())
-    variance = float((centred**2).mean())
-    slope = float((centred * (y - mean)).mean()) / variance if variance > 1e-8 else 1.0
+    slope, _ = scale_and_shift(x, y)
     # Of relative depth a tile's own unit is arbitrary, and so is the slope; but nearer stays nearer.
-    fitted = mean + (max(slope, 0.0) if relative else min(max(slope, SLOPES[0]), SLOPES[1])) * centred
+    slope = max(slope, 0.0) if relative else min(max(slope, SLOPES[0]), SLOPES[1])
+    fitted = float(y.mean()) + slope * (x - x.mean())
     height, width = x.shape
     coarse = cv2.resize(y - fitted, (min(CELLS, width), min(CELLS, height)), interpolation=cv2.INTER_AREA)
     fitted = fitted + cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)

@@ -1,7 +1,7 @@
 """Intrinsics of the camera that took an image: from its EXIF, a file, a data set, a field of view, or assumed.
 
-The pinhole camera without distortion, in pixels, the middle of the first pixel at (0, 0). Where intrinsics come from is
-kept with them, and whether they had to be assumed: point clouds are wrong in shape where they are wrong.
+The pinhole camera without distortion, in pixels, the middle of the first pixel at (0, 0). Intrinsics know their source
+and whether they were assumed: where they are wrong, point clouds have the wrong shape.
 """
 
 import json
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import yaml
 from PIL import ExifTags
@@ -19,7 +18,7 @@ from finetune.depth_data.sample import opened_image
 from spark.errors import UserError
 
 ASSUMED_VIEW = 60.0
-"""Angle of view along the long side that is assumed where nothing is known [degrees]."""
+"""Assumed angle of view along the long side, where nothing is known [degrees]."""
 FULL_FRAME = math.hypot(36.0, 24.0)
 """Diagonal that "35 mm equivalent" refers to [mm] (CIPA DCG-001)."""
 
@@ -36,7 +35,7 @@ class Intrinsics:
         height: of the image [px].
         width: of the image [px].
         source: where they come from, for people.
-        assumed: whether nothing said so.
+        assumed: whether they are an assumption.
 
     Raises:
         ValueError: a number that cannot be.
@@ -102,7 +101,7 @@ def camera_for(choice: str | None, image_path: str | Path | None, size: tuple[in
     """The camera of an image.
 
     Args:
-        choice: "nyu", a field of view across in degrees, or a file (see `read_camera`); None: what EXIF says, else
+        choice: "nyu", a field of view across in degrees, or a file (see `read_camera`); None: from EXIF, else
             `ASSUMED_VIEW` along the long side.
         image_path: the image's file, for EXIF; None: there is none.
         size: (H, W) of the image, upright [px].
@@ -146,8 +145,8 @@ def from_view(degrees: float, size: tuple[int, int], along_long: bool = False) -
 def exif_camera(path: str | Path, size: tuple[int, int]) -> Intrinsics | None:
     """The camera by an image's EXIF: focal length and resolution of the focal plane, or the 35 mm equivalent; or None.
 
-    The equivalent is taken over the diagonal, as it is defined. An image that was cropped after it was taken says a
-    focal length that is not its own; nothing tells. The focal plane counts only where EXIF's own image size is that of
+    The equivalent is taken over the diagonal, as it is defined. The focal length of an image that was
+    cropped later is wrong, and nothing shows it. The focal plane counts only where EXIF's own image size is that of
     the file.
     """
     try:
@@ -157,15 +156,11 @@ def exif_camera(path: str | Path, size: tuple[int, int]) -> Intrinsics | None:
     except (OSError, SyntaxError, ValueError):
         return None
     focal, source = None, ""
-    millimetres, equivalent = (
-        _number(tags, ExifTags.Base.FocalLength),
-        _number(tags, ExifTags.Base.FocalLengthIn35mmFilm),
-    )
-    per_unit = _number(tags, ExifTags.Base.FocalPlaneXResolution)
-    unit = {2.0: 25.4, 3.0: 10.0, 4.0: 1.0}.get(
-        _number(tags, ExifTags.Base.FocalPlaneResolutionUnit, 2) or 0.0
-    )
-    as_taken = _number(tags, ExifTags.Base.ExifImageWidth) == stored[0]
+    tag = ExifTags.Base
+    millimetres, equivalent = _number(tags, tag.FocalLength), _number(tags, tag.FocalLengthIn35mmFilm)
+    per_unit = _number(tags, tag.FocalPlaneXResolution)
+    unit = {2.0: 25.4, 3.0: 10.0, 4.0: 1.0}.get(_number(tags, tag.FocalPlaneResolutionUnit, 2) or 0.0)
+    as_taken = _number(tags, tag.ExifImageWidth) == stored[0]
     if equivalent:
         focal, source = equivalent / FULL_FRAME * math.hypot(*size), f"EXIF, {equivalent:g} mm equivalent"
     elif millimetres and per_unit and unit and as_taken:
@@ -185,13 +180,10 @@ def _number(tags: Any, tag: ExifTags.Base, missing: float = 0) -> float | None:
 
 
 def read_camera(path: str | Path, size: tuple[int, int] | None = None) -> Intrinsics:
-    """Intrinsics from a file: JSON or YAML with fx, fy, cx, cy, width, height, or opencv's FileStorage (.xml, .yml).
-
-    Instead of the four numbers there may be a 3x3 matrix, `camera_matrix` or `K`, as nested lists or opencv's matrix;
-    `image_width` and `image_height` (opencv's names) do for the size. Without a size, (H, W) `size` counts.
+    """Intrinsics from a file, JSON or YAML, with fx, fy, cx, cy, width and height; without the last two, `size` counts.
 
     Raises:
-        ValueError: no such file, or not what it should hold.
+        UserError: no such file, or one of the numbers is missing.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -200,49 +192,15 @@ def read_camera(path: str | Path, size: tuple[int, int] | None = None) -> Intrin
         )
     try:
         text = path.read_text(encoding="utf-8")
-        stored: Any = _file_storage(path) if "<?xml" in text[:99] or "opencv-matrix" in text else None
-        if stored is None:
-            stored = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
-        matrix = next((stored[key] for key in ("camera_matrix", "K") if key in stored), None)
-        if matrix is None:
-            fx, fy, cx, cy = (float(stored[key]) for key in ("fx", "fy", "cx", "cy"))
-        else:
-            data = matrix.get("data", matrix) if isinstance(matrix, dict) else matrix
-            values = np.asarray(data, np.float64).reshape(3, 3)
-            fx, fy, cx, cy = values[0, 0], values[1, 1], values[0, 2], values[1, 2]
-        width = stored.get("width", stored.get("image_width", size and size[1]))
-        height = stored.get("height", stored.get("image_height", size and size[0]))
-        if width is None or height is None:
-            raise KeyError("width and height")
-        numbers = (float(fx), float(fy), float(cx), float(cy), int(height), int(width))
-    except (
-        KeyError,
-        TypeError,
-        AttributeError,
-        ValueError,  # of JSON, of text that is none, of words in place of numbers, of a matrix that is not 3x3
-        yaml.YAMLError,
-    ) as error:
-        missing = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        stored = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+        if size is not None:
+            stored = {"height": size[0], "width": size[1], **stored}
+        if missing := [key for key in ("fx", "fy", "cx", "cy", "width", "height") if key not in stored]:
+            raise UserError(f"it lacks {' and '.join(missing)}")
+        fx, fy, cx, cy = (float(stored[key]) for key in ("fx", "fy", "cx", "cy"))
+        return Intrinsics(fx, fy, cx, cy, int(stored["height"]), int(stored["width"]), path.name)
+    except (TypeError, ValueError, yaml.YAMLError) as error:
         raise UserError(
-            f"{path} holds no intrinsics ({missing}): write fx, fy, cx, cy, width and height [px] as JSON or YAML"
+            f"{path} holds no intrinsics ({' '.join(str(error).split())}): write fx, fy, cx, cy, width and height [px]"
+            " as JSON or YAML"
         ) from error
-    return Intrinsics(*numbers, path.name)
-
-
-def _file_storage(path: Path) -> dict[str, Any]:
-    """What opencv's FileStorage has under the names that its calibration tools write."""
-    try:
-        storage = cv2.FileStorage(str(path), cv2.FILE_STORAGE_READ)
-    except cv2.error as error:
-        raise UserError(
-            f"{path} cannot be read as a FileStorage of opencv ({error.err}): write it again"
-        ) from error
-    found: dict[str, Any] = {}
-    for name in ("camera_matrix", "K"):
-        if not (node := storage.getNode(name)).empty():
-            found[name] = node.mat()
-    for name in ("image_width", "image_height"):
-        if not (node := storage.getNode(name)).empty():
-            found[name] = int(node.real())
-    storage.release()
-    return found

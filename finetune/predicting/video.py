@@ -1,12 +1,12 @@
 """Videos: frames read and counted, a colour range that does not flicker, and videos of depth that appear whole.
 
-Written with opencv's own encoders: MPEG-4 in .mp4, or Motion JPEG in .avi where that one is missing. Sound is not kept.
+Videos are written as MPEG-4 in .mp4 by opencv's own encoder. Sound is not kept.
 """
 
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -18,14 +18,13 @@ from finetune.report.figures import colourise
 from spark.errors import FileError, UserError
 
 EXTENSIONS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
-CODECS = ((".mp4", "mp4v"), (".avi", "MJPG"))
 COUNTED = (".mp4", ".m4v", ".mov", ".avi")
-"""Files that hold how many frames they have."""
+"""Kinds of file that hold their number of frames."""
 USUAL_RATE = 25.0
 FASTEST = 240.0
 """Frames per second beyond which a rate is an error of the file."""
 TOLERANCE_SECONDS = 0.1
-"""Differences of time below this are nothing to tell: sound is longer than the picture by some hundredths."""
+"""Smaller differences of time do not count: sound is longer than the picture by some hundredths."""
 SMOOTHING_SECONDS = 1.0
 PERCENTILES = (2, 98)
 
@@ -45,9 +44,10 @@ class VideoFrames:
         most: how many frames are wanted; None: all.
 
     Attributes:
-        announced: how many frames the file says it has, or those that the first pass could decode (`most` at most);
+        announced: number of frames by the header of the file, or those that the first pass could decode (`most` at
+        most);
             None of a camera.
-        seconds: how long the file says it is; None if it does not say, as cameras.
+        seconds: length by the header of the file; None without one, as of cameras.
         rate: frames per second, on average where they are uneven.
         shape: (H, W, 3) of a frame.
         frames: how many were read so far.
@@ -73,9 +73,9 @@ class VideoFrames:
         self._first, self.shape, self._live = frame, frame.shape, isinstance(source, int)
         count = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
         rate = float(self._capture.get(cv2.CAP_PROP_FPS))
-        said = isinstance(source, Path) and 0 < count < 1e9
-        self.announced = int(count) if said else None
-        self.seconds = count / rate if said and math.isfinite(rate) and rate > 0 else None
+        known = isinstance(source, Path) and 0 < count < 1e9
+        self.announced = int(count) if known else None
+        self.seconds = count / rate if known and math.isfinite(rate) and rate > 0 else None
         self._counted = isinstance(source, int) or source.suffix.lower() in COUNTED
         if isinstance(source, Path) and not (self._counted and self.announced and 0 < rate <= FASTEST):
             self.announced, before, last = _first_pass(source, most)
@@ -106,9 +106,9 @@ class VideoFrames:
         return self._capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
 
     def missing(self) -> str:
-        """What lacks at the end, after all frames were read; "" if nothing does.
+        """What is missing at the end, after all frames were read; "" if nothing is.
 
-        A number of frames alone tells little (edit lists drop some): the time of the last one must be too early too.
+        Fewer frames than announced are no proof (edit lists drop some): the last one must be too early, too.
         """
         if self.announced is None or self.seconds is None:
             return ""
@@ -126,7 +126,7 @@ class VideoFrames:
         )
 
     def uneven(self) -> str:
-        """What even frames make of the timing of those read; "" where they are even."""
+        """How far even frames are from the times of those read; "" where these are even."""
         if self.timing_off <= max(TOLERANCE_SECONDS, 1.5 / self.rate):
             return ""
         return (
@@ -135,7 +135,7 @@ class VideoFrames:
         )
 
     def close(self) -> None:
-        """Let go of the file or camera."""
+        """Release the file or camera."""
         self._capture.release()
 
 
@@ -202,15 +202,9 @@ def legend(height: int, limits: tuple[float, float]) -> np.ndarray:
     return strip
 
 
-def part_path(stem: Path, extension: str) -> Path:
-    """The hidden name under which a video is written."""
-    return stem.with_name(f".{stem.name}.part{extension}")
-
-
-def forget_killed(stem: Path) -> None:
-    """Remove what a killed program left of a video of this path without extension."""
-    for extension, _ in CODECS:
-        part_path(stem, extension).unlink(missing_ok=True)
+def hidden_path(path: Path) -> Path:
+    """The name of a video while it is written."""
+    return path.with_name(f".{path.stem}.part{path.suffix}")
 
 
 class VideoWriter:
@@ -219,46 +213,37 @@ class VideoWriter:
     Used as a context: an error inside leaves nothing.
 
     Args:
-        stem: path of the file without extension; the first of `CODECS` that opens decides that.
+        path: of the file, .mp4.
         rate: frames per second.
-        codecs: (extension, four letters) in the order in which they are tried.
 
     Attributes:
-        path: of the file; None until it was closed with a frame in it.
+        done: whether the file is there.
         frames: how many were written.
     """
 
-    def __init__(self, stem: Path, rate: float, codecs: Sequence[tuple[str, str]] = CODECS) -> None:
-        self.path: Path | None = None
-        self.frames = 0
-        self._stem, self._rate, self._codecs = stem, rate, codecs
+    def __init__(self, path: Path, rate: float) -> None:
+        self.path, self.done, self.frames = path, False, 0
+        self._rate, self._hidden = rate, hidden_path(path)
         self._writer: cv2.VideoWriter | None = None
-        self._part = stem
 
     def __enter__(self) -> "VideoWriter":
         return self
 
     def write(self, frame: np.ndarray) -> None:
-        """Append a frame uint8 [H, W, 3]; an odd side gets a pixel more, which the codecs want."""
+        """Append a frame uint8 [H, W, 3]; an odd side gets a pixel more, which the codec wants."""
         frame = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge")
         if self._writer is None:
-            self._writer = self._opened((frame.shape[1], frame.shape[0]))
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            code, size = cv2.VideoWriter.fourcc(*"mp4v"), (frame.shape[1], frame.shape[0])
+            self._writer = cv2.VideoWriter(str(self._hidden), code, self._rate, size)
+            if not self._writer.isOpened():
+                self._hidden.unlink(missing_ok=True)
+                raise FileError(
+                    f"no video of {size[0]}x{size[1]} can be written to {self.path.parent}: the folder is not writable,"
+                    " or opencv has no MPEG-4; write frames with formats npy"
+                )
         self._writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
         self.frames += 1
-
-    def _opened(self, size: tuple[int, int]) -> cv2.VideoWriter:
-        self._stem.parent.mkdir(parents=True, exist_ok=True)
-        for extension, letters in self._codecs:
-            self._part = part_path(self._stem, extension)
-            code = cv2.VideoWriter.fourcc(*letters)
-            writer = cv2.VideoWriter(str(self._part), code, self._rate, size)
-            if writer.isOpened():
-                return writer
-            self._part.unlink(missing_ok=True)
-        raise FileError(
-            f"no video of {size[0]}x{size[1]} can be written to {self._stem.parent}: the folder is not writable, or"
-            f" opencv has none of {', '.join(letters for _, letters in self._codecs)}; write frames with formats npy"
-        )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -268,18 +253,17 @@ class VideoWriter:
         self._writer.release()
         if kind is not None and not issubclass(kind, KeyboardInterrupt):
             with suppress(OSError):
-                self._part.unlink(missing_ok=True)
+                self._hidden.unlink(missing_ok=True)
             return
-        # opencv says nothing of a full disk: count what arrived.
-        check = cv2.VideoCapture(str(self._part))
+        # opencv does not report a full disk: count what arrived.
+        check = cv2.VideoCapture(str(self._hidden))
         arrived = int(check.get(cv2.CAP_PROP_FRAME_COUNT)) if check.isOpened() else 0
         check.release()
         if arrived < self.frames:
-            self._part.unlink(missing_ok=True)
+            self._hidden.unlink(missing_ok=True)
             raise FileError(
-                f"only {arrived} of {self.frames} frames arrived in {self._stem.name}, nothing was left of it: is the"
-                " disk full? Free some space and try again"
+                f"only {arrived} of {self.frames} frames arrived in {self.path.name}, which was deleted: is the disk"
+                " full? Free some space and try again"
             )
-        final = self._stem.with_name(self._stem.name + self._part.suffix)
-        os.replace(self._part, final)
-        self.path = final
+        os.replace(self._hidden, self.path)
+        self.done = True

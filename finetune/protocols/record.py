@@ -44,12 +44,12 @@ class Protocol:
         supervision: what the ground truth is. "metric": maps in metres. "affine": disparity up to scale and shift.
             "ordinal": pairs of points.
         depth: the kind of ground truth that published numbers of this protocol stand on. "raw" and "filled" are of
-            NYU's labelled file, whoever opens it chooses; "benchmark" (maps of KITTI's depth benchmark) and "laser"
-            (projected scans) are as the list of frames says.
+            NYU's labelled file, chosen when it is opened; "benchmark" (maps of KITTI's depth benchmark) and "laser"
+            (projected scans) follow from the list of frames.
         min_depth: lower end of the depths that count [m].
         max_depth: upper end of the depths that count [m].
         valid: which ground truth counts. "strict": min_depth < g < max_depth; "closed": min_depth <= g <= max_depth;
-            "positive": g > 0, whatever its size.
+            "positive": g > 0.
         sees: what of the image a model is shown; its prediction is continued over the rest of the frame by its edge.
             "frame": all of it. "inside_border": without the `border` px of `options` around it. "kb_crop": 352x1216 at
             the bottom, centred, as on KITTI.
@@ -61,7 +61,7 @@ class Protocol:
         scale_crop: accept ground truth of another size than `frame`, with the crop scaled in proportion and
             rounded; without a view.
         crop_shares: (top, bottom, left, right) of the pixels that count as shares of height and width, whose products
-            are truncated; None: `crop` says it.
+            are truncated; None: see `crop`.
         space: what is averaged over flips and resized, "depth" or its inverse, "disparity".
         align_corners: of the bilinear resize: whether the centres of the corner pixels (True) or the outer
             edges of the image (False) coincide.

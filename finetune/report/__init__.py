@@ -1,4 +1,4 @@
-"""The page about depth runs, on the parts of `spark.report`."""
+"""The page about depth runs, built with `spark.report`."""
 
 from pathlib import Path
 

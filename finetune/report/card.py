@@ -1,6 +1,5 @@
 """The model card of a depth model, from what its run, the run of its encoder, and evaluations wrote."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from finetune.model.depth_model import DepthModel
 from finetune.protocols.metrics import METRIC
 from finetune.scoring.best import Selection
 from finetune.scoring.caveats import caveats
-from finetune.scoring.metrics import own_metrics
+from finetune.scoring.metrics import own_metrics, read_results
 from spark.errors import UserError
 from spark.report.card import (
     NOT_MEASURED,
@@ -61,7 +60,7 @@ class Evaluation:
         results: What `results.json` holds.
         before_calibration: The model was calibrated after them.
         chosen_by: The metric of these scores by which the model was chosen among others.
-        by_path: The results say by its path alone which model they are of.
+        by_path: The results name their model by its path alone.
     """
 
     data: str
@@ -72,7 +71,7 @@ class Evaluation:
 
     @property
     def setting(self) -> str:
-        """The protocol, and what was done otherwise than it says by itself."""
+        """The protocol, and where its settings were changed."""
         flips = self.results.get("settings", {}).get("flip_average")
         border = self.results.get("white_border", "keep")
         more = ["flip average"] * bool(flips) + [f"white border {border}"] * (border in WHITE_BORDER)
@@ -121,7 +120,7 @@ def read_evaluations(
     """
     found = []
     now = None if model.calibration is None else model.calibration.as_config()
-    for file, results in [(path, results) for path in files for results in _read_results(path)]:
+    for file, results in [(path, results) for path in files for results in read_results(path)]:
         check_model(file, results, model, folder)
         data = data_name(str(results.get("data", NOT_RECORDED)))
         by_path = "model_sha256" not in results
@@ -132,7 +131,7 @@ def read_evaluations(
     root = run.option("data.root") if place == NOT_RECORDED else place
     held_out = run.option("data.val_list")
     name = public_name(root) + ("" if held_out == NOT_RECORDED else f" {public_name(held_out)}")
-    written = _read_results(run.folder / EVALUATION) if (run.folder / EVALUATION).is_file() else []
+    written = read_results(run.folder / EVALUATION) if (run.folder / EVALUATION).is_file() else []
     own: list[dict[str, Any]] = []
     if selection is not None:
         scores = {metric: run.rows[-1].get(f"val_{metric}") for metric in METRIC}
@@ -143,7 +142,7 @@ def read_evaluations(
     elif folder.resolve() == run.folder / "model":
         # a run that was resumed and exported its model before it ended has not scored that one
         own = [one for one in written if one.get("model_sha256", model.sha256) == model.sha256]
-    # what evaluate.py found again is not said twice
+    # evaluate.py may have found the same
     known = [(one.results["protocol"], one.results["metrics"]) for one in found]
     return [
         Evaluation(name, one, now is not None, None if selection is None else selection.metric)
@@ -165,12 +164,12 @@ def check_model(file: Path, results: Mapping[str, Any], model: DepthModel, folde
     if stated is None:
         if Path(str(scored)).expanduser().resolve() != folder.resolve():
             raise UserError(
-                f"{file} says by a path alone which model it scored, {scored}, and that is not {folder} from here:"
+                f"{file} names the model that it scored by a path alone, {scored}, which is not {folder} from here:"
                 f" {remedy} again, whose results tell models by their weights"
             )
     elif stated != model.sha256:
-        told = stated if isinstance(stated, dict) else {}
-        other = [name for name, value in (model.sha256 or {}).items() if told.get(name) != value]
+        recorded = stated if isinstance(stated, dict) else {}
+        other = [name for name, value in (model.sha256 or {}).items() if recorded.get(name) != value]
         raise UserError(
             f"{file} holds scores of {scored} as it was then, not of {folder} as it is, for the SHA-256 of the"
             f" {' and the '.join(other)} differs: {remedy}"
@@ -178,22 +177,8 @@ def check_model(file: Path, results: Mapping[str, Any], model: DepthModel, folde
 
 
 def data_name(described: str) -> str:
-    """What evaluate.py says of its data, with the last part only of every path in it."""
+    """The description of data in results, with only the last part of every path in it."""
     return " ".join(public_name(word) if "/" in word else word for word in described.split())
-
-
-def _read_results(file: Path) -> list[dict[str, Any]]:
-    """Of each protocol."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        every = content["protocols"] if isinstance(content.get("protocols"), list) else [content]
-        if not every or not all(isinstance(one["metrics"], dict) and "protocol" in one for one in every):
-            raise KeyError("metrics")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{file} holds no results ({error!r}): name what finetune/evaluate.py wrote"
-        ) from error
-    return every
 
 
 def depth_card(model: DepthModel, folder: Path, files: Sequence[Path], publication: Publication) -> str:
@@ -274,19 +259,13 @@ def _load(model: DepthModel, publication: Publication) -> str:
     where = f"{PREFIX}{publication.repo}" if publication.repo else "FOLDER"
     own = getattr(model.encoder, "own_encoder", None)
     more = f', encoder_name="{own["own"]}"' if own else ""
-    return "\n".join(
-        [
-            "import numpy as np",
-            "from PIL import Image, ImageOps",
-            "",
-            "from finetune import load_depth_model",
-            "from finetune.predict import predict_image",
-            "",
-            f'model = load_depth_model("{where}"{more})',
-            'photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")  # upright',
-            "depth = predict_image(model, np.asarray(photo))",
-        ]
-    )
+    lines = ["from finetune import load_depth_model", "", f'model = load_depth_model("{where}"{more})']
+    if "depth" in model.outputs:
+        lines += ['depth = model.predict("photo.jpg")  # float32 [H, W] in metres']
+    else:
+        lines[1:1] = ["from finetune.model.prediction import predict_image, read_photo"]
+        lines += ['inverse_depth = predict_image(model, read_photo("photo.jpg"))']
+    return "\n".join(lines)
 
 
 def _about(model: DepthModel, network: str) -> dict[str, Any]:
@@ -368,13 +347,12 @@ def _scores(evaluation: Evaluation, image_size: tuple[int, int] | None) -> str:
         lines.append("Measured before the calibration, which changes depth and scores.")
     if evaluation.by_path:
         lines.append(
-            "These results say by the path of the model alone that they are of it: they are of before results held the"
-            " SHA-256 of weights."
+            "These results name the model by its path alone, for they are older than the SHA-256 of weights in results."
         )
     if evaluation.chosen_by is not None:
         lines.append(
-            f"A validation of the run, the best of it by {evaluation.chosen_by}: the model was chosen by these very"
-            " scores, which flatters them."
+            f"The run's best validation by {evaluation.chosen_by}: the model was chosen by these very scores, which"
+            " flatters them."
         )
     if seen is not None and image_size is not None and list(seen) != list(image_size):
         lines.append(f"The model saw images at {seen[0]}x{seen[1]} px.")

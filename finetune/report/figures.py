@@ -1,8 +1,8 @@
 """Figures of depth: one colour scale in metres on a page, a colour bar with numbers, holes in a colour of their own.
 
 Drawn with matplotlib's object interface on the Agg canvas: no pyplot, so no global state, no display, and safe in
-threads. Near is red, far is blue (matplotlib's `turbo_r`, which tells more depths apart than the even maps do); grey
-is no reading.
+threads. Near is red, far is blue (matplotlib's `turbo_r`, which separates more depths than perceptually even maps);
+grey is no reading.
 """
 
 import io

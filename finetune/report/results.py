@@ -20,7 +20,7 @@ from spark.report.sections import plain_path
 
 Results = dict[str, Any]
 
-FEW_IMAGES = 300  # with fewer, or with one seed, the page says how little it measures
+FEW_IMAGES = 300  # with fewer, or with one seed, the page warns how little it measures
 FEW_SCENES = 5  # under which no interval is given
 RESAMPLES = 4000  # of the bootstrap
 SAME_TIME = 60  # [s] between files that were copied together
@@ -48,8 +48,8 @@ def results_blocks(scored: Mapping[str, list[Results]]) -> list[Any]:
             alike.setdefault(measured_as(result), {}).setdefault(label, []).append(result)
     blocks: list[Any] = []
     if len(alike) > 1:
-        said = "Not all was scored alike (protocol, its settings, images, how they were read): a table for each way."
-        blocks.append(Text(f"{said} Do not compare numbers of different tables.", note=True))
+        text = "Results that were scored differently (protocol, settings, images, reading) are in separate tables."
+        blocks.append(Text(f"{text} Do not compare numbers of different tables.", note=True))
     for group in alike.values():
         blocks += [table(group), *reading(group)]
     return blocks
@@ -184,7 +184,9 @@ def protocol_table(result: Results) -> Table | None:
     extra = {
         name: result[name] for name in ("image_size", "data", "model", "step", *READING) if name in result
     }
-    rows = [[Cell(str(name), head=True), Cell(_said(value))] for name, value in {**settings, **extra}.items()]
+    rows = [
+        [Cell(str(name), head=True), Cell(_shown(value))] for name, value in {**settings, **extra}.items()
+    ]
     return Table(["setting", ""], rows, textual=True)
 
 
@@ -228,9 +230,9 @@ def _number(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else ""
 
 
-def _said(value: Any) -> str:
+def _shown(value: Any) -> str:
     if isinstance(value, list):
-        return " × ".join(_said(item) for item in value) if value else "none"
+        return " × ".join(_shown(item) for item in value) if value else "none"
     return "" if value is None else number(value) if isinstance(value, float) else plain_path(str(value))
 
 

@@ -1,4 +1,4 @@
-"""What the page says of depth runs: results, curves, pictures, worst images."""
+"""Sections of the page about depth runs: results, curves, pictures, worst images."""
 
 from pathlib import Path
 from typing import Any

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from finetune.least_squares import scale_and_shift
+
 
 @dataclass(frozen=True)
 class Alignment:
@@ -69,9 +71,4 @@ def fit(
         g = 1 / g
     elif kind == "log_depth":
         p, g = np.log(np.maximum(p, min_depth)), np.log(g)
-    # About the means: least squares of the smallest norm is then the mean of g where p is constant.
-    centred, target = p - p.mean(), g - g.mean()
-    power = float(centred @ centred)
-    # What rounding leaves of a constant has no scale to tell.
-    scale = float(centred @ target) / power if power > 1e-20 * float(p @ p) else 0.0
-    return Alignment(kind, scale, float(g.mean() - scale * p.mean()), min_depth, max_depth)
+    return Alignment(kind, *scale_and_shift(p, g), min_depth, max_depth)

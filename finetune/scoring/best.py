@@ -39,7 +39,7 @@ class Selection:
         self.scores = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
 
     def add(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Note a validation; says whether it is better than all before it (equal is not; NaN never is)."""
+        """Note a validation; returns whether it is better than all before it (equal is not, NaN never is)."""
         self.scores.append((step, metrics[self.metric]))
         return self.best == self.scores[-1]
 

@@ -196,7 +196,7 @@ def _fitted_space(protocol: Protocol, values: np.ndarray) -> np.ndarray:
     """Values of the protocol's space in the space that its alignment is fitted in: depth, or inverse depth."""
     if protocol.space == "depth" or protocol.alignment == "disparity":
         return values
-    # Inverse depth of 0 or less has no depth; it is as far as can be said.
+    # Inverse depth of 0 or less has no depth; it is the farthest.
     return 1 / np.maximum(values, 1e-9)
 
 
@@ -220,7 +220,7 @@ def metric_prediction(
 def score_pair(
     protocol: Protocol, prediction: np.ndarray, ground_truth: np.ndarray, *, inverse: bool = False
 ) -> dict[str, float]:
-    """Score one prediction `[h, w]` [m] against ground truth `[H, W]` [m], 0 = no reading, as `protocol` says.
+    """Score one prediction `[h, w]` [m] against ground truth `[H, W]` [m], 0 = no reading, under `protocol`.
 
     Returns:
         what `depth_errors` gives, with `nonfinite` and `nonpositive` of `Prepared`.

@@ -15,7 +15,7 @@ The paper leaves open how edges are found and planes fitted; here it is as in th
 (`evaluate_ibims_error_metrics.py`), whose authors note that their edges are not those of the MATLAB code of the paper.
 So DBE stands beside tables that were made with these scripts, not beside those of the paper.
 
-Two versions of the scripts are about, and a protocol says by `edges` which it is of. "directed": the Canny thresholds
+There are two versions of the scripts; `Protocol.edges` chooses one. "directed": the Canny thresholds
 are 0.1 and 0.2, completeness is dbe_com, with nothing cut off. "symmetric" (copies in the repositories YiLiM1/DANet and
 xuefeng-cvr/BS-Net): they are 0.15 and 0.3, completeness is dbe_com_sym, and dbe_acc has one formula, but other edges.
 Both scripts call it dbe_com: published ones above 10 px are directed, others may be either. The other scores are alike.

@@ -144,3 +144,23 @@ def write_results(path: str | Path, results: Mapping) -> None:
     except ValueError as error:
         raise UserError(f"results for {path} hold a number that is not finite: {error}") from error
     write_whole(path, text.encode())
+
+
+def read_results(path: str | Path) -> list[dict[str, Any]]:
+    """The results in a file that evaluate.py or a run wrote, one of each protocol.
+
+    Raises:
+        UserError: it cannot be read, or holds no results.
+    """
+    path = Path(path).expanduser()
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        several = content.get("protocols")
+        every = several if isinstance(several, list) else [content]
+        if not every or not all(isinstance(one["metrics"], dict) and "protocol" in one for one in every):
+            raise KeyError("metrics")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} holds no results ({error!r}): name what finetune/evaluate.py wrote"
+        ) from error
+    return every

@@ -1,8 +1,8 @@
 """Scores of relations between points: does the model order the pairs of Depth in the Wild as people did?
 
-A prediction is resized to the photo, bilinearly, and read at the annotated pixels. Let d be how much farther it says A
-is than B: in metres, or for a head without metres minus the difference of inverse depths. The relation read off it is
-"farther" where d > threshold, "closer" where d < -threshold, and else "as far".
+A prediction is resized to the photo, bilinearly, and read at the annotated pixels. Let d be the predicted distance of A
+minus that of B: in metres, or for a head without metres minus the difference of inverse depths. The relation read off
+it is "farther" where d > threshold, "closer" where d < -threshold, and else "as far".
 
 | name | share of wrong ones | among |
 |---|---|---|
@@ -14,7 +14,7 @@ is than B: in metres, or for a head without metres minus the difference of inver
 
 So whdr (Chen et al. 2016, arXiv 1604.03901) has no threshold and passes over equal pairs, of which Depth in the Wild
 has none; wkdr has the threshold of the protocol, in the unit of d, for data that has them. Ties are wrong. Pairs of all
-photos are pooled, or scores of photos averaged, as the protocol says. A pair at which the prediction is NaN is wrong.
+photos are pooled, or scores of photos averaged, by the protocol. A pair at which the prediction is NaN is wrong.
 """
 
 from collections.abc import Mapping, Sequence

@@ -30,7 +30,7 @@ def predict_depth(model: DepthModel, images: Tensor, protocol: Protocol | None =
     Args:
         model: On any device; the images are moved to it.
         images: Normalised as the model expects.
-        protocol: Averages with the prediction of the mirror image where this protocol says so.
+        protocol: If it averages over flips, the prediction is averaged with that of the mirror image.
 
     Returns:
         Depth [B, H, W] [m] (or inverse depth, see above), float32, or float64 where two predictions were averaged.
@@ -92,7 +92,7 @@ def score_all(
         progress: Called with the number of images of each batch done.
 
     Returns:
-        Of each protocol the results as `Evaluator.results` has them, with what the source says of itself, and the
+        Of each protocol the results as `Evaluator.results` has them, with the entries of the source, and the
         triptychs.
 
     Raises:

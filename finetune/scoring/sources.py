@@ -1,7 +1,7 @@
 """Where the predictions that are scored come from: a model, a folder of files, or a baseline that looks at no image.
 
 A source prepares what it needs of a sample (in a loader's process or thread), then predicts batches of these once for
-all protocols; `Prediction.under` says what of it a protocol scores.
+all protocols; `Prediction.under` is what a protocol scores of it.
 """
 
 import os
@@ -145,7 +145,7 @@ def gives_inverse(model: DepthModel, protocol: Protocol | None) -> bool:
 
 
 def check_protocol(model: DepthModel, protocol: Protocol) -> None:
-    """Refuse to score a model without metres under a protocol that stands on them; ValueError says what to use."""
+    """Refuse to score a model without metres under a protocol that needs them: UserError."""
     if "depth" not in model.outputs and evaluator_class(protocol).needs_metres(protocol):
         raise UserError(
             f"head {model.head_name} gives no metres, and protocol {protocol.name} compares metres: use --protocol"
@@ -157,13 +157,13 @@ class FolderSource(Source):
     """Predictions in files named after the images: for `scene/rgb_1.jpg` `scene/rgb_1.npy`, `.pfm`, `_mm.png` or `.png`
     below the folder (`SUFFIXES`), metres, or with `_disparity` before the extension inverse depth.
 
-    A protocol that averages over flips takes them as they are: whoever made them could have averaged. One that shows a
+    A protocol that averages over flips takes them as they are: they may be averages already. One that shows a
     model the crop of KITTI's benchmark takes predictions of that crop too (352x1216), as BTS and AdaBins write them.
 
     Args:
         folder: Of the predictions.
         data: What they are predictions of.
-        scale: Metres of one unit; None: what a PNG says itself, 0.001 for `_mm.png`, and 1 for NPY and PFM.
+        scale: Metres of one unit; None: what is stored in a PNG, 0.001 for `_mm.png`, and 1 for NPY and PFM.
         holds: "disparity": files without `_disparity` in their names hold inverse depth too.
         missing: "refuse" or "skip" images without a prediction.
 
@@ -193,9 +193,7 @@ class FolderSource(Source):
         if not self.paths or (self.missing and missing == "refuse"):
             listed = ", ".join(self.missing[:10]) + (", ..." if len(self.missing) > 10 else "")
             example = os.path.splitext(self.missing[0])[0]
-            remedy = (
-                "" if not self.paths else "; --missing skip scores the others and says how many there were"
-            )
+            remedy = "" if not self.paths else "; --missing skip scores the others and lists these"
             raise UserError(
                 f"{len(self.missing)} of {len(data)} images have no prediction in {folder}: {listed}. Expected such as"
                 f" {example}.npy, .pfm, .png or _mm.png{remedy}"

@@ -150,8 +150,8 @@ class DepthTraining(Task):
         if idle > share * planned:
             raise UserError(
                 f"{idle} micro-batches taught nothing, more than the accepted share of {share:g} of the {planned} of"
-                f" the run: {self.idle_reason}. Check the depth files and model.max_depth, enlarge batch or crop, or raise "
-                "data.max_empty"
+                f" the run: {self.idle_reason}. Check the depth files and model.max_depth, enlarge batch or crop, or"
+                " raise data.max_empty"
             )
 
     # --- validation

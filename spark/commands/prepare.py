@@ -1,8 +1,8 @@
 """Write any source of images as tar shards of smaller ones, which data.train of a pretraining run reads.
 
-    python spark/commands/prepare.py --input ~/photos --output shards --short_side 256
-    python spark/commands/prepare.py --input 'https://host/{000..127}.tar' --output shards
-    accelerate launch spark/pretrain.py --config configs/pretrain/small.yaml --data.train shards --output_dir runs/mine
+    spark-prepare --input ~/photos --output shards --short_side 256
+    spark-prepare --input 'https://host/{000..127}.tar' --output shards
+    spark-pretrain --config small --data.train shards --output_dir runs/mine
 
 --input is any form of data.train (docs/images.md). Photographs become JPEGs. Arrays and, with --in_chans as the model
 is to have it, multi-band TIFF files become arrays of the same channels and type (KEY.image.npy).

@@ -1,6 +1,6 @@
 """How good are an encoder's frozen features?  kNN and a linear probe on a folder of labelled images.
 
-    python spark/commands/probe.py --encoder RUN/encoder resnet18 --data FOLDER --output probe.json
+    spark-probe --encoder RUN/encoder resnet18 --data FOLDER --output probe.json
 
 FOLDER holds train/CLASS/* and val/CLASS/*, with the same classes. Images go through the frozen encoder in eval mode; a
 feature map, averaged over its positions, is the feature vector [D] of an image. Features are standardised with mean and

@@ -1,6 +1,6 @@
 """What `layout="auto"` means: the layout that was the fastest in the committed measurements, `measured.csv`.
 
-`tools/benchmark.py layouts` writes that table: times of the encoder alone, because a layout changes nothing else.
+`python -m tools.benchmark layouts` writes that table: times of the encoder alone, for a layout changes nothing else.
 """
 
 import csv

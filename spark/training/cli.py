@@ -156,6 +156,25 @@ def _plain(value: Any) -> Any:
     return [_plain(entry) for entry in value] if isinstance(value, tuple | list) else value
 
 
+def with_defaults(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of an older run, as `config_dict` has them, as this version would write them.
+
+    What did not exist then has its default, and what no longer exists is left out.
+    """
+    plain: dict[str, Any] = {}
+    for item in dataclasses.fields(cls):
+        kind = field_types(cls)[item.name]
+        if dataclasses.is_dataclass(kind):
+            plain[item.name] = with_defaults(typing.cast(type, kind), options.get(item.name) or {})
+        elif item.name in options:
+            plain[item.name] = options[item.name]
+        elif item.default_factory is not dataclasses.MISSING:
+            plain[item.name] = _plain(item.default_factory())
+        elif item.default is not dataclasses.MISSING:
+            plain[item.name] = _plain(item.default)
+    return plain
+
+
 def config_changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
     """Options that differ between the config of a checkpoint and that of the run which continues from it.
 

@@ -70,15 +70,18 @@ def help_text(cls: type[Options], description: str, wanted: str | None) -> str:
     width = min(max(shutil.get_terminal_size().columns, 50), 110)
     lines = [] if wanted else [*_paragraphs(description, width), ""]
     if wanted is None:
+        order = {name: place for place, name in enumerate(cls.ESSENTIALS)}
         essential = {
             option.name: option for option in every if option.name in cls.ESSENTIALS and not option.required
         }
         sections = {
-            "Required": sorted((o for o in every if o.required), key=lambda option: "." not in option.name),
+            "Required": sorted(
+                (o for o in every if o.required), key=lambda option: order.get(option.name, 99)
+            ),
             "Used most": [essential[name] for name in cls.ESSENTIALS if name in essential],
         }
         if not cls.ESSENTIALS:
-            sections["Used most"] = [option for option in every if not option.required]
+            sections["Options"] = [option for option in every if not option.required]
     else:
         chosen = [option for option in every if wanted == "all" or wanted in option.name]
         sections = {
@@ -100,10 +103,14 @@ def help_text(cls: type[Options], description: str, wanted: str | None) -> str:
 
 def _explained(option: Option, cls: type[Options], width: int, brief: bool) -> list[str]:
     """The lines of one option: name, explanation, and in brackets what values it takes."""
-    text = (re.split(r"; |\. ", option.text)[0] if brief else option.text).rstrip(".")
+    text = re.split(r"; |\. ", option.text)[0] if brief else option.text
+    text = text if text.endswith("...") else text.removesuffix(".")
+    kind = type_name(option.kind)
+    if option.default is None:
+        kind = kind.removesuffix(" or null")
     default = "" if option.required else f"; default {as_written(_plain(option.default))}"
     name = option.name if option.name == cls.POSITIONAL else f"--{option.name}"
-    return _entry(name, f"{text} ({type_name(option.kind)}{default})", width)
+    return _entry(name, f"{text} ({kind}{default})", width)
 
 
 def _plain(value: Any) -> Any:

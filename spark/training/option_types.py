@@ -65,7 +65,7 @@ class Options:
     A dataclass in it may have a method ``check`` for rules between its fields; it runs after those of the types.
 
     Attributes:
-        ESSENTIALS: options that ``--help`` shows, in order; required ones come first anyway.
+        ESSENTIALS: options that ``--help`` shows, in order, under those that are required; empty shows all.
         POSITIONAL: the option that takes values without a name before them, such as files to compare.
         CARDS: folder of configs/ whose run cards ``--config NAME`` finds.
         RETIRED: options that there were once; files may still hold them, and they do nothing.
@@ -151,7 +151,7 @@ def _allows(kind: Any, value: Any) -> bool:
 
 def type_name(kind: Any) -> str:
     """Name a type as a user would: ``PositiveFloat | None`` is "a number above 0 or null"."""
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    origin, parts = typing.get_origin(kind), list(typing.get_args(kind))
     if origin is Annotated:
         rules = [rule for rule in parts[1:] if isinstance(rule, Rule)]
         name = "a path" if _names_path(kind) else type_name(parts[0])

@@ -17,7 +17,7 @@ from torch import nn
 from spark.errors import UserError
 from spark.training.accelerator import micro_batch_size, prepare, start_accelerator
 from spark.training.checkpoint import refuse_new_beginning
-from spark.training.cli import config_dict, save_config
+from spark.training.cli import config_dict, save_config, with_defaults
 from spark.training.environment import record_environment
 from spark.training.guard import Guard, Verdict
 from spark.training.log import Pace, RunLog, progress_bar
@@ -100,6 +100,8 @@ class Run:
         if self.checkpoint is None and config.resume:
             refuse_new_beginning(config.output_dir)
         self.before = None if self.checkpoint is None else read_extra(self.checkpoint)
+        if self.before is not None:
+            self.before["config"] = with_defaults(type(config), self.before["config"])
         self.over = False
         self._save_due = False
         self._saved_step = -1

@@ -123,7 +123,7 @@ class Task(ABC):
         """Refuse to go on; `idle` is the number of micro-batches so far, of all processes, that taught nothing."""
 
     def advance(self) -> None:
-        """Count the batches that were taken as done: a checkpoint made from now on goes on behind them."""
+        """Count the batches so far as done: a checkpoint made from now on goes on behind them."""
 
     def columns(self, run: "Run", batch: dict[str, Any]) -> dict[str, float | str]:
         """The task's own columns of a row; `batch` is the last one of the step."""

@@ -14,7 +14,14 @@ from finetune.options import CompareConfig, DoctorConfig, PredictConfig
 from spark.config import DataConfig, ModelConfig, PretrainConfig
 from spark.errors import UserError
 from spark.training.cards import find_card
-from spark.training.cli import call_options, config_changes, config_dict, parse_config, save_config
+from spark.training.cli import (
+    call_options,
+    config_changes,
+    config_dict,
+    parse_config,
+    save_config,
+    with_defaults,
+)
 from spark.training.option_types import Options
 
 REQUIRED = ["--model.name", "resnet18", "--data.train", "images", "--output_dir", "out"]
@@ -133,9 +140,9 @@ def test_calls_from_python(tmp_path):
     called = call_options(PretrainConfig, {**options, "config": "small", "optim.eps": 1e-3})
     given = ["--data.train", str(tmp_path), "--model.name=resnet50", "--output_dir=o", "--optim.batch_size=8"]
     assert called == parse("--config", str(card), *given, "--optim.betas=[0,0.9]", "--optim.eps=1e-3")
-    with pytest.raises(UserError, match="optim.batch_size must be a whole number above 0, got 0"):
+    with pytest.raises(UserError, match=r"optim\.batch_size must be a whole number above 0, got 0"):
         spark.pretrain(**{**options, "optim": {"batch_size": 0}})
-    with pytest.raises(UserError, match="did you mean model.name"):
+    with pytest.raises(UserError, match=r"did you mean model\.name"):
         spark.pretrain(**{**options, "model": {"nam": "resnet50"}})
     with pytest.raises(UserError, match="output_dir must be set"):
         spark.pretrain(data="x", model="resnet50")
@@ -462,3 +469,14 @@ def test_time_limit_that_is_none(limit):
 def test_an_average_that_is_not_kept_cannot_be_exported():
     with pytest.raises(ValueError, match=r"export_ema must be false where optim\.ema_decay is null"):
         PretrainConfig(model=ModelConfig("resnet18"), data=DataConfig("x"), output_dir="y", export_ema=True)
+
+
+def test_older_configs_are_compared_as_this_version_writes_them():
+    before = {
+        "model": {"name": "resnet18"},
+        "data": {"train": "x", "gone": 1},
+        "output_dir": "y",
+        "epochs": 5,
+    }
+    now = config_dict(parse("--model.name=resnet18", "--data.train=x", "--output_dir=y"))
+    assert config_changes(with_defaults(PretrainConfig, before), now) == ["epochs was 5, is 1600"]

@@ -60,6 +60,7 @@ def test_defaults_types_and_widths(monkeypatch):
         assert max(map(len, text.splitlines())) <= columns
     text = " ".join(text.split())
     assert "(a number above 0 or null; default 5.0)" in text
+    assert "(a path; default null)" in text
     assert "(a whole number above 0 or a list [...] of 2 whole numbers above 0; default 224)" in text
     assert "(one of auto, packed, masked, spconv, triton; default auto)" in text
     found = help_text(PretrainConfig, "", "mask")

@@ -29,7 +29,7 @@ from tests.depth_world import make_depth_world
 from tests.finetune.tasks.test_depth_training import arguments
 from tests.spark.commands.test_probe import make_folder
 from tests.spark.test_pretrain import command, error_of, fresh_accelerate, photos, run, small_run
-from tools import demo_figure
+from tools.demo import figure as demo_figure
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "options.md"
 
@@ -301,7 +301,7 @@ def test_a_file_never_runs_code_that_only_it_names(my_nets, world, tmp_path, cap
     (run_folder / "checkpoints").mkdir(parents=True)
     (run_folder / "config.yaml").write_text("model: {name: 'my_nets:TinyNet'}\n")
     monkeypatch.setattr(demo_figure, "find_run", lambda *_: run_folder)
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match="is of my_nets:TinyNet, and no file decides which code is run"):
         demo_figure.masked_and_reconstructed(demo_figure.read_run(run_folder, "run"), [])
     assert not calls
     assert not out.exists()

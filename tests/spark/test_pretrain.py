@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import spark.training.checkpoint
-from spark import outputs, pretrain
+from spark import pretrain
+from spark import task as pretraining
 from spark.config import PretrainConfig
 from spark.images.batches import MaskedBatches
 from spark.images.sources import open_source, remote
@@ -340,7 +341,7 @@ def test_a_torn_average_is_no_whole_checkpoint(command, tmp_path, caplog):
     run(command("--max_steps=4", "--checkpoint_every=2", "--optim.ema_decay=0.5"))
     torn = tmp_path / "run" / "checkpoints" / "step_0000004" / "ema.safetensors"
     torn.write_bytes(torn.read_bytes()[:100])
-    assert spark.checkpoint.find_run(tmp_path / "run", True).name == "step_0000002"
+    assert spark.training.checkpoint.find_run(tmp_path / "run", True).name == "step_0000002"
     assert "ema.safetensors is missing, cut short or damaged" in caplog.text
 
 
@@ -534,9 +535,9 @@ def test_resume_from_nothing_is_refused(command, tmp_path, capsys):
 def test_encoder_is_exported_on_demand(command, tmp_path, monkeypatch, capsys):
     exported = []
     at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGUSR1))
-    original = outputs.save_encoder
+    original = pretraining.save_encoder
     monkeypatch.setattr(
-        outputs,
+        pretraining,
         "save_encoder",
         lambda *args: exported.append(len(curve(tmp_path / "run"))) or original(*args),
     )
@@ -928,7 +929,7 @@ def test_a_row_that_cannot_be_written_need_not_stop_training(command, tmp_path, 
 
 def test_training_goes_on_without_the_checkpoint_if_wanted(command, tmp_path, monkeypatch, capsys, whole):
     folder = tmp_path / "run"
-    original = spark.checkpoint.write_tensors
+    original = spark.training.checkpoint.write_tensors
 
     def write_tensors(model, path, metadata):
         if "step_0000004" in str(path) or "step_0000006" in str(path):
@@ -936,7 +937,7 @@ def test_training_goes_on_without_the_checkpoint_if_wanted(command, tmp_path, mo
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         original(model, path, metadata)
 
-    monkeypatch.setattr(spark.checkpoint, "write_tensors", write_tensors)
+    monkeypatch.setattr(spark.training.checkpoint, "write_tensors", write_tensors)
     seen = []
     at_step(monkeypatch, 7, lambda: seen.extend(sorted(p.name for p in (folder / "checkpoints").iterdir())))
     run(command("--checkpoint_every=2", "--guard.on_save_error=continue"))
@@ -954,7 +955,7 @@ def test_training_goes_on_without_the_checkpoint_if_wanted(command, tmp_path, mo
 
 def test_full_disk_keeps_older_checkpoints(command, tmp_path, monkeypatch, capsys, whole):
     folder = tmp_path / "run"
-    original = spark.checkpoint.write_tensors
+    original = spark.training.checkpoint.write_tensors
     saves = []
 
     def write_tensors(model, path, metadata):
@@ -965,7 +966,7 @@ def test_full_disk_keeps_older_checkpoints(command, tmp_path, monkeypatch, capsy
         original(model, path, metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr(spark.checkpoint, "write_tensors", write_tensors)
+        patch.setattr(spark.training.checkpoint, "write_tensors", write_tensors)
         text = error_of(capsys, command("--checkpoint_every=2"))
     assert "the disk is full" in text
     assert "free some space" in text
@@ -985,15 +986,15 @@ def test_pictures_and_exports_on_demand_do_not_stop_training(command, tmp_path, 
         saved_before.append((folder / "checkpoints" / "step_0000002").exists())
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "panels.png")
 
-    original = outputs.save_encoder
+    original = pretraining.save_encoder
     exports = []
 
     def first_fails(*args):
         exports.append(args)
         return full() if len(exports) == 1 else original(*args)
 
-    monkeypatch.setattr(outputs, "save_panels", full)
-    monkeypatch.setattr(outputs, "save_encoder", first_fails)
+    monkeypatch.setattr(pretraining, "save_panels", full)
+    monkeypatch.setattr(pretraining, "save_encoder", first_fails)
     at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGUSR1))
     run(command("--max_steps=4", "--panels_every=2", "--checkpoint_every=2"))
     assert saved_before == [True, True, True]

@@ -23,24 +23,20 @@ import pytest
 import timm
 import torch
 import torchvision
+from functorch.compile import make_boxed_func, nop
 from PIL import Image
+from torch._dynamo.backends.common import aot_autograd
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))  # as when a tool is run as a script
-
-import benchmark
-from benchmarks import contenders, loader, memory, original, processes, timing
-from benchmarks.contenders import Bench, Case
-from benchmarks.decoders import Decoder
-from benchmarks.flops import count_flops, flops_per_image
-from benchmarks.loader import LoaderCase, check_pictures, write_photos
-from benchmarks.parity import check_parity, checked
-from functorch.compile import make_boxed_func, nop
-from torch._dynamo.backends.common import aot_autograd
-
-from spark.images.transform import PretrainTransform
-from spark.model.normalise import Normalise
+from spark import SparK
+from spark.images.transform import Normalise, PretrainTransform
 from tests.together import server
+from tools import benchmark
+from tools.benchmarks import contenders, loader, memory, original, processes, steps, timing
+from tools.benchmarks.contenders import ORIGINAL_DECODER, Bench, Case, Decoder
+from tools.benchmarks.flops import count_flops, flops_per_image
+from tools.benchmarks.loader import LoaderCase, check_pictures, write_photos
+from tools.benchmarks.parity import check_parity, checked
 
 TINY = Case("test_resnet", batch=2, size=(64, 64), decoder=Decoder(32))
 TINIEST = ["--model", "test_resnet", "--busy", "--threads", "1", "--batch", "2", "--size", "64"]
@@ -196,34 +192,21 @@ def test_scaling_measures_every_combination_and_draws(tmp_path):
     [
         (["step", "--size", "64", "96", "128"], "--size takes one number, or H W"),
         (["step", "--rounds", "1"], "--rounds must be 2 or more"),
-        (["step", "--device", "foo"], "--device: must be cpu, cuda or cuda:N, not foo"),
-        (["memory", "--device", "cpu:0"], "--device: must be cpu, cuda or cuda:N, not cpu:0"),
-        (["step", "--device", "cuda:99"], "GPUs here, so not cuda:99"),
+        (["step", "--device", "foo"], "--device is cpu, cuda or cuda:N"),
+        (["step", "--device", "cuda:99"], "GPUs here"),
         (["step", "--layouts", "masked"], "argument --layouts: invalid choice: 'masked'"),
-        (
-            ["step", "--original_precision", "fp32"],
-            "--original_precision is of the original: name its folder",
-        ),
-        (["loader", "--rounds", "1"], "--rounds must be 2 or more"),
-        (["loader", "--batch", "many"], "--batch: must be a whole number, 1 or more, not many"),
-        (["loader", "--size", "32"], "--size: must be a whole number, 64 or more, not 32"),
-        (["loader", "--workers", "-1"], "--workers: must be a whole number, 0 or more, not -1"),
+        (["step", "--decoder", "256/4"], "'256/4' is no decoder"),
+        (["step", "--original_precision", "fp32"], "name its folder by --official, too"),
+        (["loader", "--busy", "--size", "32"], "--size must be 64 or more"),
         (
             ["loader", "--busy", "--data", "nowhere"],
-            "error: there is no image folder, list of images, tar shard or array at",
+            "there is no image folder, list of images, tar shard or array",
         ),
-        (["scaling", "--processes", "0"], "--processes: must be a whole number, 1 or more, not 0"),
-        (
-            ["scaling", "--processes", "2", "--official", "SparK"],
-            "--official takes part in a single process only",
-        ),
-        (["scaling", "--processes", "2", "--compile", "packed"], "--compile takes part in a single process"),
+        (["scaling", "--processes", "2", "--official", "SparK"], "take part in a single process only"),
         (["step", "--layouts", "spconv", "--compile", "packed"], "name packed among --layouts, too"),
-        (
-            ["scaling", "--busy", "--device", "cpu", "--threads", "3", "--processes", "2"],
-            "error: --threads 3 cannot be shared out evenly to 2 processes",
-        ),
+        (["scaling", "--threads", "3", "--processes", "2"], "--threads 3 cannot be shared out evenly"),
         (["step", "--busy", "--model", "resnet18", "--size", "60"], "no multiple of the patch size 32"),
+        (["against", "nowhere"], "nowhere is no checkout of this project"),
     ],
 )
 def test_what_does_not_fit_is_said(arguments, message, capsys):
@@ -256,30 +239,11 @@ def test_memory_that_is_full_is_said(monkeypatch, capsys):
         ),
         (benchmark.BrokenProcessPool(), "was ended from outside: if the memory was full, lower --batch"),
     ):
-        monkeypatch.setattr(benchmark, "measurements", Mock(side_effect=error))
+        memory_command = benchmark.COMMANDS["memory"]._replace(measure=Mock(side_effect=error))
+        monkeypatch.setitem(benchmark.COMMANDS, "memory", memory_command)
         with pytest.raises(SystemExit):
             benchmark.main(["memory", *TINIEST])
         assert message in capsys.readouterr().err
-
-
-def test_another_layout_takes_part(tmp_path):
-    pytest.importorskip("spconv")
-    benchmark.main(
-        [
-            "encoder",
-            *SMALL,
-            "--device",
-            "cpu",
-            "--layouts",
-            "packed",
-            "spconv",
-            "--csv",
-            str(tmp_path / "a.csv"),
-        ]
-    )
-    rows = read(tmp_path / "a.csv")
-    assert [row["contender"] for row in rows] == ["masked", "packed", "spconv"]
-    assert [bool(row["gflops"]) for row in rows] == [True, True, False]  # its kernels cannot be counted
 
 
 def test_what_is_compiled_takes_part(tmp_path, monkeypatch):
@@ -379,7 +343,7 @@ def test_peak_in_a_process_of_its_own():
 
 
 def test_rows_of_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "peak_alone", lambda case, name: {"masked": 1000, "packed": 400}[name])
+    monkeypatch.setattr(steps, "peak_alone", lambda case, name: {"masked": 1000, "packed": 400}[name])
     benchmark.main(["memory", *TINIEST, "--decoder", "32", "--csv", str(tmp_path / "a.csv")])
     masked, packed = read(tmp_path / "a.csv")
     assert (packed["peak_step_bytes"], packed["peak_step_ratio"], masked["peak_step_ratio"]) == (
@@ -407,7 +371,7 @@ def test_rows_of_two_processes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(processes, "PASSES", 1)
     monkeypatch.setattr(processes, "spawn", partial(start_processes, start_method=server.get_start_method()))
     monkeypatch.setattr(processes, "run_group", one_here)
-    monkeypatch.setattr(benchmark, "plot_scaling", lambda rows, path: drawn.extend(rows))
+    monkeypatch.setattr(steps, "plot_scaling", lambda rows, path: drawn.extend(rows))
     case = [
         "--mask_ratio",
         "0.75",
@@ -440,7 +404,7 @@ def test_rows_of_two_processes(tmp_path, monkeypatch, capsys):
     assert drawn == rows[:2]
     printed = capsys.readouterr().out
     assert all(row["efficiency"] in printed for row in rows)
-    assert "model test_resnet, decoder 32, precision fp32, batch 2, size 64x64, mask 0.75" in printed
+    assert "model test_resnet, base masked, batch 2, height 64, width 64, mask_ratio 0.75" in printed
     assert not multiprocessing.active_children()
 
 
@@ -550,7 +514,7 @@ def test_rows_of_the_loader(tmp_path, capsys):
         assert row["images_per_second_per_core"] == row["images_per_second"]
     assert (ours["pillow"], ours["torchvision"]) == (PIL.__version__, torchvision.__version__)
     assert ours["device"].startswith("cpu")
-    assert "images/s per core" in capsys.readouterr().out
+    assert "images_per_second_per_core" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -591,7 +555,7 @@ def test_pictures_of_both_are_equal(photos):
     images = loader.data_sets(LoaderCase("photos", photos, size=48))
     torch.manual_seed(loader.derive_seed(0, 7))
     ours, transform = images["ours"][7, 2]["image"], images["ours"].transform
-    difference = Normalise(transform.mean, transform.std, fused=True)(ours) - images["plain"][7, 2]
+    difference = Normalise(transform.mean, transform.std)(ours) - images["plain"][7, 2]
     assert difference.abs().mean() * 0.225 < 0.01
     check_pictures(LoaderCase("photos", photos, size=48))
 
@@ -753,3 +717,40 @@ def test_ours_equals_the_original(model):
     case = Case(model, batch=4, size=(96, 96), official=Path(os.environ["SPARK_ORIGINAL"]))
     for kind in ("step", "encoder"):
         assert list(checked(case, kind).contenders) == ["original", "masked", "packed"]
+
+
+# --------------------------------------------------------------------------------------------- layouts, other commits
+
+
+def test_decoder_reads_what_it_writes():
+    for text in ("768", "256/4/1"):
+        assert str(Decoder.parse(text)) == text
+    assert Decoder.parse("768") == ORIGINAL_DECODER
+    model = SparK("test_resnet", 64, 0.5, **Decoder(32, 2, 1).options)
+    assert len(model.decoder.blocks) == 2
+
+
+def test_this_tree_against_itself(tmp_path):
+    given = ["--kind", "step", "--model", "test_resnet", "--batch", "1", "--size", "64", "--width", "32"]
+    output = [
+        "--rounds",
+        "2",
+        "--threads",
+        "1",
+        "--busy",
+        "--device",
+        "cpu",
+        "--csv",
+        str(tmp_path / "a.csv"),
+    ]
+    benchmark.main(["against", str(Path(__file__).resolve().parents[2]), *given, *output])
+    other, this = read(tmp_path / "a.csv")
+    assert (other["contender"], this["contender"], other["speedup_median"]) == ("other", "this", "1.000")
+    assert int(this["peak_step_bytes"]) > 0
+    assert other["commit"] == this["commit"]
+
+
+def test_every_command_of_a_committed_result_is_there():
+    results = Path(__file__).resolve().parents[2] / "docs" / "results"
+    kinds = {row["kind"] for path in results.glob("benchmark_*.csv") for row in read(path)}
+    assert kinds <= set(benchmark.COMMANDS)

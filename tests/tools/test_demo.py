@@ -13,12 +13,9 @@ from finetune.evaluate import EvaluationConfig
 from spark.commands import report
 from spark.config import PretrainConfig
 from spark.training.cli import parse_config
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))  # as when a tool is run as a script
-
-import demo
-import demo_figure
-import render_rooms
+from tools.demo import __main__ as demo
+from tools.demo import figure as demo_figure
+from tools.demo import rooms as render_rooms
 
 
 def arguments(step: demo.Step, script: str) -> list[str]:
@@ -28,11 +25,11 @@ def arguments(step: demo.Step, script: str) -> list[str]:
 
 @pytest.fixture
 def steps() -> dict[str, demo.Step]:
-    return {step.name: step for group in demo.demo_steps("runs/demo", seed=3) for step in group}
+    return {step.name: step for group in demo.demo_steps("runs/demo", 3, "a.png") for step in group}
 
 
 def test_every_command_is_understood_by_its_script(steps):
-    rooms = render_rooms.parse_arguments(arguments(steps["render"], "tools/render_rooms.py"))
+    rooms = render_rooms.parse_arguments(arguments(steps["render"], "tools.demo.rooms"))
     assert (tuple(rooms.size), rooms.seed) == (demo.SIZE, 3)
     pretrain = parse_config(PretrainConfig, arguments(steps["pretrain"], "spark/pretrain.py"), "")
     assert pretrain.model.name == demo.ENCODER
@@ -43,10 +40,9 @@ def test_every_command_is_understood_by_its_script(steps):
         )
         assert evaluation.model == f"runs/demo/{name}/model"
         assert evaluation.data.list == "test.txt"
-    page = report.parse_arguments(arguments(demo.report_step("runs/demo"), "finetune/commands/report.py"))
+    page = report.parse_arguments(arguments(steps["report"], "spark.commands.report"))
     assert page.steps == f"runs/demo/{demo.RECORD}"
-    figure = demo.figure_step("runs/demo", "a.png")
-    drawn = demo_figure.parse_arguments(arguments(figure, "tools/demo_figure.py"))
+    drawn = demo_figure.parse_arguments(arguments(steps["figure"], "tools.demo.figure"))
     assert (drawn.output, drawn.pretrain) == ("a.png", "runs/demo/pretrain")
 
 
@@ -72,25 +68,34 @@ def test_commands_can_be_typed_as_printed(steps):
 
 @pytest.fixture
 def short(monkeypatch, tmp_path):
-    """A demo of four steps; the second can be told what to do, the third runs beside it."""
+    """A demo of a few steps; the second reads what to do from a file, the third runs beside it."""
 
-    def say(name: str) -> demo.Step:
-        return demo.Step(
-            name, f"Say {name}", ("-c", f"open({str(tmp_path / 'said')!r}, 'a').write('{name} ')")
-        )
+    def say(name: str, once: bool = True) -> demo.Step:
+        code = f"open({str(tmp_path / 'said')!r}, 'a').write('{name} ')"
+        return demo.Step(name, f"Say {name}", ("-c", code), once=once)
 
-    middle = demo.Step("middle", "Do as told", ("-c", f"exec(open({str(tmp_path / 'order.py')!r}).read())"))
-    beside = demo.Step(
-        "beside", "Tell", ("-c", "import os; print('threads:', os.environ['OMP_NUM_THREADS'])"), 3
-    )
-    (tmp_path / "order.py").write_text("print('fine')")
+    order = f"exec(open({str(tmp_path / 'order.py')!r}).read())"
+    beside = "import os; print('threads:', os.environ['OMP_NUM_THREADS'])"
+    pair = [
+        demo.Step("middle", "Do as told", ("-c", order), "result"),
+        demo.Step("beside", "Tell", ("-c", beside), threads=3),
+    ]
+    (tmp_path / "order.py").write_text(FINE)
     monkeypatch.setattr(
-        demo, "demo_steps", lambda output, seed: [[say("first")], [middle, beside], [say(f"last{seed}")]]
+        demo,
+        "demo_steps",
+        lambda output, seed, figure: [
+            [say("first")],
+            pair,
+            [say(f"last{seed}")],
+            [say("report", once=False)],
+        ],
     )
-    monkeypatch.setattr(demo, "report_step", lambda output: say("report"))
-    monkeypatch.setattr(demo, "figure_step", lambda output, figure: say("figure"))
-    monkeypatch.setattr(demo, "is_finished", lambda name, folder: (tmp_path / "said").exists())
+    monkeypatch.setenv("DEMO", str(tmp_path / "demo"))
     return tmp_path
+
+
+FINE = "import os, pathlib; pathlib.Path(os.environ['DEMO'], 'result').touch(); print('fine')"
 
 
 def test_it_goes_on_where_it_failed(short, capsys):
@@ -103,10 +108,10 @@ def test_it_goes_on_where_it_failed(short, capsys):
     assert "a word on why" in Path(log).read_text()
     assert re.search(r"middle +a word on why", shown.out)
     assert re.search(r"beside +threads: 3", shown.out)
-    (short / "order.py").write_text("print('better')")
+    (short / "order.py").write_text(FINE)
     assert demo.main(command) == 0
     assert "done before" in capsys.readouterr().out
-    assert (short / "said").read_text().split() == ["first", "last0", "report", "figure"]
+    assert (short / "said").read_text().split() == ["first", "last0", "report"]
     entries = json.loads((short / "demo" / demo.RECORD).read_text())
     names = ["first", "middle", "beside", "last0"]
     assert [(entry["name"], entry["group"]) for entry in entries] == list(
@@ -116,8 +121,8 @@ def test_it_goes_on_where_it_failed(short, capsys):
     assert report.read_steps(short / "demo" / demo.RECORD) == entries
 
 
-def test_a_step_that_was_stopped_is_not_done(short, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "is_finished", lambda name, folder: name != "middle")
+def test_a_step_that_was_stopped_is_not_done(short, capsys):
+    (short / "order.py").write_text("print('saved, as asked to')")
     assert demo.main(["--output_dir", str(short / "demo")]) == 130
     assert "goes on from here" in capsys.readouterr().err
 
@@ -125,9 +130,9 @@ def test_a_step_that_was_stopped_is_not_done(short, capsys, monkeypatch):
 def test_other_settings_need_a_fresh_start(short, capsys):
     command = ["--output_dir", str(short / "demo")]
     assert demo.main(command) == 0
-    steps = demo.demo_steps("", 0)
+    steps = demo.demo_steps("", 0, "")
     changed = [[demo.Step("first", "Say else", ("-c", "pass"))], *steps[1:]]
-    demo.demo_steps = lambda output, seed: changed  # the fixture puts the real one back
+    demo.demo_steps = lambda *_: changed  # the fixture puts the real one back
     assert demo.main(command) == 2
     assert "--fresh" in capsys.readouterr().err
     assert demo.main([*command, "--fresh"]) == 0
@@ -141,12 +146,8 @@ def test_only_a_demo_is_deleted(tmp_path, capsys):
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_output_that_is_not_utf8_does_not_stop_it(short):
-    (short / "order.py").write_text("import sys; sys.stdout.buffer.write(b'caf\\xe9\\n')")
-    assert demo.main(["--output_dir", str(short / "demo")]) == 0
-
-
-def test_it_names_the_python_that_runs_it(short, capsys):
-    (short / "order.py").write_text("import sys; print(sys.executable)")
+def test_output_that_is_not_utf8_does_not_stop_it(short, capsys):
+    more = "; import sys; print(sys.executable, flush=True); sys.stdout.buffer.write(b'caf\\xe9\\n')"
+    (short / "order.py").write_text(FINE + more)
     assert demo.main(["--output_dir", str(short / "demo")]) == 0
     assert sys.executable in capsys.readouterr().out

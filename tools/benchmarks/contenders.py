@@ -3,32 +3,69 @@
 Shapes: images [B, 3, H, W], visible [B, 1, fh, fw] bool, True = seen; feature maps [B, C, h, w], shallow first.
 """
 
+import argparse
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.decoders import ORIGINAL_DECODER, Decoder
-from benchmarks.original import (
-    Original,
-    build_original,
-    has_model,
-    import_original,
-    original_features,
-)
 from spark import SparK
 from spark.errors import UserError
 from spark.model.encoder import pyramid
 from spark.model.masking import mean_ratio, num_visible, random_visible
 from spark.sparse import sparsify
 from spark.weights.official import load_official
+from tools.benchmarks.original import (
+    Original,
+    build_original,
+    has_model,
+    import_original,
+    original_features,
+)
 
 _COMPILED = ", compiled"
+
+
+class Decoder(NamedTuple):
+    """`decoder_width`, `decoder_stages` (None: up to the image's resolution) and `densify_kernel` of SparK."""
+
+    width: int = 768
+    stages: int | None = None
+    kernel: int = 3
+
+    @classmethod
+    def parse(cls, text: str) -> "Decoder":
+        """From WIDTH or WIDTH/STAGES/KERNEL, as `str` writes it."""
+        try:
+            numbers = [int(part) for part in text.split("/")]
+            if len(numbers) not in (1, 3) or min(numbers) < 1:
+                raise UserError(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is no decoder: write WIDTH, such as 256, or WIDTH/STAGES/KERNEL, such as 256/4/1"
+            ) from error
+        return cls(*numbers)
+
+    def __str__(self) -> str:
+        return str(self.width) if self.stages is None else f"{self.width}/{self.stages}/{self.kernel}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As SparK and the config name them."""
+        return {
+            "decoder_width": self.width,
+            "decoder_stages": self.stages,
+            "densify_kernel": self.kernel,
+        }
+
+
+ORIGINAL_DECODER = Decoder()
+"""That of the original; what all its released weights have."""
 
 
 @dataclass(frozen=True)

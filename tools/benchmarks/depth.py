@@ -1,23 +1,19 @@
-"""What the segmentation decoder, which only training has, costs depth training.
+"""What the segmentation decoder, which only training has, costs a step of depth training.
 
 Training steps of one model `with` and `without` the segmentation loss of its run card; on equal weights both must first
 predict the same depth and have the same value of every other loss. A training step is forward, losses, backward,
 clipping and the optimizer's update, all as the run card has them.
 """
 
-import platform
+import argparse
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import timm
 import torch
-from depth_cost import CARDS, named_encoder
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.timing import interleaved, summary
 from finetune.config import DepthConfig
 from finetune.losses import WeightedLoss
 from finetune.tasks.build import add_segmentation, build_model
@@ -25,6 +21,10 @@ from spark.errors import UserError
 from spark.sparse.choice import device_name
 from spark.training.cli import parse_config
 from spark.training.optim import build_optimizer, parameter_groups
+from tools.benchmarks.models import count_macs
+from tools.benchmarks.rows import Command, Row, versions
+from tools.benchmarks.timing import interleaved, summary
+from tools.tables import CARDS, named_encoder
 
 SEGMENTATION = "segmentation"
 
@@ -94,15 +94,14 @@ class Training:
 
     def macs(self, batch: Batch) -> float:
         """Multiply-accumulates of convolutions and matrix products in a forward and backward."""
-        with FlopCounterMode(display=False) as counter:
-            self.forward(batch)[1].backward()
+        macs = count_macs(lambda: self.forward(batch)[1].backward())
         self.optimizer.zero_grad()
-        return counter.get_total_flops() / 2
+        return macs
 
 
 def distillation_rows(
     card: str, encoder: str, sizes: Sequence[tuple[int, int]], batch: int, precision: str, rounds: int
-) -> list[dict[str, str]]:
+) -> list[Row]:
     """A row for each size and contender: seconds of a training step, and what the decoder adds to time and GMACs.
 
     Args:
@@ -190,7 +189,7 @@ def check_distillation(trainings: Mapping[str, Training], batch: Batch) -> None:
             raise UserError(f"{what} differs with and without the segmentation loss: nothing is measured")
 
 
-def cost_text(times: Sequence[float], base: Sequence[float]) -> dict[str, str]:
+def cost_text(times: Sequence[float], base: Sequence[float]) -> Row:
     """Median and quartiles of the paired ratios of these times over those of the base."""
     ratios = [time / other for time, other in zip(times, base, strict=True)]
     low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
@@ -201,6 +200,44 @@ def cost_text(times: Sequence[float], base: Sequence[float]) -> dict[str, str]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Last columns of a row."""
-    return {"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()}
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    add = parser.add_argument
+    add("--config", default="zoedepth_distil", help="name of a run card in configs/depth (%(default)s)")
+    add("--encoder", default="resnet18", help="timm name, where the card names none (%(default)s)")
+    sizes = ["96x128", "192x256"]
+    add(
+        "--size",
+        nargs="+",
+        default=sizes,
+        metavar="HxW",
+        help="image sizes [px], each measured (%(default)s)",
+    )
+    add("--batch", type=int, default=4, help="images of a step (%(default)s)")
+    add("--precision", choices=["fp32", "bf16"], default="fp32", help="of training (%(default)s)")
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise UserError for a card that is not there or a size that is none; sizes become pairs."""
+    read_card(options.config, "resnet18", data_root=".")
+    pairs = [text.split("x") for text in options.size]
+    if not all(len(pair) == 2 and all(side.isdigit() for side in pair) for pair in pairs):
+        raise UserError(f"--size is HEIGHTxWIDTH in pixels, such as 96x128, not {' '.join(options.size)}")
+    options.size = [(int(height), int(width)) for height, width in pairs]
+
+
+def measure(options: argparse.Namespace) -> Iterator[list[Row]]:
+    """Rows of all sizes."""
+    torch.set_num_threads(options.threads)
+    given = (options.config, options.encoder, options.size, options.batch, options.precision)
+    yield distillation_rows(*given, options.rounds)
+
+
+COMMANDS = {
+    "distillation": Command(
+        "time and GMACs of a training step with the segmentation loss of a run card over those without",
+        add_options,
+        measure,
+        check,
+    )
+}

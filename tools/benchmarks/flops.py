@@ -7,13 +7,13 @@ from typing import cast
 
 import torch
 from matplotlib.figure import Figure
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.contenders import Bench
 from finetune.report.figures import save_figure
 from spark import SparK
 from spark.model.encoder import pyramid
 from spark.sparse import sparsify
+from tools.benchmarks.contenders import Bench
+from tools.benchmarks.models import count_macs
 
 _PANEL = ("model", "batch", "height", "width")
 _COLOURS = {
@@ -30,9 +30,8 @@ _COUNTED = ("original", "masked", "packed")  # the others have kernels that PyTo
 
 def count_flops(run: Callable[[], object]) -> int:
     """Floating point operations of the convolutions and matrix products in a forward."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
+    with torch.no_grad():
+        return round(2 * count_macs(run))
 
 
 def flops_per_image(bench: Bench, kind: str) -> tuple[dict[str, float], float]:

@@ -13,6 +13,7 @@ Shapes: images [B, 3, H, W]; of `plain` float32, normalised; of `ours` uint8, wh
 its device, outside of what is measured here.
 """
 
+import argparse
 import platform
 import statistics
 import tempfile
@@ -32,7 +33,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from benchmarks.timing import interleaved, summary
 from spark.errors import UserError
 from spark.images.batches import collate_images
 from spark.images.dataset import SampleReader, UnlabeledImages
@@ -43,6 +43,8 @@ from spark.model.normalise import Normalise
 from spark.seeds import derive_seed
 from spark.sparse.choice import device_name
 from spark.training.sampling import StreamSampler
+from tools.benchmarks.rows import Command, Row
+from tools.benchmarks.timing import interleaved, summary
 
 PATCH = 32
 """Side of the patches that ours draws masks of [px]; a picture needs two along each side."""
@@ -168,7 +170,7 @@ def check_pictures(case: LoaderCase) -> None:
             )
 
 
-def loader_rows(data: Path | None, size: int, batch: int, workers: int, rounds: int) -> list[dict[str, str]]:
+def loader_rows(data: Path | None, size: int, batch: int, workers: int, rounds: int) -> list[Row]:
     """A row for each contender: seconds of a turn and images/s, in turns.
 
     Args:
@@ -256,3 +258,39 @@ def _photo(random: np.random.Generator) -> np.ndarray:
     texture /= texture.std(axis=(1, 2), keepdims=True)
     channels = 0.45 + 0.24 * texture[:1] + 0.06 * texture[1:]
     return (255 * channels.clip(0, 1)).round().astype(np.uint8).transpose(1, 2, 0)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FOLDER_OR_LIST",
+        help="images to read (default: synthetic JPEGs of 500x375 px, about 125 kB each, in a temporary folder)",
+    )
+    parser.add_argument(
+        "--size", type=int, default=224, help="side of the square pictures [px] (%(default)s)"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=64, help="images of a batch; four are a turn (%(default)s)"
+    )
+    about = "loader processes of each contender; 0 reads in the process itself, on one core (%(default)s)"
+    parser.add_argument("--workers", type=int, default=0, help=about)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise UserError for numbers that make no sense."""
+    if options.size < 2 * PATCH or options.batch < 1 or options.workers < 0:
+        raise UserError(
+            f"--size must be {2 * PATCH} or more, for their masks; --batch 1 or more, --workers 0 or more"
+        )
+
+
+COMMANDS = {
+    "loader": Command(
+        "images/s per core of the pretraining loader, beside Pillow with torchvision's transforms",
+        add_options,
+        lambda o: iter([loader_rows(o.data, o.size, o.batch, o.workers, o.rounds)]),
+        check,
+    )
+}

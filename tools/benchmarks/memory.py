@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from benchmarks.contenders import Bench, Case, set_up_torch
+from tools.benchmarks.contenders import Bench, Case, set_up_torch
 
 
 def saved_bytes(forward: Callable[[], object], model: nn.Module) -> int:

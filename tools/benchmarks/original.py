@@ -31,7 +31,6 @@ import timm.layers
 import timm.models.resnet
 from torch import Tensor, nn
 
-from benchmarks.decoders import ORIGINAL_DECODER
 from spark.errors import UserError
 
 _FILES = ("spark.py", "encoder.py", "decoder.py", "models/convnext.py", "models/resnet.py")
@@ -57,14 +56,14 @@ def has_model(name: str) -> bool:
 
 
 def commit_of(path: Path) -> str:
-    """Commit of a clone, "+" behind it where files differ from it; "unknown" for a copy without git."""
+    """Commit of a checkout, "+" behind it where code differs from it; "unknown" for a copy without git."""
     if not (path / ".git").exists():  # git would name the repository around it
         return "unknown"
-    git = ["git", "-C", str(path)]
+    git, folders = ["git", "-C", str(path)], ("pretrain", "spark", "finetune")
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
         changes = subprocess.run(
-            [*git, "status", "--porcelain", "--", "pretrain"], capture_output=True, text=True, check=True
+            [*git, "status", "--porcelain", "--", *folders], capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -161,9 +160,7 @@ def build_original(original: Original, name: str, size: tuple[int, int], mask_ra
         cnn.__class__ = original.resnet.ResNet  # the clone's methods, on the network that its factory makes
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its own structure
         encoder = original.encoder.SparseEncoder(cnn, input_size=size[0], sbn=False)
-        decoder = original.decoder.LightDecoder(
-            encoder.downsample_raito, width=ORIGINAL_DECODER.width, sbn=False
-        )
+        decoder = original.decoder.LightDecoder(encoder.downsample_raito, width=768, sbn=False)
         return original.spark.SparK(encoder, decoder, mask_ratio=mask_ratio, densify_norm=norm, sbn=False)
 
 

@@ -5,9 +5,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from benchmarks.contenders import Bench, Case, Contender
-from benchmarks.decoders import ORIGINAL_DECODER
 from spark.errors import UserError
+from tools.benchmarks.contenders import ORIGINAL_DECODER, Bench, Case, Contender
 
 # Relative. In fp64 all is compared; in the timed precision only results, against a path that is wrong there alone: one
 # ReLU that rounding flips moves gradients of fp32 by more than a small fault would.

@@ -24,12 +24,12 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.contenders import Bench, Case, Contender, our_own, set_up_torch
-from benchmarks.parity import check_parity
-from benchmarks.timing import interleaved
 from spark import SparK
 from spark.errors import UserError
 from spark.training.accelerator import match_gradient_strides
+from tools.benchmarks.contenders import Bench, Case, Contender, our_own, set_up_torch
+from tools.benchmarks.parity import check_parity
+from tools.benchmarks.timing import interleaved
 
 PASSES = 3
 """Turns of every number of processes."""

@@ -1,9 +1,36 @@
-"""Rows of a table of results as the text of a file."""
+"""What all benchmarks share: how a subcommand is described, and rows of a table of results as a CSV file."""
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
-from typing import Any
+import platform
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import timm
+import torch
+
+Row = dict[str, str]
+
+
+class Command(NamedTuple):
+    """A subcommand of `python -m tools.benchmark`.
+
+    Attributes:
+        about: a sentence.
+        add_options: adds its own options to a parser, which has those that all commands share.
+        measure: from the options to rows, as they are measured.
+        check: finds in seconds what is wrong with the options, before anything is measured; raises UserError.
+        table: from the options and the rows of one `measure` to the whole CSV file; None: all rows so far.
+        finish: is given all rows at the end.
+    """
+
+    about: str
+    add_options: Callable[[ArgumentParser], None]
+    measure: Callable[[Namespace], Iterator[list[Row]]]
+    check: Callable[[Namespace], None] = lambda options: None
+    table: Callable[[Namespace, list[Row]], list[Row]] | None = None
+    finish: Callable[[Namespace, list[Row]], None] = lambda options, rows: None
 
 
 def rows_as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -13,3 +40,8 @@ def rows_as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def versions() -> Row:
+    """Last columns of a row."""
+    return {"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()}

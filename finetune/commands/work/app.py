@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,12 @@ from PIL import Image
 from finetune.depth_data.depth_files import npy_bytes, png_bytes
 from finetune.model.calibration import Calibration, Fit, Readings, Space, fit_calibration
 from finetune.model.depth_model import DepthModel, load_depth_model
-from finetune.model.prediction import resized, seen_depths
+from finetune.model.prediction import read_photo, resized, seen_depths
 from finetune.options import AppConfig
 from finetune.predicting.camera import Intrinsics, camera_for
 from finetune.predicting.pointcloud import point_cloud
 from finetune.report.figures import colourise
 from spark.errors import UserError
-from spark.images.decode import describe_failure, read_image
 from spark.training.accelerator import chosen_device
 
 VIEWER = Path(__file__).parents[1] / "viewer"
@@ -69,7 +69,7 @@ class Session:
     Args:
         name: of the photo's file.
         image: uint8 [H, W, 3].
-        seen: what the model says without a calibration, float32 [h, w] [m], at the size at which it sees the photo;
+        seen: the prediction without a calibration, float32 [h, w] [m], at the size at which it sees the photo;
             inverse depth if `relative`.
         camera: that took the photo.
         folder: for files to download; goes with the session.
@@ -102,7 +102,7 @@ class Session:
 
     @property
     def predicted(self) -> np.ndarray:
-        """What the model says without a calibration at each pixel, float32 [H, W]; fits are to this."""
+        """The prediction without a calibration at each pixel, float32 [H, W]; fits are to this."""
         return resized(self.seen, self.size)
 
     @property
@@ -120,7 +120,7 @@ def open_photo(
     """Read a photo, delete the file, and predict; files to download will be in a folder inside `folder`.
 
     Args:
-        model: without its calibration: fits are to what the head says, as those of finetune/commands/calibrate.py are.
+        model: without its calibration: fits are to what the head gives, as those of finetune/commands/calibrate.py are.
         path: of the photo.
         max_pixels: most pixels of a photo.
         folder: for files to download.
@@ -131,10 +131,10 @@ def open_photo(
     """
     name = Path(path).name
     try:
-        image = np.asarray(read_image(path, max_pixels))
+        image = read_photo(path, max_pixels)
         camera = camera_for(None, path, (image.shape[0], image.shape[1]))
-    except Exception as error:  # Pillow raises a dozen kinds for a damaged file
-        _, _, reason = describe_failure(path, error).rpartition(": ")
+    except UserError as error:
+        reason = str(error).rpartition(": ")[2]
         limit = f"; photos of up to {max_pixels / 1e6:g} megapixels are taken (--max_megapixels)"
         raise UserError(f"{name} cannot be read: {reason}{limit}") from error
     finally:
@@ -170,8 +170,13 @@ def add_point(session: Session, metres: float | None) -> Session:
     return replace(session, points=(*others, point), chosen=None)
 
 
+def forget_points(session: Session) -> Session:
+    """Without points, and without the calibration to them."""
+    return replace(session, points=(), chosen=None, calibration=None, fitted=())
+
+
 def calibrate(session: Session, model: DepthModel, kind: str) -> Session:
-    """Fit a calibration to the points; ValueError says what is wrong with them."""
+    """Fit a calibration to the points; UserError if they cannot be fitted."""
     if not session.points:
         raise UserError("there is no known distance yet: click on the photo, type the distance, and add it")
     space, fit = FITS[kind]
@@ -205,7 +210,7 @@ def file_of(session: Session, kind: str) -> str:
 
 
 def view(session: Session | None) -> str:
-    """What the viewer in the page shows, as JSON; see tools/viewer/viewer.js."""
+    """What the viewer in the page shows, as JSON; see viewer/viewer.js."""
     if session is None:
         return ""
     depth = session.depth
@@ -254,7 +259,7 @@ def data_address(picture: np.ndarray, kind: str) -> str:
 
 
 def words(session: Session | None, model_folder: str) -> str:
-    """What the page says below the pictures, as Markdown whose values are code, so that no name is taken for markup."""
+    """The text below the pictures, as Markdown whose values are code, so that no name is taken for markup."""
     if session is None:
         return "Drop a photo above."
     depth = session.depth
@@ -270,21 +275,20 @@ def words(session: Session | None, model_folder: str) -> str:
             "after": "calibrated",
             "left_out": "at each point under a fit to the others",
         }
-        said = ", ".join(f"{100 * v:.1f} % {errors[k]}" for k, v in session.calibration.errors.items())
+        stated = ", ".join(f"{100 * v:.1f} % {errors[k]}" for k, v in session.calibration.errors.items())
         points = "; ".join(f"{p.x},{p.y},{p.metres:.9g}" for p in session.fitted)
-        command = [
-            "python",
-            "finetune/commands/calibrate.py",
-            "--model",
-            model_folder,
-            "--image",
-            session.name,
-            "--points",
-            points,
-        ]
-        command += ["--space", session.calibration.space, "--fit", session.fit, "--output", "CALIBRATED"]
+        options = {
+            "model": model_folder,
+            "image": session.name,
+            "points": points,
+            "space": session.calibration.space,
+            "fit": session.fit,
+            "output": "CALIBRATED",
+        }
+        command = ["python", "finetune/commands/calibrate.py"]
+        command += [word for name, value in options.items() for word in (f"--{name}", value)]
         lines += [
-            f"{_code(str(session.calibration))} Mean relative error {said}.",
+            f"{_code(str(session.calibration))} Mean relative error {stated}.",
             f"The same for good: {_code(shlex.join(command))}",
         ]
         if session.own:
@@ -310,50 +314,41 @@ def build(model: DepthModel, model_folder: str, max_pixels: int, folder: str) ->
     relative = "depth" not in model.outputs
     fits = [name for name, (space, fit) in FITS.items() if not relative or (space, fit) == RELATIVE_FIT]
 
-    def told(work: Callable[..., Session]) -> Callable[..., Session]:
-        def tried(*arguments: Any) -> Session:
-            try:
-                return work(*arguments)
-            except (ValueError, OSError) as error:
-                raise gr.Error(str(error), print_exception=False, duration=15) from error
+    def tried(work: Callable[..., Any], *arguments: Any) -> Any:
+        """Do it, and show an error on the page."""
+        try:
+            return work(*arguments)
+        except (ValueError, OSError) as error:
+            raise gr.Error(str(error), print_exception=False, duration=15) from error
 
-        return tried
-
-    def opened(session: Session | None) -> Session:
+    def changed(session: Session | None, change: Callable[..., Session], *arguments: Any) -> tuple[Any, ...]:
+        """What the page shows of a session after a change."""
         if session is None:
-            raise UserError("there is no photo yet: drop one above")
-        return session
+            raise gr.Error("there is no photo yet: drop one above", print_exception=False, duration=15)
+        return shown(tried(change, session, *arguments))
 
     def shown(session: Session) -> tuple[Session, str, str]:
         return session, view(session), words(session, model_folder)
 
     def on_photo(path: str) -> tuple[Any, ...]:
-        return (
-            *shown(told(open_photo)(model, path, max_pixels, folder, own)),
-            None,
-            None,
-            gr.update(visible=True),
-        )
+        session = tried(open_photo, model, path, max_pixels, folder, own)
+        return *shown(session), None, None, gr.update(visible=True)
 
     def on_pick(session: Session | None, event: gr.EventData) -> tuple[Any, ...]:
         data: dict[str, Any] = event._data or {}
-        return shown(told(lambda: pick(opened(session), data.get("x"), data.get("y")))())
+        return changed(session, pick, data.get("x"), data.get("y"))
 
     def on_add(session: Session | None, metres: float | None) -> tuple[Any, ...]:
-        return *shown(told(lambda: add_point(opened(session), metres))()), None
+        return *changed(session, add_point, metres), None
 
     def on_calibrate(session: Session | None, kind: str) -> tuple[Any, ...]:
-        return *shown(told(lambda: calibrate(opened(session), model, kind))()), None
+        return *changed(session, calibrate, model, kind), None
 
     def on_clear(session: Session | None) -> tuple[Any, ...]:
-        emptied = {"points": (), "chosen": None, "calibration": None, "fitted": ()}
-        return *shown(told(lambda: replace(opened(session), **emptied))()), None
+        return *changed(session, forget_points), None
 
-    def on_file(kind: str) -> Callable[[Session | None], str]:
-        def made(session: Session | None) -> str:
-            return told(lambda: file_of(opened(session), kind))()  # type: ignore[return-value, arg-type]
-
-        return made
+    def on_file(kind: str, session: Session | None) -> str | None:
+        return None if session is None else tried(file_of, session, kind)
 
     def forget(session: Session | None) -> None:
         if session is not None:
@@ -370,7 +365,7 @@ def build(model: DepthModel, model_folder: str, max_pixels: int, folder: str) ->
             js_on_load=(VIEWER / "viewer.js").read_text(encoding="utf-8"),
             elem_id="viewer",
         )
-        said = gr.Markdown(words(None, model_folder), elem_id="said")
+        text = gr.Markdown(words(None, model_folder), elem_id="words")
         with gr.Column(visible=False) as controls:
             with gr.Row():
                 with gr.Column(min_width=260):
@@ -401,7 +396,7 @@ def build(model: DepthModel, model_folder: str, max_pixels: int, folder: str) ->
                 makers = {name: gr.Button(text, elem_id=name, min_width=220) for name, text in kinds.items()}
             download = gr.File(label="Download", interactive=False, elem_id="download", height=110)
 
-        outputs = [session, viewer, said]
+        outputs = [session, viewer, text]
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
         photo.upload(on_photo, photo, [*outputs, photo, download, controls], **quiet)
         viewer.pick(on_pick, session, outputs, **quiet)
@@ -409,7 +404,7 @@ def build(model: DepthModel, model_folder: str, max_pixels: int, folder: str) ->
         fit.click(on_calibrate, [session, kind], [*outputs, download], **quiet)
         clear.click(on_clear, session, [*outputs, download], **quiet)
         for kind_of_file, button in makers.items():
-            button.click(on_file(kind_of_file), session, download, **quiet)
+            button.click(partial(on_file, kind_of_file), session, download, **quiet)
     return page
 
 

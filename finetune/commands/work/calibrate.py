@@ -19,12 +19,12 @@ from finetune.model.calibration import (
     stated_contradictions,
 )
 from finetune.model.depth_model import DepthModel, load_depth_model, write_calibration
-from finetune.model.prediction import predict_image
+from finetune.model.prediction import predict_image, read_photo
 from finetune.options import CalibrateConfig, Fit, Space
 from finetune.predicting.camera import known_camera
+from finetune.report.terminal import say
 from spark.errors import UserError
 from spark.files import check_replaceable, check_writable
-from spark.images.decode import describe_failure, read_image
 from spark.training.accelerator import chosen_device
 from spark.weights.encoder import CONFIG, WEIGHTS
 from spark.weights.hub import PREFIX
@@ -39,59 +39,58 @@ def calibrate(config: CalibrateConfig) -> Calibration:
     console = Console()
     check_target(config)
     model = load_depth_model(config.model, config.encoder_name)
-    if (earlier := model.calibration) is not None:
-        console.print(f"takes the place of: {earlier}", highlight=False, markup=False, soft_wrap=True)
-    model.calibrate(None)  # fits are to what the head says
-    relative = "depth" not in model.outputs
+    if model.calibration is not None:
+        say(console, f"takes the place of: {model.calibration}")
+    model.calibrate(None)  # fits are to what the head gives
     if config.camera is not None:
         found = by_camera(config, model)
     else:
         model.to(chosen_device(config.device))
-        readings, origin = (
-            by_points(config, model) if config.points is not None else by_pairs(config, model, console)
-        )
-        space: Space = config.space or ("disparity" if relative else "log_depth")
-        fit: Fit = config.fit or ("scale_shift" if relative else "scale")
-        found = fit_calibration(
-            readings,
-            space,
-            fit,
-            model.depth_range.min_depth,
-            model.depth_range.max_depth,
-            limit=config.max_depth,
-            # Pixels of pairs are many, noisy and nobody's typing error: they are weighted, not named.
-            tolerance=config.tolerance if config.points is not None else None,
-            downweight=config.outliers == "downweight",
-            origin=f"{'scale and shift' if fit == 'scale_shift' else 'scale'} in {space} fitted to {origin}",
-        )
-        if config.points is not None and config.outliers == "downweight":
-            fitted = found.metres(readings.predicted, readings.relative)
-            wrong = contradictions(fitted, readings.metres, config.tolerance)
-            told = stated_contradictions(readings, fitted, wrong) + (", and counted less" if wrong else "")
-            console.print(told, highlight=False, markup=False, soft_wrap=True)
+        found = by_distances(config, model, console)
     model.calibrate(found)
     if config.output is None:
         write_calibration(config.model, found)
     else:
         model.cpu().save(config.output)
-    console.print(str(found), highlight=False, markup=False, soft_wrap=True)
+    say(console, str(found))
     names = {"before": "before", "after": "after, on the same", "left_out": "of what was left out of the fit"}
     for name, error in found.errors.items():
-        console.print(f"mean relative error {names[name]}: {error:.3f}", highlight=False)
+        say(console, f"mean relative error {names[name]}: {error:.3f}")
     if "left_out" not in found.errors and config.camera is None:
-        console.print(
-            "too few to leave one out: the error after the fit is no measure of it", highlight=False
-        )
+        say(console, "too few to leave one out: the error after the fit is no measure of it")
     written = config.output or config.model
-    console.print(f"written to {written}", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"written to {written}")
     if (card := Path(written) / "README.md").is_file():
-        console.print(
+        say(
+            console,
             f"{card} still describes the model before this calibration: calibrate RUN/model with --in_place true, and"
             " export that again with finetune/commands/export.py, which writes a card of both",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
         )
+    return found
+
+
+def by_distances(config: CalibrateConfig, model: DepthModel, console: Console) -> Calibration:
+    """A fit to the known distances of points, or of pairs."""
+    of_points = config.points is not None
+    readings, origin = by_points(config, model) if of_points else by_pairs(config, model, console)
+    space: Space = config.space or ("disparity" if readings.relative else "log_depth")
+    fit: Fit = config.fit or ("scale_shift" if readings.relative else "scale")
+    found = fit_calibration(
+        readings,
+        space,
+        fit,
+        model.depth_range.min_depth,
+        model.depth_range.max_depth,
+        limit=config.max_depth,
+        # Pixels of pairs are many and noisy, and no typing errors: they are weighted, not named.
+        tolerance=config.tolerance if of_points else None,
+        downweight=config.outliers == "downweight",
+        origin=f"{'scale and shift' if fit == 'scale_shift' else 'scale'} in {space} fitted to {origin}",
+    )
+    if of_points and config.outliers == "downweight":
+        fitted = found.metres(readings.predicted, readings.relative)
+        wrong = contradictions(fitted, readings.metres, config.tolerance)
+        say(console, stated_contradictions(readings, fitted, wrong) + (", and counted less" if wrong else ""))
     return found
 
 
@@ -128,14 +127,14 @@ def by_camera(config: CalibrateConfig, model: DepthModel) -> Calibration:
 
 
 def by_points(config: CalibrateConfig, model: DepthModel) -> tuple[Readings, str]:
-    """What the model says at the points, and what they are."""
+    """Predictions at the points, and a description of the points."""
     assert config.points is not None
     points = read_points(config.points, config.image)
     depths: dict[str, np.ndarray] = {}
     predicted = []
     for number, (image, x, y, _) in enumerate(points, 1):
         if image not in depths:
-            depths[image] = predict_image(model, _read(image), config.image_size, config.flip_average)
+            depths[image] = predict_image(model, _photo(image), config.image_size, config.flip_average)
         height, width = depths[image].shape
         if not (0 <= x < width and 0 <= y < height):
             raise UserError(
@@ -144,18 +143,17 @@ def by_points(config: CalibrateConfig, model: DepthModel) -> tuple[Readings, str
         predicted.append(float(depths[image][int(y), int(x)]))
     names = [f"point {number} at x {x:g}, y {y:g}" for number, (_, x, y, _) in enumerate(points, 1)]
     metres = np.array([metres for *_, metres in points])
-    readings = Readings(
-        np.array(predicted), metres, np.arange(len(points)), names, "depth" not in model.outputs
-    )
+    relative = "depth" not in model.outputs
+    readings = Readings(np.array(predicted), metres, np.arange(len(points)), names, relative)
     images = f"{len(depths)} images" if len(depths) > 1 else Path(next(iter(depths))).name
     return readings, f"{len(points)} known distance{'s' * (len(points) > 1)} in {images}"
 
 
-def _read(path: str) -> np.ndarray:
+def _photo(path: str) -> np.ndarray:
     try:
-        return np.asarray(read_image(path))
-    except Exception as error:  # Pillow raises a dozen kinds for a damaged file
-        raise UserError(f"image {describe_failure(path, error)}: give one that can be read") from error
+        return read_photo(path)
+    except UserError as error:
+        raise UserError(f"image {error}: give one that can be read") from error
 
 
 def read_points(text: str, image: str | None) -> list[tuple[str, float, float, float]]:
@@ -175,11 +173,8 @@ def read_points(text: str, image: str | None) -> list[tuple[str, float, float, f
             raise UserError(f"there is no file of points {path}: check the path")
         try:
             content = path.read_text(encoding="utf-8-sig")
-            rows = (
-                json.loads(content)
-                if path.suffix.lower() == ".json"
-                else list(csv.DictReader(content.splitlines()))
-            )
+            is_json = path.suffix.lower() == ".json"
+            rows = json.loads(content) if is_json else list(csv.DictReader(content.splitlines()))
         except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
             raise UserError(
                 f"{path} cannot be read as points ({error}): write columns x, y, metres"
@@ -207,7 +202,7 @@ def read_points(text: str, image: str | None) -> list[tuple[str, float, float, f
 
 
 def by_pairs(config: CalibrateConfig, model: DepthModel, console: Console) -> tuple[Readings, str]:
-    """What the model says where pairs have readings, equally many of each, and what they are."""
+    """Predictions where pairs have readings, equally many of each, and a description of the pairs."""
     assert config.data.root is not None
     data = open_depth_data(
         config.data.root,
@@ -232,7 +227,7 @@ def by_pairs(config: CalibrateConfig, model: DepthModel, console: Console) -> tu
         inside[:, : round(MARGIN * width)] = inside[:, width - round(MARGIN * width) :] = False
         known = np.flatnonzero(inside & (sample.metres > model.depth_range.min_depth))
         if not len(known):
-            console.print(f"{sample.name} has no reading and is left out", highlight=False, markup=False)
+            say(console, f"{sample.name} has no reading and is left out")
             continue
         spread = known[np.linspace(0, len(known) - 1, min(len(known), PIXELS_OF_A_PAIR)).astype(int)]
         predicted.append(depth.flat[spread])

@@ -3,8 +3,6 @@
 import csv
 import difflib
 import io
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,13 +13,15 @@ from scipy.stats import binomtest, wilcoxon
 
 from finetune.options import CompareConfig
 from finetune.protocols.metrics import METRIC
+from finetune.report.terminal import say
 from finetune.scoring.evaluators import EVALUATORS
 from finetune.scoring.intervals import LEVEL, draws, interval, resampled
+from finetune.scoring.metrics import read_results
 from spark.errors import UserError
 from spark.files import write_whole
 
 READING = ("polarity", "depth_scale", "bad_depth")
-"""How the ground truth was read; without which two results are not of the same."""
+"""Options of reading that both results must share."""
 NEEDED = ("protocol", "protocol_hash", "metrics", "settings", "per_image")
 
 
@@ -29,7 +29,7 @@ def compare_files(config: CompareConfig) -> None:
     """Compare, print, and write the table where an output is given."""
     if len(config.results) < 2:
         raise UserError("a comparison needs two results.json or more")
-    base, *others = (read_results(path, config.protocol) for path in config.results)
+    base, *others = (read_one(path, config.protocol) for path in config.results)
     for path, other in zip(config.results[1:], others, strict=True):
         check_same(config.results[0], base, path, other)
     rows, console = [], Console()
@@ -43,23 +43,16 @@ def compare_files(config: CompareConfig) -> None:
         writer.writeheader()
         writer.writerows(rows)
         write_whole(config.output, text.getvalue().encode())
-        console.print(f"written to {config.output}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"written to {config.output}")
 
 
-def read_results(path: str, protocol: str | None) -> dict[str, Any]:
+def read_one(path: str, protocol: str | None) -> dict[str, Any]:
     """Results of one protocol in a file of finetune/evaluate.py.
 
     Raises:
-        ValueError: no such file, or of several protocols of which none was chosen.
+        UserError: no such file, or of several protocols of which none was chosen.
     """
-    try:
-        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} cannot be read as results.json: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no results: name what finetune/evaluate.py wrote")
-    several = content.get("protocols")
-    every = several if isinstance(several, list) else [content]
+    every = read_results(path)
     chosen = [one for one in every if protocol is None or one.get("protocol") == protocol]
     if len(chosen) != 1:
         names = [str(one.get("protocol")) for one in every]
@@ -74,7 +67,9 @@ def read_results(path: str, protocol: str | None) -> dict[str, Any]:
             " they were measured"
         )
     if chosen[0]["settings"].get("family") not in EVALUATORS:
-        raise UserError(f"{path} is of a family of protocols that is not known here: update this project")
+        raise UserError(
+            f"{path} is of a kind of protocol that this version does not know: update this project"
+        )
     return chosen[0]
 
 
@@ -170,12 +165,10 @@ def show(
     images: int,
 ) -> None:
     """Print a comparison, and the images at which the two differ most."""
-    said = f"{path} against {first}, protocol {base['protocol']}, {len(base['per_image'])} images"
-    console.print(said, highlight=False, markup=False, soft_wrap=True)
+    say(console, f"{path} against {first}, protocol {base['protocol']}, {len(base['per_image'])} images")
     borders = [one.get("white_border", "not recorded") for one in (base, other)]
     if borders[0] != borders[1]:
-        said = f"white border of the images: {borders[0]} in the base, {borders[1]} in the other"
-        console.print(said, highlight=False, markup=False, soft_wrap=True)
+        say(console, f"white border of the images: {borders[0]} in the base, {borders[1]} in the other")
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for heading in ("metric", "base", "other", "change", f"{LEVEL:.0%}", "better", "p rank", "p sign"):
         table.add_column(heading, justify="left" if heading == "metric" else "right", no_wrap=True)
@@ -204,12 +197,7 @@ def show(
             f"{image} {change:+.3f}" for change, image in some if (change < 0) == (word == "less") and change
         ]
         if listed and name is not None:
-            console.print(
-                f"{METRIC[name].heading} {word}: {', '.join(listed)}",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
-            )
+            say(console, f"{METRIC[name].heading} {word}: {', '.join(listed)}")
 
 
 def p_text(p: float) -> str:

@@ -1,12 +1,14 @@
 """NYU Depth V2 as DenseDepth publishes it: `nyu_data.zip` with CSV files of pairs, `nyu_test.zip` with arrays, or what
 these unpack to."""
 
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from finetune.depth_data.base import BadDepth, DepthSet, OpenOptions, at_line, line_text
+from finetune.depth_data.base import BadDepth, DepthSet, OpenOptions
 from finetune.depth_data.files import ArrayRows, Files
+from finetune.depth_data.lists import ListedSet
 from finetune.depth_data.sample import (
     DepthSample,
     checked_metres,
@@ -23,7 +25,7 @@ FULL_SCALE = 10.0
 """Depth that 255 stands for in a training file [m]."""
 
 
-class DenseDepth(DepthSet):
+class DenseDepth(ListedSet):
     """The 50,688 training or 654 test pairs of `nyu_data.zip`.
 
     A line of `data/nyu2_train.csv` is `data/nyu2_train/SCENE/1.jpg,data/nyu2_train/SCENE/1.png`, without a header.
@@ -42,32 +44,22 @@ class DenseDepth(DepthSet):
     benchmark = "nyu"
 
     def __init__(self, root: str | Path, csv: str | Path | None = None, split: str = "train"):
-        self.archive = Files(root)
-        text, self.csv = self._csv(csv, TRAIN_CSV if split == "train" else TEST_CSV)
-        self.entries: list[tuple[str, str, int]] = []
-        for number, line in enumerate(text.splitlines(), start=1):
-            if not line.strip():
-                continue
-            columns = [column.strip().lstrip("/") for column in line.split(",")]
-            if len(columns) != 2 or not all(columns):
-                raise UserError(f"{self.csv}, line {number}: expected `image,depth`, got {line!r}")
-            self.entries.append((columns[0], columns[1], number))
-        if not self.entries:
-            raise UserError(f"{self.csv} is empty: it needs a line `image,depth` for each pair")
-        # Entries begin with data/; where the folder data itself is the root, they lie without it.
-        first = self.entries[0][0]
-        self._drop = 0 if first in self.archive else 1
-        missing = [
-            (name, line)
-            for *pair, line in self.entries
-            for name in pair
-            if self._inside(str(name)) not in self.archive
+        self.archive, self.root = Files(root), Path(root)
+        text, found = self._csv(csv, TRAIN_CSV if split == "train" else TEST_CSV)
+        self.list_file = Path(found)
+        self.entries = [
+            parse_line(found, number, line)
+            for number, line in enumerate(text.splitlines(), 1)
+            if line.strip()
         ]
-        if missing:
-            raise UserError(
-                f"{len(missing)} of {2 * len(self.entries)} files named in {self.csv} are missing in {root}, the first"
-                f" is {missing[0][0]} (line {missing[0][1]})"
-            )
+        if not self.entries:
+            raise UserError(f"{found} is empty: it needs a line `image,depth` for each pair")
+        # Entries begin with data/; where the folder data itself is the root, they lie without it.
+        self._drop = 0 if self.entries[0].name in self.archive else 1
+        self.refuse_missing(
+            ((name, entry.line) for entry in self.entries for name in (entry.name, entry.depth)),
+            lambda name: self._inside(name) in self.archive,
+        )
         self[0]
 
     @classmethod
@@ -92,40 +84,26 @@ class DenseDepth(DepthSet):
 
     def __repr__(self) -> str:
         """What a run prints about its data."""
-        kinds = {self._eight_bits(depth) for _, depth, _ in self.entries}
-        bits = " and ".join(
-            "8 bits (value * 10 / 255 m)" if eight else "16 bits (mm)" for eight in sorted(kinds)
-        )
-        return f"DenseDepth layout, {len(self)} pairs of {self.csv}, depth of {bits}"
+        kinds = sorted({entry.eight_bits for entry in self.entries})
+        bits = " and ".join("8 bits (value * 10 / 255 m)" if eight else "16 bits (mm)" for eight in kinds)
+        return f"DenseDepth layout, {len(self)} pairs of {self.list_file}, depth of {bits}"
 
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def names(self) -> list[str]:
-        """Names of the pairs, in order."""
-        return [image for image, _, _ in self.entries]
-
-    def __getitem__(self, index: int) -> DepthSample:
-        name, depth_name, line = self.entries[index]
-        with at_line(self.csv, line):
-            inside, where = self._inside(name), self.archive.where(self._inside(name))
-            image = read_rgb(where, self.archive.read(inside, "an image"))
-            inside, where = self._inside(depth_name), self.archive.where(self._inside(depth_name))
-            content = self.archive.read(inside, "a depth map")
-            if not self._eight_bits(depth_name):
-                return DepthSample(image, read_depth_png(where, 0.001, content), name)
-            values = read_grey(where, content)
-            if values.dtype != np.uint8:
-                raise file_error(
-                    where,
-                    f"the depth map is {values.dtype}, and training depth of this layout has 8 bits, value * 10 / 255;"
-                    " list 16-bit millimetres as layout nyu_sync or folder",
-                )
-            return DepthSample(image, values.astype(np.float32) * np.float32(FULL_SCALE / 255), name)
-
-    def origin(self, index: int) -> str:
-        """The line of the CSV."""
-        return line_text(self.csv, self.entries[index][2])
+    def read(self, entry: "Pair") -> DepthSample:
+        """The pair, in metres."""
+        inside, where = self._inside(entry.name), self.archive.where(self._inside(entry.name))
+        image = read_rgb(where, self.archive.read(inside, "an image"))
+        inside, where = self._inside(entry.depth), self.archive.where(self._inside(entry.depth))
+        content = self.archive.read(inside, "a depth map")
+        if not entry.eight_bits:
+            return DepthSample(image, read_depth_png(where, 0.001, content), entry.name)
+        values = read_grey(where, content)
+        if values.dtype != np.uint8:
+            raise file_error(
+                where,
+                f"the depth map is {values.dtype}, and training depth of this layout has 8 bits, value * 10 / 255;"
+                " list 16-bit millimetres as layout nyu_sync or folder",
+            )
+        return DepthSample(image, values.astype(np.float32) * np.float32(FULL_SCALE / 255), entry.name)
 
     def has_test_split(self) -> bool:
         """Whether the test CSV or the test arrays are there."""
@@ -144,19 +122,37 @@ class DenseDepth(DepthSet):
             f" test alone {TEST_RGB} with {TEST_DEPTH}"
         )
 
-    @staticmethod
-    def _eight_bits(depth: str) -> bool:
-        return "nyu2_test" not in PurePosixPath(depth).parts
-
     def _inside(self, name: str) -> str:
         return "/".join(PurePosixPath(name).parts[self._drop :])
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Image (`name`) and depth map of a line of the CSV."""
+
+    name: str
+    depth: str
+    line: int
+
+    @property
+    def eight_bits(self) -> bool:
+        """Whether its depth has 8 bits: all but the test pairs."""
+        return "nyu2_test" not in PurePosixPath(self.depth).parts
+
+
+def parse_line(csv: str, number: int, line: str) -> Pair:
+    """A line of a CSV; UserError if it is no pair."""
+    columns = [column.strip().lstrip("/") for column in line.split(",")]
+    if len(columns) != 2 or not all(columns):
+        raise UserError(f"{csv}, line {number}: expected `image,depth`, got {line!r}")
+    return Pair(columns[0], columns[1], number)
 
 
 class DenseDepthTest(DepthSet):
     """The 654 test pairs of `nyu_test.zip`: `eigen_test_rgb.npy`, `eigen_test_depth.npy`.
 
     Images are uint8 (N, H, W, 3), RGB; depth is (N, H, W) in metres, filled. `eigen_test_crop.npy` beside them is of
-    DenseDepth's protocol and not read: which pixels count is said by the protocol of the evaluation. Arrays are read
+    DenseDepth's protocol and not read: the protocol of the evaluation decides which pixels count. Arrays are read
     image by image, from inside the zip too, and are never unpickled.
 
     Args:

@@ -1,16 +1,22 @@
 """NYU Depth V2 as one HDF5 file a pair: the folders of FastDepth, and tars of such files from the Hugging Face hub."""
 
 import io
-from abc import abstractmethod
-from itertools import chain
+from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-from finetune.depth_data.base import BadDepth, DepthSet, OpenOptions, at_line, line_text
+from finetune.depth_data.base import BadDepth, DepthSet, OpenOptions
+from finetune.depth_data.lists import (
+    ListedSet,
+    NamedEntry,
+    existing_root,
+    files_below,
+    find_list,
+    numbered_lines,
+)
 from finetune.depth_data.sample import DepthSample, checked_metres, file_error, unreadable
-from finetune.depth_data.sets.nyu import existing_root, find_list
 from spark.errors import UserError
 from spark.images.sources.tars import TarSource
 
@@ -40,23 +46,7 @@ def read_h5_pair(where: str, content: bytes, name: str, bad_depth: BadDepth) -> 
     )
 
 
-class _H5Pairs(DepthSet):
-    """Pairs, each in an HDF5 file of its own."""
-
-    benchmark = "nyu"
-
-    bad_depth: BadDepth
-
-    def __getitem__(self, index: int) -> DepthSample:
-        where, content = self._content(index)
-        return read_h5_pair(where, content, self.names()[index], self.bad_depth)
-
-    @abstractmethod
-    def _content(self, index: int) -> tuple[str, bytes]:
-        """What errors call a file, and its bytes."""
-
-
-class FastDepth(_H5Pairs):
+class FastDepth(ListedSet):
     """The folders `train/SCENE/00001.h5` and `val/official/00001.h5` of FastDepth (and of sparse-to-dense before it).
 
     Args:
@@ -70,6 +60,8 @@ class FastDepth(_H5Pairs):
             be used.
     """
 
+    benchmark = "nyu"
+
     def __init__(
         self,
         root: str | Path,
@@ -78,26 +70,19 @@ class FastDepth(_H5Pairs):
         *,
         bad_depth: BadDepth = "refuse",
     ):
-        self.root, self.bad_depth = existing_root(root), bad_depth
-        self.source = split
-        self._lines: list[int] = []
-        self.list_file: Path | None = None
+        self.root, self.source = existing_root(root), split
+        self.bad_depth: BadDepth = bad_depth
         if list_file is not None:
             self.list_file = find_list(self.root, list_file)
             self.source = str(self.list_file)
-            rows = enumerate(self.list_file.read_text(encoding="utf-8-sig").splitlines(), start=1)
-            kept = [(number, text.strip().lstrip("/")) for number, text in rows if text.strip()]
-            self._lines, self._names = [number for number, _ in kept], [name for _, name in kept]
-            missing = [(number, name) for number, name in kept if not (self.root / name).is_file()]
-            if missing:
-                raise UserError(
-                    f"{len(missing)} of {len(kept)} files named in {self.list_file} are missing, the first is"
-                    f" {self.root / missing[0][1]} (line {missing[0][0]}): is {self.root} what the list is relative to?"
-                )
+            self.entries = [
+                NamedEntry(text.lstrip("/"), number) for number, text in numbered_lines(self.list_file)
+            ]
+            self.refuse_missing((entry.name, entry.line) for entry in self.entries)
         else:
-            paths = chain.from_iterable((self.root / folder).rglob("*.h5") for folder in FOLDERS[split])
-            self._names = sorted(path.relative_to(self.root).as_posix() for path in paths)
-        if not self._names:
+            names = sorted(path.relative_to(self.root).as_posix() for path in h5_files(self.root, split))
+            self.entries = [NamedEntry(name) for name in names]
+        if not self.entries:
             raise UserError(
                 f"no .h5 file of the split {split} in {self.root}: expected {' or '.join(FOLDERS[split])}/SCENE/1.h5"
             )
@@ -106,8 +91,7 @@ class FastDepth(_H5Pairs):
     @classmethod
     def recognises(cls, root: Path, list_file: str | Path | None) -> bool:
         """Whether a folder of a split holds .h5 files."""
-        folders = (root / name for names in FOLDERS.values() for name in names)
-        return any(next(folder.rglob("*.h5"), None) is not None for folder in folders if folder.is_dir())
+        return root.is_dir() and any(next(h5_files(root, split), None) is not None for split in FOLDERS)
 
     @classmethod
     def opened(cls, root: Path, options: OpenOptions) -> "FastDepth":
@@ -118,36 +102,28 @@ class FastDepth(_H5Pairs):
         """What a run prints about its data."""
         return f"FastDepth layout (.h5 files), {len(self)} pairs of {self.source} under {self.root}"
 
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def names(self) -> list[str]:
-        """Names of the pairs, in order."""
-        return self._names
-
-    def origin(self, index: int) -> str:
-        """The line of the list, if there is one."""
-        return "" if self.list_file is None else line_text(self.list_file, self._lines[index])
-
     def has_test_split(self) -> bool:
         """Whether a folder of the test split holds .h5 files."""
-        return any(next((self.root / name).rglob("*.h5"), None) for name in FOLDERS["test"])
+        return next(h5_files(self.root, "test"), None) is not None
 
-    def __getitem__(self, index: int) -> DepthSample:
-        if self.list_file is None:
-            return super().__getitem__(index)
-        with at_line(self.list_file, self._lines[index]):
-            return super().__getitem__(index)
-
-    def _content(self, index: int) -> tuple[str, bytes]:
-        path = self.root / self._names[index]
+    def read(self, entry: NamedEntry) -> DepthSample:
+        """The pair of a file."""
+        path = self.root / entry.name
         try:
-            return str(path), path.read_bytes()
+            content = path.read_bytes()
         except OSError as error:
             raise unreadable(path, "an HDF5 file", error) from error
+        return read_h5_pair(str(path), content, entry.name, self.bad_depth)
 
 
-class HubTars(_H5Pairs):
+def h5_files(root: Path, split: str) -> Iterator[Path]:
+    """The .h5 files of a split, in no order."""
+    for name in FOLDERS[split]:
+        if (root / name).is_dir():
+            yield from files_below(root / name, ".h5")
+
+
+class HubTars(DepthSet):
     """The tars of .h5 files that the Hugging Face data set `sayakpaul/nyu_depth_v2` is made of.
 
     `train-000000.tar` and so on hold 47,584 training pairs, `val-*.tar` the 654 test pairs. They are read in place: an
@@ -162,8 +138,11 @@ class HubTars(_H5Pairs):
         ValueError: no tar of the split, or one that is empty, cut short, compressed or without .h5 files.
     """
 
+    benchmark = "nyu"
+
     def __init__(self, root: str | Path, split: str = "train", *, bad_depth: BadDepth = "refuse"):
-        self.root, self.split, self.bad_depth = existing_root(root), split, bad_depth
+        self.root, self.split = existing_root(root), split
+        self.bad_depth: BadDepth = bad_depth
         shards = hub_tars(self.root, split)
         if not shards:
             raise UserError(f"no {' or '.join(FOLDERS[split])}-*.tar in {root} or {Path(root) / 'data'}")
@@ -201,11 +180,12 @@ class HubTars(_H5Pairs):
         """Whether the tars of the test split are there."""
         return bool(hub_tars(self.root, "test"))
 
-    def _content(self, index: int) -> tuple[str, bytes]:
+    def __getitem__(self, index: int) -> DepthSample:
         try:
-            return self.source.name(index), self.source.read(index)
+            content = self.source.read(index)
         except OSError as error:
             raise unreadable(self.source.name(index), "an HDF5 file", error) from error
+        return read_h5_pair(self.source.name(index), content, self._names[index], self.bad_depth)
 
 
 def hub_tars(root: Path, split: str) -> list[Path]:

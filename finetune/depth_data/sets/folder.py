@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.depth_data.base import BadDepth, DepthSet, OpenOptions, at_line, line_text
+from finetune.depth_data.base import BadDepth, OpenOptions
 from finetune.depth_data.depth_files import DEPTH_EXTENSIONS, MILLIMETRE, read_npy, read_pfm, stored_scale
+from finetune.depth_data.lists import ListedSet, existing_root, files_below, find_list, first_lines
 from finetune.depth_data.sample import (
     DepthFileError,
     DepthSample,
@@ -18,7 +19,7 @@ from finetune.depth_data.sample import (
     read_depth_png,
     read_rgb,
 )
-from finetune.depth_data.sets.nyu import SyncEntry, existing_root, find_list, parse_list, refuse_missing
+from finetune.depth_data.sets.nyu import SyncEntry, parse_list
 from spark.errors import UserError
 from spark.images.decode import EXTENSIONS
 
@@ -28,7 +29,7 @@ SPLITS = {"train": ("train", "training"), "test": ("val", "validation", "test")}
 OTHER_WORDS = {"label", "labels", "labels13", "labels40", "mask", "masks", "seg"}
 
 
-class PlainFolder(DepthSet):
+class PlainFolder(ListedSet):
     """Pairs of an image and a depth map of the same name, apart from the words that say which is which.
 
     `rgb/0001.jpg` goes with `depth/0001.png`, `frame-01.color.jpg` with `frame-01.depth.png`, `a/rgb_7.png` with
@@ -39,7 +40,7 @@ class PlainFolder(DepthSet):
         root: the folder.
         split: "train" or "test".
         list_file: list of the pairs instead.
-        depth_scale: metres of one unit of the depth files; None: what a PNG (16 bits) says itself, else 0.001, and 1
+        depth_scale: metres of one unit of the depth files; None: what is stored in a PNG (16 bits), else 0.001, and 1
             for NPY and PFM.
         bad_depth: see `checked_metres`.
 
@@ -59,7 +60,6 @@ class PlainFolder(DepthSet):
         self.root, self.depth_scale, self.bad_depth = existing_root(root), depth_scale, bad_depth
         if depth_scale is not None and depth_scale <= 0:
             raise UserError(f"data.depth_scale is metres of one unit, above 0, not {depth_scale}")
-        self.list_file: Path | None = None
         if list_file is None:
             folders = split_folders(self.root)
             if any(folders.values()) and not folders[split]:
@@ -70,7 +70,7 @@ class PlainFolder(DepthSet):
         else:
             self.list_file = find_list(self.root, list_file)
             self.entries = parse_list(self.list_file)
-            refuse_missing(self.root, self.list_file, self.entries)
+            self.refuse_missing(file for entry in self.entries for file in entry.files)
         self.check_extensions()
         self[0]
 
@@ -125,68 +125,48 @@ class PlainFolder(DepthSet):
         """Metres of one unit of a depth file.
 
         Raises:
-            DepthFileError: the file cannot be read, or says another number than `depth_scale`.
+            DepthFileError: the file cannot be read, or stores another number than `depth_scale`.
         """
         if path.suffix.lower() != ".png":
             return self.depth_scale or 1.0
-        said = stored_scale(path)
-        if said is None:
+        stored = stored_scale(path)
+        if stored is None:
             return self.depth_scale or MILLIMETRE
-        if self.depth_scale is not None and not math.isclose(said, self.depth_scale, rel_tol=1e-6):
+        if self.depth_scale is not None and not math.isclose(stored, self.depth_scale, rel_tol=1e-6):
             raise file_error(
                 path,
-                f"says itself that one unit is {said:g} m, but data.depth_scale is {self.depth_scale:g}, leave that"
+                f"says itself that one unit is {stored:g} m, but data.depth_scale is {self.depth_scale:g}, leave that"
                 " out, or give the one that is right for files which say nothing",
             )
-        return said
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def names(self) -> list[str]:
-        """Names of the pairs, in order."""
-        return [entry.image for entry in self.entries]
-
-    def origin(self, index: int) -> str:
-        """The line of the list, if there is one."""
-        return "" if self.list_file is None else line_text(self.list_file, self.entries[index].line)
+        return stored
 
     def has_test_split(self) -> bool:
         """Whether there is a folder for it."""
         return self.list_file is None and bool(split_folders(self.root)["test"])
 
-    def check_headers(self) -> None:
-        """Check the PNG files by their headers; the others have none worth the name."""
-        for entry in self.entries:
-            if entry.depth.lower().endswith(".png"):
-                check_pair_headers(self.root / entry.image, self.root / entry.depth)
-                self.scale(self.root / entry.depth)
+    def check_header(self, entry: SyncEntry) -> None:
+        """Check PNG files; the others have no header worth the name."""
+        if entry.depth.lower().endswith(".png"):
+            check_pair_headers(self.root / entry.image, self.root / entry.depth)
+            self.scale(self.root / entry.depth)
 
-    def __getitem__(self, index: int) -> DepthSample:
-        entry = self.entries[index]
-        if self.list_file is None:
-            return self._read(entry)
-        with at_line(self.list_file, entry.line):
-            return self._read(entry)
-
-    def _read(self, entry: SyncEntry) -> DepthSample:
+    def read(self, entry: SyncEntry) -> DepthSample:
+        """The pair, in metres."""
         image, path = read_rgb(self.root / entry.image), self.root / entry.depth
-        extension = path.suffix.lower()
-        scale = self.scale(path)
+        extension, scale = path.suffix.lower(), self.scale(path)
         if extension == ".png":
             depth = read_depth_png(path, scale)
         else:
             values = read_npy(path) if extension == ".npy" else read_pfm(path)
             depth = checked_metres(values, path, self.bad_depth) * np.float32(scale)
-        return DepthSample(image, depth, entry.image)
+        return DepthSample(image, depth, entry.name)
 
 
 def pair_lists(root: Path) -> list[Path]:
     """The lists of pairs directly inside `root`: text files whose first line names an image and a depth map."""
     found = []
     for path in sorted(root.glob("*.txt")):
-        with path.open(encoding="utf-8-sig", errors="replace") as file:
-            columns = file.readline(10_000).split()
+        columns = " ".join(first_lines(root, path.absolute(), 1)).split()
         suffixes = [Path(column).suffix.lower() for column in columns[:2]]
         if len(suffixes) == 2 and suffixes[0] in EXTENSIONS and suffixes[1] in DEPTH_EXTENSIONS:
             found.append(path)
@@ -207,11 +187,11 @@ def find_pairs(root: Path, below: Path) -> list[SyncEntry]:
         ValueError: there are none, a file has no partner, or two files claim the same one.
     """
     found: dict[bool, dict[tuple[str, ...], str]] = {True: {}, False: {}}
-    for path in sorted(path for path in below.rglob("*") if path.is_file()):
+    for path in sorted(files_below(below)):
         name = path.relative_to(root).as_posix()
         words = re.split(r"[/._\- ]+", name.lower().rpartition(".")[0])
         extension = path.suffix.lower()
-        if path.name.startswith(".") or OTHER_WORDS & set(words):
+        if OTHER_WORDS & set(words):
             continue
         is_depth = extension in DEPTH_EXTENSIONS and (extension != ".png" or bool(DEPTH_WORDS & set(words)))
         if not is_depth and extension not in EXTENSIONS:

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 from scipy.io import loadmat
 
-from finetune.depth_data.base import DepthSet, OpenOptions, at_line, line_text
+from finetune.depth_data.base import OpenOptions
+from finetune.depth_data.lists import ListedSet, NamedEntry, existing_root, find_list, numbered_lines
 from finetune.depth_data.sample import (
     DepthSample,
     Plane,
@@ -17,7 +18,6 @@ from finetune.depth_data.sample import (
     read_rgb,
     size_text,
 )
-from finetune.depth_data.sets.nyu import existing_root, find_list
 from spark.errors import UserError
 
 LIST = "imagelist.txt"
@@ -30,11 +30,11 @@ MASKS = ("mask_invalid", "mask_transp")
 SURFACES = ("wall", "table", "floor")
 
 
-class IBims(DepthSet):
+class IBims(ListedSet):
     """The scenes that `imagelist.txt` names: NAME is `rgb/NAME.png`, `depth/NAME.png` (16 bits, 50/65535 m a unit),
     `calib/NAME.txt`, `mask_invalid/NAME.png`, `mask_transp/NAME.png`, and NAME.mat of the other archive.
 
-    Depth is 0 (no reading) where either mask says so. Edges and planes, which the official scores need, are in
+    Depth is 0 (no reading) where either mask is 0. Edges and planes, which the official scores need, are in
     `ibims1_core_mat/NAME.mat` (a struct `data`): samples have them as `geometry` where all these files are there.
 
     Args:
@@ -57,25 +57,16 @@ class IBims(DepthSet):
                 f"no {LIST} in {root}: it comes with iBims-1, or name a list of scenes (data.list)"
             )
         self.list_file = find_list(root, list_file or str(found))
-        lines = enumerate(self.list_file.read_text(encoding="utf-8-sig").splitlines(), start=1)
-        rows = [(number, text.strip()) for number, text in lines if text.strip()]
-        if not rows:
+        self.entries = [NamedEntry(text, number) for number, text in numbered_lines(self.list_file)]
+        if not self.entries:
             raise UserError(
                 f"{self.list_file} is empty: it needs the name of a scene a line, such as corridor_01"
             )
-        self._lines, self._names = [number for number, _ in rows], [name for _, name in rows]
-        missing = [
-            (path, number)
-            for number, name in rows
+        self.refuse_missing(
+            (f"{folder}/{entry.name}.png", entry.line)
+            for entry in self.entries
             for folder in ("rgb", "depth", *MASKS)
-            if not (path := self._path(folder, name)).is_file()
-        ]
-        if missing:
-            raise UserError(
-                f"{len(missing)} of {4 * len(rows)} files of the scenes of {self.list_file} are missing, the first is"
-                f" {missing[0][0]} (line {missing[0][1]}): does {self.root} hold all of rgb, depth,"
-                f" {', '.join(MASKS)}?"
-            )
+        )
         self.geometry_folder = self._find_geometry(root)
         self[0]
 
@@ -97,44 +88,27 @@ class IBims(DepthSet):
             geometry = f"without edges and planes ({MAT} is not there)"
         return f"iBims-1 layout, {len(self)} scenes of {self.list_file}, {geometry}"
 
-    def __len__(self) -> int:
-        return len(self._names)
+    def check_header(self, entry: NamedEntry) -> None:
+        """Check image and depth."""
+        check_pair_headers(self._path("rgb", entry.name), self._path("depth", entry.name))
 
-    def names(self) -> list[str]:
-        """Names of the scenes, in order."""
-        return self._names
-
-    def origin(self, index: int) -> str:
-        """The line of the list."""
-        return line_text(self.list_file, self._lines[index])
-
-    def check_headers(self) -> None:
-        """Check image and depth of every scene by their headers.
-
-        Raises:
-            DepthFileError: the first that cannot be used.
-        """
-        for line, name in zip(self._lines, self._names, strict=True):
-            with at_line(self.list_file, line):
-                check_pair_headers(self._path("rgb", name), self._path("depth", name))
-
-    def __getitem__(self, index: int) -> DepthSample:
-        name = self._names[index]
-        with at_line(self.list_file, self._lines[index]):
-            image = read_rgb(self._path("rgb", name))
-            depth = read_depth_png(self._path("depth", name), SCALE)
-            for folder in MASKS:
-                path = self._path(folder, name)
-                keep = read_grey(path)
-                if keep.shape != depth.shape:
-                    raise file_error(
-                        path, f"the mask is {size_text(keep.shape)}, the depth map {size_text(depth.shape)}"
-                    )
-                depth = np.where(keep > 0, depth, np.float32(0))
-            geometry = None
-            if self.geometry_folder is not None:
-                geometry = read_geometry(self.geometry_folder / f"{name}.mat", depth.shape)
-            return DepthSample(image, depth, name, geometry=geometry)
+    def read(self, entry: NamedEntry) -> DepthSample:
+        """The scene, without depth where a mask is 0."""
+        name = entry.name
+        image = read_rgb(self._path("rgb", name))
+        depth = read_depth_png(self._path("depth", name), SCALE)
+        for folder in MASKS:
+            path = self._path(folder, name)
+            keep = read_grey(path)
+            if keep.shape != depth.shape:
+                raise file_error(
+                    path, f"the mask is {size_text(keep.shape)}, the depth map {size_text(depth.shape)}"
+                )
+            depth = np.where(keep > 0, depth, np.float32(0))
+        geometry = None
+        if self.geometry_folder is not None:
+            geometry = read_geometry(self.geometry_folder / f"{name}.mat", depth.shape)
+        return DepthSample(image, depth, name, geometry=geometry)
 
     def _path(self, folder: str, name: str) -> Path:
         return self.root / folder / f"{name}.png"
@@ -142,11 +116,12 @@ class IBims(DepthSet):
     def _find_geometry(self, root: Path) -> Path | None:
         """The folder with the MAT file of every scene, None where there is none."""
         for folder in (self.root, root / MAT, self.root.parent / MAT):
-            there = [name for name in self._names if (folder / f"{name}.mat").is_file()]
-            if len(there) == len(self._names):
+            names = self.names()
+            there = [name for name in names if (folder / f"{name}.mat").is_file()]
+            if len(there) == len(names):
                 return folder
             if there:
-                lacks = next(name for name in self._names if name not in there)
+                lacks = next(name for name in names if name not in there)
                 raise UserError(
                     f"{folder} has the edges and planes of {len(there)} of {len(self)} scenes, {lacks}.mat is missing:"
                     f" unpack {MAT}.zip again"

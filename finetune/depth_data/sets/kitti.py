@@ -7,8 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.depth_data.base import DepthSet, OpenOptions, at_line, line_text
+from finetune.depth_data.base import OpenOptions
 from finetune.depth_data.depth_files import read_npy
+from finetune.depth_data.lists import (
+    ListedSet,
+    existing_root,
+    find_list,
+    first_lines,
+    lists_text,
+    numbered_lines,
+)
 from finetune.depth_data.sample import (
     DepthSample,
     check_pair_headers,
@@ -18,7 +26,6 @@ from finetune.depth_data.sample import (
     read_rgb,
     unreadable,
 )
-from finetune.depth_data.sets.nyu import existing_root, find_list, lists_text
 from spark.errors import UserError
 
 SCALE = 1 / 256
@@ -50,8 +57,13 @@ class Frame:
     camera: int
     line: int
 
+    @property
+    def name(self) -> str:
+        """That of the image."""
+        return self.image.as_posix()
 
-class KITTI(DepthSet):
+
+class KITTI(ListedSet):
     """Frames of KITTI's raw recordings that a list names, in one of two forms.
 
     With the maps of the depth benchmark (16-bit PNG, 1/256 m a unit, 0 = no reading), as BTS lists them:
@@ -84,9 +96,16 @@ class KITTI(DepthSet):
     def __init__(self, root: str | Path, list_file: str | Path):
         self.root = existing_root(root)
         self.list_file = find_list(self.root, list_file)
-        self.listed, self.frames = self._parse()
-        self.ground_truth = "benchmark" if self.frames[0].depth.suffix == ".png" else "laser"
-        self._refuse_missing()
+        self.listed, self.entries = self._parse(self.list_file)
+        self.ground_truth = "benchmark" if self.entries[0].depth.suffix == ".png" else "laser"
+        self.refuse_missing(
+            (path, frame.line) for frame in self.entries for path in (frame.image, frame.depth)
+        )
+        for path in self._calibrations():
+            if not path.is_file():
+                raise UserError(
+                    f"no file {path}: laser scans are projected with the calibration of their day"
+                )
         self[0]
 
     @classmethod
@@ -94,11 +113,7 @@ class KITTI(DepthSet):
         """Whether the first entry of the list is a frame of KITTI in one of the two forms."""
         if list_file is None or not root.is_dir():
             return False
-        try:
-            rows = numbered_rows(find_list(root, list_file))
-        except (ValueError, OSError):
-            return False
-        columns = rows[0][1] if rows else []
+        columns = next((line.split() for line in first_lines(root, list_file, 10) if line), [])
         return len(columns) > 1 and bool(FRAME.search(columns[0]) or DRIVE.search(columns[0]))
 
     @classmethod
@@ -116,53 +131,35 @@ class KITTI(DepthSet):
             ".png": "maps of the depth benchmark",
             ".bin": "projected laser scans",
             ".npy": f"maps in {EXPORTED}",
-        }[self.frames[0].depth.suffix]
+        }[self.entries[0].depth.suffix]
         return (
             f"KITTI layout, {len(self)} of the {self.listed} frames of {self.list_file} have depth ({source})"
             f" under {self.root}"
         )
 
-    def __len__(self) -> int:
-        return len(self.frames)
+    def check_header(self, entry: Frame) -> None:
+        """Check maps and their images; laser scans and arrays have no header worth the name."""
+        if entry.depth.suffix == ".png":
+            check_pair_headers(self.root / entry.image, self.root / entry.depth)
 
-    def names(self) -> list[str]:
-        """Names of the frames, in order."""
-        return [frame.image.as_posix() for frame in self.frames]
+    def read(self, entry: Frame) -> DepthSample:
+        """The frame with its map, or with the projected scan."""
+        path, image = self.root / entry.depth, read_rgb(self.root / entry.image)
+        if path.suffix == ".png":
+            depth = read_depth_png(path, SCALE)
+        elif path.suffix == ".npy":
+            depth = checked_metres(read_npy(path), path, "refuse")
+        else:
+            depth = laser_depth(path, self.root / day_of(entry), entry.camera, image.shape[:2])
+        return DepthSample(image, depth, entry.name)
 
-    def origin(self, index: int) -> str:
-        """The line of the list."""
-        return line_text(self.list_file, self.frames[index].line)
-
-    def check_headers(self) -> None:
-        """Check pairs of images and maps by their headers; laser scans and arrays have none worth the name.
-
-        Raises:
-            DepthFileError: the first pair that cannot be used.
-        """
-        for frame in self.frames:
-            if frame.depth.suffix == ".png":
-                with at_line(self.list_file, frame.line):
-                    check_pair_headers(self.root / frame.image, self.root / frame.depth)
-
-    def __getitem__(self, index: int) -> DepthSample:
-        frame = self.frames[index]
-        path = self.root / frame.depth
-        with at_line(self.list_file, frame.line):
-            image = read_rgb(self.root / frame.image)
-            if path.suffix == ".png":
-                depth = read_depth_png(path, SCALE)
-            elif path.suffix == ".npy":
-                depth = checked_metres(read_npy(path), path, "refuse")
-            else:
-                depth = laser_depth(path, self.root / day_of(frame), frame.camera, image.shape[:2])
-            return DepthSample(image, depth, frame.image.as_posix())
-
-    def _parse(self) -> tuple[int, list[Frame]]:
+    def _parse(self, list_file: Path) -> tuple[int, list[Frame]]:
         """How many frames the list names, and those with depth."""
         frames: list[Frame] = []
         forms: set[str] = set()
-        rows = numbered_rows(self.list_file)
-        for line, columns in rows:
+        rows = numbered_lines(list_file)
+        for line, text in rows:
+            columns = text.split()
             first = columns[0].lstrip("/")
             if FRAME.search(first) and len(columns) in (2, 3):
                 forms.add("maps")
@@ -189,7 +186,7 @@ class KITTI(DepthSet):
                 )
         if not frames:
             raise UserError(f"no frame of {self.list_file} has depth ({len(rows)} are listed): {EXPECTED}")
-        return len(rows), frames if "maps" in forms else self._exported(frames)
+        return len(rows), frames if "maps" in forms else self._exported(list_file, frames)
 
     def _find(self, name: str, folders: tuple[str, ...]) -> Path:
         """Path of a file relative to the root, below the first of `folders` that has it; images may be JPEG."""
@@ -197,9 +194,9 @@ class KITTI(DepthSet):
         candidates = [Path(folder) / one for one in names for folder in folders]
         return next((path for path in candidates if (self.root / path).is_file()), candidates[0])
 
-    def _exported(self, frames: list[Frame]) -> list[Frame]:
+    def _exported(self, list_file: Path, frames: list[Frame]) -> list[Frame]:
         """The frames with their exported depth instead of the scans, where it lies beside the list."""
-        folder = self.list_file.resolve().parent / EXPORTED
+        folder = list_file.resolve().parent / EXPORTED
         if folder.is_dir():
             if (found := len(list(folder.glob("*.npy")))) != len(frames):
                 raise UserError(
@@ -220,41 +217,9 @@ class KITTI(DepthSet):
         return frames
 
     def _calibrations(self) -> Iterator[Path]:
-        days = {day_of(frame) for frame in self.frames if frame.depth.suffix == ".bin"}
+        days = {day_of(frame) for frame in self.entries if frame.depth.suffix == ".bin"}
         for day in sorted(days):
             yield from (self.root / day / name for name in CALIBRATION)
-
-    def _refuse_missing(self) -> None:
-        missing = [
-            (path, frame.line)
-            for frame in self.frames
-            for path in (frame.image, frame.depth)
-            if not (self.root / path).is_file()
-        ]
-        if missing:
-            path, line = missing[0]
-            raise UserError(
-                f"{len(missing)} of {2 * len(self.frames)} files that {self.list_file} needs are missing, the first is"
-                f" {self.root / path} (line {line}): is {self.root} what the list is relative to?"
-            )
-        for path in self._calibrations():
-            if not path.is_file():
-                raise UserError(
-                    f"no file {path}: laser scans are projected with the calibration of their day"
-                )
-
-
-def numbered_rows(path: Path) -> list[tuple[int, list[str]]]:
-    """The columns of each line of a list that has any, with its number.
-
-    Raises:
-        ValueError: no text.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a text list of frames: {error}") from error
-    return [(number, columns) for number, line in enumerate(lines, start=1) if (columns := line.split())]
 
 
 def day_of(frame: Frame) -> Path:

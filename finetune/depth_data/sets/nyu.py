@@ -9,8 +9,17 @@ import h5py
 import numpy as np
 from scipy.io import loadmat
 
-from finetune.depth_data.base import BadDepth, DepthSet, OpenOptions, WhiteBorder, at_line, line_text
+from finetune.depth_data.base import BadDepth, DepthSet, OpenOptions, WhiteBorder
 from finetune.depth_data.labels import MAPPING_40, LabelOptions, read_mapping_40
+from finetune.depth_data.lists import (
+    LABELED_MAT,
+    WITHOUT_LISTS,
+    ListedSet,
+    existing_root,
+    find_list,
+    lists_text,
+    numbered_lines,
+)
 from finetune.depth_data.sample import (
     DepthSample,
     check_pair_headers,
@@ -22,10 +31,7 @@ from finetune.depth_data.sample import (
 )
 from spark.errors import UserError
 
-LABELED_MAT = "nyu_depth_v2_labeled.mat"
 SPLITS_MAT = "splits.mat"
-WITHOUT_LISTS = "to use that file give --data.list null (in training: --data.list null --data.val_list null)"
-"""What to do where lists are named and a labelled file is there."""
 
 
 def paint_border(image: np.ndarray, white_border: WhiteBorder) -> np.ndarray:
@@ -58,8 +64,18 @@ class SyncEntry:
     focal: float | None
     line: int
 
+    @property
+    def name(self) -> str:
+        """That of the image."""
+        return self.image
 
-class NYUSync(DepthSet):
+    @property
+    def files(self) -> tuple[tuple[str, int], ...]:
+        """Both, with the line."""
+        return (self.image, self.line), (self.depth, self.line)
+
+
+class NYUSync(ListedSet):
     """RGB-D pairs named by a list file, as BTS lays NYU out.
 
     A line of the list is `/scene/rgb_00045.jpg /scene/sync_depth_00045.png 518.8579`. Depth files are 16-bit
@@ -94,7 +110,7 @@ class NYUSync(DepthSet):
         self.white_border: WhiteBorder = white_border
         self.labels, self.labelled = labels, labels is not None
         self.entries = parse_list(self.list_file)
-        refuse_missing(self.root, self.list_file, self.entries)
+        self.refuse_missing(file for entry in self.entries for file in entry.files)
         self[0]
 
     @classmethod
@@ -113,37 +129,19 @@ class NYUSync(DepthSet):
         """What a run prints about its data."""
         return f"NYU sync layout, {len(self)} pairs of {self.list_file} under {self.root}"
 
-    def __len__(self) -> int:
-        return len(self.entries)
+    def check_header(self, entry: SyncEntry) -> None:
+        """Both can be opened, depth has 16 bits, and they have one size."""
+        check_pair_headers(self.root / entry.image, self.root / entry.depth)
 
-    def names(self) -> list[str]:
-        """Names of the pairs, in order."""
-        return [entry.image for entry in self.entries]
-
-    def origin(self, index: int) -> str:
-        """The line of the list."""
-        return line_text(self.list_file, self.entries[index].line)
-
-    def check_headers(self) -> None:
-        """Read the header of every file, not its pixels: all can be opened, depth has 16 bits, a pair has one size.
-
-        Raises:
-            DepthFileError: the first pair that is otherwise.
-        """
-        for entry in self.entries:
-            with at_line(self.list_file, entry.line):
-                check_pair_headers(self.root / entry.image, self.root / entry.depth)
-
-    def __getitem__(self, index: int) -> DepthSample:
-        entry = self.entries[index]
-        with at_line(self.list_file, entry.line):
-            path = self.root / entry.image
-            image = paint_border(read_rgb(path), self.white_border)
-            depth = read_depth_mm(self.root / entry.depth)
-            labels = (
-                None if self.labels is None else self.labels.read(path.parent, path.stem.removeprefix("rgb_"))
-            )
-            return DepthSample(image, depth, entry.image, labels=labels)
+    def read(self, entry: SyncEntry) -> DepthSample:
+        """The pair, with its classes if they are asked for."""
+        path = self.root / entry.image
+        labels = None
+        image = paint_border(read_rgb(path), self.white_border)
+        depth = read_depth_mm(self.root / entry.depth)
+        if self.labels is not None:
+            labels = self.labels.read(path.parent, path.stem.removeprefix("rgb_"))
+        return DepthSample(image, depth, entry.name, labels=labels)
 
 
 class NYULabeled(DepthSet):
@@ -327,69 +325,12 @@ def read_split(path: str | Path, split: str) -> np.ndarray:
     return numbers
 
 
-def existing_root(root: str | Path) -> Path:
-    """`root` as a path; ValueError when there is no such folder."""
-    root = Path(root)
-    if not root.is_dir():
-        raise UserError(
-            f"no folder {root}: the data root must be the folder that the list's entries are relative to"
-        )
-    return root
-
-
-def find_list(root: Path, list_file: str | Path) -> Path:
-    """Find a list file.
-
-    A bare name means the file inside `root`, and only where there is none, one of the working directory. A path with a
-    folder in it (`./list.txt` too) or an absolute one is taken as given, and only where there is no such file, as one
-    inside `root`.
-
-    Raises:
-        ValueError: no such file, with where it was looked for and what `root` holds instead.
-    """
-    as_given, inside = Path(list_file), root / list_file
-    bare = not os.path.dirname(list_file)
-    candidates = list(dict.fromkeys((inside, as_given) if bare else (as_given, inside)))
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    looked = " and ".join(str(candidate) for candidate in candidates)
-    labelled = f". It holds {LABELED_MAT}: {WITHOUT_LISTS}" if (root / LABELED_MAT).is_file() else ""
-    raise UserError(f"no list file {list_file}: looked for {looked}. {lists_text(root)}{labelled}")
-
-
-def refuse_missing(root: Path, list_file: Path, entries: list[SyncEntry]) -> None:
-    """Raise ValueError if files of a list are missing: how many, the first, and its line."""
-    missing = [
-        (path, entry.line)
-        for entry in entries
-        for path in (entry.image, entry.depth)
-        if not (root / path).is_file()
-    ]
-    if missing:
-        first, line = missing[0]
-        raise UserError(
-            f"{len(missing)} of {2 * len(entries)} files named in {list_file} are missing, the first is"
-            f" {root / first} (line {line}): is {root} what the list is relative to?"
-        )
-
-
-def lists_text(root: Path) -> str:
-    """A sentence on the text files directly inside `root`, for error messages."""
-    names = sorted(path.name for path in root.glob("*.txt"))
-    return f"{root} holds {', '.join(names[:8])}" if names else f"{root} holds no .txt file"
-
-
 def parse_list(list_file: Path) -> list[SyncEntry]:
     """The entries of a BTS list file; ValueError if it is empty or a line is not `image depth [focal]`."""
-    try:
-        lines = list_file.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{list_file} is not a text list of RGB-D pairs: {error}") from error
     entries = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in numbered_lines(list_file):
         columns = line.split()
-        if not columns or columns[0].startswith("#"):
+        if columns[0].startswith("#"):
             continue
         try:
             image, depth = columns[:2]

@@ -6,10 +6,17 @@ from typing import ClassVar
 
 import numpy as np
 
-from finetune.depth_data.base import DepthSet, OpenOptions, at_line, line_text
+from finetune.depth_data.base import OpenOptions
+from finetune.depth_data.lists import (
+    ListedSet,
+    existing_root,
+    find_list,
+    first_lines,
+    lists_text,
+    numbered_lines,
+)
 from finetune.depth_data.sample import DepthSample, Supervision, read_rgb
 from finetune.depth_data.sets.diw import RELATIONS
-from finetune.depth_data.sets.nyu import existing_root, find_list, lists_text
 from spark.errors import UserError
 
 
@@ -22,8 +29,13 @@ class Photo:
     relation: np.ndarray
     line: int
 
+    @property
+    def name(self) -> str:
+        """That of the image."""
+        return self.image.as_posix()
 
-class NYUPairs(DepthSet):
+
+class NYUPairs(ListedSet):
     """Images with many pairs of points each, of a CSV file such as 654_NYU_MITpaper_test_imgs_orig_size_points.csv.
 
         a line that is not read
@@ -48,14 +60,9 @@ class NYUPairs(DepthSet):
 
     def __init__(self, root: str | Path, csv: str | Path):
         self.root = existing_root(root)
-        self.csv = find_list(self.root, csv)
-        self.photos = self._parse()
-        missing = [photo for photo in self.photos if not (self.root / photo.image).is_file()]
-        if missing:
-            raise UserError(
-                f"{len(missing)} of {len(self.photos)} images named in {self.csv} are missing, the first is"
-                f" {self.root / missing[0].image} (line {missing[0].line}): is {root} the folder that holds them?"
-            )
+        self.list_file = find_list(self.root, csv)
+        self.entries = self._parse()
+        self.refuse_missing((photo.image, photo.line) for photo in self.entries)
         self[0]
 
     @classmethod
@@ -63,11 +70,10 @@ class NYUPairs(DepthSet):
         """Whether the list has an image with a number of pairs in its second line, and a pair in its third."""
         if list_file is None or not root.is_dir():
             return False
-        try:
-            with find_list(root, list_file).open(encoding="utf-8-sig") as file:
-                _, image, pair = ([cell.strip() for cell in file.readline().split(",")] for _ in range(3))
-        except (ValueError, OSError):
+        rows = [[cell.strip() for cell in line.split(",")] for line in first_lines(root, list_file, 3)]
+        if not rows:
             return False
+        _, image, pair = rows
         return len(image) >= 3 and image[2].isdigit() and len(pair) >= 5 and pair[4] in RELATIONS
 
     @classmethod
@@ -79,26 +85,13 @@ class NYUPairs(DepthSet):
 
     def __repr__(self) -> str:
         """What a run prints about its data."""
-        pairs = sum(len(photo.relation) for photo in self.photos)
-        return f"NYU pairs layout, {len(self)} images with {pairs} pairs of points of {self.csv}"
+        pairs = sum(len(photo.relation) for photo in self.entries)
+        return f"NYU pairs layout, {len(self)} images with {pairs} pairs of points of {self.list_file}"
 
-    def __len__(self) -> int:
-        return len(self.photos)
-
-    def names(self) -> list[str]:
-        """Names of the images, in order."""
-        return [photo.image.as_posix() for photo in self.photos]
-
-    def origin(self, index: int) -> str:
-        """The line of the file."""
-        return line_text(self.csv, self.photos[index].line)
-
-    def __getitem__(self, index: int) -> DepthSample:
-        photo = self.photos[index]
-        path = self.root / photo.image
-        with at_line(self.csv, photo.line):
-            name = photo.image.as_posix()
-            return DepthSample(read_rgb(path), None, name, pairs=photo.pairs, relation=photo.relation)
+    def read(self, entry: Photo) -> DepthSample:
+        """The image with its pairs."""
+        image = read_rgb(self.root / entry.image)
+        return DepthSample(image, None, entry.name, pairs=entry.pairs, relation=entry.relation)
 
     def _find(self, name: str) -> Path:
         parts = PurePosixPath(name.replace("\\", "/")).parts
@@ -106,8 +99,8 @@ class NYUPairs(DepthSet):
         return next((path for path in candidates if (self.root / path).is_file()), candidates[0])
 
     def _parse(self) -> list[Photo]:
-        lines = self.csv.read_text(encoding="utf-8-sig").splitlines()
-        rows = [(number, line.split(",")) for number, line in enumerate(lines, start=1) if line.strip()][1:]
+        assert self.list_file is not None
+        rows = [(number, text.split(",")) for number, text in numbered_lines(self.list_file)][1:]
         photos, place = [], 0
         while place < len(rows):
             number, (name, *cells) = rows[place]
@@ -120,12 +113,12 @@ class NYUPairs(DepthSet):
                     raise ValueError
             except (ValueError, KeyError, IndexError) as error:
                 raise UserError(
-                    f"{self.csv}, line {number}: expected `IMAGE,ANYTHING,N` and below it N lines"
+                    f"{self.list_file}, line {number}: expected `IMAGE,ANYTHING,N` and below it N lines"
                     f" `yA,xA,yB,xB,relation` with >, < or =, got {','.join(rows[place][1])!r} and what follows"
                 ) from error
             pairs = np.array(points, np.float64)
             photos.append(Photo(self._find(name.strip()), pairs, np.array(relation, np.int64), number))
             place += 1 + count
         if not photos:
-            raise UserError(f"{self.csv} is empty: it needs images with pairs below the first line")
+            raise UserError(f"{self.list_file} is empty: it needs images with pairs below the first line")
         return photos

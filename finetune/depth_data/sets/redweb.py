@@ -5,13 +5,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from finetune.depth_data.base import DepthSet, OpenOptions, at_line, line_text
+from finetune.depth_data.base import OpenOptions
+from finetune.depth_data.lists import ListedSet, NamedEntry, existing_root, find_list, numbered_lines
 from finetune.depth_data.sample import DepthSample, Supervision, file_error, read_grey, read_rgb
-from finetune.depth_data.sets.nyu import existing_root, find_list
 from spark.errors import UserError
 
 
-class ReDWeb(DepthSet):
+class ReDWeb(ListedSet):
     """ReDWeb_V1: 3,600 photos `Imgs/*.jpg` with relative depth `RDs/*.png` from stereo.
 
     Depth is 8-bit: near = 0, far up to 254, 255 = unknown. Samples hold it as a disparity, (254 - value) / 254, of
@@ -33,28 +33,23 @@ class ReDWeb(DepthSet):
 
     def __init__(self, root: str | Path, list_file: str | Path | None = None):
         self.root = existing_root(root)
-        self.list_file: Path | None = None
-        self._lines: list[int] = []
         if list_file is None:
-            self._names = sorted(path.name for path in (self.root / "Imgs").glob("*.jpg"))
+            names = sorted(path.name for path in (self.root / "Imgs").glob("*.jpg"))
+            self.entries = [NamedEntry(name) for name in names]
         else:
             self.list_file = find_list(self.root, list_file)
-            lines = enumerate(self.list_file.read_text(encoding="utf-8-sig").splitlines(), start=1)
-            rows = [(number, text.strip()) for number, text in lines if text.strip()]
-            self._lines = [number for number, _ in rows]
-            self._names = [PurePosixPath(name).name.removesuffix(".jpg") + ".jpg" for _, name in rows]
-        missing = [
-            (path, number)
-            for number, name in enumerate(self._names)
-            for path in (self.root / "Imgs" / name, self._map(name))
-            if not path.is_file()
-        ]
-        if missing or not self._names:
+            self.entries = [
+                NamedEntry(PurePosixPath(text).name.removesuffix(".jpg") + ".jpg", number)
+                for number, text in numbered_lines(self.list_file)
+            ]
+        if not self.entries:
             what = "none are there" if self.list_file is None else f"{self.list_file} is empty"
-            if missing:
-                path, number = missing[0]
-                what = f"{len(missing)} files are missing, the first is {path}{self.origin(number)}"
             raise UserError(f"{root}: expected photos Imgs/NAME.jpg with RDs/NAME.png, but {what}")
+        self.refuse_missing(
+            (path, entry.line)
+            for entry in self.entries
+            for path in (f"Imgs/{entry.name}", self._map(entry.name))
+        )
         self[0]
 
     @classmethod
@@ -72,25 +67,10 @@ class ReDWeb(DepthSet):
         listed = f" of {self.list_file}" if self.list_file else ""
         return f"ReDWeb layout, {len(self)} photos{listed} with relative depth under {self.root}"
 
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def names(self) -> list[str]:
-        """Names of the photos, in order."""
-        return self._names
-
-    def origin(self, index: int) -> str:
-        """The line of the list, if there is one."""
-        return "" if self.list_file is None else line_text(self.list_file, self._lines[index])
-
-    def __getitem__(self, index: int) -> DepthSample:
-        if self.list_file is None:
-            return self._read(self._names[index])
-        with at_line(self.list_file, self._lines[index]):
-            return self._read(self._names[index])
-
-    def _read(self, name: str) -> DepthSample:
-        path = self._map(name)
+    def read(self, entry: NamedEntry) -> DepthSample:
+        """The photo with its disparity."""
+        name = entry.name
+        path = self.root / self._map(name)
         values = read_grey(path)
         if values.dtype != np.uint8:
             raise file_error(path, f"relative depth of this layout has 8 bits, not {values.dtype}")
@@ -98,5 +78,6 @@ class ReDWeb(DepthSet):
         disparity[values == 255] = np.nan
         return DepthSample(read_rgb(self.root / "Imgs" / name), None, name, affine=disparity)
 
-    def _map(self, name: str) -> Path:
-        return (self.root / "RDs" / name).with_suffix(".png")
+    @staticmethod
+    def _map(name: str) -> str:
+        return f"RDs/{name.removesuffix('.jpg')}.png"

@@ -62,7 +62,7 @@ def prepare(options: PrepareConfig) -> dict[str, Any]:
         The report.
 
     Raises:
-        ValueError: the output folder holds something else; the source is wrong; no image was left.
+        UserError: the output folder holds something else; the source is wrong; no image was left.
         OSError: something cannot be read or written.
         KeyboardInterrupt: stopped by Ctrl-C or SIGTERM, after the shards under way.
     """
@@ -116,7 +116,7 @@ def prepare(options: PrepareConfig) -> dict[str, Any]:
 
 
 def begin_worker() -> None:
-    """Leave signals to the main process, and end soon after it, whatever ended it.
+    """Leave signals to the main process, and end soon after it does.
 
     Without that, workers of a process that was killed wait for tasks for ever, or write beside those of the next run.
     """
@@ -135,7 +135,7 @@ def check_output(output: Path) -> None:
     """Refuse a folder in which something else would be mixed with shards.
 
     Raises:
-        ValueError: it is a file, or holds something that this tool did not write.
+        UserError: it is a file, or holds other files.
     """
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file: name a folder")
@@ -144,10 +144,10 @@ def check_output(output: Path) -> None:
 
 
 def keep_settings(output: Path, settings: Settings) -> None:
-    """Write down what the shards are made of, or see that it is as before.
+    """Record the settings of the shards, or check that they are those of before.
 
     Raises:
-        ValueError: the folder holds shards that were made otherwise.
+        UserError: the folder holds shards that were made otherwise.
     """
     path = output / NOTES / "settings.json"
     now = asdict(settings)
@@ -166,7 +166,7 @@ def keep_settings(output: Path, settings: Settings) -> None:
 
 
 def note_of(output: Path, shard: int) -> Path:
-    """The file that says that a shard is finished, and what it lacks."""
+    """The file that marks a shard as finished, with the images left out."""
     return output / NOTES / f"{shard:06}.json"
 
 
@@ -174,7 +174,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Content of a file of this tool.
 
     Raises:
-        ValueError: it is no JSON.
+        UserError: it is no JSON.
     """
     try:
         return json.loads(path.read_bytes().decode(errors="surrogateescape"))
@@ -227,7 +227,7 @@ def make_smaller(picture: Picture, settings: Settings) -> tuple[bytes, str]:
     """A picture as a file and its extension; its short side is at most `short_side`, and never made larger.
 
     Raises:
-        ValueError: a side is shorter than `min_side`, or it holds numbers that are not finite.
+        UserError: a side is shorter than `min_side`, or it holds numbers that are not finite.
         UnreadableImageError: it cannot be decoded.
     """
     height, width = picture.height, picture.width
@@ -240,7 +240,7 @@ def make_smaller(picture: Picture, settings: Settings) -> tuple[bytes, str]:
         file = io.BytesIO()
         np.save(file, resized_bands(picture.pixels(), size))
         return file.getvalue(), ".image.npy"
-    # From at least twice the size, where a reduced scale of the decoder can no longer be told from the full one.
+    # From at least twice the size, where a reduced scale of the decoder looks like the full one.
     pixels = picture.pixels(next((n for n in (8, 4, 2) if short >= 2 * n * settings.short_side), 1))
     if share < 1:
         pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
@@ -251,7 +251,7 @@ def resized_bands(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Channels [H, W, C] at a size (width, height), bicubic each by itself, of the type that they have.
 
     Raises:
-        ValueError: numbers that are not finite.
+        UserError: numbers that are not finite.
     """
     kind = values.dtype.newbyteorder("=")
     if not np.isfinite(values).all():

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from finetune import DepthModel
-from finetune.commands import app
+from finetune.commands import app as entry
+from finetune.commands.work import app
 from finetune.model.calibration import Calibration
 from finetune.model.prediction import predict_image
 from finetune.predicting.camera import from_view
@@ -196,7 +197,8 @@ def test_other_machines_are_warned_of(host, warned):
     [(["--model", "nowhere"], "is not a depth model"), (["--model", "x", "--max_megabytes", "0"], "above 0")],
 )
 def test_wrong_options_are_one_sentence(capsys, arguments, words):
-    assert app.main(arguments) == 2
+    with pytest.raises(SystemExit, match="2"):
+        entry.main(arguments)
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert words in error
@@ -265,7 +267,7 @@ def test_the_page_in_a_browser(address, browser, model, photo, tmp_path):
     expected = predict_image(model, np.asarray(read_image(photo)))
     browser.get(address)
     find("input[type=file]").send_keys(str(photo))
-    until("#said", r"Depth from \d")
+    until("#words", r"Depth from \d")
     WebDriverWait(browser, 60).until(
         lambda b: b.execute_script("return document.querySelector('#viewer .colours').naturalWidth") == 80
     )
@@ -281,7 +283,7 @@ def test_the_page_in_a_browser(address, browser, model, photo, tmp_path):
         until("#viewer .marks", rf"{known:g} m")
         WebDriverWait(browser, 60).until(lambda b: find("#metres input").get_attribute("value") == "")
     find("#calibrate").click()
-    until("#said", "calibrated")
+    until("#words", "calibrated")
     point_at(20, 30).perform()
     until("#viewer .reading", rf"{2 * expected[30, 20]:.2f} m at column 20, row 30")
     browser.save_screenshot(str(tmp_path / "page.png"))

@@ -234,7 +234,9 @@ def test_an_output_that_would_cost_something_is_refused_before_the_fit(
         shutil.copytree(world / "metric", tmp_path / name)
         (tmp_path / name / "README.md").write_text("a model card")
     (tmp_path / "notes.txt").write_text("mine")
-    monkeypatch.setattr("finetune.commands.calibrate.load_depth_model", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(
+        "finetune.commands.work.calibrate.load_depth_model", lambda *_: pytest.fail("too late")
+    )
     with pytest.raises(SystemExit, match="2"):
         main([f"--model={tmp_path / 'card'}", "--camera=nyu", f"--output={tmp_path / output}"])
     assert message in capsys.readouterr().err
@@ -248,7 +250,7 @@ def test_control_c_is_no_traceback(
     def stopped(*_) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("finetune.commands.calibrate.load_depth_model", stopped)
+    monkeypatch.setattr("finetune.commands.work.calibrate.load_depth_model", stopped)
     with pytest.raises(SystemExit, match="130"):
         run(world, "--camera=nyu", f"--output={tmp_path / 'model'}")
     assert "interrupted" in capsys.readouterr().err

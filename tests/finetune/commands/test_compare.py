@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap, ttest_rel
 
-from finetune.commands.compare import compare, main
+from finetune.commands.compare import main
+from finetune.commands.work.compare import compare
 from finetune.protocols import Protocol
 from finetune.protocols.metrics import METRICS
 from finetune.scoring.evaluators import evaluator_of
@@ -138,7 +139,7 @@ def test_what_cannot_be_compared(tmp_path, capsys, change, message):
     assert message in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main([str(tmp_path / "none.json"), str(tmp_path / "none.json")])
-    assert "cannot be read as results.json" in capsys.readouterr().err
+    assert "holds no results" in capsys.readouterr().err
     (tmp_path / "list.json").write_text("[1]")
     with pytest.raises(SystemExit, match="2"):
         main([str(tmp_path / "list.json"), str(tmp_path / "list.json")])

@@ -11,6 +11,7 @@ import pytest
 from scipy.io import savemat
 
 from finetune.commands import doctor
+from finetune.commands.work import doctor as work
 from finetune.depth_data.doctor import Diagnosis, diagnose
 from tests import depth_layouts as write
 from tests.depth_layouts import png, put, scene
@@ -159,7 +160,7 @@ def test_a_plain_folder_is_told_its_median_depth(tmp_path: Path) -> None:
 def test_verdict_counts(capsys: pytest.CaptureFixture[str]) -> None:
     found = Diagnosis()
     for verdict in ("nothing is wrong", "1 thing is wrong", "2 things are wrong"):
-        doctor.report(found, doctor.Console())
+        work.report(found, work.Console())
         assert verdict in capsys.readouterr().out
         found.wrong("8-bit", "text")
 

@@ -1,5 +1,6 @@
 """Every layout of depth on disk: what is read back is what was written, and bad files are named with file and line."""
 
+import os
 import pickle
 import re
 from pathlib import Path
@@ -23,9 +24,10 @@ from finetune.depth_data import (
 from finetune.depth_data.depth_files import MILLIMETRE, png_bytes, read_pfm
 from finetune.depth_data.doctor import diagnose, other_unit
 from finetune.depth_data.labels import NYU13_NAMES, NYU40_TO_13
+from finetune.depth_data.lists import files_below
 from finetune.depth_data.sets.folder import find_pairs
 from tests import depth_layouts as write
-from tests.depth_layouts import class_map, put, scene
+from tests.depth_layouts import class_map, png, put, scene
 
 LAYOUTS: dict[str, tuple[Any, dict[str, Any], float]] = {
     # how to write it, how to open it, how exact its depth is [m]
@@ -356,7 +358,7 @@ def test_bad_annotations(tmp_path: Path, row: str, message: str) -> None:
 def test_diw_missing_photo(tmp_path: Path) -> None:
     root = write.write_diw(tmp_path)
     (root / "DIW_train_val" / "2.thumb").unlink()
-    with pytest.raises(ValueError, match=r"1 of 4 photos .*2\.thumb \(line 5\)"):
+    with pytest.raises(ValueError, match=r"1 of 4 files .*2\.thumb \(line 5\)"):
         open_depth_data(root)
 
 
@@ -399,6 +401,20 @@ def test_names_that_belong_together(tmp_path: Path, image: str, depth: str) -> N
     put(tmp_path / "intrinsics.txt", b"")
     pairs = [(entry.image, entry.depth) for entry in find_pairs(tmp_path, tmp_path)]
     assert pairs == [(image, depth), (image.replace("7", "8"), depth.replace("7", "8"))]
+
+
+def test_folders_are_searched_through_links_and_each_once(tmp_path: Path) -> None:
+    elsewhere = write.write_folder(tmp_path / "elsewhere", train=2, val=0)
+    root = tmp_path / "mine"
+    root.mkdir()
+    (root / "linked").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(root)  # a circle
+    put(root / ".hidden" / "rgb" / "9.png", png(scene(9)[0]))
+    os.mkfifo(root / "depth_7.png")
+    names = sorted(path.relative_to(root).as_posix() for path in files_below(root, ".png", ".jpg"))
+    assert names
+    assert all(name.startswith("linked/") for name in names)
+    assert len(open_depth_data(root, kind="folder")) == 2
 
 
 def test_names_without_partner(tmp_path: Path) -> None:

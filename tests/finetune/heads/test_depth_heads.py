@@ -9,14 +9,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from finetune.model.segmentation import attach_segmentation
 from safetensors.torch import load_file
 
 from finetune import DepthModel, load_depth_model
 from finetune.config import DepthConfig
 from finetune.evaluate import main as evaluate
 from finetune.heads import HEADS
-from finetune.losses import WeightedLoss
+from finetune.losses.weighted import WeightedLoss
 from finetune.model.depth_model import start_from
 from finetune.predict import main as predict
 from finetune.protocols import get_protocol
@@ -46,6 +45,8 @@ def options_of(head: str, **options: Any) -> dict[str, Any]:
     }
     if head in RELATIVE:
         given |= {"losses": '{"ssi": 1.0, "gradient": 0.5}', "protocol": "nyu-affine"}
+    if head == "dorn":
+        given |= {"losses": '{"ordinal": 1.0}'}
     return {**given, **options}
 
 
@@ -234,7 +235,7 @@ def test_ranking_of_pairs_through_the_loop(
 
     monkeypatch.setattr(script, "collate_depth", alternate)
     monkeypatch.setattr(
-        script.WeightedLoss, "check", lambda *_: None
+        WeightedLoss, "check", lambda *_: None
     )  # the one data set here has no pairs of its own
     rows = run(world, tmp_path / "run", losses='{"silog": 1.0, "ranking": 2.0}', max_steps=4)
     assert [set(row) & {"loss_silog", "loss_ranking"} for row in rows] == [
@@ -279,18 +280,16 @@ def test_a_made_swin_is_used() -> None:
 def test_colours_of_relative_depth_have_the_nearest_red(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetune import predict
-
     disparity = np.linspace(0, 5, 64, dtype=np.float32)[None].repeat(32, 0)
     DepthModel("test_resnet", head="fusion", width=8, image_size=(32, 64)).save(tmp_path / "model")
     cv2.imwrite(str(tmp_path / "photo.png"), np.zeros((32, 64, 3), np.uint8))
-    monkeypatch.setattr(predict, "predict_images", lambda *_: [disparity])
+    monkeypatch.setattr("finetune.predicting.predictor.predict_images", lambda *_: [disparity])
     given = [
         f"--model={tmp_path / 'model'}",
         f"--input={tmp_path / 'photo.png'}",
         f"--output={tmp_path / 'out'}",
     ]
-    assert predict.main([*given, "--formats=[npy,colour]"]) == 0
+    assert predict([*given, "--formats=[npy,colour]"]) == 0
     (entry,) = json.loads((tmp_path / "out" / "predictions.json").read_text())["predicted"]
     assert entry["unit"] == "inverse depth up to scale and shift"
     picture = cv2.imread(str(tmp_path / "out" / "photo_colour.png"))[..., ::-1].astype(int)
@@ -312,13 +311,18 @@ def test_run_cards_are_whole(card: Path) -> None:
     config = parse_config(DepthConfig, given, "")
     with torch.device("meta"):
         model = DepthModel(
-            encoder, head=config.model.head, mean=config.data.mean, **config.model.head_options
+            encoder,
+            head=config.model.head,
+            max_depth=config.model.max_depth,
+            mean=config.data.mean,
+            encoder_options=config.model.encoder_options,
+            **config.model.head_options,
         )
     losses = WeightedLoss(config.losses, config.loss_options)
     entries = {"image", "depth", "valid", "labels", "pairs", "relation", "pairs_valid"}
-    losses.check(model.head.outputs, entries)
-    if losses.segmentation is not None:
-        attach_segmentation(model, losses.segmentation.classes, losses.segmentation.decoder_channels)
+    losses.check(entries)
+    with torch.device("meta"):
+        losses.attach(model)
     get_protocol(config.protocol)
     run_phases(config, 692)
     for line in ("command", "hardware", "time", "result"):

@@ -24,6 +24,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "metric_bins": {"width": 16, "bins": 8, "embedding": 8, "attractors": (4, 2, 2, 1)},
     "lraspp": {"width": 16, "maps": 5},
     "linear": {},
+    "fcrn": {"widths": (16, 16, 8, 8, 8), "dropout": 0.0},
+    "dorn": {"bins": 12, "width": 16, "fused": 32, "dilations": (1, 2), "dropout": 0.0},
 }
 TINY_SWIN = {"embed_dim": 12, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 4)}
 
@@ -54,7 +56,7 @@ def test_maps_have_the_size_of_the_images(head: str, encoder: str) -> None:
     model = small(head, encoder).eval()
     with torch.no_grad():
         output = model(torch.randn(2, 3, 33, 70))
-    given = {name for name, value in output._asdict().items() if value is not None}
+    given = {name for name in ("depth", "disparity_affine") if output.get(name) is not None}
     assert given == set(model.head.outputs)
     for name in given:
         value = getattr(output, name)
@@ -71,7 +73,9 @@ def test_maps_have_the_size_of_the_images(head: str, encoder: str) -> None:
 def test_every_trained_parameter_gets_a_gradient(head: str) -> None:
     model = small(head).train()
     output = model(torch.rand(2, 3, 64, 64))
-    sum(getattr(output, name).mean() for name in model.head.outputs).backward()
+    assert {name: m.shape[1] for name, m in output.extras.items()} == dict(model.head.extras)
+    trained = [*model.head.outputs, *(name for name in output.extras if not name.startswith("scale_"))]
+    sum(output.get(name).mean() for name in trained if name not in model.head.counted).backward()  # type: ignore[union-attr]
     named = dict(model.named_parameters())
     assert [name for name, p in named.items() if (p.grad is not None) != p.requires_grad] == []
     if head != "linear":
@@ -94,10 +98,9 @@ def test_save_and_load(head: str, tmp_path: Path) -> None:
     assert (loaded.head_name, loaded.mean, loaded.std) == (head, model.mean, model.std)
     images = torch.randn(1, 3, 50, 60)
     with torch.no_grad():
-        for one, other in zip(loaded(images), model(images), strict=True):
-            assert (one is None) == (other is None)
-            if one is not None:
-                torch.testing.assert_close(one, other, rtol=0, atol=0)
+        one, other = loaded(images), model(images)
+    for name in (*model.head.outputs, *other.extras):
+        torch.testing.assert_close(one.get(name), other.get(name), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("head", ["fusion", "metric_bins"])
@@ -136,10 +139,10 @@ def test_linear_head_is_linear_in_standardised_features() -> None:
         [torch.randn(1, level.channels, 64 // level.stride, 64 // level.stride) for level in model.levels]
         for _ in range(2)
     )
-    images = torch.zeros(1, 3, 64, 64)
+    size = (64, 64)
     model.head.depth_range = nn.Identity()
-    mean = model.head(images, [(a + b) / 2 for a, b in zip(one, other, strict=True)]).depth
-    torch.testing.assert_close(mean, (model.head(images, one).depth + model.head(images, other).depth) / 2)
+    mean = model.head([(a + b) / 2 for a, b in zip(one, other, strict=True)], size).depth
+    torch.testing.assert_close(mean, (model.head(one, size).depth + model.head(other, size).depth) / 2)
 
 
 # --- LR-ASPP
@@ -161,7 +164,7 @@ def test_lraspp_computes_what_torchvision_computes() -> None:
     with torch.no_grad():
         features = oracle.backbone(images)
         combined = model.head.project(oracle(images)["out"])
-        depth = model.head(images, [features["low"], features["high"]]).depth
+        depth = model.head([features["low"], features["high"]], (64, 96)).depth
     torch.testing.assert_close(depth, model.depth_range(combined))
 
 
@@ -257,7 +260,7 @@ def test_a_whole_zoedepth_agrees_with_transformers() -> None:
     with torch.no_grad():
         expected: Any = oracle(images)
         features = list(oracle.backbone(images).feature_maps)
-        output = head(images, features)
+        output = head(features, (64, 96))
         fused, _ = oracle.neck(features, 1, 1)
         relative, _ = oracle.relative_head(fused)
     assert expected.predicted_depth.std() > 1e-3  # not a constant that anything would agree with
@@ -360,7 +363,7 @@ def test_swin_takes_any_size(head: str, tmp_path: Path) -> None:
     assert depth.shape == (1, 1, 40, 72)
 
 
-@pytest.mark.parametrize("head", ["fusion", "metric_bins", "lraspp"])
+@pytest.mark.parametrize("head", ["fusion", "metric_bins", "lraspp", "fcrn"])
 def test_an_encoder_that_does_not_fit_is_told_what_is_needed(head: str) -> None:
     class Shallow(nn.Module):
         feature_info = ({"num_chs": 4, "reduction": 2}, {"num_chs": 8, "reduction": 4})
@@ -385,6 +388,13 @@ def test_an_encoder_that_does_not_fit_is_told_what_is_needed(head: str) -> None:
         ("metric_bins", {"max_temperature": 0.01}, "min_temperature < max_temperature"),
         ("lraspp", {"maps": 0}, "at least 1"),
         ("linear", {"width": 8}, "has no option 'width'"),
+        ("fcrn", {"widths": (8, 8)}, "5 positive numbers"),
+        ("fcrn", {"padding": "same"}, "bottom_right or top_left"),
+        ("dorn", {"bins": 1}, "bins must be at least 2"),
+        ("dorn", {"alpha": 0.0}, "0 < alpha < beta"),
+        ("dorn", {"alpha": 5.0, "beta": 2.0}, "0 < alpha < beta"),
+        ("dorn", {"xi": -1.0}, "xi must be 0 or more"),
+        ("dorn", {"max_depth": 80.0}, "end at beta=10.591 m, and max_depth is 80 m: raise"),
     ],
 )
 def test_wrong_options_say_what_to_do(head: str, options: dict, message: str) -> None:

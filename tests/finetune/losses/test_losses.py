@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from finetune.heads.output import DepthOutput
-from finetune.losses import L1, LOSSES, MSE, BerHu, MaskedLoss, NoGroundTruth, SILog, WeightedLoss
+from finetune.losses import LOSSES
+from finetune.losses.base import DepthLoss, NoGroundTruth
+from finetune.losses.masked import MaskedLoss
+from finetune.losses.pointwise import L1, MSE, BerHu
+from finetune.losses.silog import SILog
+from finetune.losses.weighted import WeightedLoss
+from tests.finetune.losses.given import PLAIN, of
 
 POINTWISE = [name for name, kind in LOSSES.items() if issubclass(kind, MaskedLoss)]
 
@@ -30,22 +36,22 @@ def random_pair(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch
 def test_l1_and_mse_by_hand() -> None:
     prediction, target = maps(1.0, 2.0, 5.0), maps(2.0, 2.0, 2.0)
     valid = everywhere(target)
-    assert L1()(prediction, target, valid).item() == pytest.approx(4 / 3)
-    assert MSE()(prediction, target, valid).item() == pytest.approx(10 / 3)
+    assert of(L1(), prediction, target, valid).item() == pytest.approx(4 / 3)
+    assert of(MSE(), prediction, target, valid).item() == pytest.approx(10 / 3)
     valid[..., 2] = False
-    assert L1()(prediction, target, valid).item() == pytest.approx(1 / 2)
+    assert of(L1(), prediction, target, valid).item() == pytest.approx(1 / 2)
 
 
 def test_mse_of_normalised_depth_by_hand() -> None:
     prediction, target = maps(1.0, 2.0, 5.0), maps(2.0, 2.0, 2.0)
     # On depths divided by 10 m: (0.01 + 0 + 0.09) / 3.
-    assert MSE(unit_depth=10)(prediction, target, everywhere(target)).item() == pytest.approx(0.1 / 3)
+    assert of(MSE(unit_depth=10), prediction, target, everywhere(target)).item() == pytest.approx(0.1 / 3)
 
 
 @pytest.mark.parametrize("options", [{}, {"unbiased": False, "eps": 0}])
 def test_silog_is_finite_for_every_finite_prediction(options: dict) -> None:
     prediction = maps(-5.0, 0.0, 1e-30, 1e-4, 3.0, 1e30, dtype=torch.float32).requires_grad_()
-    loss = SILog(**options)(prediction, torch.full_like(prediction, 2.0), everywhere(prediction))
+    loss = of(SILog(**options), prediction, torch.full_like(prediction, 2.0), everywhere(prediction))
     loss.backward()
     assert loss.isfinite()
     assert prediction.grad is not None
@@ -56,12 +62,12 @@ def test_silog_is_finite_for_every_finite_prediction(options: dict) -> None:
 def test_berhu_by_hand() -> None:
     # Errors 0.2, 1, 5: c = 0.2 * 5 = 1, so 0.2 and 1 are linear and 5 costs (25 + 1) / 2 = 13.
     prediction, target = maps(1.2, 3.0, 7.0), maps(1.0, 2.0, 2.0)
-    assert BerHu()(prediction, target, everywhere(target)).item() == pytest.approx((0.2 + 1 + 13) / 3)
+    assert of(BerHu(), prediction, target, everywhere(target)).item() == pytest.approx((0.2 + 1 + 13) / 3)
 
 
 def test_berhu_gradient_holds_the_threshold_fixed() -> None:
     prediction, target = maps(1.2, 3.0, 7.0).requires_grad_(), maps(1.0, 4.0, 2.0)
-    BerHu()(prediction, target, everywhere(target)).backward()
+    of(BerHu(), prediction, target, everywhere(target)).backward()
     # c = 1; errors +0.2, -1, +5: slopes 1, -1 and e / c = 5, each over 3 pixels.
     assert prediction.grad is not None
     torch.testing.assert_close(prediction.grad, maps(1 / 3, -1 / 3, 5 / 3))
@@ -74,15 +80,15 @@ def test_silog_by_hand_in_both_named_forms() -> None:
     valid = everywhere(target)
     zoedepth = SILog(eps=0)
     bts = SILog(unbiased=False, eps=0)
-    assert zoedepth(prediction, target, valid).item() == pytest.approx(10 * math.sqrt(2 + 0.15))
-    assert bts(prediction, target, valid).item() == pytest.approx(10 * math.sqrt(1 + 0.15))
+    assert of(zoedepth, prediction, target, valid).item() == pytest.approx(10 * math.sqrt(2 + 0.15))
+    assert of(bts, prediction, target, valid).item() == pytest.approx(10 * math.sqrt(1 + 0.15))
 
 
 def test_silog_bts_form_is_the_formula_of_the_paper() -> None:
     prediction, target, valid = random_pair()
     g = prediction[valid].log() - target[valid].log()
     expected = 10 * (g.square().mean() - 0.85 * g.mean().square()).sqrt()
-    torch.testing.assert_close(SILog(unbiased=False, eps=0)(prediction, target, valid), expected)
+    torch.testing.assert_close(of(SILog(unbiased=False, eps=0), prediction, target, valid), expected)
 
 
 def test_silog_zoedepth_form_equals_bts_within_rounding_on_an_image() -> None:
@@ -90,20 +96,20 @@ def test_silog_zoedepth_form_equals_bts_within_rounding_on_an_image() -> None:
     target = 1 + torch.rand(1, 1, 100, 100, generator=generator)
     prediction = target * (1 + 0.1 * torch.randn(1, 1, 100, 100, generator=generator))
     valid = everywhere(target)
-    assert SILog()(prediction, target, valid).item() == pytest.approx(
-        SILog(unbiased=False, eps=0)(prediction, target, valid).item(), rel=1e-4
+    assert of(SILog(), prediction, target, valid).item() == pytest.approx(
+        of(SILog(unbiased=False, eps=0), prediction, target, valid).item(), rel=1e-4
     )
 
 
 def test_silog_variance_focus_one_ignores_a_common_scale() -> None:
     prediction, target, valid = random_pair()
     loss = SILog(variance_focus=1.0, eps=0)
-    torch.testing.assert_close(loss(3 * prediction, target, valid), loss(prediction, target, valid))
+    torch.testing.assert_close(of(loss, 3 * prediction, target, valid), of(loss, prediction, target, valid))
 
 
 def test_silog_at_a_perfect_prediction_has_a_finite_gradient() -> None:
     prediction = maps(1.0, 2.0, 3.0).requires_grad_()
-    loss = SILog()(prediction, prediction.detach().clone(), everywhere(prediction))
+    loss = of(SILog(), prediction, prediction.detach().clone(), everywhere(prediction))
     loss.backward()
     assert loss.item() == pytest.approx(1e-5)
     assert prediction.grad is not None
@@ -112,7 +118,7 @@ def test_silog_at_a_perfect_prediction_has_a_finite_gradient() -> None:
 
 def test_berhu_at_a_perfect_prediction_has_a_finite_gradient() -> None:
     prediction = maps(1.0, 2.0, 3.0).requires_grad_()
-    loss = BerHu()(prediction, prediction.detach().clone(), everywhere(prediction))
+    loss = of(BerHu(), prediction, prediction.detach().clone(), everywhere(prediction))
     loss.backward()
     assert loss.item() == 0
     assert prediction.grad is not None
@@ -120,19 +126,19 @@ def test_berhu_at_a_perfect_prediction_has_a_finite_gradient() -> None:
 
 
 @pytest.mark.parametrize("loss", [SILog(), SILog(unbiased=False, eps=0), L1(), MSE()], ids=str)
-def test_gradients_in_fp64(loss: torch.nn.Module) -> None:
+def test_gradients_in_fp64(loss: DepthLoss) -> None:
     prediction, target, valid = random_pair()
-    assert torch.autograd.gradcheck(lambda x: loss(x, target, valid), prediction.requires_grad_())
+    assert torch.autograd.gradcheck(lambda x: of(loss, x, target, valid), prediction.requires_grad_())
 
 
 @pytest.mark.parametrize("name", POINTWISE)
 def test_invalid_pixels_change_nothing_and_get_zero_gradient(name: str) -> None:
     prediction, target, valid = random_pair()
     loss = LOSSES[name]()
-    plain = loss(prediction, target, valid)
+    plain = of(loss, prediction, target, valid)
     spoilt_target = target.masked_fill(~valid, math.nan)
     spoilt = prediction.masked_fill(~valid, -1e30).requires_grad_()
-    value = loss(spoilt, spoilt_target, valid)
+    value = of(loss, spoilt, spoilt_target, valid)
     value.backward()
     torch.testing.assert_close(value, plain)
     assert spoilt.grad is not None
@@ -146,20 +152,20 @@ def test_nan_stays_nan(name: str) -> None:
     prediction[valid.nonzero(as_tuple=True)] = torch.where(
         torch.arange(int(valid.sum())) == 3, math.nan, prediction[valid]
     )
-    assert LOSSES[name]()(prediction, target, valid).isnan()
+    assert of(LOSSES[name](), prediction, target, valid).isnan()
 
 
 @pytest.mark.parametrize("name", POINTWISE)
 def test_no_valid_pixel_is_an_error_not_a_perfect_score(name: str) -> None:
     prediction, target, valid = random_pair()
     with pytest.raises(NoGroundTruth, match="ground truth"):
-        LOSSES[name]()(prediction, target, torch.zeros_like(valid))
+        of(LOSSES[name](), prediction, target, torch.zeros_like(valid))
 
 
 def test_silog_of_one_pixel_is_an_error() -> None:
     prediction, target = maps(1.0, 2.0), maps(1.0, 3.0)
     with pytest.raises(NoGroundTruth, match="at least 2"):
-        SILog()(prediction, target, torch.tensor([True, False]).reshape(1, 1, 1, 2))
+        of(SILog(), prediction, target, torch.tensor([True, False]).reshape(1, 1, 1, 2))
 
 
 @pytest.mark.parametrize("name", POINTWISE)
@@ -167,29 +173,29 @@ def test_losses_are_fp32_inside_autocast(name: str) -> None:
     prediction, target, valid = random_pair(torch.float32)
     loss = LOSSES[name]()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = loss(prediction, target, valid)
+        inside = of(loss, prediction, target, valid)
     assert inside.dtype == torch.float32
-    torch.testing.assert_close(inside, loss(prediction, target, valid), rtol=0, atol=0)
-    low = loss(prediction.bfloat16(), target, valid)
+    torch.testing.assert_close(inside, of(loss, prediction, target, valid), rtol=0, atol=0)
+    low = of(loss, prediction.bfloat16(), target, valid)
     assert low.dtype == torch.float32
-    torch.testing.assert_close(low, loss(prediction.bfloat16().float(), target, valid), rtol=0, atol=0)
+    torch.testing.assert_close(low, of(loss, prediction.bfloat16().float(), target, valid), rtol=0, atol=0)
 
 
 def test_shapes_and_mask_type_are_checked() -> None:
     prediction, target, valid = random_pair()
     with pytest.raises(ValueError, match="must have one shape"):
-        L1()(prediction[..., :-1], target, valid)
+        of(L1(), prediction[..., :-1], target, valid)
     with pytest.raises(ValueError, match="bool"):
-        L1()(prediction, target, valid.float())
+        of(L1(), prediction, target, valid.float())
 
 
 def test_weighted_sum_and_its_parts() -> None:
     prediction, target, valid = random_pair()
     total, parts = WeightedLoss({"silog": 1.0, "l1": 0.5}, {"silog": {"variance_focus": 0.5}})(
-        DepthOutput(prediction), {"depth": target, "valid": valid}
+        DepthOutput(prediction), {"depth": target, "valid": valid}, PLAIN
     )
-    silog = SILog(variance_focus=0.5)(prediction, target, valid)
-    l1 = L1()(prediction, target, valid)
+    silog = of(SILog(variance_focus=0.5), prediction, target, valid)
+    l1 = of(L1(), prediction, target, valid)
     torch.testing.assert_close(total, silog + 0.5 * l1)
     assert list(parts) == ["silog", "l1"]
     torch.testing.assert_close(parts["l1"], l1)

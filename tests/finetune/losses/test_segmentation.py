@@ -1,5 +1,6 @@
 """Segmentation distillation: the decoder trains the core, and the saved model and what it says know nothing of it."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from finetune.model.segmentation import SegmentationDecoder, attach_segmentation
 from safetensors.torch import load_file
 
-from finetune import DepthModel, load_depth_model
-from finetune.losses import WeightedLoss
+from finetune import DepthModel
+from finetune.losses.segmentation import Segmentation
+from finetune.losses.weighted import WeightedLoss
+from finetune.tasks.trained import TrainedDepth
 from tests.depth_world import make_depth_world
 from tests.finetune.tasks.test_depth_training import fails, run
 
@@ -25,68 +27,109 @@ def metric_model() -> DepthModel:
     return DepthModel("test_resnet", head="metric_bins", **BINS)
 
 
+def trained(classes: int = 13, **options: Any) -> TrainedDepth:
+    model = metric_model()
+    options = {"classes": classes, "decoder_channels": CHANNELS, **options}
+    return TrainedDepth(model, WeightedLoss({"segmentation": 0.1}, {"segmentation": options})).train()
+
+
 def test_three_million_parameters_on_a_core_of_256_channels() -> None:
-    decoder = SegmentationDecoder((256,) * 5, 13)
-    assert sum(p.numel() for p in decoder.parameters()) == pytest.approx(3e6, rel=0.05)
+    with torch.device("meta"):
+        model = DepthModel("test_resnet", head="fusion")
+        loss = Segmentation()
+        loss.attach(model)
+    assert sum(p.numel() for p in loss.parameters()) == pytest.approx(3e6, rel=0.05)
 
 
 def test_logits_have_the_size_of_any_image() -> None:
-    model = metric_model().train()
-    attach_segmentation(model, 13, CHANNELS)
-    output = model(torch.rand(2, 3, 40, 70))
-    assert output.segmentation.shape == (2, 13, 40, 70)
-    assert [tuple(scale.shape[-2:]) for scale in output.scales] == [
+    both = trained()
+    output = both.model(torch.rand(2, 3, 40, 70))
+    assert [tuple(output.extras[f"scale_{stride}"].shape[-2:]) for stride in (32, 16, 8, 4, 2)] == [
         (2, 3),
         (4, 6),
         (8, 12),
         (16, 24),
         (32, 48),
     ]
+    loss = both.criterion.terms["segmentation"]
+    logits = loss.prediction(output, {"labels": torch.zeros(2, 40, 70)}, both.model)
+    assert logits.shape == (2, 13, 40, 70)
+    assert output.extras["segmentation"].shape == (2, 13, 64, 96)
 
 
-def test_the_saved_model_and_its_outputs_are_the_same_with_and_without(tmp_path: Path) -> None:
+def test_the_model_knows_nothing_of_the_decoder(tmp_path: Path) -> None:
     model = metric_model().eval()
     images = torch.rand(1, 3, 50, 60)
     with torch.no_grad():
         plain = model(images)
     without = model.save(tmp_path / "without")
-    attach_segmentation(model, 13, CHANNELS)
-    with_decoder = model.save(tmp_path / "with")
+    both = trained().eval()
+    saved = both.model.save(tmp_path / "with")
     for name in ("config.json", "model.safetensors"):
-        assert (with_decoder / name).read_bytes() == (without / name).read_bytes()
-    assert model.segmentation is not None  # training goes on with it
+        assert (saved / name).read_bytes() == (without / name).read_bytes()
     with torch.no_grad():
-        output = model(images)
-    assert output.segmentation is None
-    assert output.scales is None
+        output = both.model(images)
+    assert output.extras == {}
     assert torch.equal(output.depth, plain.depth)
-    assert not any("segmentation" in key for key in load_file(with_decoder / "model.safetensors"))
-    with torch.no_grad():
-        assert torch.equal(load_depth_model(with_decoder)(images).depth, plain.depth)
+
+
+def test_what_is_trained_has_the_names_of_its_parts() -> None:
+    """As in the checkpoints of before the losses owned modules: the model's own names, then those of the decoder."""
+    both = trained()
+    names = list(both.state_dict())
+    own = list(both.model.state_dict())
+    assert names[: len(own)] == own
+    assert {".".join(name.split(".")[:2]) for name in names[len(own) :]} == {
+        "segmentation.decoder",
+        "segmentation.classify",
+    }
+    again = copy.deepcopy(both)
+    assert again.model.encoder is again.encoder
+    assert again.criterion.terms["segmentation"] is again.segmentation
+    assert again.encoder is not both.encoder
+
+
+def test_a_frozen_encoder_stays_in_evaluation() -> None:
+    both = trained()
+    both.model.freeze_encoder()
+    assert both.train().model.head.training
+    assert not both.encoder.training
 
 
 def test_classes_teach_the_core_and_the_encoder() -> None:
-    model = metric_model().train()
-    attach_segmentation(model, 3, CHANNELS)
+    both = trained(3)
     labels = torch.randint(0, 3, (2, 64, 64), generator=torch.Generator().manual_seed(0))
-    loss = WeightedLoss({"segmentation": 0.1}, {"segmentation": {"classes": 3}})
-    total, parts = loss(model(torch.rand(2, 3, 64, 64)), {"labels": labels})
+    total, parts = both({"image": torch.rand(2, 3, 64, 64), "labels": labels})
     torch.testing.assert_close(total.detach(), 0.1 * parts["segmentation"])
     total.backward()
-    reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    assert all(
-        name in reached for name, _ in model.named_parameters() if name.startswith("segmentation.classify")
-    )
+    assert all(p.grad is not None for p in both.parameters() if p.requires_grad)
+    reached = {name for name, p in both.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert {"segmentation.classify.weight", "segmentation.classify.bias"} <= reached
     assert any(name.startswith("encoder.") for name in reached)
     assert any(name.startswith("head.core.fuse.") for name in reached)
     assert not any(name.startswith("head.attractors") for name in reached)
 
 
+@pytest.mark.parametrize("batch", [{}, {"labels": torch.full((2, 64, 64), 255)}], ids=["none", "void"])
+def test_without_labels_every_parameter_has_a_gradient_of_zero(batch: dict[str, torch.Tensor]) -> None:
+    both = trained(3)
+    total, parts = both({"image": torch.rand(2, 3, 64, 64), **batch})
+    assert parts == {}
+    assert total == 0
+    total.backward()
+    for name, parameter in both.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert (parameter.grad == 0).all(), name
+
+
 def test_heads_without_a_core_say_so() -> None:
+    loss = Segmentation()
+    loss.name = "segmentation"
     with pytest.raises(ValueError, match=r"needs a head with a core .*unetpp has none"):
-        attach_segmentation(DepthModel("test_resnet", decoder_channels=(16, 8, 8, 8, 8)), 13, CHANNELS)
+        loss.attach(DepthModel("test_resnet", decoder_channels=(16, 8, 8, 8, 8)))
     with pytest.raises(ValueError, match="5 positive numbers"):
-        attach_segmentation(metric_model(), 13, (16, 8))
+        trained(decoder_channels=(16, 8))
 
 
 def make_labelled_world(root: Path) -> Path:

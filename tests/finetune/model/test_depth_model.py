@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from finetune import DepthModel, load_depth_model
-from finetune.heads import DepthRange
+from finetune.heads.output import DepthRange
 from spark.model.encoder import build_encoder, pyramid
 from spark.training.checkpoint import save_encoder
 
@@ -81,7 +81,12 @@ def test_padding_does_not_touch_a_fitting_size() -> None:
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         features = pyramid(model.encoder, images, model.levels)
-        torch.testing.assert_close(model(images).depth, model.head(images, features).depth, rtol=0, atol=0)
+        torch.testing.assert_close(
+            model(images).depth,
+            model.head(features, (images.shape[-2], images.shape[-1])).depth,
+            rtol=0,
+            atol=0,
+        )
 
 
 def test_untrained_depth_is_near_the_prior() -> None:

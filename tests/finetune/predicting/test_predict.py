@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from finetune import DepthModel
+from finetune import DepthModel, load_depth_model
 from finetune.depth_data.depth_files import read_depth_file
-from finetune.model.prediction import fitted_size
-from finetune.predict import main, output_stems, predict_image
+from finetune.model.prediction import fitted_size, predict_image
+from finetune.predict import main
+from finetune.predicting.inputs import output_stems
 from finetune.predicting.pointcloud import step_of
 from finetune.report.figures import colourise, depth_map, save_figure, shortened
 from spark.files import write_whole
@@ -132,8 +133,8 @@ def test_a_full_disk_leaves_a_record_of_what_was_written(
             raise OSError(errno.ENOSPC, "the disk is full")
         return write_whole(path, content)
 
-    monkeypatch.setattr("finetune.predict.write_whole", full)
-    with pytest.raises(OSError, match="the disk is full"):
+    monkeypatch.setattr("finetune.predicting.writers.write_whole", full)
+    with pytest.raises(SystemExit, match="2"):
         run(model, tmp_path / "photos", tmp_path / "out", "--formats", "[npy,png]", "--batch_size", "1")
     printed = " ".join(capsys.readouterr().out.split())
     assert "predictions.json says what was written before" in printed
@@ -151,7 +152,7 @@ def test_control_c_while_the_model_is_loaded_is_no_traceback(
     def stopped(*_) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("finetune.predict.load_depth_model", stopped)
+    monkeypatch.setattr("finetune.commands.work.predict.load_depth_model", stopped)
     assert run(model, photo(tmp_path / "x.png"), tmp_path / "out") == 130
     assert "interrupted before anything was written" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
@@ -161,7 +162,7 @@ def test_thinned_clouds_are_reported(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert [step_of(pixels) for pixels in (1, 2_000_000, 2_000_001, 8_000_001)] == [1, 1, 2, 3]
-    monkeypatch.setattr("finetune.predict.step_of", lambda pixels: 2)
+    monkeypatch.setattr("finetune.predicting.writers.step_of", lambda pixels: 2)
     assert run(model, photo(tmp_path / "x.png"), tmp_path / "out", "--formats", "[ply]") == 0
     report = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert report["predicted"][0]["every_row_and_column"] == 2
@@ -312,13 +313,31 @@ def test_images_of_too_many_pixels_are_not_read(
 
 
 def test_flip_average_of_an_image_and_its_mirror_agree(model: Path) -> None:
-    from finetune import load_depth_model
-
     depth_model = load_depth_model(model)
     image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     one = predict_image(depth_model, image, flip_average=True)
     other = predict_image(depth_model, np.ascontiguousarray(image[:, ::-1]), flip_average=True)
     np.testing.assert_allclose(one, other[:, ::-1], rtol=1e-5)
+
+
+def test_a_photo_is_predicted_in_one_call(model: Path, tmp_path: Path) -> None:
+    source = photo(tmp_path / "x.png", 37, 61)
+    assert run(model, source, tmp_path / "out", "--tiles=2", "--flip_average=true", "--formats=[npy]") == 0
+    depth_model = load_depth_model(model)
+    with Image.open(source) as opened:
+        pixels = np.asarray(opened)
+        for given in (source, str(source), opened, pixels):
+            depth = depth_model.predict(given, tiles=2, flip_average=True)
+            assert (depth.dtype, depth.shape) == (np.float32, (37, 61))
+            np.testing.assert_array_equal(depth, np.load(tmp_path / "out" / "x.npy"))
+    assert depth_model.predict(pixels[..., 0]).shape == (37, 61)  # grey
+    with pytest.raises(ValueError, match="pixels must be uint8"):
+        depth_model.predict(pixels.astype(np.float32))
+    with pytest.raises(ValueError, match=r"nothing\.jpg: No such file"):
+        depth_model.predict(tmp_path / "nothing.jpg")
+    relative = DepthModel("test_resnet", head="fusion", image_size=(48, 64))
+    with pytest.raises(ValueError, match="head fusion gives no metres: calibrate"):
+        relative.predict(pixels)
 
 
 @pytest.mark.parametrize(

@@ -227,7 +227,7 @@ def test_figures_leave_no_global_state() -> None:
         (["--protocol", "nyu-bts"], "480x640"),
         (["--model", "/no/model"], "is not a depth model"),
         (["--data.lists", "x"], "data.list"),
-        (["--batch_size", "0"], "batch_size must be at least 1"),
+        (["--batch_size", "0"], "batch_size must be a whole number above 0"),
     ],
 )
 def test_user_errors_are_sentences(

@@ -23,7 +23,7 @@ from finetune.scoring.depth import (
 from finetune.scoring.evaluator import NoValidPixels
 from finetune.scoring.metrics import columns_of, depth_errors, mean_of_images, write_results
 from finetune.scoring.sources import mean_depth
-from tools.protocol_table import PAGE, page
+from tools.tables import PAGE, page
 
 BTS = PROTOCOLS["nyu-bts"]
 SMALL = Protocol(name="small", description="a test", min_depth=1e-3, max_depth=10.0)  # any size, no crop
@@ -523,5 +523,5 @@ def test_the_hash_is_of_what_bears_on_numbers():
 
 def test_the_table_in_the_documents_is_that_of_the_records():
     text = PAGE.read_text(encoding="utf-8")
-    assert page(text) == text, "run python tools/protocol_table.py"
+    assert page(text) == text, "run python -m tools.tables protocols"
     assert all(f"`{name}`" in text for name in PROTOCOLS)

@@ -129,7 +129,7 @@ def test_every_option_of_augmentation_reaches_the_transform() -> None:
     }
     config = DepthConfig(
         encoder="resnet18",
-        data=DepthDataConfig("data", **given),
+        data=DepthDataConfig(root="data", **given),
         output_dir="runs",
         model=DepthModelConfig(min_depth=0.1, max_depth=9.0),
     )

@@ -14,6 +14,7 @@ from spark.model.masking import random_visible, visible_at
 from spark.sparse import MASKED, PACKED, MissingRuleError, Sites, SparseTensor, SyncBatchNorm2d, sparsify
 from tests.spark.model.test_model import lively
 from tests.together import together
+from tools.encoders import CHECKS, Subject
 
 SHORT = {
     "convnextv2_atto": {"depths": (1, 1, 1, 1)},  # global response normalisation
@@ -93,66 +94,10 @@ def assert_same_grads(a, b, rel=1e-9):
         assert (a[key] - b[key]).abs().max() <= rel * a[key].abs().max() + 1e-12 * largest, key
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("what", [what for what in CHECKS if what != "trains"])
 @pytest.mark.parametrize("name", ENCODERS)
-class TestProperties:
-    def test_all_visible_equals_dense_timm(self, name, layout):
-        encoder = encoder_of(name)
-        images, visible = images_and_mask()
-        dense_encoder = copy.deepcopy(encoder)
-        dense = pyramid(dense_encoder, images)
-        sparse = features_of(encoder, images, torch.ones_like(visible), layout)
-        for a, b in zip(sparse, dense, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-        assert_same_grads(grads_of(encoder, sparse), grads_of(dense_encoder, dense))
-        for (key, a), b in zip(encoder.named_buffers(), dense_encoder.buffers(), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=key)
-        encoder.eval(), dense_encoder.eval()
-        sparse = features_of(encoder, images, torch.ones_like(visible), layout)
-        for a, b in zip(sparse, pyramid(dense_encoder, images), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-
-    def test_masked_pixels_leak_nothing_and_masked_outputs_are_zero(self, name, layout):
-        encoder = encoder_of(name)
-        images, visible = images_and_mask()
-        seen = visible.repeat_interleave(32, 2).repeat_interleave(32, 3)
-        other = images.where(seen, torch.tensor(float("nan"), dtype=torch.float64))
-        for a, b in zip(
-            features_of(copy.deepcopy(encoder), images, visible, layout),
-            features_of(encoder, other, visible, layout),
-            strict=True,
-        ):
-            assert torch.equal(a, b)
-            mask = F.interpolate(visible.double(), size=a.shape[2:]).bool().expand_as(a)
-            assert (a[~mask] == 0).all()
-            assert (a[mask] != 0).any()
-
-    def test_interleaved_masks_stay_independent(self, name, layout):
-        encoder = encoder_of(name).eval()
-        (x1, v1), (x2, v2) = images_and_mask(1), images_and_mask(2, 96, 64, batch=1)
-        alone1, alone2 = features_of(encoder, x1, v1, layout), features_of(encoder, x2, v2, layout)
-        s1, s2 = sparsify(x1, v1, layout), sparsify(x2, v2, layout)
-        first, second = pyramid(encoder, s1), pyramid(encoder, s2)
-        (sum(f.to_dense().square().sum() for f in first)).backward()
-        for a, b in zip(alone1 + alone2, [f.to_dense() for f in first + second], strict=True):
-            assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", ENCODERS)
-def test_packed_equals_masked(name, training):
-    masked = encoder_of(name).train(training)
-    packed = copy.deepcopy(masked)
-    images, visible = images_and_mask()
-    visible[0] = torch.tensor(
-        [[[True, False, False], [False, False, False]]]
-    )  # images may differ in their counts
-    a, b = features_of(masked, images, visible, "masked"), features_of(packed, images, visible, "packed")
-    for x, y in zip(a, b, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
-    assert_same_grads(grads_of(masked, a), grads_of(packed, b))
-    for (key, x), y in zip(masked.named_buffers(), packed.buffers(), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12, msg=key)
+def test_properties(name, what):
+    CHECKS[what](Subject.of(encoder_of(name)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from finetune import DepthModel, load_depth_model
 from finetune.commands import export as export_depth
+from finetune.commands.work import export as depth_work
 from finetune.model.calibration import Calibration
 from finetune.model.graph import fitted, resample
-from finetune.predict import fitted_size, predict_image
+from finetune.model.prediction import fitted_size, predict_image
 from spark import save_encoder
 from spark.commands import export as export_encoder
 from spark.model.encoder import build_encoder
@@ -164,7 +165,7 @@ def test_torch_export(tmp_path: Path, monkeypatch) -> None:
     torch.manual_seed(0)
     model = DepthModel(Small(), head="linear", mean=(0.5, 0.4, 0.3), std=(0.25,) * 3).eval()
     model.head.project.weight.data += torch.randn_like(model.head.project.weight)
-    monkeypatch.setattr(export_depth, "load_depth_model", lambda *_: model)
+    monkeypatch.setattr(depth_work, "load_depth_model", lambda *_: model)
     file, told = tmp_path / "depth.pt2", {"metadata.json": ""}
     export_depth.main(["--model", str(tmp_path), "--output", str(file)])
     program = torch.export.load(file, extra_files=told).module()
@@ -212,7 +213,7 @@ def test_the_gate_tries_photos_larger_than_the_training_size(
     unetpp: Path, tmp_path: Path, monkeypatch
 ) -> None:
     kept: dict = {}
-    monkeypatch.setattr(export_depth, "write_graph", lambda *_, **options: kept.update(options) or 0.0)
+    monkeypatch.setattr(depth_work, "write_graph", lambda *_, **options: kept.update(options) or 0.0)
     command = ["--model", str(unetpp), "--output", str(tmp_path / "x.onnx")]
     export_depth.main(command)
     assert (1, 193, 131) in (tried := kept["sizes"].probes(".onnx"))  # of a model of 48x64 px
@@ -277,11 +278,11 @@ def test_options_that_do_not_go_together(unetpp: Path, tmp_path: Path, capsys) -
         ("--results is for the card", tmp_path / "x.pt2", "--results", "r.json"),
         ("cannot resize images", tmp_path / "x.pt2", "--resize", "fitted"),
         ("--opset is of ONNX", tmp_path / "x.pt2", "--opset", 17),
-        ("at least 1 px", tmp_path / "x.onnx", "--size", 0, 64),
-        ("--opset is a number", tmp_path / "x.onnx", "--opset", 0),
-        ("--opset is for FILE.onnx", tmp_path / "x", "--opset", 0),
+        ("whole numbers above 0", tmp_path / "x.onnx", "--size", 0, 64),
+        ("opset must be a whole number above 0 or null, got 0", tmp_path / "x.onnx", "--opset", 0),
+        ("--opset is for FILE.onnx", tmp_path / "x", "--opset", 17),
         ("a .pth file is not written", tmp_path / "x.pth"),
-        ("--tolerance is above 0", tmp_path / "x.onnx", "--tolerance", -1),
+        ("tolerance must be a number above 0 or null, got -1", tmp_path / "x.onnx", "--tolerance", -1),
         ("--private is for --push_to_hub", tmp_path / "x", "--private"),
     ):
         assert words in error_of(capsys, export_depth.main, *model, *arguments)

@@ -223,7 +223,7 @@ def test_results_are_told_by_the_weights_not_by_the_path(model: Path, tmp_path: 
     export_depth.main(command)
     card = (out / "README.md").read_text()
     assert "| rmse | 0.125 |" in card
-    assert "by the path of the model alone" not in card
+    assert "name the model by its path alone" not in card
     export_depth.main(["--model", str(out), "--output", str(tmp_path / "again"), "--results", str(file)])
 
     write_calibration(copy, Calibration("depth", 1.5, 0.0, 0.001, 15.0, "two known distances"))
@@ -242,7 +242,7 @@ def test_results_are_told_by_the_weights_not_by_the_path(model: Path, tmp_path: 
     )
     file.write_text(json.dumps({**results, "model": str(copy)}))
     export_depth.main(command)
-    assert "by the path of the model alone" in (out / "README.md").read_text()
+    assert "name the model by its path alone" in (out / "README.md").read_text()
     file.write_text(json.dumps({key: value for key, value in results.items() if key != "model"}))
     assert "scores of no model, but of predictions or a baseline" in error_of(
         capsys, export_depth.main, *command

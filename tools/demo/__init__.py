@@ -1,0 +1,1 @@
+"""A demonstration on rendered rooms: `python -m tools.demo`."""
