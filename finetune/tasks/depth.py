@@ -49,6 +49,7 @@ class DepthTraining(Task):
     """
 
     unit = "pairs"
+    entry = "finetune.depth"
 
     def __init__(self, config: DepthConfig, run: Run):
         self.model, self.encoder_report = build_model(config)
@@ -252,7 +253,7 @@ class DepthTraining(Task):
         return None if shown is None else shown.model.save(run.folder / "model")
 
     def finish(self, run: Run) -> list[str]:
-        """Write the model, and score what was written, so that evaluate.py reports the same numbers, in fp32."""
+        """Write the model, and score what was written, so that spark-evaluate reports the same numbers, in fp32."""
         folder = self.export(run)
         if folder is None:
             return []

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from spark.errors import one_line_errors
 from spark.options import ExportConfig
-from spark.training.cli import parse_config, start
+from spark.training.cli import parse_config
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -23,4 +23,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    start(main)
+    raise SystemExit(main())

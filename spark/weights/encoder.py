@@ -375,7 +375,7 @@ def _find_encoder(
     if (path / STATE).is_file():
         return _from_run(path, model_name, averaged, name_option)
     if path.is_dir() and not is_name:
-        hint = "save_encoder and spark/commands/export.py write such folders"
+        hint = "save_encoder and spark-export write such folders"
         if (path / "encoder" / CONFIG).is_file():
             hint = f"did you mean {path / 'encoder'}?"
         raise UserError(f"{path} is not an exported encoder (it has no {CONFIG}): {hint}")

@@ -120,7 +120,7 @@ def open_photo(
     """Read a photo, delete the file, and predict; files to download will be in a folder inside `folder`.
 
     Args:
-        model: without its calibration: fits are to what the head gives, as those of finetune/commands/calibrate.py are.
+        model: without its calibration: fits are to what the head gives, as those of spark-calibrate are.
         path: of the photo.
         max_pixels: most pixels of a photo.
         folder: for files to download.
@@ -285,7 +285,7 @@ def words(session: Session | None, model_folder: str) -> str:
             "fit": session.fit,
             "output": "CALIBRATED",
         }
-        command = ["python", "finetune/commands/calibrate.py"]
+        command = ["spark-calibrate"]
         command += [word for name, value in options.items() for word in (f"--{name}", value)]
         lines += [
             f"{_code(str(session.calibration))} Mean relative error {stated}.",
@@ -503,7 +503,7 @@ def serve(config: AppConfig) -> None:
     if "depth" not in model.outputs:
         raise UserError(
             f"head {model.head_name} gives no metres: calibrate the model first with"
-            " finetune/commands/calibrate.py, and give the calibrated copy"
+            " spark-calibrate, and give the calibrated copy"
         )
     model.to(chosen_device(config.device))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, so that nothing is left

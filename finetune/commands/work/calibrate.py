@@ -64,7 +64,7 @@ def calibrate(config: CalibrateConfig) -> Calibration:
         say(
             console,
             f"{card} still describes the model before this calibration: calibrate RUN/model with --in_place true, and"
-            " export that again with finetune/commands/export.py, which writes a card of both",
+            " export that again with spark-export-depth, which writes a card of both",
         )
     return found
 

@@ -214,7 +214,7 @@ def test_ranking_of_pairs_through_the_loop(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches of one kind of supervision each, as mixed training has them: the other term is left out, not zero."""
-    import finetune.depth as script
+    import finetune.tasks.depth as script
 
     kept = script.collate_depth
     count = []
