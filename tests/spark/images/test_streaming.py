@@ -632,7 +632,11 @@ def test_streams_that_cannot_be_trained_on_are_sentences(
             "has 4 shards for 5 readers (1 processes x 5 loader processes)",
         ),
         (shards_, ("--data.size=5",), "data.size must be null without data.streaming true"),
-        (shards_, (base, "--data.shuffle_buffer=0"), "data.shuffle_buffer must be a whole number above 0, got 0"),
+        (
+            shards_,
+            (base, "--data.shuffle_buffer=0"),
+            "data.shuffle_buffer must be a whole number above 0, got 0",
+        ),
         (tmp_path / "photo", (base,), "leave data.streaming false, its images can be read in any order"),
         (page, (base,), "page.tar is a web page, no tar file"),
         ("http://127.0.0.1:9/a.tar", (base,), "the connection broke off"),

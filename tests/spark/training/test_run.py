@@ -23,6 +23,7 @@ from spark.errors import UserError, one_line_errors
 from spark.files import write_whole
 from spark.seeds import derive_seed
 from spark.sparse import sparsify
+from spark.training import accelerator as accelerator_module
 from spark.training.accelerator import (
     match_gradient_strides,
     micro_batch_size,
@@ -215,7 +216,7 @@ class Tracker(tracking.GeneralTracker):
 
 @pytest.fixture
 def wandb(monkeypatch):
-    monkeypatch.setattr(run, "get_available_trackers", lambda: [LoggerType.WANDB])
+    monkeypatch.setattr(accelerator_module, "get_available_trackers", lambda: [LoggerType.WANDB])
     monkeypatch.setattr(tracking, "_available_trackers", [LoggerType.WANDB])
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Tracker)
     return Tracker
@@ -250,7 +251,7 @@ def test_a_tracker_that_fails_does_not_stop_the_run(tmp_path, wandb, monkeypatch
 
 
 def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "get_available_trackers", list)
+    monkeypatch.setattr(accelerator_module, "get_available_trackers", list)
     with pytest.raises(UserError, match="log_with mlflow needs a package: pip install mlflow"):
         start_accelerator(tmp_path, "fp32", "mlflow")
     start_accelerator(tmp_path, "fp32", "none")
