@@ -32,7 +32,7 @@ HEADS = {
     "fusion": {"width": 8, "encoder": "test_convnext"},
     "metric_bins": {"width": 8, "bins": 8, "embedding": 8},
 }
-DOC = Path(__file__).parents[3] / "docs" / "export.md"
+DOC = Path(__file__).parents[3] / "docs" / "use" / "export.md"
 
 
 def depth_model(folder: Path, head: str = "unetpp", calibration: Calibration | None = None) -> Path:
@@ -290,7 +290,7 @@ def test_options_that_do_not_go_together(unetpp: Path, tmp_path: Path, capsys) -
 
 
 def test_the_lines_of_the_documentation(unetpp: Path, fitted_onnx: Path, monkeypatch) -> None:
-    """docs/export.md in a folder with depth.onnx and photo.jpg."""
+    """docs/use/export.md in a folder with depth.onnx and photo.jpg."""
     Image.fromarray(noise(50, 80, 3).numpy()).save(fitted_onnx.parent / "photo.jpg")
     monkeypatch.chdir(fitted_onnx.parent)
     code = DOC.read_text().split("```python\n")[1].split("```")[0]
