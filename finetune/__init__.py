@@ -7,14 +7,20 @@ if TYPE_CHECKING:
     from finetune.heads.output import DepthOutput
     from finetune.model.depth_model import DepthModel, load_depth_model
 
-__all__ = ["DepthModel", "DepthOutput", "load_depth_model"]
+    depth: Any  # the module, which can be called
+
+__all__ = ["DepthModel", "DepthOutput", "depth", "load_depth_model"]
+_HOMES = {
+    "DepthModel": "finetune.model.depth_model",
+    "DepthOutput": "finetune.heads.output",
+    "depth": "finetune.depth",
+    "load_depth_model": "finetune.model.depth_model",
+}
 
 
 def __getattr__(name: str) -> Any:
     """A public name, imported when it is first used: the options of a command need no torch."""
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(
-        import_module("finetune.heads.output" if name == "DepthOutput" else "finetune.model.depth_model"),
-        name,
-    )
+    home = import_module(_HOMES[name])
+    return home if name == "depth" else getattr(home, name)

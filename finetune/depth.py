@@ -8,11 +8,17 @@ several processes the state is saved likewise, but their launcher reports the si
 SIGUSR1 to the main process writes the model to output_dir/model at once; the end of the run does so anyway.
 """
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # started as a file: its folder comes first on the path, where the clone's belongs
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from finetune.config import DepthConfig
 from spark.errors import one_line_errors
-from spark.training.cli import parse_config, start
+from spark.training.cli import call_options, make_callable, parse_config
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -43,5 +49,18 @@ def train_depth(config: DepthConfig) -> None:
     train(DepthTraining(config, run), run)
 
 
+def call(**options: Any) -> None:
+    """The command as a call: ``finetune.depth(encoder="runs/mine/encoder", data="NYU", output_dir="runs/depth")``.
+
+    Args:
+        options: as `spark.training.cli.call_options` reads them.
+
+    Raises:
+        UserError: as `train_depth`, and for options that are wrong.
+    """
+    train_depth(call_options(DepthConfig, options))
+
+
+make_callable(__name__, call)
 if __name__ == "__main__":
-    start(main)
+    raise SystemExit(main())

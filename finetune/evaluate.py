@@ -9,11 +9,16 @@ metrics of every image and bootstrap intervals, to the output file: of one proto
 {"protocols": [results, ...]}.
 """
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:  # started as a file: its folder comes first on the path, where the clone's belongs
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from finetune.options import EvaluationConfig
 from spark.errors import one_line_errors
-from spark.training.cli import parse_config, start
+from spark.training.cli import parse_config
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -26,4 +31,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    start(main)
+    raise SystemExit(main())

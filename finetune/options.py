@@ -157,7 +157,7 @@ class EvaluationConfig(PredictingConfig, Options):
 
     Attributes:
         output: JSON file for the results.
-        predictions: folder of predictions instead, of the whole frames, named after the images as predict.py does
+        predictions: folder of predictions instead, of the whole frames, named after the images as spark-predict does
             (SCENE/rgb_1.npy, .pfm, .png or _mm.png for SCENE/rgb_1.jpg).
         scale: metres of one unit of the files in predictions; null is what a PNG says itself, 0.001 for _mm.png, and 1
             for NPY and PFM.
@@ -310,10 +310,10 @@ class ExportDepthConfig(StoredModelConfig, ExportOptions):
 
     Attributes:
         resize: of FILE.onnx; fitted brings images of any size to the size that the model was trained at inside, as
-            predict.py does, and depth back to theirs; none lets the network see images as they are, as .pt2 always
+            spark-predict does, and depth back to theirs; none lets the network see images as they are, as .pt2 always
             does. null is fitted for .onnx.
-        results: results.json files of evaluate.py on this model, for the model card of a folder; the evaluation.json of
-            its run is there anyway.
+        results: results.json files of spark-evaluate on this model, for the model card of a folder; the evaluation.json
+            of its run is there anyway.
     """
 
     ESSENTIALS: ClassVar = (
@@ -363,7 +363,7 @@ class CompareConfig(Options):
     """Comparison of results, image by image.
 
     Attributes:
-        results: results.json files of evaluate.py, two or more; the first is the base.
+        results: results.json files of spark-evaluate, two or more; the first is the base.
         protocol: which one to compare, of files with several protocols; null where each has one.
         images: how many of the best and worst images to name.
         output: CSV file for the comparison; null writes none.

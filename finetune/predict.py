@@ -9,11 +9,16 @@ could not be read. A model without metres (head fusion) writes NAME_disparity.np
 shift, and NAME_colour.png from its nearest to its farthest, until it is calibrated (spark-calibrate).
 """
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:  # started as a file: its folder comes first on the path, where the clone's belongs
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from finetune.options import PredictConfig
 from spark.errors import one_line_errors
-from spark.training.cli import parse_config, start
+from spark.training.cli import parse_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,4 +35,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    start(main)
+    raise SystemExit(main())

@@ -5,12 +5,12 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spark import pretrain
     from spark.model.spark import SparK, SparKOutput
     from spark.weights.encoder import load_encoder, save_encoder
     from spark.weights.official import load_official
 
     __version__: str
+    pretrain: Any  # the module, which can be called
 
 __all__ = ["SparK", "SparKOutput", "load_encoder", "load_official", "pretrain", "save_encoder"]
 _HOMES = {

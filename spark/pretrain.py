@@ -8,12 +8,17 @@ several processes the state is saved likewise, but their launcher reports the si
 SIGUSR1 to the main process writes the encoder to output_dir/encoder at once; the end of the run does so anyway.
 """
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+if not __package__:  # started as a file: its folder comes first on the path, where the clone's belongs
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from spark.config import PretrainConfig
 from spark.errors import one_line_errors
-from spark.training.cli import call_options, make_callable, parse_config, start
+from spark.training.cli import call_options, make_callable, parse_config
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -58,4 +63,4 @@ def call(**options: Any) -> None:
 
 make_callable(__name__, call)
 if __name__ == "__main__":
-    start(main)
+    raise SystemExit(main())

@@ -49,6 +49,7 @@ class Pretraining(Task):
     """
 
     unit = "images"
+    entry = "spark.pretrain"
     product = "encoder"
 
     def __init__(self, config: PretrainConfig, run: Run):

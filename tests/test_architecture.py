@@ -1,4 +1,5 @@
-"""Imports run one way (DESIGN.md), read off the syntax trees; names shadow nothing; nothing names one machine."""
+"""Imports run one way between the rooms of the house, read off the syntax trees; importing does no
+work; names shadow nothing; nothing names one machine."""
 
 import ast
 import importlib.util
@@ -13,82 +14,87 @@ import torch
 from tests.together import start
 
 ROOT = Path(__file__).resolve().parents[1]
+# Whoever stands later may import whoever stands earlier; who stands side by side may not import each other.
+ORDER = {
+    "spark": [
+        "errors seeds",
+        "files",
+        "sparse",
+        "model",
+        "weights",
+        "training",
+        "config options",
+        "images",
+        "report start",
+        "monitor",
+        "task",
+        "commands pretrain",
+    ],
+    "finetune": [
+        "construct options least_squares",
+        "protocols depth_data",
+        "heads",
+        "model losses config",
+        "scoring",
+        "report",
+        "predicting tasks",
+        "commands",
+        "depth evaluate predict",
+    ],
+}
+RANKS = {
+    package: {room: rank for rank, rooms in enumerate(order) for room in rooms.split()}
+    for package, order in ORDER.items()
+}
 ENTRIES = {"spark.pretrain", "finetune.depth", "finetune.evaluate", "finetune.predict"}
-# Whoever stands later may import whoever stands earlier, and those of the same line each other.
-LAYERS = [
-    {"seeding", "sharding"},
-    {"masking"},
-    {"sparse"},
-    {"hog"},
-    {"folding", "encoder", "criterion"},
-    {"parts", "dense"},
-    {"decoder"},
-    {"model"},
-    {"decoding"},
-    {"bands"},
-    {"sources"},
-    {"folders", "keys", "config", "optim", "images", "probing", "guard", "monitor"},
-    {"steps", "channels"},
-    {"streaming"},
-    {"official"},
-    {"export", "graphs"},
-    {"hub"},
-    {"export_options"},
-    {"checkpoint"},
-    {"continuation"},
-    {"run"},
-    {"feed"},
-    {"assembly", "watching", "state"},
-    {"reporting"},
-    {"outputs"},
-    {"pretrain"},
-]
 
 
 def modules():
-    for package in ("spark", "finetune"):
+    for package in ORDER:
         for path in sorted((ROOT / package).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
             yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
 
 
 def imports_of(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import; imports are absolute"
-            yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def test_spark_imports_run_one_way():
-    rank = {name: i for i, layer in enumerate(LAYERS) for name in layer}
-    seen = set()
+def test_imports_run_one_way():
+    rooms = {package: set() for package in ORDER}
     for module, path in modules():
-        if not module.startswith("spark."):
+        package, _, inside = module.partition(".")
+        if not inside:
             continue
-        own = module.split(".")[1]
-        assert own in rank, f"{module} has no place in the order of layers: give it one in this test"
-        seen.add(own)
+        room = inside.split(".")[0]
+        rooms[package].add(room)
+        assert room in RANKS[package], (
+            f"{module} has no place in the order of rooms: give it one in this test"
+        )
         for name in imports_of(path):
-            if name.startswith("spark.") and (other := name.split(".")[1]) in rank:
-                assert rank[other] <= rank[own], f"{module} imports {name}, which stands above it"
-    assert seen == set(rank)
+            other, *rest = name.split(".")
+            assert other not in ("tools", "tests"), f"{module} imports {name}"
+            assert not (package == "spark" and other == "finetune"), f"{module} imports {name}"
+            assert not (package == "finetune" and name.startswith("spark.sparse")), f"{module} imports {name}"
+            assert not any(f"{name}.".startswith(f"{entry}.") for entry in ENTRIES), (
+                f"{module} imports {name}"
+            )
+            if other == package and rest and rest[0] in RANKS[package] and rest[0] != room:
+                ranks = RANKS[package]
+                beside = {room, rest[0]} <= {"config", "model", "losses"}
+                assert ranks[rest[0]] < ranks[room] or beside, (
+                    f"{module} imports {name}, which stands above it"
+                )
+    for package, found in rooms.items():
+        assert found == set(RANKS[package])
 
 
-def test_finetune_knows_neither_sparse_values_nor_entry_scripts():
-    for module, path in modules():
-        for name in imports_of(path):
-            assert not any(name == e or name.startswith(e + ".") for e in ENTRIES), f"{module} imports {name}"
-            if module.startswith("finetune"):
-                assert not name.startswith("spark.sparse"), f"{module} imports {name}"
-            else:
-                assert not name.startswith("finetune"), f"{module} imports {name}"
-            assert not name.startswith(("tools.", "tests.")), f"{module} imports {name}"
-
-
-@pytest.mark.parametrize("folder", ["spark", "finetune", "tools"])
+@pytest.mark.parametrize("folder", ["spark", "finetune"])
 def test_no_module_shadows_another_package(folder):
     """Python puts the folder of a script first on its path: `spark/queue.py` would hide the standard `queue`."""
     names = {p.stem for p in (ROOT / folder).glob("*.py")} | {
@@ -103,11 +109,12 @@ def test_no_module_shadows_another_package(folder):
         )
 
 
-def test_only_encoder_modules_call_timm_create_model():
+def test_only_two_modules_call_timm_create_model():
     users = [
         module
         for module, path in modules()
-        if "timm.create_model(" in re.sub(r"#.*|\"\"\".*?\"\"\"", "", path.read_text(), flags=re.S)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "timm.create_model"
     ]
     assert set(users) <= {"spark.model.encoder", "spark.weights.encoder", "spark.weights.official"}, users
 
@@ -119,14 +126,13 @@ def import_anew():
     sys.argv = ["x", "--nonsense"]
     import spark
     import spark.images.sources
-    import spark.training.accelerator
 
-    assert not {"spark.model.spark", "spark.training.checkpoint"} & set(sys.modules), (
-        "light modules need not wait for timm"
+    assert not {"spark.model.spark", "spark.weights.encoder"} & set(sys.modules), (
+        "light modules wait for nothing"
     )
     for package in (spark, importlib.import_module("finetune")):
         assert package.__all__
-        assert all(getattr(package, name).__name__ == name for name in package.__all__)
+        assert all(getattr(package, name) is not None for name in package.__all__)
     with pytest.raises(AttributeError, match="module 'spark' has no attribute 'Nonsense'"):
         spark.Nonsense  # noqa: B018
     assert not torch.cuda.is_initialized()
@@ -147,6 +153,6 @@ def test_nothing_names_one_machine():
         pytest.skip("not a git checkout")
     for name in listed.stdout.split():
         path = ROOT / name
-        if path.suffix in {".py", ".md", ".yaml", ".toml", ".json", ".csv"} and path.exists():
+        if path.suffix in {".py", ".md", ".yaml", ".toml", ".json", ".csv", ".ipynb"} and path.is_file():
             text = path.read_text(encoding="utf-8")
             assert not re.search(r"(?<![\w.])/(work|root|home|farm)/\w", text), name

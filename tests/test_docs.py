@@ -59,6 +59,11 @@ def commands_in(text: str) -> list[tuple[str, list[str]]]:
     return [(name, rest.replace("'", "").split()) for name, rest in found if "--" in rest]
 
 
+def test_every_console_command_is_known_here() -> None:
+    scripts = re.findall(r"^(spark-[\w-]+) = ", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
+    assert set(scripts) == set(COMMANDS)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):

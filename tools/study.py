@@ -117,10 +117,11 @@ class Study:
     Args:
         content: of the YAML file.
         data, output: folders.
+        measure: whether steps may be timed; otherwise only what was timed before is known.
     """
 
-    def __init__(self, content: dict[str, Any], data: Path, output: Path):
-        self.content, self.data, self.output = content, data, output
+    def __init__(self, content: dict[str, Any], data: Path, output: Path, measure: bool = True):
+        self.content, self.data, self.output, self.measure = content, data, output, measure
         names = [self.name(arm) for arm in content["arms"]]
         if len(set(names)) < len(names):
             raise UserError(
@@ -161,7 +162,7 @@ class Study:
         """As many epochs as fit into the time of the first arm's; a run that was begun keeps its number."""
         if (run / "config.yaml").exists():
             return yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["epochs"]
-        speedup = float(self.step_cost(arm)["step_speedup"])
+        speedup = float(self.step_cost(arm).get("step_speedup", 1))
         return round(self.merged("pretrain", self.content["arms"][0])["epochs"] * speedup, 2)
 
     def step_cost(self, arm: Mapping[str, Any]) -> dict[str, str]:
@@ -171,8 +172,9 @@ class Study:
         if self._costs is None:
             options = {self.decoder(one): self.merged("pretrain", one) for one in self.content["arms"]}
             path = self.output / "step_costs.json"
-            self._costs = models.step_costs(options, path, **self.content["time_steps"])
-        return self._costs[self.decoder(arm)]
+            timed = self.measure and models.step_costs(options, path, **self.content["time_steps"])
+            self._costs = timed or models.kept(path)
+        return self._costs.get(self.decoder(arm), {})
 
     def decoder(self, arm: Mapping[str, Any]) -> str:
         """What tells the models of pretraining steps apart: the options of the model."""
@@ -311,7 +313,7 @@ def label_list(share: float, data: Path, output: Path) -> Path:
 def chosen(names: Sequence[str], share: float) -> list[str]:
     """A random share of some names, always the same ones."""
     order = np.random.default_rng(0).permutation(len(names))
-    return [names[i] for i in order[: max(1, round(share * len(names)))]]
+    return [str(names[i]) for i in order[: max(1, round(share * len(names)))]]
 
 
 def scene_of(name: str) -> str:
@@ -627,10 +629,14 @@ def run_study(options: argparse.Namespace, argv: list[str]) -> None:
     """
     content = yaml.safe_load(options.study.read_text(encoding="utf-8"))
     data = (options.data or Path("no_data")).absolute()
-    study = Study(content, data, options.output_dir.absolute())
-    hidden = {str(data): "$SPARK_DATA", str(study.output): "$OUTPUT", str(options.data): "$SPARK_DATA"}
-    command = hide(shlex.join(["python", "-m", "tools.study", *argv]), hidden)
-    command = command.replace("$OUTPUT", str(options.output_dir))
+    study = Study(content, data, options.output_dir.absolute(), measure=not options.table)
+    hidden = {str(data): "$SPARK_DATA", str(study.output): "$OUTPUT"}
+    shown = [
+        "$SPARK_DATA" if before == "--data" else text for before, text in zip(["", *argv], argv, strict=False)
+    ]
+    command = " ".join(
+        ["python -m tools.study", *(text if "$" in text else shlex.quote(text) for text in shown)]
+    )
     if options.table:
         write_results(study, options, command, models.kept(study.output / "latency.json"))
         return

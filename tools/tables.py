@@ -5,7 +5,7 @@
 
 In the costs a row is a run card: its model on the encoder that it or its command names, else ResNet-50, at its own
 image size, counted on shapes alone. GMACs are multiply-accumulates of convolutions and matrix products of one forward,
-in units of 10^9. What training has beside the model (the segmentation decoder) is counted apart: a training step costs
+in units of 10^9. What losses own (the segmentation decoder) is counted apart: a training step costs
 about three times as much of each. The table of encoders has a command of its own, `python -m tools.encoders`.
 """
 
@@ -15,12 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from finetune.model.segmentation import attach_segmentation
-from torch import nn
 
 from finetune import DepthModel
 from finetune.config import DepthConfig
-from finetune.losses import WeightedLoss
+from finetune.losses.weighted import WeightedLoss
 from finetune.protocols import PROTOCOLS, Protocol
 from finetune.scoring.depth import valid_text
 from spark.files import write_whole
@@ -69,13 +67,11 @@ def cost_of(card: Path) -> dict[str, str]:
         ).eval()
         images = torch.empty(1, 3, *config.data.image_size)
         macs = count_macs(lambda: model(images))
-        decoder: nn.Module = nn.Identity()
-        extra = 0.0
-        if losses.segmentation is not None:
-            attach_segmentation(model, losses.segmentation.classes, losses.segmentation.decoder_channels)
-            assert model.segmentation is not None
-            decoder = model.segmentation
-            extra = count_macs(lambda: model.train()(images.expand(2, -1, -1, -1))) / 2 - macs
+        losses.attach(model)
+        output = model.train()(images.expand(2, -1, -1, -1))  # batch norm wants two
+        batch = {"labels": torch.empty(2, *config.data.image_size)}
+        owners = [loss for loss in losses.terms.values() if any(True for _ in loss.parameters())]
+        extra = sum(count_macs(lambda one=one: one.prediction(output, batch, model)) / 2 for one in owners)
     return {
         "config": card.stem,
         "encoder": encoder,
@@ -84,7 +80,7 @@ def cost_of(card: Path) -> dict[str, str]:
         "width": str(config.data.image_size[1]),
         "parameters_M": f"{parameters(model.encoder, model.head):.2f}",
         "gmacs": f"{macs / 1e9:.2f}",
-        "training_only_parameters_M": f"{parameters(decoder):.2f}",
+        "training_only_parameters_M": f"{parameters(losses):.2f}",
         "training_only_gmacs": f"{extra / 1e9:.2f}",
     }
 
@@ -105,7 +101,7 @@ def table() -> str:
         f"| `{name}` | {counted(one)} | {pixels(one)} | {prepared(one)} | "
         f"{'pixels' if one.aggregation == 'pooled' else 'images'} | {one.tables} |"
         for name, one in PROTOCOLS.items()
-        if one.supervision == "metric" and one.family != "relations"
+        if one.supervision == "metric" and not one.scores_pairs
     ]
     sources = [
         f"- `{name}`: {one.description}" + (f" Read in: {one.source}." if one.source else "")

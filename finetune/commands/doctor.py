@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from finetune.options import DoctorConfig
 from spark.errors import one_line_errors
-from spark.training.cli import parse_config, start
+from spark.training.cli import parse_config
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -25,4 +25,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    start(main)
+    raise SystemExit(main())

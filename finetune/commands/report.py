@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from spark.commands import report as pretraining
 from spark.errors import one_line_errors
 from spark.options import ReportConfig
-from spark.training.cli import parse_config, start
+from spark.training.cli import parse_config
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -20,4 +20,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    start(main)
+    raise SystemExit(main())

@@ -185,7 +185,7 @@ class DepthModel(nn.Module):
         """
         if "depth" not in self.outputs:
             raise UserError(
-                f"head {self.head_name} gives no metres: calibrate the model (finetune/commands/calibrate.py), or"
+                f"head {self.head_name} gives no metres: calibrate the model (spark-calibrate), or"
                 " take its inverse depth from finetune.model.prediction.predict_image"
             )
         return predict_image(self, read_photo(photo), image_size, flip_average, tiles)
@@ -417,7 +417,7 @@ def load_depth_model(folder: str | Path, encoder_name: str | None = None) -> Dep
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"the calibration in {folder / CONFIG} cannot be used ({error}): calibrate the model again with"
-                " finetune/commands/calibrate.py, from a whole copy of it"
+                " spark-calibrate, from a whole copy of it"
             ) from error
     try:
         model.load_state_dict(tensors)
@@ -466,9 +466,7 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if missing:
         inside = (folder / "model" / CONFIG).is_file()
         hint = (
-            f"did you mean {folder / 'model'}?"
-            if inside
-            else "finetune/depth.py writes one to OUTPUT_DIR/model."
+            f"did you mean {folder / 'model'}?" if inside else "spark-depth writes one to OUTPUT_DIR/model."
         )
         raise UserError(f"{folder} is not a depth model (it has no {' and no '.join(missing)}): {hint}")
     try:
@@ -476,7 +474,7 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if "architecture" in config and "encoder" not in config:
             raise UserError(
                 f"{folder} is an exported encoder, not a depth model: train one on it with"
-                f" finetune/depth.py --encoder {folder}"
+                f" spark-depth --encoder {folder}"
             )
         if lacking := {"encoder", "mean", "std"} - config.keys():
             raise KeyError(*sorted(lacking))

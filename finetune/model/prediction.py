@@ -66,13 +66,6 @@ def transform_of(model: "DepthModel", image_size: tuple[int, int] | None = None)
     return EvalTransform(size, model.mean, model.std)
 
 
-def chosen_device(name: str) -> torch.device:
-    """The device of an option auto, cpu or cuda; UserError if there is no GPU to choose."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda was asked for, but torch sees no GPU here: use auto or cpu.")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 @torch.inference_mode()
 def predicted_maps(model: "DepthModel", images: Tensor, wanted: Collection[bool]) -> dict[bool, np.ndarray]:
     """One forward in evaluation mode, after which the model returns to its mode.

@@ -51,7 +51,7 @@ class Predictor:
         if not self.metric and (wrong := [name for name in self.image_formats if name in NEED_METRES]):
             raise UserError(
                 f"formats {', '.join(wrong)} need metres, which head {model.head_name} does not give: leave them out,"
-                " or calibrate the model with a few known distances (finetune/commands/calibrate.py)"
+                " or calibrate the model with a few known distances (spark-calibrate)"
             )
         if config.camera is not None:
             known_camera(config.camera, (1, 1))  # a wrong one is refused before anything is written
@@ -167,7 +167,7 @@ class Predictor:
         paths: dict[Format, Path] = {name: self.output / f"{stem}_{name}.mp4" for name in VIDEO_FORMATS}
         for path in paths.values():
             hidden_path(path).unlink(missing_ok=True)  # of a killed prediction
-        writers = {
+        writers: dict[Format, VideoWriter] = {
             name: VideoWriter(path, frames.rate) for name, path in paths.items() if name in self.video_formats
         }
         try:

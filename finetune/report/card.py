@@ -104,7 +104,7 @@ def read_evaluations(
     selection: Selection | None,
     files: Sequence[Path],
 ) -> list[Evaluation]:
-    """The evaluation that a run made of its own model, and those in the files of evaluate.py.
+    """The evaluation that a run made of its own model, and those in the files of spark-evaluate.
 
     Args:
         model: As it was read.
@@ -112,7 +112,7 @@ def read_evaluations(
             weights that were scored; of RUN/best there is the validation that it was chosen by.
         run: That trained it, as `run_of` gives it.
         selection: Likewise.
-        files: Written by evaluate.py, under one protocol or several.
+        files: Written by spark-evaluate, under one protocol or several.
 
     Raises:
         ValueError: A file holds no results, or those of another model.
@@ -142,7 +142,7 @@ def read_evaluations(
     elif folder.resolve() == run.folder / "model":
         # a run that was resumed and exported its model before it ended has not scored that one
         own = [one for one in written if one.get("model_sha256", model.sha256) == model.sha256]
-    # evaluate.py may have found the same
+    # spark-evaluate may have found the same
     known = [(one.results["protocol"], one.results["metrics"]) for one in found]
     return [
         Evaluation(name, one, now is not None, None if selection is None else selection.metric)
@@ -157,7 +157,7 @@ def check_model(file: Path, results: Mapping[str, Any], model: DepthModel, folde
     Raises:
         ValueError: They are of another one, with what differs.
     """
-    scored, remedy = results.get("model"), "score this one with finetune/evaluate.py"
+    scored, remedy = results.get("model"), "score this one with spark-evaluate"
     if scored is None:
         raise UserError(f"{file} holds scores of no model, but of predictions or a baseline: {remedy}")
     stated = results.get("model_sha256")
@@ -187,7 +187,7 @@ def depth_card(model: DepthModel, folder: Path, files: Sequence[Path], publicati
     Args:
         model: As it is exported.
         folder: That it was read from.
-        files: Results of evaluate.py on it.
+        files: Results of spark-evaluate on it.
         publication: What only the publisher knows.
 
     Raises:

@@ -249,7 +249,7 @@ def with_results(run: Run) -> Run:
             _say_if_older(folder / name, folder / "evaluation.json", problems)
             return replace(run, results=found)
         problems.append(
-            f"{name} has not the protocol, images, metrics and per_image of finetune/evaluate.py's files"
+            f"{name} has not the protocol, images, metrics and per_image of the files of spark-evaluate"
         )
     return run
 
@@ -259,7 +259,7 @@ def _say_if_older(path: Path, other: Path, problems: list[str]) -> None:
     if other.is_file() and other.stat().st_mtime - path.stat().st_mtime > SAME_TIME:
         problems.append(
             f"{path.name} is older than {other.name}, which the end of a training wrote: score the model again with"
-            " finetune/evaluate.py"
+            " spark-evaluate"
         )
 
 

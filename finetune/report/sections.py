@@ -27,7 +27,7 @@ NO_RESULTS = "Not scored yet (no results.json or evaluation.json)"
 
 
 def is_depth(run: Run) -> bool:
-    """Whether a run is one of finetune/depth.py; without config.yaml its scores tell."""
+    """Whether a run is one of spark-depth; without config.yaml its scores tell."""
     if run.config:
         return "encoder" in run.config
     scored = any((run.folder / name).is_file() for name in ("results.json", "evaluation.json"))
@@ -117,7 +117,7 @@ def _worst(arms: dict[str, list[Run]]) -> list[Any]:
 
 
 def _drawn(run: Run, kind: str) -> Path | None:
-    """The picture "triptychs" or "worst" of evaluate.py, under the protocol of the scores, or the last validation's."""
+    """The picture "triptychs" or "worst" of an evaluation, under its protocol, or that of the last validation."""
     names = {p.name: p for p in run.pictures if p.name.startswith("worst") == (kind == "worst")}
     wanted = [f"{kind}_{run.results[0]['protocol']}.png"] if run.results else []
     return next((names[n] for n in (*wanted, f"{kind}.png", *reversed(names)) if n in names), None)

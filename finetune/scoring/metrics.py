@@ -147,7 +147,7 @@ def write_results(path: str | Path, results: Mapping) -> None:
 
 
 def read_results(path: str | Path) -> list[dict[str, Any]]:
-    """The results in a file that evaluate.py or a run wrote, one of each protocol.
+    """The results in a file that spark-evaluate or a run wrote, one of each protocol.
 
     Raises:
         UserError: it cannot be read, or holds no results.
@@ -160,7 +160,5 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
         if not every or not all(isinstance(one["metrics"], dict) and "protocol" in one for one in every):
             raise KeyError("metrics")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} holds no results ({error!r}): name what finetune/evaluate.py wrote"
-        ) from error
+        raise UserError(f"{path} holds no results ({error!r}): name what spark-evaluate wrote") from error
     return every

@@ -27,7 +27,7 @@ from finetune.scoring.evaluators import evaluator_class
 from spark.errors import UserError
 
 SUFFIXES = (".npy", ".pfm", "_mm.png", "_depth.png", ".png", "_disparity.npy", "_disparity.pfm")
-"""What follows the name of an image in the name of its prediction, as predict.py writes them; the first there is."""
+"""What follows the name of an image in the name of its prediction, as spark-predict writes them; the first there is."""
 
 
 class Prediction(NamedTuple):
@@ -185,9 +185,7 @@ class FolderSource(Source):
     ) -> None:
         self.folder, self.scale, self.holds = Path(folder), scale, holds
         if not self.folder.is_dir():
-            raise UserError(
-                f"no folder {folder}: predictions must be where finetune/predict.py or you wrote them"
-            )
+            raise UserError(f"no folder {folder}: predictions must be where spark-predict or you wrote them")
         self.paths = {name: path for name in data.names() if (path := self._find(name)) is not None}
         self.missing = [name for name in data.names() if name not in self.paths]
         if not self.paths or (self.missing and missing == "refuse"):

@@ -9,7 +9,6 @@ from typing import Any
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 from finetune.config import DepthConfig
 from finetune.depth_data import MixedSampler, TrainingMix, collate_depth
@@ -28,12 +27,12 @@ from finetune.tasks.build import build_model, build_trained, open_data
 from finetune.tasks.schedule import learning_rate, momentum, run_phases
 from finetune.tasks.summary import describe
 from spark.errors import UserError
+from spark.images.loader import load_batches
 from spark.training.accelerator import reduce_sum, worker_count
 from spark.training.log import read_rows
 from spark.training.optim import build_optimizer, parameter_groups
 from spark.training.run import Run
 from spark.training.sharding import on_device
-from spark.training.stop import ignore_stop_signals
 from spark.training.task import Rates, StepLoss, Task
 
 
@@ -50,6 +49,7 @@ class DepthTraining(Task):
     """
 
     unit = "pairs"
+    entry = "finetune.depth"
 
     def __init__(self, config: DepthConfig, run: Run):
         self.model, self.encoder_report = build_model(config)
@@ -132,15 +132,8 @@ class DepthTraining(Task):
         sampler = MixedSampler(
             self.pairs, self.micro_batch, rank=self.rank, world_size=self.world, start=start, stop=stop
         )
-        loader: DataLoader = DataLoader(
-            self.pairs,
-            batch_sampler=sampler,
-            num_workers=self.workers,
-            collate_fn=collate_depth,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=ignore_stop_signals,
-        )
-        return iter(loader)
+        options = {"batch_sampler": sampler, "collate_fn": collate_depth}
+        return load_batches(self.pairs, self.workers, self.device, **options)
 
     def changes(self, before: Mapping[str, Any]) -> list[str]:
         """See `Task`; older checkpoints lack "pairs"."""
@@ -260,7 +253,7 @@ class DepthTraining(Task):
         return None if shown is None else shown.model.save(run.folder / "model")
 
     def finish(self, run: Run) -> list[str]:
-        """Write the model, and score what was written, so that evaluate.py reports the same numbers, in fp32."""
+        """Write the model, and score what was written, so that spark-evaluate reports the same numbers, in fp32."""
         folder = self.export(run)
         if folder is None:
             return []

@@ -1,7 +1,7 @@
 """Turn any checkpoint into an encoder folder that plain timm loads, or into a graph for other runtimes.
 
 Reads a run (its newest checkpoint), one checkpoint folder of a run, an official SparK `.pth` file of any kind, or an
-encoder folder, and reports every key. The folder has Hugging Face's layout: config.json, model.safetensors
+encoder folder, and says what became of every key. The folder has Hugging Face's layout: config.json, model.safetensors
 and README.md, a model card from the run's own files. A FILE.onnx or FILE.pt2 takes images of any size, uint8, and
 gives the pyramid of feature maps (docs/use/export.md); it is written only if it computes what PyTorch does.
 """
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from spark.errors import one_line_errors
 from spark.options import ExportConfig
-from spark.training.cli import parse_config, start
+from spark.training.cli import parse_config
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -23,4 +23,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    start(main)
+    raise SystemExit(main())

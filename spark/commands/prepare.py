@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from spark.errors import one_line_errors
 from spark.options import PrepareConfig
-from spark.training.cli import parse_config, start
+from spark.training.cli import parse_config
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -33,4 +33,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    start(main)
+    raise SystemExit(main())

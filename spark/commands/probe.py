@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 from spark.errors import one_line_errors
 from spark.options import ProbeConfig
-from spark.training.cli import parse_config, start
+from spark.training.cli import parse_config
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         from spark.commands.work.probe import run_and_print
 
         arguments = sys.argv[1:] if argv is None else argv
-        run_and_print(config, shlex.join(["python", "spark/commands/probe.py", *arguments]))
+        run_and_print(config, shlex.join(["spark-probe", *arguments]))
 
 
 if __name__ == "__main__":
-    start(main)
+    raise SystemExit(main())

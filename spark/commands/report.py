@@ -10,14 +10,14 @@ times means seeds of one experiment, and the others are compared with the first 
 pictures from figures/, settings from config.yaml, scores from results.json or else evaluation.json, machines from
 environment.json. The page says what is missing or damaged.
 
-`python spark/commands/report.py` knows pretraining runs, `python finetune/commands/report.py` depth runs too.
+`python -m spark.commands.report` knows pretraining runs only.
 """
 
 from collections.abc import Sequence
 
 from spark.errors import one_line_errors
 from spark.options import ReportConfig
-from spark.training.cli import parse_config, start
+from spark.training.cli import parse_config
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -31,4 +31,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    start(main)
+    raise SystemExit(main())

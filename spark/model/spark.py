@@ -304,7 +304,7 @@ class SparK(nn.Module):
         if restore is None:
             raise UserError(
                 f"no image can be made of target {self.target!r}: spark.hog.draw_hog draws histograms, and "
-                "spark.monitor.measures.reconstruction_panels true ones beside predicted ones"
+                "spark.monitor.panels.reconstruction_panels true ones beside predicted ones"
             )
         predicted = restore(output.prediction.to(images.dtype), images, self.patch_size)
         seen = output.visible.repeat_interleave(self.patch_size, 2).repeat_interleave(self.patch_size, 3)

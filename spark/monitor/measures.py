@@ -25,7 +25,7 @@ from spark.monitor.probes import (
 )
 
 NEIGHBOURS = 20
-PROBE_STRENGTHS = (1e-2, 1e-1, 1.0)  # the weaker ones of spark/commands/probe.py take most of its time
+PROBE_STRENGTHS = (1e-2, 1e-1, 1.0)  # the weaker ones of spark-probe take most of its time
 
 _FEWEST = 8  # images: with fewer, a low rank says nothing about collapse
 

@@ -1,6 +1,6 @@
 """Labelled images, and what a linear probe and the nearest neighbours read off frozen features of them.
 
-Shared by `spark/commands/probe.py` and by the monitors of a run. Features are standardised with mean and standard
+Shared by `spark-probe` and by the monitors of a run. Features are standardised with mean and standard
 deviation of the training split. kNN is the vote of the k nearest training images by cosine similarity s, each with
 weight exp(s / 0.07), as in Wu et al. 2018, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination"
 (section 3.4), and later DINO. The linear probe is multinomial logistic regression. Both are scikit-learn's.

@@ -110,7 +110,7 @@ def _percent(ratio: Any) -> str | None:
 
 
 def is_pretraining(run: Run) -> bool:
-    """Whether a run is one of spark/pretrain.py; one without a readable config.yaml counts as such."""
+    """Whether a run is one of spark-pretrain; one without a readable config.yaml counts as such."""
     return not run.config or run.option("model.name") is not None
 
 

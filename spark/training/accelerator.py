@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     ProjectConfiguration,
@@ -25,8 +26,8 @@ from spark.errors import UserError
 from spark.training.sharding import fsdp_plugin, prepare_sharded, use_fsdp
 
 
-def start_accelerator(output_dir: str | Path, precision: str) -> Accelerator:
-    """Start Accelerate for a run: device, processes, precision, TensorBoard in ``output_dir/tensorboard``.
+def start_accelerator(output_dir: str | Path, precision: str, tracker: str = "none") -> Accelerator:
+    """Start Accelerate for a run: device, processes, precision, tracker.
 
     Several processes on a machine without GPU talk through gloo. Buffers are not broadcast between processes: running
     statistics are equal everywhere because every process computes them from the same synchronised statistics.
@@ -34,10 +35,13 @@ def start_accelerator(output_dir: str | Path, precision: str) -> Accelerator:
     Args:
         output_dir: folder of the run.
         precision: fp32, bf16 or fp16.
+        tracker: tensorboard, wandb, trackio, mlflow or none; `RunLog` starts it.
 
     Raises:
-        ValueError: fp16 without a GPU, or FSDP that the engine cannot do.
+        UserError: fp16 without a GPU, FSDP that the engine cannot do, or a tracker that is not installed.
     """
+    if tracker not in ("none", *(kind.value for kind in get_available_trackers())):
+        raise UserError(f"log_with {tracker} needs a package: pip install {tracker}, or use --log_with none")
     wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"true", "1", "yes"}
     on_cpu = wants_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     if on_cpu and precision == "fp16":
@@ -46,7 +50,7 @@ def start_accelerator(output_dir: str | Path, precision: str) -> Accelerator:
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision="no" if precision == "fp32" else precision,
-        log_with="tensorboard",
+        log_with=None if tracker == "none" else tracker,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir)),
         fsdp_plugin=plugin,
         kwargs_handlers=[

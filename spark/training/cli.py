@@ -13,7 +13,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar, Union
+from typing import Annotated, Any, TypeVar, Union
 
 import yaml
 
@@ -124,17 +124,6 @@ def make_callable(module: str, call: Callable[..., None]) -> None:
     sys.modules[module].__class__ = CallableModule
 
 
-def start(main: Callable[[], int | None]) -> NoReturn:
-    """End the program with what `main` returns, for a file that was started as ``python spark/pretrain.py``.
-
-    Python puts the folder of such a file first on its path, where modules of ours would hide others of their name.
-    """
-    folder = Path(getattr(sys.modules["__main__"], "__file__", None) or ".").resolve().parent
-    if sys.path and sys.path[0] and Path(sys.path[0]).resolve() == folder:
-        del sys.path[0]
-    raise SystemExit(main())
-
-
 def save_config(config: Any, path: str | Path) -> None:
     """Write a dataclass of options as the YAML file that ``--config`` reads back.
 
@@ -148,6 +137,22 @@ def save_config(config: Any, path: str | Path) -> None:
 def config_dict(config: Any) -> dict[str, Any]:
     """Turn a dataclass of options into nested dicts of plain values (lists for tuples), as in its YAML file."""
     return {item.name: _plain(getattr(config, item.name)) for item in dataclasses.fields(config)}
+
+
+def flat_config(config: Any) -> dict[str, bool | int | float | str]:
+    """The options by dotted name, as trackers show them; what is no single value is a text."""
+
+    def entries(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for name, value in options.items():
+            if isinstance(value, dict) and value:
+                yield from entries(value, f"{prefix}{name}.")
+            else:
+                yield (
+                    prefix + name,
+                    value if isinstance(value, bool | int | float | str) else as_written(value),
+                )
+
+    return dict(entries(config_dict(config)))
 
 
 def _plain(value: Any) -> Any:
@@ -178,11 +183,14 @@ def with_defaults(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
 def config_changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
     """Options that differ between the config of a checkpoint and that of the run which continues from it.
 
-    Options that only one of the two has belong to another version of this project, and are left out.
+    Args:
+        before: completed by `with_defaults`, where another version of this project may have written it.
+        now: from `config_dict`.
+        prefix: of the names.
     """
     lines = []
-    for name in (name for name in before if name in now):
-        old, new = before[name], now[name]
+    for name in [*before, *(name for name in now if name not in before)]:
+        old, new = before.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
             lines += config_changes(old, new, f"{prefix}{name}.")
         elif old != new and prefix + name != "resume":
@@ -221,6 +229,8 @@ def _arguments(cls: type[Options], argv: Sequence[str]) -> Iterator[str]:
     stray = given[0][1]
     for name, values in given[1:]:
         kind = options.get(name)
+        if name in cls.RETIRED:
+            raise UserError(f"there is no option --{name} any more: leave it out")
         if name not in {"config", "print_config", *options, *groups} and not _is_entry(name, options):
             raise UserError(f"unknown option --{name}{_suggest(name, options, groups)}")
         if name == "print_config":

@@ -1,4 +1,4 @@
-"""The rows of a run, its TensorBoard and its progress on the terminal."""
+"""The rows of a run, its tracker and its progress on the terminal."""
 
 import errno
 import json
@@ -19,23 +19,35 @@ from spark.files import write_whole
 
 
 class RunLog:
-    """The numbers of a run: a row of ``metrics.jsonl`` and of TensorBoard for each logged step.
+    """The numbers of a run: a row of ``metrics.jsonl`` for each logged step, which the run's tracker gets, too.
 
-    A resumed run drops the rows of steps after its checkpoint, which it is going to compute again.
+    A resumed run drops the rows of steps after its checkpoint, which it is going to compute again. TensorBoard writes
+    to ``output_dir/tensorboard``; other trackers get a project with the name of the run's folder. A tracker that fails
+    is left out from then on.
 
     Args:
         output_dir: folder of the run.
-        accelerator: from `start_accelerator`; only its main process writes.
+        accelerator: from `start_accelerator`, with the tracker; only its main process writes.
         resume_step: step of the checkpoint the run continues from, None for a new run.
+        config: options of the run by dotted name, for trackers that show them.
     """
 
-    def __init__(self, output_dir: str | Path, accelerator: Accelerator, resume_step: int | None):
+    def __init__(
+        self,
+        output_dir: str | Path,
+        accelerator: Accelerator,
+        resume_step: int | None,
+        config: Mapping[str, Any] | None = None,
+    ):
         self.path = Path(output_dir) / "metrics.jsonl"
         self.accelerator = accelerator
-        self.mirrored = True
         self.rewind(-1 if resume_step is None else resume_step)
-        options = {} if resume_step is None else {"purge_step": resume_step + 1}
-        accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": options})
+        if "tensorboard" in (str(tracker) for tracker in accelerator.log_with):
+            purge = {} if resume_step is None else {"purge_step": resume_step + 1}
+            self._track(lambda: accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": purge}))
+        else:
+            name = self.path.parent.resolve().name
+            self._track(lambda: accelerator.init_trackers(name, config=dict(config or {})))
 
     def rewind(self, step: int, keep_events: bool = False) -> None:
         """Drop the rows of later steps, which are going to be computed again.
@@ -75,7 +87,7 @@ class RunLog:
             raise FileError(
                 f"the disk is full, {self.path} could not be written; free some space and continue with --resume true"
             ) from error
-        self._mirror_numbers(step, values)
+        self._track_numbers(step, values)
 
     def amend(self, step: int, **values: float | str) -> None:
         """Add values to the row of the step, if that is the last one, or write a row; errors as `row`."""
@@ -84,31 +96,34 @@ class RunLog:
             return self.row(step, **values)
         rows[-1] |= _finite(values)
         write_whole(self.path, _lines(rows))
-        self._mirror_numbers(step, values)
+        self._track_numbers(step, values)
 
-    def _mirror_numbers(self, step: int, values: Mapping[str, float | str]) -> None:
+    def _track_numbers(self, step: int, values: Mapping[str, float | str]) -> None:
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
-        self._mirror(lambda: self.accelerator.log(numbers, step=step))
+        self._track(lambda: self.accelerator.log(numbers, step=step))
 
-    def _mirror(self, write: Callable[[], None]) -> None:
-        """Write to TensorBoard, which repeats ``metrics.jsonl``: a run can do without what its disk refuses.
+    def _track(self, write: Callable[[], Any]) -> None:
+        """Hand something to the tracker, which repeats ``metrics.jsonl``: no failure of it may stop a run.
 
-        TensorBoard's thread ends with its first failure, so there is nothing to try again.
+        It may raise anything: no network, no login, a full disk. It is not tried again, for TensorBoard's thread ends
+        with its first failure.
         """
-        if self.mirrored:
-            try:
-                write()
-            except OSError as error:
-                self.mirrored = False
-                reason = error.strerror or error
-                print(
-                    f"TensorBoard's log could not be written and ends here, metrics.jsonl goes on: {reason}",
-                    flush=True,
-                )
+        try:
+            write()
+        except Exception as error:
+            self.accelerator.trackers = []
+            reason = " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())
+            name = ", ".join(str(tracker) for tracker in self.accelerator.log_with)
+            print(
+                f"the tracker {name} failed and gets no more rows, metrics.jsonl goes on: {reason}",
+                flush=True,
+            )
 
     def close(self) -> None:
-        """Flush and close TensorBoard."""
-        self._mirror(self.accelerator.end_training)
+        """Finish the tracker, and let go of the other processes."""
+        self._track(lambda: [tracker.finish() for tracker in self.accelerator.trackers])
+        self.accelerator.trackers = []
+        self.accelerator.end_training()
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:

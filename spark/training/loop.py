@@ -58,14 +58,14 @@ def forward_backward(task: Task, run: Run, batches: Iterator[dict[str, Any]]) ->
     # sum over the micro-batches that define it, and their number: of the whole loss, and of each term
     sums = {name: torch.zeros(2, device=run.device) for name in ("loss", *task.terms)}
     failed: list[str] = []
-    lost: list[str] = []
+    failed_shards: list[str] = []
     learnt = 0
     for part in range(parts):
         with run.pace.waiting():
             batch = next(batches)
         found.names += batch["name"]
         failed += batch["failed"]
-        lost += batch.get("failed_shards", ())
+        failed_shards += batch.get("failed_shards", ())
         position = (run.step + state.offset) * parts + part
         torch.manual_seed(derive_seed(run.config.seed, position, run.rank, Purpose.STEP))
         with nullcontext() if part == parts - 1 else run.accelerator.no_sync(run.wrapped):
@@ -78,9 +78,11 @@ def forward_backward(task: Task, run: Run, batches: Iterator[dict[str, Any]]) ->
         found.batch = batch
 
     flat = torch.stack(list(sums.values())).flatten().tolist()
-    *flat, all_learnt, all_failed = reduce_sum(run.accelerator, [*flat, learnt, len(failed) + len(lost)])
+    *flat, all_learnt, all_failed = reduce_sum(
+        run.accelerator, [*flat, learnt, len(failed) + len(failed_shards)]
+    )
     if all_failed:
-        run.count_failures(failed, lost)
+        run.count_failures(failed, failed_shards)
     found.idle = run.world * parts - round(all_learnt)
     task.check(run, state.idle + found.idle)
     found.learns = all_learnt > 0

@@ -17,7 +17,7 @@ from torch import nn
 from spark.errors import UserError
 from spark.training.accelerator import micro_batch_size, prepare, start_accelerator
 from spark.training.checkpoint import refuse_new_beginning
-from spark.training.cli import config_dict, save_config, with_defaults
+from spark.training.cli import config_dict, flat_config, save_config, with_defaults
 from spark.training.environment import record_environment
 from spark.training.guard import Guard, Verdict
 from spark.training.log import Pace, RunLog, progress_bar
@@ -88,7 +88,7 @@ class Run:
         self.deadline = time.monotonic() + config.time_limit_seconds()
         check_output_dir(config.output_dir, config.resume)
         self.folder = Path(config.output_dir)
-        self.accelerator = start_accelerator(config.output_dir, config.precision)
+        self.accelerator = start_accelerator(config.output_dir, config.precision, config.log_with)
         self.device = cast(torch.device, self.accelerator.device)
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
@@ -144,7 +144,8 @@ class Run:
         )
         self._resume()
         make_output_dir(self.folder)
-        self.log = RunLog(self.folder, self.accelerator, None if self.checkpoint is None else self.step)
+        resume_step = None if self.checkpoint is None else self.step
+        self.log = RunLog(self.folder, self.accelerator, resume_step, flat_config(self.config))
         task.started(self)
         if self.main:
             save_config(self.config, self.folder / "config.yaml")
@@ -229,11 +230,11 @@ class Run:
         self.task.before_step(self.step)
         self.state.begin_step()
 
-    def count_failures(self, failed: list[str], lost: list[str]) -> None:
+    def count_failures(self, failed: list[str], failed_shards: list[str]) -> None:
         """Tell of samples and shards that could not be read; all processes call it together."""
         for line in self.state.unreadable.add(gather_object(failed)):
             self.say(f"skipped {line}")
-        for line in self.state.unreadable.add_shards(gather_object(lost)):
+        for line in self.state.unreadable.add_shards(gather_object(failed_shards)):
             self.say(f"skipped the rest of the shard {line}")
 
     @contextmanager
@@ -405,7 +406,7 @@ class Run:
             else:
                 words = [
                     f"stopped and saved after step {self.step} of {total}; to continue:",
-                    f"  {resume_command(self.folder, self.world, self.state.sharded)}",
+                    f"  {resume_command(self.task.entry, self.folder, self.world, self.state.sharded)}",
                 ]
             for line in words:
                 self.say(line)

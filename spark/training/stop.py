@@ -3,6 +3,7 @@
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -166,11 +167,31 @@ def stop_run(
     )
 
 
-def resume_command(output_dir: str | Path, world_size: int, sharded: bool = False) -> str:
-    """The command that continues this script's run, to be given in the same folder; `sharded` weights stay so."""
-    launcher = f"accelerate launch --multi_gpu --num_processes {world_size}" if world_size > 1 else "python"
-    if sharded:
-        options = "--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy NO_WRAP"
-        launcher = f"accelerate launch {options} --num_processes {world_size}"
-    saved = Path(output_dir) / "config.yaml"
-    return shlex.join([*launcher.split(), sys.argv[0], "--config", str(saved), "--resume", "true"])
+def resume_command(entry: str, output_dir: str | Path, world_size: int, sharded: bool = False) -> str:
+    """The command that continues a run, from any folder, started the way that this process was.
+
+    Args:
+        entry: module that starts such runs, such as "spark.pretrain"; its console command is spark-pretrain.
+        output_dir: folder of the run.
+        world_size: number of processes.
+        sharded: the weights are sharded, and stay so.
+    """
+    started, console = Path(sys.argv[0]).absolute(), f"spark-{entry.rpartition('.')[2]}"
+    is_file = started.match(entry.replace(".", "/") + ".py") and sys.modules["__main__"].__spec__ is None
+    program = [str(started)] if is_file else ["-m", entry]
+    if world_size > 1 or sharded:
+        fsdp = "--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy NO_WRAP"
+        kind = fsdp if sharded else "--multi_gpu"
+        accelerate = _as_typed("accelerate", Path(sys.executable).with_name("accelerate"))
+        command = [accelerate, "launch", *kind.split(), "--num_processes", str(world_size), *program]
+    elif started.stem == console:
+        command = [_as_typed(console, started)]
+    else:
+        command = [_as_typed("python", sys.executable), *program]
+    saved = (Path(output_dir) / "config.yaml").absolute()
+    return shlex.join([*command, "--config", str(saved), "--resume", "true"])
+
+
+def _as_typed(name: str, path: str | Path) -> str:
+    """The name of a program, if the shell finds this one by it; its path otherwise."""
+    return name if shutil.which(name) == str(path) else str(path)

@@ -55,6 +55,7 @@ class Task(ABC):
         compiled: forward and backward pass go through torch.compile.
         idle_reason: why a micro-batch may have nothing to learn from.
         unit: what a sample is, in the plural.
+        entry: module of the command that starts it, such as "spark.pretrain".
         product: what `export` writes, in one word.
         product_folder: where, inside the folder of the run.
     """
@@ -69,6 +70,7 @@ class Task(ABC):
     compiled = False
     idle_reason = ""
     unit = "samples"
+    entry: str
     product = "model"
     product_folder = "model"
 
@@ -123,7 +125,7 @@ class Task(ABC):
         """Refuse to go on; `idle` is the number of micro-batches so far, of all processes, that taught nothing."""
 
     def advance(self) -> None:
-        """Count the batches so far as done: a checkpoint made from now on goes on behind them."""
+        """Count the batches that were taken as done: a checkpoint made from now on goes on behind them."""
 
     def columns(self, run: "Run", batch: dict[str, Any]) -> dict[str, float | str]:
         """The task's own columns of a row; `batch` is the last one of the step."""

@@ -375,7 +375,7 @@ def _find_encoder(
     if (path / STATE).is_file():
         return _from_run(path, model_name, averaged, name_option)
     if path.is_dir() and not is_name:
-        hint = "save_encoder and spark/commands/export.py write such folders"
+        hint = "save_encoder and spark-export write such folders"
         if (path / "encoder" / CONFIG).is_file():
             hint = f"did you mean {path / 'encoder'}?"
         raise UserError(f"{path} is not an exported encoder (it has no {CONFIG}): {hint}")
@@ -445,7 +445,7 @@ def _from_export(folder: Path, model_name: str | None, name_option: str) -> _Sou
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = "does not describe a timm model (no architecture in it)"
         if isinstance(config, dict) and {"encoder", "head"} <= config.keys():
-            what = "is of a depth model, not of an encoder: finetune/commands/export.py hands it out"
+            what = "is of a model with a head, not of an encoder: use the export command of that model"
         raise UserError(f"{folder / CONFIG} {what}") from error
     try:
         tensors = load_file(folder / WEIGHTS)

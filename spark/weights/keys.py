@@ -37,18 +37,23 @@ class KeyReport:
             lines.append(
                 f"  missing, left at their initial values ({len(self.missing)}): {some(self.missing)}"
             )
-        if self.unexpected:
-            lines.append(f"  unexpected ({len(self.unexpected)}): {some(self.unexpected)}")
-        if self.mismatched:
-            shapes = [
-                f"{name} {list(there)} in the file, {list(here)} here"
-                for name, there, here in self.mismatched
-            ]
-            lines.append(f"  of another shape ({len(shapes)}): {some(shapes, '; ')}")
+        lines += [f"  {difference}" for difference in self.differences()]
         for reason in dict.fromkeys(reason for _, reason in self.ignored):
             names = [name for name, why in self.ignored if why == reason]
             lines.append(f"  ignored, {reason} ({len(names)}): {some(names)}")
         return "\n".join(lines)
+
+    def differences(self) -> list[str]:
+        """What the file has and the model lacks, or has in another shape."""
+        found = []
+        if self.unexpected:
+            found.append(f"{len(self.unexpected)} are not in the model ({some(self.unexpected)})")
+        if self.mismatched:
+            shapes = [
+                f"{key}: {list(there)} in the file, {list(here)} here" for key, there, here in self.mismatched
+            ]
+            found.append(f"{len(shapes)} have another shape ({some(shapes, '; ')})")
+        return found
 
 
 def some(names: list[str], separator: str = ", ", count: int = 4) -> str:
@@ -103,17 +108,8 @@ def fit(
         if _module_of(key) not in unneeded and not key.endswith(".num_batches_tracked")
     ]
     if needed or report.unexpected or report.mismatched:
-        wrong = []
-        if needed:
-            wrong.append(f"{len(needed)} tensors are missing in the file ({some(needed)})")
-        if report.unexpected:
-            wrong.append(f"{len(report.unexpected)} are not in the model ({some(report.unexpected)})")
-        if report.mismatched:
-            shapes = [
-                f"{key}: {list(there)} in the file, {list(here)} here"
-                for key, there, here in report.mismatched
-            ]
-            wrong.append(f"{len(shapes)} have another shape ({some(shapes, '; ')})")
+        wrong = [f"{len(needed)} tensors are missing in the file ({some(needed)})"] if needed else []
+        wrong += report.differences()
         raise UserError(
             f"{source} does not fit {name}: {', '.join(wrong)}. It is of another architecture, or not whole. {advice}"
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import finetune
 import spark
 from finetune.config import DepthConfig
 from finetune.options import CompareConfig, DoctorConfig, PredictConfig
@@ -146,6 +147,8 @@ def test_calls_from_python(tmp_path):
         spark.pretrain(**{**options, "model": {"nam": "resnet50"}})
     with pytest.raises(UserError, match="output_dir must be set"):
         spark.pretrain(data="x", model="resnet50")
+    with pytest.raises(UserError, match=r"encoder must be set"):
+        finetune.depth(data="NYU", output_dir="o")
     assert spark.pretrain.main is spark.pretrain.__dict__["main"], "it is the module, too"
 
 
@@ -339,8 +342,8 @@ def test_entries_of_an_option_that_is_a_dict():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--losses", "3"], "losses must be {name: a number, ...}, got 3"),
-        (["--losses.l1", "abc"], "losses must be {name: a number, ...}, got abc"),
+        (["--losses", "3"], "losses must be {name: a number, ...} of silog, l1"),
+        (["--losses.l1", "abc"], "losses must be {name: a number, ...} of silog, l1"),
         (["--model.head_options", "3"], "model.head_options must be {name: any value, ...}, got 3"),
         (["--loss_options", "3"], "loss_options must be {name: {name: any value, ...}, ...}, got 3"),
         (["--losses.", "3"], "unknown option --losses."),

@@ -29,7 +29,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
 from spark import SparK
-from spark.images.transform import Normalise, PretrainTransform
+from spark.images.transform import PretrainTransform
+from spark.model.normalise import Normalise
 from tests.together import server
 from tools import benchmark
 from tools.benchmarks import contenders, loader, memory, original, processes, steps, timing
@@ -554,8 +555,8 @@ def test_the_files_of_a_turn_are_spread_over_the_data(photos, monkeypatch):
 def test_pictures_of_both_are_equal(photos):
     images = loader.data_sets(LoaderCase("photos", photos, size=48))
     torch.manual_seed(loader.derive_seed(0, 7))
-    ours, transform = images["ours"][7, 2]["image"], images["ours"].transform
-    difference = Normalise(transform.mean, transform.std)(ours) - images["plain"][7, 2]
+    ours, transform = images["ours"][7, 2]["image"], images["ours"].reader.transform
+    difference = Normalise(transform.mean, transform.std, fused=True)(ours) - images["plain"][7, 2]
     assert difference.abs().mean() * 0.225 < 0.01
     check_pictures(LoaderCase("photos", photos, size=48))
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from finetune.config import DepthConfig
-from finetune.evaluate import EvaluationConfig
-from spark.commands import report
+from finetune.options import EvaluationConfig
+from spark.commands.work.report import read_steps
 from spark.config import PretrainConfig
+from spark.options import ReportConfig
 from spark.training.cli import parse_config
 from tools.demo import __main__ as demo
 from tools.demo import figure as demo_figure
@@ -40,7 +41,7 @@ def test_every_command_is_understood_by_its_script(steps):
         )
         assert evaluation.model == f"runs/demo/{name}/model"
         assert evaluation.data.list == "test.txt"
-    page = report.parse_arguments(arguments(steps["report"], "spark.commands.report"))
+    page = parse_config(ReportConfig, arguments(steps["report"], "finetune.commands.report"), "")
     assert page.steps == f"runs/demo/{demo.RECORD}"
     drawn = demo_figure.parse_arguments(arguments(steps["figure"], "tools.demo.figure"))
     assert (drawn.output, drawn.pretrain) == ("a.png", "runs/demo/pretrain")
@@ -118,7 +119,7 @@ def test_it_goes_on_where_it_failed(short, capsys):
         zip(names, (1, 2, 2, 3), strict=True)
     )
     assert all(entry["done"] for entry in entries)
-    assert report.read_steps(short / "demo" / demo.RECORD) == entries
+    assert read_steps(short / "demo" / demo.RECORD) == entries
 
 
 def test_a_step_that_was_stopped_is_not_done(short, capsys):

@@ -9,11 +9,11 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import save_file
-from spark.assembly import build_model
 
 from finetune import DepthModel
 from spark.config import ModelConfig
 from spark.report import Run, read_run
+from spark.task import build_model
 from tests.depth_world import make_depth_world
 from tools.demo import figure as demo_figure
 

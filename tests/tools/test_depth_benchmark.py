@@ -94,14 +94,14 @@ def test_distillation(cards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_another_model_is_not_timed(cards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    attach = depth.add_segmentation
+    build = depth.build_trained
 
-    def and_spoil(model: Any, criterion: Any, config: Any) -> None:
-        attach(model, criterion, config)
-        if model.segmentation is not None:
+    def and_spoil(model: Any, config: Any) -> Any:
+        if "segmentation" in config.losses:
             model.head.distribution.mlp[0].bias.data.add_(0.5)
+        return build(model, config)
 
-    monkeypatch.setattr(depth, "add_segmentation", and_spoil)
+    monkeypatch.setattr(depth, "build_trained", and_spoil)
     with pytest.raises(ValueError, match="differs with and without the segmentation loss"):
         depth.distillation_rows("distil", "test_resnet", [SIZE], 2, "fp32", 2)
 

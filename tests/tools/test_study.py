@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from finetune.config import DepthConfig
-from finetune.evaluate import EvaluationConfig
+from finetune.options import EvaluationConfig
 from spark.config import PretrainConfig
 from spark.training.cli import parse_config
 from tools import study
@@ -131,6 +131,7 @@ def test_commands_tables_and_resuming(data, commands):
     ]
     table = (out / "table.md").read_text()
     assert "| resnet18 | spark | 2 | 0.600 (0.500-0.700) |" in table
+    assert "--data $SPARK_DATA" in table
     assert str(data) not in table
     (difference,) = read(out / "table_differences.csv")
     assert (difference["difference"], difference["scenes"], difference["seeds"]) == (

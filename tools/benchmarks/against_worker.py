@@ -6,7 +6,9 @@ It is given a case as JSON, and writes the value that both checkouts must agree 
 
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,25 +18,25 @@ torch.set_num_threads(case["threads"])
 torch.backends.cudnn.benchmark = True
 torch.manual_seed(0)
 images = torch.randn(case["batch"], 3, case["size"], case["size"])
+model: Any = None
+visible: Any = None
+pyramid: Any = None
+sparsify: Any = import_module("spark.sparse").sparsify
 if case["kind"] == "depth":
     from finetune import DepthModel
 
     model = DepthModel(case["model"], image_size=(case["size"],) * 2)
-
-    def loss():
-        """Mean depth."""
-        return model(images).depth.mean()
 else:
     from spark import SparK
-    from spark.sparse import sparsify
 
-    try:
-        from spark.model.encoder import pyramid
-        from spark.model.masking import random_visible
-    except ImportError:  # commits in which these were modules of their own
-        from spark.encoder import pyramid
-        from spark.masking import random_visible
+    def named(module, name):
+        """A function of a module that was spark.MODULE in older commits and is spark.model.MODULE now."""
+        try:
+            return getattr(import_module(f"spark.model.{module}"), name)
+        except ImportError:
+            return getattr(import_module(f"spark.{module}"), name)
 
+    pyramid, random_visible = named("encoder", "pyramid"), named("masking", "random_visible")
     model = SparK(
         case["model"], case["size"], case["mask_ratio"], layout=case["layout"], decoder_width=case["width"]
     )
@@ -46,12 +48,15 @@ else:
         device=device,
     )
 
-    def loss():
-        """That of SparK, or the mean square of the encoder's features."""
-        if case["kind"] == "step":
-            return model(images, visible).loss
-        maps = pyramid(model.encoder, sparsify(images, visible, case["layout"]), model.levels)
-        return sum(x.to_dense().float().square().mean() for x in maps)
+
+def loss() -> torch.Tensor:
+    """That of SparK, the mean square of the encoder's features, or the mean depth."""
+    if case["kind"] == "depth":
+        return model(images).depth.mean()
+    if case["kind"] == "step":
+        return model(images, visible).loss
+    maps = pyramid(model.encoder, sparsify(images, visible, case["layout"]), model.levels)
+    return torch.stack([x.to_dense().float().square().mean() for x in maps]).sum()
 
 
 model.to(device, memory_format=torch.channels_last).train()

@@ -8,6 +8,7 @@ clipping and the optimizer's update, all as the run card has them.
 import argparse
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.config import DepthConfig
-from finetune.losses import WeightedLoss
-from finetune.tasks.build import add_segmentation, build_model
+from finetune.tasks.build import build_model, build_trained
 from spark.errors import UserError
 from spark.sparse.choice import device_name
 from spark.training.cli import parse_config
@@ -61,35 +61,34 @@ class Training:
     """
 
     def __init__(self, config: DepthConfig, losses: Mapping[str, float]) -> None:
-        self.config = config
-        self.model = build_model(config)[0]
         options = {name: values for name, values in config.loss_options.items() if name in losses}
-        self.criterion = WeightedLoss(losses, options, self.model.mean, self.model.std)
-        add_segmentation(self.model, self.criterion, config)
-        self.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.config = replace(config, losses=dict(losses), loss_options=options)
+        self.model = build_model(config)[0]
+        self.trained = build_trained(self.model, self.config)
+        self.trained.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         optim = config.optim
         groups = parameter_groups(
-            self.model,
+            self.trained,
             optim.weight_decay,
             layer_decay=optim.layer_decay,
             encoder_lr_factor=optim.encoder_lr_factor,
         )
         self.optimizer = build_optimizer(optim.name, groups, optim.lr, optim.betas, optim.eps)
-        self.model.train()
+        self.trained.train()
 
     def forward(self, batch: Batch) -> tuple[Tensor | None, Tensor, dict[str, Tensor]]:
         """Predicted depth [B, 1, H, W] [m], the loss, and each of its terms."""
         images = batch["image"].contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bf16"):
             output = self.model(images)
-        loss, parts = self.criterion(output, batch)
+            loss, parts = self.trained.criterion(output, batch, self.model)
         return output.depth, loss, parts
 
     def step(self, batch: Batch) -> None:
         """One training step."""
         self.optimizer.zero_grad()
         self.forward(batch)[1].backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad or float("inf"))
+        nn.utils.clip_grad_norm_(self.trained.parameters(), self.config.optim.clip_grad or float("inf"))
         self.optimizer.step()
 
     def macs(self, batch: Batch) -> float:

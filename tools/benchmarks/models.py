@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from spark.assembly import build_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,6 +15,7 @@ from finetune.model.depth_model import load_depth_model
 from spark.config import PretrainConfig
 from spark.files import write_whole
 from spark.sparse.choice import device_name
+from spark.task import build_model
 from spark.training.cli import parse_config
 from tools.benchmarks.timing import interleaved, summary
 

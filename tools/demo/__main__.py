@@ -9,7 +9,7 @@ Runs the project's own commands, exactly as they are run by hand, and prints eac
     3. timm       plain timm loads the exported encoder                  timm.create_model("local-dir:...")
     4. train      UNet++ from scratch and from that encoder, alike       finetune/depth.py, twice
     5. evaluate   both on rooms that no training saw                     finetune/evaluate.py, twice
-    6. report     OUTPUT_DIR/report.html                                 spark/commands/report.py
+    6. report     OUTPUT_DIR/report.html                                 finetune/commands/report.py
     7. figure     OUTPUT_DIR/figure.png                                  tools/demo/figure.py
 
 The two trainings run side by side on half of the cores each, and so do the two evaluations. The output of every step is
@@ -154,7 +154,7 @@ def demo_steps(output: str, seed: int, figure: str) -> list[list[Step]]:
     )
     runs = (f"scratch={output}/scratch", f"SparK={output}/spark")
     about = options(steps=f"{output}/{RECORD}", title="SparK demo", lead=lead, output=f"{output}/report.html")
-    report = ("-m", "spark.commands.report", *runs, f"pretraining={pretrain}", *about)
+    report = ("-m", "finetune.commands.report", *runs, f"pretraining={pretrain}", *about)
     drawn = ("-m", "tools.demo.figure", "--pretrain", pretrain, "--depth", runs[0], "--depth", runs[1])
     exported = "pretrain/encoder/model.safetensors"
     check = TIMM_CHECK.format(encoder=f"{pretrain}/encoder")

@@ -19,19 +19,20 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
-from spark.assembly import build_model
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from finetune.depth_data import DepthSample, open_depth_data
 from finetune.model.depth_model import load_depth_model
+from finetune.model.prediction import transform_of
 from finetune.protocols import get_protocol
 from finetune.report.figures import colourise, depth_colours, save_figure, shared_range
-from finetune.scoring.score import predict_depth, transform_of
+from finetune.scoring.score import predict_depth
 from spark.config import ModelConfig
 from spark.errors import UserError
-from spark.model.encoder import is_own
 from spark.model.masking import mean_ratio, visible_at
+from spark.model.names import is_own
 from spark.report import Run, read_run
+from spark.task import build_model
 from spark.training.checkpoint import find_run
 
 Pictures = list[np.ndarray]
@@ -59,9 +60,9 @@ def draw(pretrain: Run | None, runs: dict[str, Run], count: int) -> Figure:
     figure = Figure(
         figsize=(9, 2.3 * len(rows) * (2 if pretrain else 1) * height / width), layout="constrained"
     )
-    below = figure
+    below: Any = figure
     if pretrain:
-        above, below = figure.subfigures(2, 1)
+        above, below = np.asarray(figure.subfigures(2, 1))
         restored = masked_and_reconstructed(pretrain, [sample.image for sample in samples])
         grid(above, ["image", "masked", "reconstruction"], restored)
     axes = grid(below, headings, rows)

@@ -1,4 +1,4 @@
-// Runs once in the page, with gradio's element, props, watch and trigger. `props.value` is the JSON that tools/app.py
+// Runs once in the page, with gradio's element, props, watch and trigger. `props.value` is the JSON that spark-app
 // makes: pictures as data: addresses, distances as base64 of uint16 [height, width], `step` metres each.
 const root = element.querySelector(".depth-viewer");
 const find = (name) => root.querySelector(name);

@@ -26,12 +26,13 @@ from PIL import Image
 from finetune.depth_data.depth_files import npy_bytes, png_bytes
 from finetune.model.calibration import Calibration, Fit, Readings, Space, fit_calibration
 from finetune.model.depth_model import DepthModel, load_depth_model
-from finetune.model.prediction import chosen_device, read_photo, resized, seen_depths
+from finetune.model.prediction import read_photo, resized, seen_depths
 from finetune.options import AppConfig
 from finetune.predicting.camera import Intrinsics, camera_for
 from finetune.predicting.pointcloud import point_cloud
 from finetune.report.figures import colourise
 from spark.errors import UserError
+from spark.training.accelerator import chosen_device
 
 VIEWER = Path(__file__).parents[1] / "viewer"
 VIEW_SIDE = 1024  # [px], longest side of the pictures and of the distances that the browser gets
@@ -119,7 +120,7 @@ def open_photo(
     """Read a photo, delete the file, and predict; files to download will be in a folder inside `folder`.
 
     Args:
-        model: without its calibration: fits are to what the head gives, as those of finetune/commands/calibrate.py are.
+        model: without its calibration: fits are to what the head gives, as those of spark-calibrate are.
         path: of the photo.
         max_pixels: most pixels of a photo.
         folder: for files to download.
@@ -284,7 +285,7 @@ def words(session: Session | None, model_folder: str) -> str:
             "fit": session.fit,
             "output": "CALIBRATED",
         }
-        command = ["python", "finetune/commands/calibrate.py"]
+        command = ["spark-calibrate"]
         command += [word for name, value in options.items() for word in (f"--{name}", value)]
         lines += [
             f"{_code(str(session.calibration))} Mean relative error {stated}.",
@@ -502,7 +503,7 @@ def serve(config: AppConfig) -> None:
     if "depth" not in model.outputs:
         raise UserError(
             f"head {model.head_name} gives no metres: calibrate the model first with"
-            " finetune/commands/calibrate.py, and give the calibrated copy"
+            " spark-calibrate, and give the calibrated copy"
         )
     model.to(chosen_device(config.device))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, so that nothing is left

@@ -19,12 +19,13 @@ from finetune.model.calibration import (
     stated_contradictions,
 )
 from finetune.model.depth_model import DepthModel, load_depth_model, write_calibration
-from finetune.model.prediction import chosen_device, predict_image, read_photo
+from finetune.model.prediction import predict_image, read_photo
 from finetune.options import CalibrateConfig, Fit, Space
 from finetune.predicting.camera import known_camera
 from finetune.report.terminal import say
 from spark.errors import UserError
 from spark.files import check_replaceable, check_writable
+from spark.training.accelerator import chosen_device
 from spark.weights.encoder import CONFIG, WEIGHTS
 from spark.weights.hub import PREFIX
 
@@ -63,7 +64,7 @@ def calibrate(config: CalibrateConfig) -> Calibration:
         say(
             console,
             f"{card} still describes the model before this calibration: calibrate RUN/model with --in_place true, and"
-            " export that again with finetune/commands/export.py, which writes a card of both",
+            " export that again with spark-export-depth, which writes a card of both",
         )
     return found
 

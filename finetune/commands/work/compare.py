@@ -47,7 +47,7 @@ def compare_files(config: CompareConfig) -> None:
 
 
 def read_one(path: str, protocol: str | None) -> dict[str, Any]:
-    """Results of one protocol in a file of finetune/evaluate.py.
+    """Results of one protocol in a file of spark-evaluate.
 
     Raises:
         UserError: no such file, or of several protocols of which none was chosen.
@@ -63,7 +63,7 @@ def read_one(path: str, protocol: str | None) -> dict[str, Any]:
         )
     if missing := [key for key in NEEDED if key not in chosen[0]]:
         raise UserError(
-            f"{path} lacks {', '.join(missing)}: score again with finetune/evaluate.py, older results do not say how"
+            f"{path} lacks {', '.join(missing)}: score again with spark-evaluate, older results do not say how"
             " they were measured"
         )
     if chosen[0]["settings"].get("family") not in EVALUATORS:
@@ -89,7 +89,7 @@ def check_same(first: str, base: dict[str, Any], path: str, other: dict[str, Any
     if len(truths) == 2 and truths[0] != truths[1]:
         raise UserError(
             f"{first} was scored against {truths[0] or 'unnamed'} depth and {path} against {truths[1] or 'unnamed'}"
-            " depth: score both against the same (--data.depth of finetune/evaluate.py)"
+            " depth: score both against the same (--data.depth of spark-evaluate)"
         )
     for key in READING:
         values = [one[key] for one in (base, other) if key in one]

@@ -9,7 +9,7 @@ from rich.progress import Progress
 
 from finetune.depth_data import DepthSet, open_depth_data
 from finetune.model.depth_model import load_depth_model
-from finetune.model.prediction import chosen_device, transform_of
+from finetune.model.prediction import transform_of
 from finetune.options import EvaluationConfig
 from finetune.protocols import PROTOCOLS, Protocol, get_protocol
 from finetune.report import depth_page
@@ -23,6 +23,7 @@ from finetune.scoring.pictures import WorstRows
 from finetune.scoring.score import score_all
 from finetune.scoring.sources import FolderSource, ModelSource, Source, baseline_source
 from spark.errors import UserError
+from spark.training.accelerator import chosen_device
 
 
 def evaluate(config: EvaluationConfig) -> dict[str, Any]:

@@ -7,13 +7,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from finetune.model.depth_model import load_depth_model
-from finetune.model.prediction import chosen_device
 from finetune.options import PredictConfig
 from finetune.predicting.inputs import earlier_outputs, find_inputs, is_video
 from finetune.predicting.predictor import Predictor, Progressed
 from finetune.predicting.record import RECORD
 from finetune.report.terminal import say
 from spark.errors import UserError
+from spark.training.accelerator import chosen_device
 
 
 def predict(config: PredictConfig) -> int:

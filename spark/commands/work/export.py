@@ -98,5 +98,5 @@ def height_width(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def publication(config: ExportOptions) -> Publication:
-    """What the options say about the publication."""
+    """The publisher's part of a model card, from the options."""
     return Publication(config.license, tuple(config.datasets or ()), config.base_model, config.push_to_hub)

@@ -45,8 +45,8 @@ def read_arms(
         if kind is None:
             names = " or ".join(kind.name for kind in kinds)
             raise UserError(
-                f"{run.folder} is not a run of {names}, as its config.yaml shows: use spark-report, or "
-                "finetune/commands/report.py in a clone"
+                f"{run.folder} is not a run of {names}, as its config.yaml shows: spark-report knows more"
+                " kinds than python -m spark.commands.report"
             )
         if kind_of.setdefault(run.label, kind) is not kind:
             names = f"{kind_of[run.label].name} and {kind.name}"

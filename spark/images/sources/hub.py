@@ -70,7 +70,7 @@ def open_hub(name: str, split: str, streaming: bool = False) -> tuple[Any, Any]:
         import datasets
     except ImportError as error:
         raise UserError(
-            "data sets of Hugging Face need the package datasets: pip install datasets"
+            "data sets of Hugging Face need the package datasets: pip install 'spark-pretrain[hub]'"
         ) from error
     folder = Path(name).expanduser()
     is_saved = [(folder / note).is_file() for note in ("state.json", "dataset_dict.json")]

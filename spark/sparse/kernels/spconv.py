@@ -234,6 +234,6 @@ def _import_ops() -> Any:
     except Exception as error:  # beside ImportError whatever a build for another CUDA or NumPy dies of
         raise UserError(
             f"layout 'spconv' needs the package spconv, which does not import here "
-            f"({type(error).__name__}: {error}): install spconv-cu120 (Python 3.8 to 3.11) or spconv-cu126 (newer), "
-            "or use layout 'packed'"
+            f"({type(error).__name__}: {error}): pip install 'spark-pretrain[spconv]' "
+            "(Python up to 3.13), or use layout 'packed'"
         ) from error

@@ -140,7 +140,7 @@ def test_a_core_that_does_not_fit_says_why(tmp_path: Path) -> None:
         "head.core.relative.weight",
         "head.core.relative.bias",
     ]
-    assert "of another shape (2)" in str(report)
+    assert "2 have another shape" in str(report)
     with pytest.raises(ValueError, match=r"the head in .* does not fit"):
         start_from(DepthModel("test_resnet", head="fusion", width=32), folder)
     with pytest.raises(ValueError, match=r"the encoder in .* does not fit"):
@@ -214,7 +214,7 @@ def test_ranking_of_pairs_through_the_loop(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches of one kind of supervision each, as mixed training has them: the other term is left out, not zero."""
-    import finetune.depth as script
+    import finetune.tasks.depth as script
 
     kept = script.collate_depth
     count = []

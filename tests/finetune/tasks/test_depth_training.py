@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import finetune.tasks.outputs
 import numpy as np
 import pytest
 import torch
@@ -18,15 +17,17 @@ import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-import finetune.depth
 from finetune import DepthModel, load_depth_model
 from finetune.config import DepthConfig, DepthDataConfig, DepthModelConfig, DepthOptimConfig
 from finetune.depth import main
+from finetune.losses.weighted import WeightedLoss
+from finetune.tasks import depth as task
 from finetune.tasks.build import build_model, train_transform
 from finetune.tasks.schedule import RunLength, run_phases
 from spark.model.encoder import build_encoder
 from spark.training.checkpoint import save_encoder
 from spark.training.cli import parse_config
+from spark.training.log import RunLog
 from spark.weights.official import timm_names
 from tests.depth_world import make_depth_world
 from tests.together import together
@@ -270,17 +271,15 @@ def test_the_best_model_is_kept_and_patience_ends_a_run(
     """Scores from a list; the best of them is the second, after which two follow that are not better."""
     scores = dict(zip(range(1, 7), (0.5, 0.3, 0.4, 0.3, 0.1, 0.1), strict=True))
     seen: list[int] = []
-    plain_score = finetune.outputs.score
+    plain_score = task.score
 
     def scored(model: Any, *arguments: Any, **options: Any) -> Any:
         results, drawn = plain_score(model, *arguments, **options)
-        seen.append(
-            len(rows_of(tmp_path / "run")) + 1 if (tmp_path / "run" / "metrics.jsonl").exists() else 1
-        )
+        seen.append(len(rows_of(tmp_path / "run")))
         results["metrics"]["abs_rel"] = scores[min(seen[-1], 6)]
         return results, drawn
 
-    monkeypatch.setattr(finetune.outputs, "score", scored)
+    monkeypatch.setattr(task, "score", scored)
     monkeypatch.setattr(RunLength, "validates_after", lambda self, step: True)
     options = {"checkpoint_every": 1, "keep_checkpoints": 9, "patience": 2}
     rows = run(world, tmp_path / "run", **options)
@@ -363,7 +362,7 @@ def test_stop_signal_saves_and_resume_goes_on(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = run(world, tmp_path / "whole")
-    write_row = finetune.depth.RunLog.row
+    write_row = RunLog.row
 
     def stop_after_three(log: Any, step: int, **values: Any) -> None:
         write_row(log, step, **values)
@@ -371,7 +370,7 @@ def test_stop_signal_saves_and_resume_goes_on(
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune.depth.RunLog, "row", stop_after_three)
+        patch.setattr(RunLog, "row", stop_after_three)
         stopped = run(world, tmp_path / "run")  # returns: exit code 0
     assert len(stopped) == 3
     assert not (tmp_path / "run" / "model").exists()
@@ -551,7 +550,7 @@ def test_nan_stops_with_the_state_saved_and_the_batch_named(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = run(world, tmp_path / "whole", max_steps=4)
-    forward = finetune.depth.WeightedLoss.forward
+    forward = WeightedLoss.forward
     calls = []
 
     def spoil(self: Any, *maps: torch.Tensor) -> Any:
@@ -560,7 +559,7 @@ def test_nan_stops_with_the_state_saved_and_the_batch_named(
         return (total * math.nan if len(calls) == 3 else total), parts
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune.depth.WeightedLoss, "forward", spoil)
+        patch.setattr(WeightedLoss, "forward", spoil)
         sentence = fails(world, tmp_path / "run", capsys, max_steps=4)
     assert "the loss is nan" in sentence
     assert "at step 3" in sentence
@@ -637,7 +636,7 @@ def test_figures_that_cannot_be_written_do_not_stop_the_run(
     def full(*_: Any) -> None:
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(finetune.outputs, "save_figure", full)
+    monkeypatch.setattr(task, "save_figure", full)
     rows = run(world, tmp_path / "run", max_steps=1)
     assert "val_delta1" in rows[0]
     assert "no triptychs of step 1, the run goes on: the disk is full" in capsys.readouterr().out
@@ -652,7 +651,7 @@ def test_errors_outside_our_hands_save_the_state(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     whole = run(world, tmp_path / "whole", max_steps=3)
-    forward = finetune.depth.WeightedLoss.forward
+    forward = WeightedLoss.forward
     calls = []
 
     def fail(self: Any, *maps: torch.Tensor) -> Any:
@@ -662,7 +661,7 @@ def test_errors_outside_our_hands_save_the_state(
         return forward(self, *maps)
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune.depth.WeightedLoss, "forward", fail)
+        patch.setattr(WeightedLoss, "forward", fail)
         with pytest.raises((SystemExit, RuntimeError)):
             run(world, tmp_path / "run", max_steps=3)
     assert losses_of(run(world, tmp_path / "run", max_steps=3, resume="true")) == losses_of(whole)

@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from spark.commands.prepare import main
-from spark.commands.work import prepare as prepare_images
+from spark.commands import prepare as prepare_images
+from spark.commands.work import prepare as work
 from spark.images.dataset import SampleReader, UnlabeledImages
 from spark.images.sources import open_source, open_stream
 from spark.images.transform import PretrainTransform
@@ -52,7 +52,7 @@ def photos(tmp_path) -> Path:
 
 def run(photos, output, *more) -> dict:
     options = ["--short_side", "64", "--shard_size", "3", "--workers", "1", *more]
-    main(["--input", str(photos), "--output", str(output), *options])
+    prepare_images.main(["--input", str(photos), "--output", str(output), *options])
     return json.loads((output / "report.json").read_text())
 
 
@@ -100,7 +100,7 @@ def test_finished_shards_are_kept_and_missing_ones_are_written(photos, tmp_path)
     whole = run(photos, output)
     contents = {path.name: path.read_bytes() for path in output.glob("*.tar")}
     (output / "000001.tar").unlink()
-    prepare_images.note_of(output, 1).unlink()
+    work.note_of(output, 1).unlink()
     (output / "report.json").unlink()
     (output / "000000.tar").write_bytes(b"untouched")
     assert run(photos, output) == whole
@@ -111,12 +111,12 @@ def test_finished_shards_are_kept_and_missing_ones_are_written(photos, tmp_path)
 def test_a_shard_that_fails_leaves_nothing(photos, tmp_path, monkeypatch):
     source, _ = open_source(str(photos), "unused")
     (tmp_path / "out").mkdir()
-    settings = prepare_images.Settings(7, source.digest(), 64, 1, 90, 7, 10**9, 3)
+    settings = work.Settings(7, source.digest(), 64, 1, 90, 7, 10**9, 3)
     monkeypatch.setattr(
         os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     with pytest.raises(OSError, match="No space"):
-        prepare_images.write_shard(source, settings, tmp_path / "out", 0)
+        work.write_shard(source, settings, tmp_path / "out", 0)
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -148,7 +148,7 @@ def test_a_terminated_run_goes_on(tmp_path):
     assert not list(output.glob(".*.part"))
     assert len(open_source(str(output), "unused")[0]) == 2 * len(done)  # all of them whole
 
-    main(command[2:])
+    prepare_images.main(command[2:])
     assert len(open_source(str(output), "unused")[0]) == 40
     assert {path: path.stat().st_mtime_ns for path in done} == done
 
@@ -170,7 +170,7 @@ def test_nothing_of_a_killed_run_goes_on_or_stays(tmp_path):
         process.communicate(timeout=120)  # ends when the last worker has closed the pipe
     assert 1 <= len(list(output.glob("*.tar"))) < 20
     (output / ".000019.tar.77.part").write_bytes(b"half")
-    main(command[2:])
+    prepare_images.main(command[2:])
     assert len(open_source(str(output), "unused")[0]) == 40
     assert not list(output.glob(".*.part"))
 

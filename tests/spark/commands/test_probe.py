@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 
 from spark import save_encoder
-from spark.commands.probe import main
-from spark.commands.work import probe
+from spark.commands import probe
+from spark.commands.work import probe as work
 from spark.model.encoder import pyramid, pyramid_info
 from spark.monitor import probes as probing
 from spark.options import ProbeConfig
+from spark.training.cli import parse_config
 from spark.training.skipped import UnreadableImages
 
 COLOURS = {"green": (40, 200, 60), "red": (210, 40, 50)}
@@ -44,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(data: Path, output: Path, *more: str, encoders: tuple[str, ...] = ("test_resnet",)) -> dict:
     small = ["--size", "64", "--k", "3", "1", "3", "--l2", "1e-3", "1", "--device", "cpu"]
-    main(["--encoder", *encoders, "--data", str(data), "--output", str(output), *small, *more])
+    probe.main(["--encoder", *encoders, "--data", str(data), "--output", str(output), *small, *more])
     return json.loads(output.read_text())
 
 
@@ -116,7 +117,7 @@ def test_logistic_regression_reaches_the_optimum_that_scipy_finds():
 
     best = scipy.optimize.minimize(objective, np.zeros(27), tol=1e-12).x
     model = probing.fit_linear(features, labels, strength)
-    assert max(model.n_iter_) < probe.MAX_ITERATIONS
+    assert max(model.n_iter_) < probing.MAX_ITERATIONS
     np.testing.assert_allclose(model.coef_, best[:24].reshape(3, 8), atol=1e-4)
     assert probing.accuracy(model, features, labels) == pytest.approx(
         ((x @ best[:24].reshape(3, 8).T + best[24:]).argmax(1) == y).mean()
@@ -185,11 +186,15 @@ def test_the_held_out_tenth_is_of_every_class_and_of_the_seed(monkeypatch):
 
 @pytest.mark.parametrize(("level", "strides"), [("deepest", [32]), ("8", [8]), ("all", [2, 4, 8, 16, 32])])
 def test_features_are_averages_of_the_maps_in_eval_mode(folder, tmp_path, level, strides):
-    options = ProbeConfig(encoder=["x"], data=str(folder), output="x", level=level, size=(64, 96))
-    candidate = probe.open_candidate("test_resnet", options)
+    options = parse_config(
+        ProbeConfig,
+        ["--encoder", "x", "--data", str(folder), "--output", "x", "--level", level, "--size", "64", "96"],
+        "",
+    )
+    candidate = work.open_candidate("test_resnet", options)
     assert [each.stride for each in candidate.levels] == strides
-    files = probe.list_labelled(folder).files[:3]
-    features, kept = probe.extract_features(
+    files = probing.list_labelled(folder).files[:3]
+    features, kept = work.extract_features(
         candidate, files, UnreadableImages(3, 1.0), device=torch.device("cpu"), batch_size=2
     )
     assert kept.tolist() == [0, 1, 2]
@@ -205,12 +210,12 @@ def test_features_are_averages_of_the_maps_in_eval_mode(folder, tmp_path, level,
 def test_preparation_keeps_the_middle_and_the_proportions():
     image = Image.new("RGB", (300, 100), "black")
     image.paste("white", (100, 0, 200, 100))
-    whole = probe.Preparation((50, 50), (0.0,) * 3, (1.0,) * 3)(image)
+    whole = probing.Preparation((50, 50), (0.0,) * 3, (1.0,) * 3)(image)
     assert whole.shape == (3, 50, 50)
     assert (
         whole[:, :, 1:-1].min() == 1
     )  # the middle third; of the black beside it the filter sees a pixel at most
-    grey = probe.Preparation((10, 30), (0.5,), (0.25,))(image)
+    grey = probing.Preparation((10, 30), (0.5,), (0.25,))(image)
     assert grey.shape == (1, 10, 30)
     assert grey[0, 5, [0, 15, 29]].tolist() == [-2, 2, -2]
 
@@ -219,7 +224,7 @@ def test_each_encoder_decides_size_and_normalisation(folder, tmp_path):
     encoder = timm.create_model("test_resnet", num_classes=0, in_chans=1)
     exported = save_encoder(encoder, tmp_path / "grey", mean=[0.4], std=[0.2], input_size=(64, 96))
     arguments = ["--encoder", str(exported), "test_resnet", "--data", str(folder), "--k", "1"]
-    main([*arguments, "--output", str(tmp_path / "probe.json"), "--l2", "1", "--device", "cpu"])
+    probe.main([*arguments, "--output", str(tmp_path / "probe.json"), "--l2", "1", "--device", "cpu"])
     grey, colour = json.loads((tmp_path / "probe.json").read_text())["encoders"]
     assert (grey["encoder"], grey["architecture"], grey["size"]) == (str(exported), "test_resnet", [64, 96])
     assert (grey["mean"], grey["std"]) == ([0.4], [0.2])
@@ -298,7 +303,7 @@ def test_a_damaged_image_is_counted_named_and_left_out(tmp_path, capsys):
 
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     with pytest.raises(SystemExit) as stop:
-        main([*arguments, "--device", "cpu"])
+        probe.main([*arguments, "--device", "cpu"])
     assert stop.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines

@@ -267,7 +267,7 @@ def test_hugging_face_data_sets_that_do_not_fit(hub, monkeypatch):
     with pytest.raises(ValueError, match=r"split train of the Hugging Face data set .*cannot be opened"):
         opened(f"hf:{hub.parent}/nothing")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match="need the package datasets: pip install datasets"):
+    with pytest.raises(ValueError, match=r"need the package datasets: pip install 'spark-pretrain\[hub\]'"):
         opened(f"hf:{hub}")
 
 

@@ -1,7 +1,6 @@
 """layout="auto": what a table of measurements says, who asks it, how it is written. The tables here are made up."""
 
 import csv
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +16,7 @@ from spark import SparK, pretrain
 from spark.sparse import LAYOUTS, choice
 from spark.sparse.choice import Choice, choose_layout, convolution_kind
 from spark.training.log import read_rows
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tools"))  # as when a tool is run as a script
-
-import benchmark
-from benchmarks import layouts
-from benchmarks.rows import rows_as_csv
+from tools.benchmarks.steps import MEASURED
 
 IN_TABLE = "spark/sparse/measured.csv"
 UNMEASURED = f"auto: not yet measured on cuda; {IN_TABLE}"
@@ -208,7 +202,7 @@ def test_the_committed_table():
     assert Path(__file__).resolve().parents[3] / IN_TABLE == choice.MEASURED
     with choice.MEASURED.open(newline="") as file:
         reader = csv.DictReader(file)
-        assert tuple(reader.fieldnames or ()) == layouts.COLUMNS
+        assert tuple(reader.fieldnames or ()) == MEASURED
         for row in reader:
             assert row["device_type"] in ("cpu", "cuda")
             assert row["layout"] in LAYOUTS
@@ -397,78 +391,3 @@ def torch_as_before():
     yield
     torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = cudnn
-
-
-def read(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-SMALL = ["layouts", "--busy", "--threads=1", "--batch=2", "--size=64", "--rounds=2", "--mask_ratio", "0.5"]
-
-
-def test_the_command_replaces_the_rows_of_its_cases(tmp_path, torch_as_before, monkeypatch, capsys):
-    path = tmp_path / "table.csv"
-    device = benchmark.device_name("cpu")
-    foreign = dict.fromkeys(layouts.COLUMNS, "") | {"device": "another", "model": "kept"}
-    case = {"device_type": "cpu", "threads": "1", "batch": "2", "height": "64", "width": "64"}
-    stale = foreign | case | {"device": device, "model": "test_resnet", "convolutions": "dense"}
-    stale |= {"precision": "bf16", "mask_ratio": "0.5", "layout": "no longer there"}
-    others = [foreign, stale | {"batch": "4"}, stale | {"threads": "2"}]
-    path.write_text(rows_as_csv([stale, *others]))
-    benchmark.main([*SMALL, "0.75", "--model", "test_resnet", "test_convnext", "--csv", str(path)])
-    written = read(path)
-    kept, rows = written[:3], written[3:]
-    assert kept == others
-    assert [
-        tuple(row[c] for c in ("model", "convolutions", "precision", "mask_ratio", "layout")) for row in rows
-    ] == [
-        (model, kind, precision, ratio, layout)
-        for model, kind in (("test_resnet", "dense"), ("test_convnext", "grouped"))
-        for precision in ("fp32", "bf16")
-        for ratio in ("0.5", "0.75")
-        for layout in ("masked", "packed")
-    ]
-    assert {(row["device"], row["device_type"], row["threads"]) for row in rows} == {(device, "cpu", "1")}
-    assert {(row["batch"], row["height"], row["width"], row["rounds"]) for row in rows} == {
-        ("2", "64", "64", "2")
-    }
-    assert {row["speedup_median"] for row in rows if row["layout"] == "masked"} == {"1.000"}
-    assert {row["torch"] for row in rows} == {torch.__version__}
-    assert "bf16" in capsys.readouterr().out
-
-    monkeypatch.setattr(choice, "MEASURED", path)
-    fastest = choose_layout("cpu", "dense", "fp32", 0.75)
-    one = next(row for row in rows if row["layout"] == "packed" and row["mask_ratio"] == "0.75")
-    assert fastest.layout == ("packed" if float(one["speedup_median"]) >= 1 else "masked")
-    assert fastest.reason.endswith(
-        f"on this cpu, fp32, mask ratio 0.75, test_resnet at 64 px, batch 2; {IN_TABLE}"
-    )
-
-
-def test_another_file_is_refused_before_measuring(tmp_path, monkeypatch, capsys):
-    path = tmp_path / "other.csv"
-    path.write_text("a,b\n1,2\n")
-    monkeypatch.setattr(benchmark, "timing_rows", lambda *_: pytest.fail("measured for nothing"))
-    with pytest.raises(SystemExit):
-        benchmark.main([*SMALL, "--csv", str(path)])
-    assert f"error: {path} is no table of layouts: its first line must be device," in capsys.readouterr().err
-    assert path.read_text() == "a,b\n1,2\n"
-
-
-def test_nothing_is_replaced_when_a_case_fails(tmp_path, torch_as_before, capsys):
-    path = tmp_path / "table.csv"
-    row = dict.fromkeys(layouts.COLUMNS, "") | {"device": benchmark.device_name("cpu")}
-    path.write_text(rows_as_csv([row]))
-    with pytest.raises(SystemExit):
-        benchmark.main([*SMALL, "0.9", "--model", "test_resnet", "--csv", str(path)])
-    assert "error: mask_ratio 0.9 on a grid of 2x2 patches" in capsys.readouterr().err
-    assert read(path) == [row]
-
-
-def test_layouts_of_a_device(missing, capsys):
-    missing("spconv")
-    assert layouts.layouts_of("cpu") == ("masked", "packed")
-    assert capsys.readouterr().err == ""
-    assert layouts.layouts_of("cuda:0") == ("masked", "packed", "triton")
-    assert capsys.readouterr().err == "note: layout spconv is left out, its package is missing\n"

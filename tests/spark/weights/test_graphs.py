@@ -31,6 +31,8 @@ HEADS = {
     "linear": {},
     "fusion": {"width": 8, "encoder": "test_convnext"},
     "metric_bins": {"width": 8, "bins": 8, "embedding": 8},
+    "fcrn": {"widths": (16, 16, 8, 8, 8)},
+    "dorn": {"bins": 12, "width": 16, "fused": 16, "dilations": (1, 2)},
 }
 DOC = Path(__file__).parents[3] / "docs" / "use" / "export.md"
 

@@ -196,10 +196,10 @@ def test_results_of_evaluate(model: Path, tmp_path: Path, capsys) -> None:
         assert ("Measured before the calibration" in (out / "README.md").read_text()) == stale
 
     taken = error_of(capsys, export_encoder.main, "--checkpoint", model, "--output", tmp_path / "no")
-    assert "is of a depth model, not of an encoder" in taken
+    assert "is of a model with a head, not of an encoder" in taken
     command = ("--model", model, "--output", tmp_path / "no", "--results", file)
     said = error_of(capsys, export_depth.main, *command)
-    assert f"by a path alone which model it scored, {best}, and that is not {model} from here" in said
+    assert f"names the model that it scored by a path alone, {best}, which is not {model} from here" in said
     for content in ("{}", "{", "[]", '{"protocols": []}', '{"protocols": [{}]}'):
         file.write_text(content)
         assert "holds no results" in error_of(capsys, export_depth.main, *command)
