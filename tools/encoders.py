@@ -4,7 +4,8 @@
     python -m tools.encoders --families resnet convnextv2   # prints only
     python -m tools.encoders --models my_nets:TinyNet       # a convnet of your own, or any name of timm
 
-The families are those of docs/use/encoders.csv, from its first two columns. The tests try the same properties (`CHECKS`).
+The families are those of docs/use/encoders.csv, from its first two columns. The tests try the same properties
+(`CHECKS`).
 
 Every family has to show six properties, in fp64, with random weights in every norm and gain:
 
