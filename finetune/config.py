@@ -33,7 +33,7 @@ class DepthModelConfig:
     """Model: head and depth range.
 
     Attributes:
-        head: what turns the encoder's features into depth; docs/depth.md says what each is and gives.
+        head: what turns the encoder's features into depth; docs/use/depth.md says what each is and gives.
         head_options: arguments of that head, such as decoder_channels of unetpp.
         init: folder of a depth model, such as OUTPUT_DIR/model of a run, whose weights this one starts from: all with
             the same head, encoder and core from head fusion to metric_bins; null starts the head from random weights.
@@ -58,7 +58,7 @@ class DepthModelConfig:
 
 @dataclass
 class DepthSetConfig(ReadingConfig, PlaceConfig):
-    """One data set: where it lies, its layout, and how it is read; docs/depth_data.md shows every layout.
+    """One data set: where it lies, its layout, and how it is read; docs/use/depth_data.md shows every layout.
 
     Attributes:
         depth: which depth of the labelled file trains, raw (with holes) or filled; other layouts have what their files
@@ -199,12 +199,12 @@ class DepthConfig(RunConfig):
 
     Attributes:
         encoder: exported encoder folder, a .pth file, a timm model name, or package.module:factory of a convnet of your
-            own (docs/options.md).
+            own (docs/use/model_options.md).
         encoder_name: timm name of the encoder in a .pth file that does not say it, or package.module:factory of a
             convnet of your own in a file or folder, for no file decides which code is run; null asks the file.
         pretrained: for a timm name, load timm's published weights (true) or start from random ones (false); a folder
             or file brings its own weights.
-        losses: name and weight of each loss in the sum; docs/depth.md says what each scores and needs.
+        losses: name and weight of each loss in the sum; docs/use/depth.md says what each scores and needs.
         loss_options: arguments of each of these losses, by its name, such as variance_focus of silog.
         sync_bn: batch normalisation takes its statistics over all processes (on CPU each process takes its own).
         protocol: evaluation protocol of the validation and of evaluation.json.

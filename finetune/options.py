@@ -58,7 +58,7 @@ class ReadingConfig:
     """Data: how the files of a data set are read.
 
     Attributes:
-        kind: layout (docs/depth_data.md shows each); null recognises it, and the log says which it was.
+        kind: layout (docs/use/depth_data.md shows each); null recognises it, and the log says which it was.
         white_border: of the labelled NYU images, which training crops leave out: fill continues the pixels next to it,
             black paints it black as in the published test images, keep leaves it.
         polarity: what the relation > of DIW says of its point A, farther (as its authors' code) or closer.
@@ -98,7 +98,7 @@ class PairsConfig(ReadingConfig, PlaceConfig):
     """Data: the pairs to calibrate to.
 
     Attributes:
-        root: folder or file of the pairs (docs/depth_data.md); null calibrates to something else.
+        root: folder or file of the pairs (docs/use/depth_data.md); null calibrates to something else.
         split: official split, of a layout that has some.
     """
 
@@ -116,7 +116,7 @@ class StoredModelConfig:
     Attributes:
         model: folder of a depth model, such as OUTPUT_DIR/model of a training run, or hf-hub:OWNER/NAME.
         encoder_name: package.module:factory of the model's encoder where that is a convnet of your own
-            (docs/options.md), for no file decides which code is run; null for timm's.
+            (docs/use/model_options.md), for no file decides which code is run; null for timm's.
     """
 
     model: PathText
@@ -168,7 +168,7 @@ class EvaluationConfig(PredictingConfig, Options):
         baseline_list: list of the training pairs of baseline mean, a name inside data.root or a path; null is the
             training split of the layout.
         protocol: name of the evaluation protocol, several separated by commas, or all, which is all that fit
-            (docs/protocols.md).
+            (docs/use/protocols.md).
         flip_average: average with the prediction of the mirror image; null is the protocol's own choice.
         threshold: largest difference between the predictions at two points that counts as equally far (metres, or the
             unit of inverse depth of head fusion); it bears on WKDR of the protocols of pairs of points only; null is

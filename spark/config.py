@@ -29,7 +29,7 @@ class SparKConfig:
 
     Attributes:
         name: timm name of the convnet to pretrain, such as resnet50 or convnext_small; or package.module:factory, a
-            function of your own that makes one (docs/options.md).
+            function of your own that makes one (docs/use/model_options.md).
         input_size: size of the training images in pixels, one number or [height, width]; multiples of the stride.
         in_chans: channels of the images; 3 for colour, 1 for grey, others for arrays and multi-band TIFF files.
         mask_ratio: share of the patches that is hidden, between 0 and 1; of a range [low, high] every step draws one.
@@ -119,7 +119,7 @@ class DataConfig:
     Attributes:
         train: the images: a folder (searched recursively), a text file with one image path a line, a pattern such as
             photos/**/*.jpg, tar shards such as shards/{000..127}.tar or https://host/{000..127}.tar, a .npy file of
-            [N, H, W, C], or hf:NAME:SPLIT:COLUMN for a Hugging Face data set; see docs/images.md.
+            [N, H, W, C], or hf:NAME:SPLIT:COLUMN for a Hugging Face data set; see docs/use/images.md.
         streaming: read tar shards or a Hugging Face data set from front to back while training, without a copy on the
             disk, for sets that are larger than it; a shuffle buffer takes the place of the true shuffle.
         shuffle_buffer: images, in their files' form, that each loader process keeps and shuffles when streaming.
@@ -205,7 +205,7 @@ class PretrainConfig(RunConfig):
 
     Attributes:
         compile: the training step's forward and backward through torch.compile, which takes minutes at the start; see
-            docs/compile.md for what it can trace. Measurements and pictures are not compiled.
+            docs/use/compile.md for what it can trace. Measurements and pictures are not compiled.
         panels_every: optimizer steps between reconstruction panels in figures/; 0 writes them at the end only.
         export_ema: encoder/ holds the averaged weights (optim.ema_decay) in place of the last ones.
     """

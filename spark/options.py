@@ -148,7 +148,7 @@ class PrepareConfig(Options):
     """Shards of smaller images.
 
     Attributes:
-        input: any form of data.train (docs/images.md).
+        input: any form of data.train (docs/use/images.md).
         output: folder of the shards.
         in_chans: channels, as in model.in_chans of the run that reads the shards; 3 and 1 read photographs and arrays,
             other numbers read arrays and multi-band TIFF files.

@@ -1,10 +1,11 @@
 """Which of timm's convnets can SparK pretrain?  Try a small member of every family, and write the table.
 
-    python -m tools.encoders --write                        # writes docs/encoders.csv and docs/encoders.md
+    python -m tools.encoders --write                        # writes docs/use/encoders.csv and docs/use/encoders.md
     python -m tools.encoders --families resnet convnextv2   # prints only
     python -m tools.encoders --models my_nets:TinyNet       # a convnet of your own, or any name of timm
 
-The families are those of docs/encoders.csv, from its first two columns. The tests try the same properties (`CHECKS`).
+The families are those of docs/use/encoders.csv, from its first two columns. The tests try the same properties
+(`CHECKS`).
 
 Every family has to show six properties, in fp64, with random weights in every norm and gain:
 
@@ -39,7 +40,7 @@ from tools.benchmarks.contenders import lively
 from tools.benchmarks.rows import rows_as_csv
 
 ROOT = Path(__file__).resolve().parents[1]
-TABLE = ROOT / "docs" / "encoders.csv"
+TABLE = ROOT / "docs" / "use" / "encoders.csv"
 _TOLERANCE = 1e-8  # relative, of fp64, to the largest value of a tensor
 
 

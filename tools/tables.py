@@ -1,6 +1,6 @@
 """Tables of the documentation, from the code that they are about.
 
-    python -m tools.tables protocols    the evaluation protocols, into docs/protocols.md
+    python -m tools.tables protocols    the evaluation protocols, into docs/use/protocols.md
     python -m tools.tables costs        what the models of configs/depth cost, into docs/results/depth_cost.csv
 
 In the costs a row is a run card: its model on the encoder that it or its command names, else ResNet-50, at its own
@@ -28,7 +28,7 @@ from tools.benchmarks.rows import rows_as_csv
 
 ROOT = Path(__file__).resolve().parents[1]
 CARDS = ROOT / "configs" / "depth"
-PAGE = ROOT / "docs" / "protocols.md"
+PAGE = ROOT / "docs" / "use" / "protocols.md"
 COSTS = ROOT / "docs" / "results" / "depth_cost.csv"
 BEGIN, END = "<!-- table: python -m tools.tables protocols -->\n", "<!-- end of table -->\n"
 

@@ -2,7 +2,7 @@
 
     spark-doctor NYU --list nyu_train.txt --output pairs.png
 
-Recognises the layout (docs/depth_data.md), draws five pairs, and names what is wrong: transposed, mirrored, 8-bit,
+Recognises the layout (docs/use/depth_data.md), draws five pairs, and names what is wrong: transposed, mirrored, 8-bit,
 filled instead of raw, wrong scale, test scenes in training, white border kept, missing intrinsics, files that cannot be
 read. Exit code 0: nothing is wrong; 1: something is, in the report; 2: the question was wrong.
 """

@@ -4,8 +4,9 @@
     spark-export-depth --model RUN/model --output FOLDER --push_to_hub OWNER/NAME
 
 FILE.onnx and FILE.pt2 take RGB images, uint8 [B, 3, H, W], and give depth in metres, float32 [B, 1, H, W], at the size
-of the image; normalisation, padding and calibration are inside (docs/export.md). A file is written only if it computes
-what PyTorch does. A FOLDER gets config.json, model.safetensors and README.md, a model card from the run's own files.
+of the image; normalisation, padding and calibration are inside (docs/use/export.md). A file is written only if it
+computes what PyTorch does. A FOLDER gets config.json, model.safetensors and README.md, a model card from the run's own
+files.
 """
 
 from collections.abc import Sequence

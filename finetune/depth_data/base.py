@@ -1,7 +1,7 @@
 """What every data set of depth offers, and the options that it is opened with.
 
 To add one: a `DepthSet` in a file of `sets/`, its name in `Kind` and `KINDS` of `finetune.depth_data.registry`, a
-test on files written in its layout, and a row in docs/depth_data.md, whose end has the steps.
+test on files written in its layout, and a row in docs/use/depth_data.md. docs/extend/data_set.md walks through it.
 """
 
 from abc import abstractmethod

@@ -60,7 +60,7 @@ def recognise(root: str | Path, list: str | Path | None = None) -> Kind:
             return kind
     raise UserError(
         f"no list of pairs was given and {root} holds no {LABELED_MAT}, nor another layout that is known"
-        f" ({', '.join(KINDS)}; docs/depth_data.md): name the list file (data.list). {lists_text(root)}"
+        f" ({', '.join(KINDS)}; docs/use/depth_data.md): name the list file (data.list). {lists_text(root)}"
     )
 
 

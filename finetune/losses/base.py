@@ -62,7 +62,7 @@ class DepthLoss(nn.Module):
         if source in model.head.counted:
             raise UserError(
                 f"loss {self.name!r} scores {source}, which head {model.head_name} counts, so that no gradient passes:"
-                f" train it by {', '.join(model.head.extras)} (docs/depth.md)"
+                f" train it by {', '.join(model.head.extras)} (docs/use/depth.md)"
             )
 
     def check(self, entries: Collection[str], sets: Sequence[DepthSet]) -> None:

@@ -1,7 +1,7 @@
 """Named evaluation protocols. Numbers of two protocols must not be compared.
 
 On NYU the crop, the cap, flip averaging and pooling each move RMSE by more than separates published models. So a
-protocol is a named record of all settings, with a hash that results carry; docs/protocols.md has the table. The
+protocol is a named record of all settings, with a hash that results carry; docs/use/protocols.md has the table. The
 evaluator of its family applies it to arrays (`finetune.scoring.evaluators`).
 """
 

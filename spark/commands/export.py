@@ -3,7 +3,7 @@
 Reads a run (its newest checkpoint), one checkpoint folder of a run, an official SparK `.pth` file of any kind, or an
 encoder folder, and says what became of every key. The folder has Hugging Face's layout: config.json, model.safetensors
 and README.md, a model card from the run's own files. A FILE.onnx or FILE.pt2 takes images of any size, uint8, and
-gives the pyramid of feature maps (docs/export.md); it is written only if it computes what PyTorch does.
+gives the pyramid of feature maps (docs/use/export.md); it is written only if it computes what PyTorch does.
 """
 
 from collections.abc import Sequence

@@ -4,8 +4,8 @@
     spark-prepare --input 'https://host/{000..127}.tar' --output shards
     spark-pretrain --config small --data.train shards --output_dir runs/mine
 
---input is any form of data.train (docs/images.md). Photographs become JPEGs. Arrays and, with --in_chans as the model
-is to have it, multi-band TIFF files become arrays of the same channels and type (KEY.image.npy).
+--input is any form of data.train (docs/use/images.md). Photographs become JPEGs. Arrays and, with --in_chans as the
+model is to have it, multi-band TIFF files become arrays of the same channels and type (KEY.image.npy).
 
 A run that was stopped goes on with the same command: shards that are finished stay, and no shard has its name before it
 is whole. report.json says what was left out and why.

@@ -147,7 +147,7 @@ def pyramid_info(encoder: nn.Module) -> list[PyramidLevel]:
         raise UserError(
             f"{name} yields no feature pyramid (it has no feature_info): use a convnet that "
             "timm.create_model(..., features_only=True) supports, or have your own say what maps it returns "
-            "(docs/options.md)"
+            "(docs/use/model_options.md)"
         )
     by_stride: dict[int, PyramidLevel] = {}
     for index, entry in enumerate(entries):

@@ -31,12 +31,12 @@ from tests.spark.commands.test_probe import make_folder
 from tests.spark.test_pretrain import command, error_of, fresh_accelerate, photos, run, small_run
 from tools.demo import figure as demo_figure
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "options.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "use" / "model_options.md"
 
 
 @pytest.fixture
 def my_nets(tmp_path, monkeypatch):
-    """The module that docs/options.md shows, importable."""
+    """The module that docs/use/model_options.md shows, importable."""
     (code,) = re.findall(r"```python\n(from torch import nn\n.*?)```", DOCS.read_text(), re.S)
     (tmp_path / "my_nets.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path))

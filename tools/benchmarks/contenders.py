@@ -225,7 +225,7 @@ def _explained(contender: Contender, case: Case, precision: str) -> Iterator[Non
         if contender.name.endswith(_COMPILED):
             reason = " ".join(str(error).splitlines()[:2]).strip()
             raise UserError(
-                f"torch.compile fails on {case.model} ({reason}): leave --compile out; docs/compile.md says "
+                f"torch.compile fails on {case.model} ({reason}): leave --compile out; docs/use/compile.md says "
                 "what it needs"
             ) from error
         if contender.name != "original":

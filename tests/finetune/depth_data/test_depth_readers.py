@@ -186,7 +186,7 @@ def test_png_files_of_a_plain_folder_say_their_unit(tmp_path: Path) -> None:
 
 def test_an_unknown_layout_lists_those_that_are_known(tmp_path: Path) -> None:
     (tmp_path / "notes.doc").write_text("nothing")
-    with pytest.raises(ValueError, match=r"nyu_labeled, densedepth, .*docs/depth_data\.md"):
+    with pytest.raises(ValueError, match=r"nyu_labeled, densedepth, .*docs/use/depth_data\.md"):
         open_depth_data(tmp_path)
     with pytest.raises(ValueError, match="must be one of nyu_labeled"):
         open_depth_data(tmp_path, kind="make3d")  # type: ignore[arg-type]

@@ -34,7 +34,7 @@ HEADS = {
     "fcrn": {"widths": (16, 16, 8, 8, 8)},
     "dorn": {"bins": 12, "width": 16, "fused": 16, "dilations": (1, 2)},
 }
-DOC = Path(__file__).parents[3] / "docs" / "export.md"
+DOC = Path(__file__).parents[3] / "docs" / "use" / "export.md"
 
 
 def depth_model(folder: Path, head: str = "unetpp", calibration: Calibration | None = None) -> Path:
@@ -292,7 +292,7 @@ def test_options_that_do_not_go_together(unetpp: Path, tmp_path: Path, capsys) -
 
 
 def test_the_lines_of_the_documentation(unetpp: Path, fitted_onnx: Path, monkeypatch) -> None:
-    """docs/export.md in a folder with depth.onnx and photo.jpg."""
+    """docs/use/export.md in a folder with depth.onnx and photo.jpg."""
     Image.fromarray(noise(50, 80, 3).numpy()).save(fitted_onnx.parent / "photo.jpg")
     monkeypatch.chdir(fitted_onnx.parent)
     code = DOC.read_text().split("```python\n")[1].split("```")[0]
