@@ -12,8 +12,8 @@ from torch import Tensor
 from spark.errors import FileError, UserError
 from spark.model.names import is_own
 from spark.model.spark import SparK
-from spark.training.checkpoint import find_run, read_encoder
-from spark.weights.encoder import STATE, WEIGHTS
+from spark.training.checkpoint import find_run
+from spark.weights.encoder import STATE, WEIGHTS, read_encoder
 from spark.weights.keys import KeyReport, fit
 from spark.weights.official import read_weights
 

@@ -50,8 +50,6 @@ class SampleReader:
     plan: StepPlan | None = None
 
     def __post_init__(self) -> None:
-        if self.max_pixels < 1:
-            raise UserError(f"max_pixels must be at least 1, not {self.max_pixels}")
         sizes = () if self.plan is None else self.plan.sizes
         self._sized = {size: replace(cast(Any, self.transform), input_size=size) for size in sizes}
 

@@ -26,7 +26,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from spark.errors import UserError
 from spark.images.dataset import SampleReader
 from spark.images.decode import describe_failure
-from spark.images.sources import Entry, ShardError, StreamedSource
+from spark.images.sources.base import Entry, ShardError, StreamedSource
 from spark.seeds import Purpose, derive_seed
 
 # Integers of a state: pass, turn (number of the shard in the reader's share of it) and place in the shard, where the

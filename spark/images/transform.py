@@ -41,7 +41,7 @@ class PretrainTransform:
         hflip: probability of a flip.
 
     Raises:
-        UserError: a value out of its range; not one mean or std for each channel, or none where it must be given.
+        UserError: not one mean or std for each channel, or none where it must be given; a std of 0.
     """
 
     input_size: int | tuple[int, int] = 224
@@ -52,26 +52,14 @@ class PretrainTransform:
     hflip: float = 0.5
 
     def __post_init__(self) -> None:
-        size = (
-            (self.input_size, self.input_size) if isinstance(self.input_size, int) else tuple(self.input_size)
-        )
-        if len(size) != 2 or min(size) < 1:
-            raise UserError(f"input_size is (H, W) in pixels, at least 1 each, not {self.input_size}")
-        if self.in_chans < 1:
-            raise UserError(f"in_chans must be at least 1, not {self.in_chans}")
-        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise UserError(
-                f"crop_scale is (smallest, largest) share of the area in (0, 1], not {self.crop_scale}"
-            )
-        if not 0 <= self.hflip <= 1:
-            raise UserError(f"hflip is a probability between 0 and 1, not {self.hflip}")
         self.mean = self._per_channel("mean", self.mean, IMAGENET_DEFAULT_MEAN)
         self.std = self._per_channel("std", self.std, IMAGENET_DEFAULT_STD)
         if min(self.std) <= 0:
             raise UserError(f"std must be above 0 for every channel, not {self.std}")
 
-        self._size = size
-        aspect = size[1] / size[0]
+        size = self.input_size
+        self._size = (size, size) if isinstance(size, int) else size
+        aspect = self._size[1] / self._size[0]
         self._aspects = [3 / 4 * aspect, 4 / 3 * aspect]
 
     def _per_channel(

@@ -45,19 +45,6 @@ class _SyncedBatchNorm(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.batch_norm:
-            return _batch_norm(*args, **kwargs)
+            images, *others = args
+            return batch_norm(images, BatchNormCall(*others, **kwargs), sync=True).values
         return func(*args, **kwargs)
-
-
-def _batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    call = BatchNormCall(running_mean, running_var, weight, bias, training, momentum, eps)
-    return batch_norm(input, call, sync=True).values

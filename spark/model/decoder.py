@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from spark.errors import UserError
 from spark.model.decoder_cpu import hooked, run_block
-from spark.sparse import SparseTensor, SyncBatchNorm2d
+from spark.sparse import SparseTensor
+from spark.sparse.batch_norm import SyncBatchNorm2d
 from spark.sparse.filled_conv import Filled, filled_conv, filled_conv_pays
 
 

@@ -1,7 +1,6 @@
-"""Run checkpoints; the one door to encoders in and out (`spark.weights.encoder`) and to official files
-(`spark.weights.official`).
+"""Checkpoints of a run.
 
-A run checkpoint is a folder `checkpoints/step_NNNNNNN/` with `model.safetensors`, `state.pt` (optimizer, gradient
+One is a folder `checkpoints/step_NNNNNNN/` with `model.safetensors`, `state.pt` (optimizer, gradient
 scaler, step, and what else the loop keeps), of a run that averages its weights `ema.safetensors`, and `SHA256SUMS` of
 these. It is written under a hidden name and renamed when all of it is on the disk, so what has its final name is whole;
 the checksums tell of what a disk or a copy did to it later. Nothing is ever unpickled: safetensors, and
@@ -26,23 +25,9 @@ from torch.optim import Optimizer
 
 from spark.errors import UserError
 from spark.files import checksum, whole_folder, write_tensors
-from spark.weights.encoder import EMA, STATE, WEIGHTS, description, load_encoder, read_encoder, save_encoder
-from spark.weights.keys import KeyReport, fit, placed
-from spark.weights.official import load_official, read_torch_file
-
-__all__ = [
-    "EMA",
-    "KeyReport",
-    "find_run",
-    "load_encoder",
-    "load_official",
-    "load_run",
-    "read_encoder",
-    "refuse_new_beginning",
-    "save_encoder",
-    "save_run",
-    "step_of",
-]
+from spark.weights.encoder import EMA, STATE, WEIGHTS, description
+from spark.weights.keys import fit, placed
+from spark.weights.official import read_torch_file
 
 logger = logging.getLogger(__name__)
 
@@ -88,10 +73,8 @@ def save_run(
 
     Raises:
         OSError: Disk full, or not writable: nothing half-written is left, and older checkpoints stay.
-        ValueError: `keep` below 1, or something in `extra` that could not be read back safely.
+        UserError: Something in `extra` that could not be read back safely.
     """
-    if keep < 1:
-        raise UserError(f"keep_checkpoints must be at least 1, not {keep}")
     extra = {} if extra is None else extra
     _require_plain(extra, "extra")
     model = extract_model_from_parallel(model, keep_torch_compile=False)

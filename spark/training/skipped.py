@@ -19,14 +19,9 @@ class UnreadableImages:
         max_share: at most this share of the files may be unreadable, 0 to 1. Above 0 it allows one file at least: in
             a data set of 50 files a share of 0.01 is one file, not none.
         num_shards: shards of the data set, of which at most this share may break off.
-
-    Raises:
-        ValueError: a share out of range.
     """
 
     def __init__(self, num_files: int, max_share: float, num_shards: int = 0):
-        if not 0 <= max_share <= 1:
-            raise UserError(f"the share of unreadable images that is accepted lies in 0..1, not {max_share}")
         self.num_files = num_files
         self.max_share = max_share
         self.num_shards = num_shards
@@ -63,7 +58,7 @@ class UnreadableImages:
         if new and len(known) > allowed_failures(self.max_share, total):
             raise UserError(
                 f"{len(known)} of {total} {what}, more than the accepted share of {self.max_share:g}: repair or remove "
-                f"them, or raise data.max_unreadable. First {_first(_lines(known))}"
+                f"them, or raise data.max_unreadable. First {'; '.join(_lines(known)[:3])}"
             )
         return new
 
@@ -90,7 +85,3 @@ def allowed_failures(max_share: float, total: int) -> float:
 
 def _lines(reasons: dict[str, str]) -> list[str]:
     return [f"{path}: {reason}" for path, reason in sorted(reasons.items())]
-
-
-def _first(items: Sequence[str], count: int = 3) -> str:
-    return "; ".join(items[:count])

@@ -101,25 +101,6 @@ class StopRequest:
         return stops > 0
 
 
-def check_finite(
-    accelerator: Accelerator,
-    step: int,
-    values: dict[str, float],
-    *,
-    files: Sequence[str],
-    output_dir: str | Path,
-    save: Callable[[], Path | None],
-) -> None:
-    """Stop a run whose loss or gradient is not finite, see `stop_run`; `values` are what must be, by name.
-
-    Raises:
-        ValueError: a value is not finite.
-    """
-    bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
-    if bad:
-        stop_run(accelerator, step, " and ".join(bad), files=files, output_dir=output_dir, save=save)
-
-
 def stop_run(
     accelerator: Accelerator,
     step: int,
