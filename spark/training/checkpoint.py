@@ -52,15 +52,13 @@ def save_run(
 ) -> Path:
     """Write the state of a run after optimizer step `step`; only the main process calls it, with whole weights.
 
-    Older checkpoints beyond the newest `keep` are removed once the new one is on the disk. Checkpoints of later steps
-    belong to a course that the run left when it was resumed from an earlier step; they are renamed to
-    `superseded_step_*`, as is a folder of this step with foreign files in it, so that the newest checkpoint is always
-    the run's own.
+    Older checkpoints beyond the newest `keep` are removed once the new one is on the disk. Checkpoints of later steps,
+    of a course that the run has left, and a folder of this step with foreign files are renamed to `superseded_step_*`.
 
     Args:
         output_dir: Folder of the run.
         step: Optimizer steps done.
-        model: The model; wrappers for several processes or compilation are taken off.
+        model: Wrappers for several processes or compilation are taken off.
         optimizer: Its optimizer.
         scaler: Gradient scaler, if there is one.
         ema: A model of the same architecture that holds averaged weights, if the run keeps them.
@@ -72,8 +70,8 @@ def save_run(
         The folder `output_dir/checkpoints/step_NNNNNNN`.
 
     Raises:
-        OSError: Disk full, or not writable: nothing half-written is left, and older checkpoints stay.
-        UserError: Something in `extra` that could not be read back safely.
+        OSError: Nothing half-written is left, and older checkpoints stay.
+        UserError: Something in `extra` could not be read back safely.
     """
     extra = {} if extra is None else extra
     _require_plain(extra, "extra")
@@ -169,20 +167,16 @@ def step_of(checkpoint: Path) -> int:
 
 
 def find_run(output_dir: str | Path, resume: bool | str | Path, before: float = math.inf) -> Path | None:
-    """Find the checkpoint to go on from.
+    """Find the checkpoint to go on from; None if there is none.
 
     Args:
         output_dir: Folder of the run.
-        resume: True: the newest whole checkpoint of `output_dir`; damaged or foreign folders, and those whose files
-            have other checksums than when they were written, are passed over with a warning. A path: that checkpoint,
-            or the newest whole one of the run in that folder. False: none.
+        resume: True: the newest whole checkpoint of `output_dir`; damaged, altered or foreign folders are passed over
+            with a warning. A path: that checkpoint, or the newest whole one of the run in that folder. False: none.
         before: With True: only checkpoints of earlier steps than this one.
 
-    Returns:
-        The checkpoint's folder, or None if there is none to go on from.
-
     Raises:
-        ValueError: `resume` names a folder that is not a whole checkpoint.
+        UserError: `resume` names a folder that is not a whole checkpoint.
     """
     if resume is False:
         return None
@@ -210,11 +204,7 @@ def find_run(output_dir: str | Path, resume: bool | str | Path, before: float = 
 
 
 def refuse_new_beginning(output_dir: str | Path) -> None:
-    """Refuse to begin anew in a folder with checkpoints, none of which is whole: that would throw the run away.
-
-    Raises:
-        ValueError: There are such; says what to do.
-    """
+    """Refuse to begin anew in a folder with checkpoints, none of which is whole: that would throw the run away."""
     folders = _step_folders(Path(output_dir) / "checkpoints")
     if folders:
         reasons = "; ".join(
@@ -279,14 +269,11 @@ def load_run(
     scaler: Any = None,
     ema: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """Restore a run in place; every process calls it.
-
-    Nothing is changed unless model and optimizer both fit. Learning rate and weight decay are restored too, and set
-    anew by the loop at its next step.
+    """Restore a run in place; every process calls it. Nothing is changed unless model and optimizer both fit.
 
     Args:
         path: A folder from `find_run`.
-        model: Of the same architecture; wrappers for several processes or compilation are taken off.
+        model: Wrappers for several processes or compilation are taken off.
         optimizer: Of the same kind, over the same groups.
         scaler: Gradient scaler, if the run uses one.
         ema: Model for the averaged weights, if the run keeps them; of a checkpoint without, the average starts from its
@@ -296,7 +283,7 @@ def load_run(
         `{"step": optimizer steps done, **extra}`.
 
     Raises:
-        ValueError: The checkpoint is not whole, or is of another architecture or optimizer; the first difference is
+        UserError: The checkpoint is not whole, or is of another architecture or optimizer; the first difference is
             named.
     """
     path = Path(path)

@@ -131,17 +131,11 @@ def build_optimizer(
     """Build the optimizer over groups from `parameter_groups`.
 
     - `lamb`: `timm.optim.Lamb` as SparK's pretraining sets it: bias correction, averaged gradients, the trust ratio on
-      decayed parameters only and unclipped. The global gradient norm is clipped by the training loop, which knows
-      about the loss scale and accumulation, not by the optimizer.
+      decayed parameters only and unclipped. The training loop clips gradients, not the optimizer.
     - `adamw`: `torch.optim.AdamW`.
     - `sgd`: `torch.optim.SGD` with Nesterov momentum `betas[0]`; `betas[1]` and `eps` have no meaning for it.
 
-    Args:
-        name: "lamb", "adamw" or "sgd".
-        groups: From `parameter_groups`; each keeps its own `weight_decay`.
-        lr: Learning rate of a group whose `lr_scale` is 1.
-        betas: Decay of the running mean of the gradient and of its square.
-        eps: Added to the root of the running square.
+    `lr` is that of a group whose `lr_scale` is 1.
     """
     beta1, beta2 = betas
     if name == "lamb":

@@ -11,13 +11,11 @@ from spark.files import write_whole
 class UnreadableImages:
     """The files that could not be read so far, counted once each against a share of the data set; shards likewise.
 
-    A process sees only the failures of its own samples: gather them from all processes before `add`, so that
-    all count the same and stop together.
+    A process sees only its own failures: gather them from all processes before `add`, so that all stop together.
 
     Args:
         num_files: size of the data set.
-        max_share: at most this share of the files may be unreadable, 0 to 1. Above 0 it allows one file at least: in
-            a data set of 50 files a share of 0.01 is one file, not none.
+        max_share: share of the files that may be unreadable, 0 to 1. Above 0 it allows one file at least.
         num_shards: shards of the data set, of which at most this share may break off.
     """
 
@@ -33,14 +31,10 @@ class UnreadableImages:
         return len(self.reasons)
 
     def add(self, failed: Sequence[str]) -> list[str]:
-        """Count failures as `describe_failure` writes them; all are recorded before anything is raised.
-
-        Returns:
-            Those that are new, to be told to the user once.
+        """Count failures as `describe_failure` writes them; returns the new ones.
 
         Raises:
-            ValueError: more than `max_share` of all files, and more than one, have failed by now; with a share of 0
-                any failure.
+            UserError: more than `max_share` of all files have failed by now.
         """
         return self._count(failed, self.reasons, self.num_files, "images could not be read")
 
