@@ -16,13 +16,7 @@ from spark.sparse.batch_norm import BatchNormCall, batch_norm, world_size
 
 
 def fill_masked(images: Tensor, visible: Tensor, value: Tensor | float) -> Tensor:
-    """Images with a value at masked patches.
-
-    Args:
-        images: [B, C, H, W].
-        visible: [B, 1, fh, fw] bool, True = seen.
-        value: a number, or one for each channel, [1, C, 1, 1].
-    """
+    """Images [B, C, H, W] with a value, a number or [1, C, 1, 1], where `visible` [B, 1, fh, fw] is False."""
     ph, pw = images.shape[2] // visible.shape[2], images.shape[3] // visible.shape[3]
     seen = visible.repeat_interleave(ph, 2).repeat_interleave(pw, 3)
     value = value.to(images.dtype) if isinstance(value, Tensor) else value
