@@ -77,13 +77,9 @@ class SampleReader:
         return {"image": image, "position": position, "index": index, "name": name}
 
     def first_readable(self, candidates: Iterable[Candidate], position: int) -> dict[str, Any]:
-        """The sample at a position, of the first candidate that can be read.
+        """The sample at a position, of the first candidate that can be read, as `read` returns it.
 
-        Returns:
-            As `read`, and `failed`: "name: reason" of each candidate tried before it.
-
-        Raises:
-            UserError: none of the first `MAX_CONSECUTIVE_FAILURES` can be read.
+        Its `failed` has "name: reason" of each candidate tried before. UserError if `MAX_CONSECUTIVE_FAILURES` fail.
         """
         failed: list[str] = []
         for candidate in islice(candidates, MAX_CONSECUTIVE_FAILURES):

@@ -25,23 +25,19 @@ REDUCING_GAP = 1.5
 class PretrainTransform:
     """The official augmentation: random resized crop (bicubic), horizontal flip; `spark.model.normalise` does the rest.
 
-    Random numbers come from torch's global generator. At a square size this is the transform of SparK's
-    official code (Tian et al., ICLR 2023), drawing the same numbers; it resizes with PyTorch's filter for bytes, which
-    differs from Pillow's by rounding, and decodes large images at a smaller scale (`REDUCING_GAP`). For a rectangle the
-    range of the crop's aspect ratio, 3/4 to 4/3, is taken relative to the rectangle's own, so that images are stretched
-    no more than at a square size.
+    Random numbers come from torch's global generator. At a square size this is the transform of SparK's official code
+    (Tian et al., ICLR 2023), drawing the same numbers; PyTorch's filter for bytes differs from Pillow's by rounding,
+    and large images are decoded at a smaller scale (`REDUCING_GAP`). For a rectangle the crop's aspect ratio, 3/4 to
+    4/3, is relative to the rectangle's own.
 
     Args:
         input_size: size of the result, (H, W) or one number for a square [px].
         in_chans: 3 for colour, 1 for grey; any number for images that are no photographs (`spark.images.bands`).
         crop_scale: smallest and largest share of the image's area that a crop covers.
-        mean: for normalising, per channel, of values in [0, 1]; None: ImageNet's, weighted by luma for one channel. For
-            other numbers of channels it must be given.
+        mean: per channel, of values in [0, 1]; None: ImageNet's, weighted by luma for one channel. For other numbers of
+            channels it must be given.
         std: likewise.
         hflip: probability of a flip.
-
-    Raises:
-        UserError: not one mean or std for each channel, or none where it must be given; a std of 0.
     """
 
     input_size: int | tuple[int, int] = 224
