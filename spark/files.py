@@ -24,8 +24,7 @@ def write_whole(path: str | Path, content: bytes) -> Path:
     """Write a file under a hidden name and rename it; folders are made where missing.
 
     Raises:
-        OSError: Full disk, no permission: an earlier file of that name is untouched and nothing half-written is left.
-            Of a full disk it names the path and says what to do.
+        OSError: An earlier file of that name is untouched and nothing half-written is left.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
@@ -81,17 +80,16 @@ def check_writable(folder: str | Path) -> None:
 def whole_folder(folder: str | Path, files: Collection[str]) -> Iterator[Path]:
     """Write a folder so that it appears whole or not at all.
 
-    The body writes `files` into the path it is given, a hidden folder beside the final one. Then they are flushed to
-    the disk and the folder takes its name in one rename; an earlier folder of that name gives way only then. If the
-    body fails, the hidden folder goes and everything else stays as it was.
+    The body writes `files` into the path that it is given. An earlier folder of that name gives way only when all of it
+    is on the disk; if the body fails, everything else stays as it was.
 
     Args:
         folder: Final path; parents are made.
-        files: Names of the files that such a folder has. A folder that holds anything else is not replaced.
+        files: Names of the files that such a folder has.
 
     Raises:
-        ValueError: `folder` exists and is something else.
-        OSError: It could not be written, a full disk above all; says what to do.
+        UserError: `folder` exists and holds anything else.
+        OSError: It could not be written.
     """
     folder = Path(folder).resolve()
     check_replaceable(folder, files)
@@ -136,10 +134,9 @@ def _flush(path: Path) -> None:
 
 
 def _system_error(error: BaseException) -> int | None:
-    """The errno behind an error of writing, or None if it has none.
+    """The errno behind an error of writing, or None.
 
-    torch.save turns a failed write into a RuntimeError with the OSError as its context; safetensors writes it into
-    the text of its own error.
+    torch.save raises a RuntimeError with the OSError as its context; safetensors writes the number into its text.
     """
     cause: BaseException | None = error
     while cause is not None:

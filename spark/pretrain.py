@@ -30,16 +30,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def pretrain(config: PretrainConfig) -> None:
     """Run one pretraining, from its first step or from a checkpoint, to its end or to a request to stop.
 
-    One process or several, on CPUs or GPUs, run this same function. What happens in a step is in
-    `spark.training.loop`.
-
-    Args:
-        config: the options; the folder `config.output_dir` receives the results.
+    What happens in a step is in `spark.training.loop`. The folder `config.output_dir` receives the results.
 
     Raises:
-        UserError: something about the options, the data or the checkpoint is wrong, or the loss is not finite; the
-            sentence says what to do.
-        OSError: a file cannot be read or written; likewise.
+        UserError: about options, data, checkpoint, or a loss that is not finite; says what to do.
+        OSError: a file cannot be read or written.
     """
     from spark.task import Pretraining  # here: --help does not wait for torch
     from spark.training.loop import train
@@ -52,11 +47,7 @@ def pretrain(config: PretrainConfig) -> None:
 def call(**options: Any) -> None:
     """The command as a call: ``spark.pretrain(data="photos/", model="resnet50", output_dir="runs/mine")``.
 
-    Args:
-        options: as `spark.training.cli.call_options` reads them.
-
-    Raises:
-        UserError: as `pretrain`, and for options that are wrong.
+    `spark.training.cli.call_options` explains the options. Raises what `pretrain` raises.
     """
     pretrain(call_options(PretrainConfig, options))
 

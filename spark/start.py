@@ -12,8 +12,8 @@ from torch import Tensor
 from spark.errors import FileError, UserError
 from spark.model.names import is_own
 from spark.model.spark import SparK
-from spark.training.checkpoint import find_run, read_encoder
-from spark.weights.encoder import STATE, WEIGHTS
+from spark.training.checkpoint import find_run
+from spark.weights.encoder import STATE, WEIGHTS, read_encoder
 from spark.weights.keys import KeyReport, fit
 from spark.weights.official import read_weights
 
@@ -24,20 +24,18 @@ def start_from(spark: SparK, source: str, name: str, decoder: str = "auto") -> l
     """Fill a model with weights to continue from.
 
     Args:
-        spark: The model; filled in place.
-        source: A run folder or a checkpoint folder of one, an official `.pth` file, an exported encoder folder, or
-            "timm" for timm's published weights of this encoder (which need the network or a cache). Where the source
-            reads another number of channels, timm's rule adapts the first convolution (repeated and scaled).
-        name: Name of the encoder: timm's, or "package.module:factory" of one's own.
-        decoder: "keep": the decoder and densify layers of the source too; "drop": leave them random; "auto": keep
-            them if the source has all of them in the shapes of this model.
+        spark: Filled in place.
+        source: A run, one of its checkpoints, an official `.pth` file, an exported encoder, or "timm" for timm's
+            published weights. For another number of channels timm's rule adapts the first convolution.
+        name: Of the encoder, timm's or "package.module:factory".
+        decoder: "keep" the decoder and densify layers of the source too, "drop" them (random), or "auto": keep them if
+            all of them fit.
 
     Returns:
         What was loaded and what was not, in lines.
 
     Raises:
-        FileNotFoundError: No such path.
-        ValueError: The weights are of another encoder, or no decoder that fits is there to keep; says what differs.
+        UserError: No such path, weights of another encoder, or no decoder that fits to keep.
         OSError: timm's weights could not be downloaded.
     """
     place: str | Path = source

@@ -37,16 +37,7 @@ from spark.weights.encoder import save_encoder
 
 
 class Pretraining(Task):
-    """Pretraining of one convnet.
-
-    Args:
-        config: the options.
-        run: that trains it.
-
-    Raises:
-        UserError: options, data or weights do not fit; the sentence says what to do.
-        OSError: a file cannot be read; likewise.
-    """
+    """Pretraining of one convnet."""
 
     unit = "images"
     entry = "spark.pretrain"
@@ -265,11 +256,7 @@ class Pretraining(Task):
 
 
 def build_model(config: ModelConfig) -> SparK:
-    """The model of a run, its weights random.
-
-    Raises:
-        ValueError: unknown or unsupported encoder, or options that do not fit together.
-    """
+    """The model of a run, its weights random."""
     dilated: dict[str, Any] = {} if config.output_stride is None else {"output_stride": config.output_stride}
     options: dict[str, Any] = values_of(config, SparKConfig)
     spark = SparK(options.pop("name"), **options, **dilated)
@@ -279,11 +266,7 @@ def build_model(config: ModelConfig) -> SparK:
 
 
 def training_sizes(config: PretrainConfig, spark: SparK) -> tuple[tuple[int, int], ...]:
-    """The sizes (H, W) between which training switches.
-
-    Raises:
-        ValueError: a size that patches or masks do not fit.
-    """
+    """The sizes (H, W) between which training switches; UserError for one that patches or masks do not fit."""
     if config.model.train_sizes is None:
         return (spark.input_size,)
     sizes = tuple((size, size) if isinstance(size, int) else size for size in config.model.train_sizes)
@@ -296,7 +279,7 @@ def checkpoint_activations(spark: SparK, name: str) -> None:
     """Let the encoder compute activations again in the backward pass instead of keeping them, which saves memory.
 
     Raises:
-        ValueError: the timm model cannot do so, or it runs dense: its batch norms would move their statistics twice.
+        UserError: the timm model cannot do so, or it runs dense: its batch norms would move their statistics twice.
     """
     if spark.masked_pixels != "absent":
         raise UserError(
@@ -325,16 +308,10 @@ def checkpoint_activations(spark: SparK, name: str) -> None:
 
 
 def choose_layout(spark: SparK, device_type: str, precision: str, before: Mapping[str, Any] | None) -> Choice:
-    """The layout of a run, and why; layouts agree to rounding, so a run keeps to one as long as it can.
+    """The layout of a run, and why.
 
-    A layout that is named is taken as it is. For "auto", a run that continues on the same type of device takes what was
-    chosen before, even if the measurements say otherwise by now; any other run asks the measurements.
-
-    Args:
-        spark: the model, its `layout` as asked for.
-        device_type: torch's name of it, "cpu" or "cuda".
-        precision: fp32, bf16 or fp16.
-        before: from `read_extra`, if the run continues.
+    A layout that is named is taken as it is. For "auto", a run that continues on the same type of device keeps its
+    layout, since layouts agree to rounding only; any other run asks the measurements.
     """
     if (
         before is not None
@@ -350,10 +327,7 @@ def choose_layout(spark: SparK, device_type: str, precision: str, before: Mappin
 def try_forward(spark: SparK, device: torch.device, sizes: Sequence[tuple[int, int]]) -> None:
     """Send black images of these sizes (H, W) through the model, to learn what it refuses before anything is written.
 
-    Evaluation mode and a mask of its own: no statistic moves and no random number of the run is drawn.
-
-    Raises:
-        MissingRuleError: an operator of the encoder has no rule for sparse values.
+    No statistic moves and no random number of the run is drawn.
     """
     spark.eval()
     for size in sizes:
@@ -383,11 +357,7 @@ def default_betas(spark: SparK) -> tuple[float, float]:
 
 
 def check_compiled(layout: Choice, run: Run) -> None:
-    """Refuse what torch.compile cannot do.
-
-    Raises:
-        UserError: a layout that it cannot trace, or FSDP.
-    """
+    """Refuse layouts that torch.compile cannot trace, and FSDP."""
     if layout.layout not in ("masked", "packed"):
         raise UserError(
             f"compile cannot trace the layout {layout.layout} ({layout.reason}): add --model.layout packed, or leave "
@@ -398,7 +368,7 @@ def check_compiled(layout: Choice, run: Run) -> None:
 
 
 def data_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Say how the list of images differs from that of the checkpoint, for the positions of the stream are its."""
+    """How the images differ from those of the checkpoint, whose positions in the stream they take."""
     if before["names"] == now["names"] or ("shards" in before) != (
         "shards" in now
     ):  # the latter: the feed tells it

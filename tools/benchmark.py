@@ -33,7 +33,7 @@ from rich.table import Table
 
 from spark.errors import UserError
 from spark.files import write_whole
-from spark.sparse import MissingRuleError
+from spark.sparse.tensor import MissingRuleError
 from spark.training.accelerator import usable_cores
 from tools.benchmarks import against, depth, loader, scoring, steps
 from tools.benchmarks.rows import Command, Row, rows_as_csv

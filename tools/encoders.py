@@ -35,7 +35,8 @@ from spark import SparK
 from spark.files import write_whole
 from spark.model.encoder import PyramidLevel, build_encoder, pyramid, pyramid_info
 from spark.model.masking import random_visible
-from spark.sparse import MissingRuleError, sparsify
+from spark.sparse import sparsify
+from spark.sparse.tensor import MissingRuleError
 from tools.benchmarks.contenders import lively
 from tools.benchmarks.rows import rows_as_csv
 

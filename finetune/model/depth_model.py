@@ -29,8 +29,7 @@ from spark.errors import UserError
 from spark.files import checksum, whole_folder, write_tensors, write_whole
 from spark.model.encoder import PyramidLevel, build_encoder, freeze_unreached, pyramid, pyramid_info
 from spark.model.names import is_own
-from spark.training.checkpoint import read_encoder
-from spark.weights.encoder import CARD, CONFIG, WEIGHTS, description, name_of
+from spark.weights.encoder import CARD, CONFIG, WEIGHTS, description, name_of, read_encoder
 from spark.weights.hub import PREFIX, download
 from spark.weights.keys import KeyReport
 

@@ -19,8 +19,8 @@ from finetune.protocols import Protocol
 from finetune.scoring.checks import check_ground_truth
 from finetune.tasks.trained import TrainedDepth
 from spark.seeds import Purpose, derive_seed
-from spark.training.checkpoint import KeyReport
 from spark.training.option_types import values_of
+from spark.weights.keys import KeyReport
 
 
 def build_model(config: DepthConfig) -> tuple[DepthModel, KeyReport]:

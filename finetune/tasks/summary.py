@@ -9,8 +9,8 @@ from finetune.depth_data import DepthSet, TrainingMix
 from finetune.depth_data.transforms import NYU_FRAME
 from finetune.tasks.schedule import RunLength
 from finetune.tasks.trained import TrainedDepth
-from spark.training.checkpoint import KeyReport
 from spark.training.run import Run
+from spark.weights.keys import KeyReport
 
 
 def describe(

@@ -23,9 +23,6 @@ class Bands:
         values: [H, W] or [H, W, C]; uint8, uint16 or float32.
         channels: C, as the model has it.
         max_pixels: H * W at most.
-
-    Raises:
-        UserError: another shape, type or number of channels; too large.
     """
 
     def __init__(self, values: np.ndarray, channels: int, max_pixels: int = MAX_PIXELS):
@@ -55,7 +52,7 @@ def open_image(content: bytes | np.ndarray, channels: int, max_pixels: int = MAX
     Models of 1 and 3 channels read photographs; uint8 arrays of 1 or 3 channels count as such.
 
     Raises:
-        UserError: it has another number of channels, or a type that is not read.
+        UserError: another number of channels, or a type that is not read.
         Exception: of Pillow, NumPy or tifffile, for a damaged image.
     """
     if isinstance(content, np.ndarray):

@@ -46,14 +46,11 @@ class StepPlan:
 
 
 def collate_images(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Batch samples of `spark.images.dataset.SampleReader`.
+    """Batch samples of `spark.images.dataset.SampleReader`; bytes and floats together are refused.
 
     Returns:
         `image` [B, C, H, W] uint8 (or float32), channels_last; `position` and `index`, int64 [B]; `name`, B strings;
         `failed`, one list of strings; `failed_shards`, an empty list (streams fill it).
-
-    Raises:
-        UserError: bytes and floats together, whose scales differ.
     """
     kinds = {sample["image"].dtype: sample["name"] for sample in samples}
     if len(kinds) > 1:

@@ -50,8 +50,6 @@ class SampleReader:
     plan: StepPlan | None = None
 
     def __post_init__(self) -> None:
-        if self.max_pixels < 1:
-            raise UserError(f"max_pixels must be at least 1, not {self.max_pixels}")
         sizes = () if self.plan is None else self.plan.sizes
         self._sized = {size: replace(cast(Any, self.transform), input_size=size) for size in sizes}
 
@@ -79,13 +77,9 @@ class SampleReader:
         return {"image": image, "position": position, "index": index, "name": name}
 
     def first_readable(self, candidates: Iterable[Candidate], position: int) -> dict[str, Any]:
-        """The sample at a position, of the first candidate that can be read.
+        """The sample at a position, of the first candidate that can be read, as `read` returns it.
 
-        Returns:
-            As `read`, and `failed`: "name: reason" of each candidate tried before it.
-
-        Raises:
-            UserError: none of the first `MAX_CONSECUTIVE_FAILURES` can be read.
+        Its `failed` has "name: reason" of each candidate tried before. UserError if `MAX_CONSECUTIVE_FAILURES` fail.
         """
         failed: list[str] = []
         for candidate in islice(candidates, MAX_CONSECUTIVE_FAILURES):

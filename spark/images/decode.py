@@ -63,11 +63,7 @@ class Picture(Protocol):
 
 
 class RawPicture:
-    """Decoded pixels: [H, W, 3] uint8 or, for grey ones, [H, W] or [H, W, 1].
-
-    Raises:
-        UserError: another shape or type.
-    """
+    """Decoded pixels: [H, W, 3] uint8 or, for grey ones, [H, W] or [H, W, 1]."""
 
     def __init__(self, values: np.ndarray):
         if values.dtype != np.uint8 or not (
@@ -145,13 +141,12 @@ def open_picture(content: bytes, max_pixels: int = MAX_PIXELS) -> Picture:
 def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode one image file, whole and upright, to a PIL image of mode RGB.
 
-    The EXIF orientation is applied. Transparency is composited over white, as a page would show it. 16 bits a
-    channel become 8 (65535 becomes 255). CMYK is converted without a colour profile. Of a file with several
-    frames the first is read. The kind of file is found from its content, not from its name.
+    Transparency is composited over white. 16 bits a channel become 8 (65535 becomes 255). CMYK is converted without a
+    colour profile. Of several frames the first is read. The content decides about the kind of file, not the name.
 
     Raises:
-        UserError: more than `max_pixels` pixels (known before anything is decoded), or a kind of pixel whose
-            white level is unknown (32-bit integers; floats outside 0..1).
+        UserError: more than `max_pixels` pixels, or a kind of pixel whose white level is unknown (32-bit integers;
+            floats outside 0..1).
         Exception: of Pillow, for a truncated or corrupt file.
     """
     with open(path, "rb") as file, _opened(file, max_pixels) as image:

@@ -26,7 +26,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from spark.errors import UserError
 from spark.images.dataset import SampleReader
 from spark.images.decode import describe_failure
-from spark.images.sources import Entry, ShardError, StreamedSource
+from spark.images.sources.base import Entry, ShardError, StreamedSource
 from spark.seeds import Purpose, derive_seed
 
 # Integers of a state: pass, turn (number of the shard in the reader's share of it) and place in the shard, where the
@@ -65,12 +65,7 @@ class Division:
         return torch.tensor([[self.first, 0, 0, 0, self.first, -1]] * self.readers)
 
     def divide_again(self, states: Tensor, readers: int) -> "Division":
-        """The division for another number of readers, which goes on with the shards that nobody has begun.
-
-        Args:
-            states: of the readers so far.
-            readers: how many there are from now on.
-        """
+        """The division for another number of readers, which goes on with the shards that nobody has begun."""
         begun = [(state[4], state[5]) for state in states.tolist()]
         passes = [number for number, _ in begun]
         left: dict[int, list[int]] = {}
@@ -236,11 +231,7 @@ class Progress:
         }
 
     def resumed(self, kept: Mapping[str, Any]) -> tuple["Progress", list[str]]:
-        """The progress to go on with, given that of a checkpoint and this one of a fresh start.
-
-        Returns:
-            It, and what changed, in sentences for the user.
-        """
+        """The progress to go on with from that of a checkpoint, and what changed, in sentences."""
         fresh = self.division
         states = torch.tensor(kept["states"]).view(-1, STATE)
         if kept["shards"] != self.digest:
@@ -277,15 +268,8 @@ def first_samples(
 ) -> list[dict[str, Any]]:
     """The first `count` images that can be read, or all if there are fewer, as samples of positions 0, 1, ...
 
-    Args:
-        source: of the images.
-        reader: of the samples.
-        count: most samples.
-        max_failures: shards that may break off.
-        name: of the source, for messages.
-
-    Raises:
-        UserError: no image can be read, or too many shards broke off.
+    UserError if no image can be read, or more than `max_failures` shards broke off. `name` is the source's, for
+    messages.
     """
     samples: list[dict[str, Any]] = []
     failed: list[str] = []

@@ -25,23 +25,19 @@ REDUCING_GAP = 1.5
 class PretrainTransform:
     """The official augmentation: random resized crop (bicubic), horizontal flip; `spark.model.normalise` does the rest.
 
-    Random numbers come from torch's global generator. At a square size this is the transform of SparK's
-    official code (Tian et al., ICLR 2023), drawing the same numbers; it resizes with PyTorch's filter for bytes, which
-    differs from Pillow's by rounding, and decodes large images at a smaller scale (`REDUCING_GAP`). For a rectangle the
-    range of the crop's aspect ratio, 3/4 to 4/3, is taken relative to the rectangle's own, so that images are stretched
-    no more than at a square size.
+    Random numbers come from torch's global generator. At a square size this is the transform of SparK's official code
+    (Tian et al., ICLR 2023), drawing the same numbers; PyTorch's filter for bytes differs from Pillow's by rounding,
+    and large images are decoded at a smaller scale (`REDUCING_GAP`). For a rectangle the crop's aspect ratio, 3/4 to
+    4/3, is relative to the rectangle's own.
 
     Args:
         input_size: size of the result, (H, W) or one number for a square [px].
         in_chans: 3 for colour, 1 for grey; any number for images that are no photographs (`spark.images.bands`).
         crop_scale: smallest and largest share of the image's area that a crop covers.
-        mean: for normalising, per channel, of values in [0, 1]; None: ImageNet's, weighted by luma for one channel. For
-            other numbers of channels it must be given.
+        mean: per channel, of values in [0, 1]; None: ImageNet's, weighted by luma for one channel. For other numbers of
+            channels it must be given.
         std: likewise.
         hflip: probability of a flip.
-
-    Raises:
-        UserError: a value out of its range; not one mean or std for each channel, or none where it must be given.
     """
 
     input_size: int | tuple[int, int] = 224
@@ -52,26 +48,14 @@ class PretrainTransform:
     hflip: float = 0.5
 
     def __post_init__(self) -> None:
-        size = (
-            (self.input_size, self.input_size) if isinstance(self.input_size, int) else tuple(self.input_size)
-        )
-        if len(size) != 2 or min(size) < 1:
-            raise UserError(f"input_size is (H, W) in pixels, at least 1 each, not {self.input_size}")
-        if self.in_chans < 1:
-            raise UserError(f"in_chans must be at least 1, not {self.in_chans}")
-        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise UserError(
-                f"crop_scale is (smallest, largest) share of the area in (0, 1], not {self.crop_scale}"
-            )
-        if not 0 <= self.hflip <= 1:
-            raise UserError(f"hflip is a probability between 0 and 1, not {self.hflip}")
         self.mean = self._per_channel("mean", self.mean, IMAGENET_DEFAULT_MEAN)
         self.std = self._per_channel("std", self.std, IMAGENET_DEFAULT_STD)
         if min(self.std) <= 0:
             raise UserError(f"std must be above 0 for every channel, not {self.std}")
 
-        self._size = size
-        aspect = size[1] / size[0]
+        size = self.input_size
+        self._size = (size, size) if isinstance(size, int) else size
+        aspect = self._size[1] / self._size[0]
         self._aspects = [3 / 4 * aspect, 4 / 3 * aspect]
 
     def _per_channel(

@@ -16,13 +16,7 @@ from spark.sparse.batch_norm import BatchNormCall, batch_norm, world_size
 
 
 def fill_masked(images: Tensor, visible: Tensor, value: Tensor | float) -> Tensor:
-    """Images with a value at masked patches.
-
-    Args:
-        images: [B, C, H, W].
-        visible: [B, 1, fh, fw] bool, True = seen.
-        value: a number, or one for each channel, [1, C, 1, 1].
-    """
+    """Images [B, C, H, W] with a value, a number or [1, C, 1, 1], where `visible` [B, 1, fh, fw] is False."""
     ph, pw = images.shape[2] // visible.shape[2], images.shape[3] // visible.shape[3]
     seen = visible.repeat_interleave(ph, 2).repeat_interleave(pw, 3)
     value = value.to(images.dtype) if isinstance(value, Tensor) else value
@@ -45,19 +39,6 @@ class _SyncedBatchNorm(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.batch_norm:
-            return _batch_norm(*args, **kwargs)
+            images, *others = args
+            return batch_norm(images, BatchNormCall(*others, **kwargs), sync=True).values
         return func(*args, **kwargs)
-
-
-def _batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    call = BatchNormCall(running_mean, running_var, weight, bias, training, momentum, eps)
-    return batch_norm(input, call, sync=True).values

@@ -71,16 +71,15 @@ TARGETS = {
 def masked_patch_loss(
     prediction: Tensor, target: Tensor, visible: Tensor, patch_size: int, everywhere: bool = False
 ) -> Tensor:
-    """Mean squared error of the masked patches, a scalar.
+    """Mean squared error of the masked patches, or with `everywhere` of all; a scalar.
 
     Sum over masked patches of the patch's mean squared error / (number of masked patches + 1e-8), the official form.
 
     Args:
-        prediction: [B, C, H, W], any floating dtype; compared in at least fp32.
+        prediction: [B, C, H, W]; compared in at least fp32.
         target: [B, C, H, W].
         visible: [B, 1, fh, fw] bool.
         patch_size: side of a patch in positions of the target.
-        everywhere: of visible patches too.
     """
     dtype = torch.promote_types(prediction.dtype, torch.float32)
     error = patch_view(prediction.to(dtype) - target.to(dtype), patch_size).square().mean(_PATCH_VALUES)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from spark.errors import UserError
 from spark.model.decoder_cpu import hooked, run_block
-from spark.sparse import SparseTensor, SyncBatchNorm2d
+from spark.sparse import SparseTensor
+from spark.sparse.batch_norm import SyncBatchNorm2d
 from spark.sparse.filled_conv import Filled, filled_conv, filled_conv_pays
 
 
@@ -57,9 +58,8 @@ class Densify(nn.Module):
     def forward(self, x: SparseTensor | Tensor, dense: bool = True) -> Tensor | Filled:
         """[B, channels, h, w], sparse if there is a token -> [B, width, h, w].
 
-        Args:
-            x: features of the encoder.
-            dense: False hands a map whose masked sites are all equal on as rows and token, where that saves work.
+        With `dense` False, a map whose masked sites are all equal is handed on as rows and token, where that saves
+        work.
         """
         x = self.norm(x)
         if isinstance(x, Tensor):
@@ -141,11 +141,7 @@ class LightDecoder(nn.Module):
         return not hooked(self, self.blocks[0])
 
     def forward(self, features: Sequence[Tensor | Filled]) -> Tensor:
-        """Features, deepest first, [B, widths[i], h * 2**i, w * 2**i] -> [B, out_chans, H, W].
-
-        Args:
-            features: dense, the first one perhaps `Filled`.
-        """
+        """Features, deepest first, [B, widths[i], h * 2**i, w * 2**i] -> [B, out_chans, H, W]."""
         x, *others = features
         last = self.blocks[-1]
         together = len(others) < len(self.blocks) and not hooked(

@@ -25,8 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from spark.sparse import SparseTensor, SyncBatchNorm2d
-from spark.sparse.batch_norm import BatchNormCall, in_recomputation, move_running_statistics, world_size
+from spark.sparse import SparseTensor
+from spark.sparse.batch_norm import (
+    BatchNormCall,
+    SyncBatchNorm2d,
+    in_recomputation,
+    move_running_statistics,
+    world_size,
+)
 from spark.sparse.filled_conv import Filled
 from spark.sparse.sites import as_image, as_rows
 

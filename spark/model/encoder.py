@@ -40,13 +40,12 @@ def build_encoder(
     """Make a stock timm model without classifier, or one's own encoder.
 
     Args:
-        name: a timm model name, with or without a tag ("resnet50", "convnext_tiny.fb_in1k"); or
-            "package.module:factory", a function or class of one's own that is called with `in_chans` (and with
-            `drop_path` where that is not 0).
+        name: a timm model name, with or without a tag; or "package.module:factory", a function or class of one's own
+            that is called with `in_chans` (and with `drop_path` where that is not 0).
         in_chans: input channels.
-        drop_path: stochastic depth rate of the deepest block (timm's `drop_path_rate`); 0 turns off a model's own, too.
-        pretrained: load timm's published weights for this name (needs network or a cache).
-        timm_kwargs: handed to `timm.create_model` as they are.
+        drop_path: stochastic depth rate of the deepest block; 0 turns off a model's own, too.
+        pretrained: load timm's published weights (needs network or a cache).
+        timm_kwargs: handed to `timm.create_model`.
 
     Raises:
         UserError: unknown name (nearest names are offered), or a model without a feature pyramid.
@@ -94,12 +93,7 @@ def _build_own(name: str, options: dict[str, Any]) -> nn.Module:
 
 
 def create_model(name: str, *, pretrained: bool = False, **options: Any) -> nn.Module:
-    """`timm.create_model`, with sentences for errors.
-
-    Raises:
-        UserError: unknown name or tag, or options that the model or its weights cannot follow.
-        OSError: the published weights could not be downloaded.
-    """
+    """`timm.create_model`; unknown names, wrong options and failed downloads raise `UserError`."""
     require_timm_name(name)
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
@@ -115,11 +109,7 @@ def create_model(name: str, *, pretrained: bool = False, **options: Any) -> nn.M
 
 
 def require_timm_name(name: str) -> None:
-    """Refuse what timm does not know.
-
-    Raises:
-        UserError: unknown model (the nearest names are offered), or a tag that it does not have (its tags are named).
-    """
+    """Refuse a model or a tag that timm does not have; the nearest names are offered."""
     base = name.split(".")[0]
     if not timm.is_model(base):
         near = difflib.get_close_matches(base, timm.list_models(), n=4, cutoff=0.5)
@@ -134,9 +124,7 @@ def require_timm_name(name: str) -> None:
 
 
 def pyramid_info(encoder: nn.Module) -> list[PyramidLevel]:
-    """List the feature maps of an encoder, shallow (large) first, one for each stride.
-
-    Where several maps share a stride the deepest of them is taken.
+    """List the feature maps of an encoder, shallow (large) first, the deepest of each stride.
 
     Raises:
         UserError: the model does not yield maps of at least two strides, each twice the one before.
@@ -184,11 +172,10 @@ def pyramid(encoder: nn.Module, x: Any, levels: Sequence[PyramidLevel] | None = 
 def unreached_parameters(encoder: nn.Module, levels: Sequence[PyramidLevel], in_chans: int) -> list[str]:
     """Names of the trainable parameters that take part in none of these feature maps (a classifier's norm, say).
 
-    Found by differentiating a small dense forward, so no architecture has to be known by name.
+    Found by differentiating a small dense forward.
 
     Raises:
-        UserError: the encoder does not run on an image of twice its stride (it attends over a fixed grid, say), or
-            one's own returns other maps than its `feature_info` announces.
+        UserError: the encoder does not run on an image of twice its stride, or returns other maps than it announces.
     """
     named = [(name, p) for name, p in encoder.named_parameters() if p.requires_grad]
     first, side = named[0][1], 2 * levels[-1].stride
@@ -236,11 +223,7 @@ def _require_announced(
 
 
 def cut_pyramid(levels: Sequence[PyramidLevel], stride: int) -> list[PyramidLevel]:
-    """The levels down to a stride [px]; deeper parts of the encoder then do not run.
-
-    Raises:
-        UserError: there is no map of this stride.
-    """
+    """The levels down to a stride [px]; deeper parts of the encoder then do not run. UserError for no such map."""
     strides = [level.stride for level in levels]
     if stride not in strides:
         raise UserError(f"the encoder has no feature map of stride {stride}: use one of {strides}")

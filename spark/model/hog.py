@@ -21,10 +21,7 @@ CELL = 8  # [px]
 
 @torch.no_grad()
 def hog(images: Tensor) -> Tensor:
-    """Histogram of every cell.
-
-    Args:
-        images: [B, C, H, W]; H and W multiples of 8.
+    """Histogram of every cell of images [B, C, H, W], whose sides are multiples of 8.
 
     Returns:
         [B, C * 9, H / 8, W / 8], the bins of a channel side by side; of the images' type, fp32 at least.
@@ -48,8 +45,7 @@ def hog(images: Tensor) -> Tensor:
 def draw_hog(histograms: Tensor) -> Tensor:
     """Draw in every cell one stroke a bin, along the edge that its gradients cross, as bright as the bin is full.
 
-    Args:
-        histograms: [B, C * 9, h, w], true or predicted ones; averaged over the channels, negative numbers count as 0.
+    Histograms [B, C * 9, h, w] are averaged over the channels, and negative numbers count as 0.
 
     Returns:
         [B, 1, h * 8, w * 8], between 0 and 1.

@@ -31,12 +31,7 @@ def mean_ratio(mask_ratio: MaskRatio) -> float:
 
 
 def check_masks(grid: tuple[int, int], mask_ratio: MaskRatio, block: int = 1) -> None:
-    """Refuse masks that cannot be drawn on this grid.
-
-    Raises:
-        UserError: a ratio that leaves no patch visible, or none masked; a range that is none; blocks as large as the
-            grid.
-    """
+    """Refuse ratios and blocks of which no mask can be drawn on this grid."""
     low, high = ratio_range(mask_ratio)
     if low > high:
         raise UserError(f"mask_ratio [{low}, {high}] is no range: give the lower share first")
@@ -55,7 +50,7 @@ def num_visible(grid: tuple[int, int], mask_ratio: float) -> int:
     At 224 px and stride 32 a ratio of 0.6 keeps 20 of 49 patches, so the true ratio is 0.592.
 
     Raises:
-        UserError: the ratio leaves no patch visible, or none masked, on this grid.
+        UserError: no patch, or every one, would be visible.
     """
     total = grid[0] * grid[1]
     keep = round(total * (1 - mask_ratio))
@@ -102,13 +97,9 @@ def visible_at(
     device: torch.device | str | None = None,
     block: int = 1,
 ) -> Tensor:
-    """Masks of the images at these positions of the training stream, of blocks of `block` x `block` patches.
+    """Masks [B, 1, fh, fw] of the images at these positions of the training stream, of blocks of patches.
 
-    The mask of an image is a function of (seed, position) alone, so that it does not depend on how the
-    batch is split over processes or on where a run was resumed.
-
-    Returns:
-        [B, 1, fh, fw] bool.
+    The mask of an image is a function of (seed, position) alone, whatever processes or resuming do to the batch.
     """
     noise = []
     for position in positions:

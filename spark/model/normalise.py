@@ -12,8 +12,7 @@ class Normalise(nn.Module):
     Args:
         mean: of each channel, of values in [0, 1] or, for floats, in their own unit.
         std: likewise.
-        fused: compute `pixels * scale + shift`, in place where pixels are bytes. Faster on a CPU; the last bit of the
-            result may differ.
+        fused: compute `pixels * scale + shift`: faster on a CPU, and the last bit may differ.
     """
 
     mean: Tensor

@@ -199,11 +199,7 @@ class SparK(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as packed rows lie in memory
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
-        """Patches (fh, fw) of an image of this size [px].
-
-        Raises:
-            UserError: the size is no multiple of the patch size; the nearest sizes that are, are named.
-        """
+        """Patches (fh, fw) of an image of this size [px], which must be a multiple of the patch size."""
         p = self.patch_size
         if height % p or width % p or min(height, width) < p:
             low = (max(height // p, 1) * p, max(width // p, 1) * p)
@@ -215,12 +211,7 @@ class SparK(nn.Module):
         return height // p, width // p
 
     def layout_on(self, device_type: str, precision: str) -> Choice:
-        """The layout of a forward, and why: `layout` itself, or for "auto" the one that the measurements favour.
-
-        Args:
-            device_type: torch's name of it, "cpu" or "cuda".
-            precision: "fp32", "bf16", "fp16" or "fp64".
-        """
+        """The layout of a forward on "cpu" or "cuda", in "fp32", "bf16", "fp16" or "fp64", and why."""
         if self.layout != AUTO:
             return Choice(self.layout, "as named")
         key = (device_type, precision)
@@ -297,8 +288,7 @@ class SparK(nn.Module):
     def reconstruct(self, images: Tensor, output: SparKOutput) -> Tensor:
         """Visible patches of the images, and at masked ones the prediction in image space: [B, C, H, W].
 
-        Raises:
-            UserError: the target is no image.
+        UserError for a target that is no image.
         """
         restore = TARGETS[self.target].restore
         if restore is None:
@@ -325,11 +315,10 @@ def _precision(images: Tensor) -> str:
 
 
 def norm_kind(encoder: nn.Module) -> str:
-    """Whose recipe an encoder takes, "bn" (ResNets') or "ln" (ConvNeXts'), where the official code goes by its name.
+    """Whose recipe an encoder takes, "bn" (ResNets') or "ln" (ConvNeXts').
 
-    The official rule, read off the network instead of its name: batch norm for ResNets, layer norm for ConvNeXts.
-
-    Networks with neither (group norm, none at all) were made not to depend on the batch; layer norm does not either.
+    The official rule goes by the name: batch norm for ResNets, layer norm for ConvNeXts. Networks with neither norm do
+    not depend on the batch, as with layer norm.
     """
     batch = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in encoder.modules())
     return "bn" if batch else "ln"

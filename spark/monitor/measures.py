@@ -50,17 +50,14 @@ class MonitoredImages:
 def read_labelled(
     found: LabelledFiles, most: int, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
 ) -> MonitoredImages:
-    """Read labelled images.
+    """Read at most `most` images of each split, spread evenly over its sorted files.
 
     Args:
         found: from `spark.monitor.probes.list_labelled`.
-        most: images of each split, spread evenly over its sorted files.
+        most: images of each split.
         size: (H, W) [px] that images are resized and centre cropped to.
         mean: per channel, on the scale 0 to 1; one value reads the images in grey, three in colour.
         std: likewise.
-
-    Raises:
-        UserError: too few readable images of a class.
     """
     chosen = torch.cat([_spread(part.nonzero()[:, 0], most) for part in (found.train, ~found.train)])
     prepared = PreparedImages(
@@ -229,11 +226,7 @@ def batch_norm_drift(before: list[tuple[Tensor, Tensor]], now: list[tuple[Tensor
 def batch_norm_gap(encoder: nn.Module, images: Tensor) -> float:
     """How far the running statistics, those of masked images, are from the statistics of these unmasked ones.
 
-    Measured as `batch_norm_drift`, in one forward in evaluation mode.
-
-    Args:
-        encoder: in evaluation mode.
-        images: [B, C, H, W], normalised.
+    Measured as `batch_norm_drift`, in one forward in evaluation mode. Images [B, C, H, W], normalised.
     """
     known, seen = [], []
 

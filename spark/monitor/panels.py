@@ -27,17 +27,16 @@ def reconstruction_panels(
     """Draw a row "input, masked, reconstruction" for each image; for histograms of oriented gradients "input, masked,
     HOG, HOG predicted", the last as true in visible patches and as predicted in masked ones.
 
-    The reconstruction shows visible patches as they are, and masked patches as predicted, brought back to image space
-    with the mean and standard deviation of the true patch, as the loss compares them. The model runs in evaluation mode
-    and is left in the mode it was in; no running statistic changes.
+    Masked patches are brought back to image space with the mean and deviation of the true patch. The model runs in
+    evaluation mode and is left in the mode it was in.
 
     Args:
-        model: the model, not wrapped for several processes.
+        model: not wrapped for several processes.
         images: [B, C, H, W] on the model's device, normalised by `mean` and `std`. One channel is shown in grey, of two
-            the first, of more than three the first three, as a line above the panels says.
+            the first, of more than three the first three.
         visible: [B, 1, fh, fw] bool, True = seen.
         mean: per channel, on the scale 0 to 1.
-        std: per channel, on the scale 0 to 1.
+        std: likewise.
 
     Returns:
         An RGB picture with B rows of three or four images, small ones enlarged.

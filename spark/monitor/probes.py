@@ -52,10 +52,7 @@ class LabelledFiles:
 def list_labelled(root: Path) -> LabelledFiles:
     """Find the images of `root/train/CLASS/` and `root/val/CLASS/`, subfolders of a class included.
 
-    Raises:
-        FileError: a split is missing.
-        UserError: a split without images, images outside the class folders, other classes in one split than in the
-            other, or fewer than two.
+    Both splits must have images of the same two or more classes.
     """
     named = {split: _files_with_class(root / split) for split in SPLITS}
     train, val = ({name for _, name in named[split]} for split in SPLITS)
@@ -169,9 +166,6 @@ def knn_predict(
 
     Returns:
         For each k the predicted labels [M].
-
-    Raises:
-        UserError: a k above N.
     """
     from sklearn.neighbors import KNeighborsClassifier  # here: importing it takes a second
 
@@ -188,8 +182,7 @@ def knn_predict(
 def fit_linear(features: Tensor, labels: Tensor, strength: float) -> Any:
     """Minimise mean cross-entropy + strength / 2 * |weight|^2 (the bias is free), by L-BFGS from zero.
 
-    Returns:
-        scikit-learn's fitted `LogisticRegression`.
+    Returns scikit-learn's fitted `LogisticRegression`.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression

@@ -35,12 +35,7 @@ def fixed_batch(feed: ImageLoader, spark: SparK, seed: int) -> tuple[Tensor, Ten
 def build_monitor(
     config: PretrainConfig, feed: ImageLoader, spark: SparK, batch_size: int, main_process: bool
 ) -> Monitor | None:
-    """What watches a run, in its main process; None in the others, which only check the options, and if it is off.
-
-    Raises:
-        FileError: a split of the labelled folder is missing.
-        UserError: the labelled folder does not fit.
-    """
+    """What watches a run, in its main process; None in the others, which only check the options, and if it is off."""
     most, mean, std = config.monitor.max_images, config.data.mean, config.data.std
     if not config.monitor.every:
         return None

@@ -152,14 +152,7 @@ def picture(path: Path, alt: str, caption: str) -> Picture | Text:
 
 
 def render(title: str, sections: Sequence[Section], lead: str = "", footer: str = "") -> str:
-    """Make the page.
-
-    Args:
-        title: its heading.
-        sections: in their order.
-        lead: a sentence below the heading.
-        footer: the last line.
-    """
+    """The page: title, a sentence below it (`lead`), sections, the last line (`footer`)."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -19,11 +19,7 @@ CURVES = (
 
 
 def pretraining_sections(arms: dict[str, list[Run]]) -> list[Section]:
-    """What was trained, its curves and its reconstructions.
-
-    Args:
-        arms: pretraining runs by label; several under one label are seeds of one thing.
-    """
+    """What was trained, its curves and its reconstructions; runs by label, several are seeds of one thing."""
     runs = named(arms)
     tasks: dict[str, list[str]] = {}
     for run in runs:

@@ -106,15 +106,7 @@ class RunKind:
 
 
 def read_run(folder: str | Path, label: str = "") -> Run:
-    """Read a run folder.
-
-    Args:
-        folder: the output_dir of a run.
-        label: what to call it; its name if empty.
-
-    Raises:
-        UserError: it is not the folder of a run.
-    """
+    """Read the output_dir of a run, called `label` or else by its name; UserError if it is none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: give the output_dir of a run")

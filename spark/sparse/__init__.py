@@ -5,25 +5,12 @@ from collections.abc import Callable
 from torch import Tensor
 
 from spark.errors import UserError
-from spark.sparse.batch_norm import SyncBatchNorm2d
 from spark.sparse.kernels.spconv import spconv_layout
 from spark.sparse.kernels.triton_ops import triton_layout
 from spark.sparse.masked_ops import MASKED
 from spark.sparse.packed_ops import PACKED
 from spark.sparse.sites import Sites
-from spark.sparse.tensor import Layout, MissingRuleError, SparseTensor
-
-__all__ = [
-    "LAYOUTS",
-    "MASKED",
-    "PACKED",
-    "Layout",
-    "MissingRuleError",
-    "Sites",
-    "SparseTensor",
-    "SyncBatchNorm2d",
-    "sparsify",
-]
+from spark.sparse.tensor import Layout, SparseTensor
 
 # Name -> how to make it; those of optional packages are imported when they are asked for.
 LAYOUTS: dict[str, Callable[[], Layout]] = {

@@ -46,11 +46,7 @@ class BatchNormCall(NamedTuple):
 
 
 def require_statistics(count: int) -> None:
-    """Refuse batch statistics of a single site, whose variance is undefined.
-
-    Raises:
-        UserError: there is a single site.
-    """
+    """Refuse batch statistics of a single site, whose variance is undefined."""
     if count < 2:
         raise UserError("batch norm needs more than one visible site: use more images or a lower mask ratio")
 
@@ -65,17 +61,10 @@ def move_running_statistics(call: BatchNormCall, mean: Tensor, var: Tensor, coun
 
 
 def batch_norm(x: Tensor, call: BatchNormCall, *, sync: bool) -> BatchNormed:
-    """`F.batch_norm` over all dimensions but 1, with statistics of all processes if `sync`.
+    """`F.batch_norm` of rows [N, C] or [B, C, h, w], in training with statistics of all processes if `sync`.
 
-    Running statistics move once a step: a forward that checkpointing repeats leaves them alone.
-
-    Args:
-        x: [N, C] rows, or [B, C, h, w].
-        call: the other arguments of `F.batch_norm`.
-        sync: merge statistics over processes (only in training, only with more than one).
-
-    Raises:
-        UserError: training on a single value per channel.
+    Running statistics move once a step: a forward that checkpointing repeats leaves them alone. UserError for training
+    on a single value per channel.
     """
     if call.training and in_recomputation():
         call = call._replace(running_mean=None, running_var=None)
@@ -95,13 +84,9 @@ def batch_norm(x: Tensor, call: BatchNormCall, *, sync: bool) -> BatchNormed:
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` whose batch statistics cover all processes, on any device.
+    """`nn.BatchNorm2d` whose batch statistics cover all processes, on any device; without `sync`, those of this one.
 
-    Keys of the state dict are `nn.BatchNorm2d`'s.  On sparse values the rules of their layout apply.
-
-    Args:
-        num_features: channels C.
-        sync: merge statistics over processes; False is `nn.BatchNorm2d`.
+    On sparse values the rules of their layout apply.
     """
 
     def __init__(self, num_features: int, *, sync: bool = True):

@@ -59,11 +59,7 @@ class GroupedTensor(SparseTensor):
 
 
 def channel_axis(func: Callable, x: SparseTensor, dim: int) -> int:
-    """The dimension of x's data that `dim` means.
-
-    Raises:
-        MissingRuleError: it does not mean the channels.
-    """
+    """The axis of the data that a dimension of x means; MissingRuleError if it does not mean the channels."""
     if dim % 4 != (3 if x.channels_last else 1):
         raise MissingRuleError(
             f"no sparse rule for {func.__name__} along dimension {dim} of {x!r}: only channels"

@@ -32,13 +32,12 @@ class Choice(NamedTuple):
 def choose_layout(device_type: str, convolutions: str, precision: str, mask_ratio: float) -> Choice:
     """Pick the layout of the highest median speed-up over the masked one, in the measurements nearest to this use.
 
-    Nearest: of this device type (nothing is concluded from another); then, each only where the table has it, of this
-    very device, of this kind of convolutions and of this precision; then of the nearest mask ratio (of both neighbours
-    in the middle between two). A layout whose package is missing is no candidate. Of equally fast layouts "packed" goes
-    first, then "masked".
+    Nearest: of this device type; then, each only where the table has it, of this very device, kind of convolutions and
+    precision; then of the nearest mask ratio. A layout whose package is missing is no candidate. Of equally fast
+    layouts "packed" goes first, then "masked".
 
     Args:
-        device_type: torch's name of it, "cpu" or "cuda".
+        device_type: "cpu" or "cuda".
         convolutions: "dense" or "grouped", see `convolution_kind`.
         precision: "fp32", "bf16", "fp16" or "fp64".
         mask_ratio: share of hidden patches.
@@ -80,11 +79,7 @@ def measured() -> list[dict[str, str]]:
 
 
 def device_name(device: str) -> str:
-    """Kind of the machine, as the table names it, without anything that identifies it.
-
-    Args:
-        device: torch's name of it, "cpu", "cuda" or "cuda:1"; "" for a GPU that is not there.
-    """
+    """Kind of the machine, as the table names it; nothing that identifies it. "" for a GPU that is not there."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device) if torch.cuda.is_available() else ""
     return f"cpu ({cpu_name()})"
@@ -100,11 +95,7 @@ def is_available(layout: str) -> bool:
 
 
 def convolution_kind(encoder: nn.Module) -> str:
-    """The kind of an encoder's convolutions, as the table has it: "grouped" if any k x k one has groups, else "dense".
-
-    Depthwise convolutions (ConvNeXt's, for one) are grouped ones: little arithmetic on many numbers, by kernels of
-    their own in every layout. Dense stems and downsampling beside them do not count.
-    """
+    """The kind of an encoder's convolutions in the table: "grouped" if any k x k one has groups, else "dense"."""
     grouped = any(
         isinstance(module, nn.Conv2d) and module.groups > 1 and max(module.kernel_size) > 1
         for module in encoder.modules()

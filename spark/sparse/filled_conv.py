@@ -42,11 +42,7 @@ def filled_conv_pays(x: SparseTensor) -> bool:
 def filled_conv(x: SparseTensor, token: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.conv2d(x.to_dense(token), weight, bias, padding=1)` of packed rows: [B, C, h, w] -> [B, O, h, w].
 
-    Args:
-        x: packed.
-        token: [1, C, 1, 1].
-        weight: [O, C, 3, 3].
-        bias: [O] or None.
+    Token [1, C, 1, 1], weight [O, C, 3, 3], bias [O].
     """
     wide = (token.double(), weight.double(), None if bias is None else bias.double())
     constant = constant_conv(*wide, *x.size4[2:]).to(x.dtype)
@@ -83,9 +79,7 @@ class Filled(NamedTuple):
     def upsampled(self, weight: Tensor, bias: Tensor) -> Tensor:
         """`F.conv_transpose2d(self.dense(), weight, bias, stride=2, padding=1)`: [B, O, 2h, 2w].
 
-        Args:
-            weight: [C, O, 4, 4].
-            bias: [O].
+        Weight [C, O, 4, 4], bias [O].
         """
         h, w = self.x.size4[2:]
         table = self.x.sites.cached(("upsampled", h, w), lambda: _Upsampling(self.x.sites, h, w))

@@ -27,16 +27,20 @@ def to_dense(data: Tensor, sites: Sites, size: tuple[int, int, int, int], fill: 
     return data if fill is None else torch.where(sites.mask(*size[2:]), data, fill.to(data.dtype))
 
 
+def mask_of(x: SparseTensor) -> Tensor:
+    """The visible sites of x, in its order of dimensions."""
+    mask = x.sites.mask(*x.size4[2:])
+    return mask.permute(0, 2, 3, 1) if x.channels_last else mask
+
+
 def remask(x: SparseTensor, data: Tensor) -> Tensor:
     """Zero the masked sites of data that lie in x's order of dimensions."""
-    mask = x.sites.mask(*x.size4[2:])
-    return torch.where(mask.permute(0, 2, 3, 1) if x.channels_last else mask, data, 0)
+    return torch.where(mask_of(x), data, 0)
 
 
 def elementwise_remasked(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
     """f(x) where f(0) != 0.  Masked sites are computed at 1, where f has a gradient, then zeroed."""
-    mask = x.sites.mask(*x.size4[2:])
-    inside = torch.where(mask.permute(0, 2, 3, 1) if x.channels_last else mask, x.data, 1)
+    inside = torch.where(mask_of(x), x.data, 1)
     out = remask(x, func(inside, *args, **kwargs))
     return common.finish(func, kwargs, x, x.data.copy_(out) if common.is_inplace(func, kwargs) else out)
 
@@ -48,8 +52,7 @@ def clean(func: Callable, x: SparseTensor, data: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         # masked_fill_ of a view in another order of dimensions cannot be traced.
         return data.copy_(remask(x, data))
-    mask = x.sites.mask(*x.size4[2:])
-    return data.masked_fill_(~(mask.permute(0, 2, 3, 1) if x.channels_last else mask), 0)
+    return data.masked_fill_(~mask_of(x), 0)
 
 
 def batch_norm(func: Callable, x: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:

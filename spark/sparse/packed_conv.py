@@ -511,15 +511,7 @@ def packed_conv(
 ) -> Tensor:
     """Convolve the rows of an h x w map: rows [N, C] -> rows [N', O].
 
-    Args:
-        rows: [N, C].
-        sites: of the map.
-        h, w: size of the map.
-        window: of the convolution.
-        weight: [O, C / groups, kh, kw].
-        bias: [O] or None.
-        groups: of channels.
-        recipe: how to compute the rows again.
+    Weight [O, C / groups, kh, kw]; `recipe` computes the rows again in the backward pass.
     """
     return convolve_by(plan_of(sites, h, w, window, groups), rows, weight, bias, recipe)
 

@@ -130,15 +130,15 @@ class Sites:
     Args:
         visible: [B, 1, fh, fw] bool, True = seen.
         sync: batch statistics cover the visible sites of all processes.
-        visible_count: visible patches of all images together, M, if known. Without it, the mask is
-            read, and a GPU waited for, once.
+        visible_count: visible patches of all images together, M. Without it, the mask is read, and a GPU waited for,
+            once.
 
     Attributes:
         static: shapes do not depend on the values of the mask, see `static_on`.
 
     Raises:
         UserError: a mask of another type or shape, or a CPU mask with another number of visible patches. On a GPU a
-            wrong number fails an assertion of the device, at the latest when a result is read.
+            wrong number fails an assertion of the device.
     """
 
     def __init__(self, visible: Tensor, sync: bool = False, visible_count: int | None = None):
@@ -172,11 +172,7 @@ class Sites:
         return self._cache[key]
 
     def patch_sides(self, h: int, w: int) -> tuple[int, int]:
-        """Sites along a patch (ph, pw) of an h x w feature map.
-
-        Raises:
-            UnalignedError: the map's size is no multiple of the grid, so that masks and sites do not line up.
-        """
+        """Sites along a patch (ph, pw) of an h x w feature map; UnalignedError if masks and sites do not line up."""
         fh, fw = self.grid
         if h % fh or w % fw or h < fh or w < fw:
             raise UnalignedError(

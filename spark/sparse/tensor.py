@@ -215,7 +215,8 @@ class SparseTensor:
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        values = [v for v in pytree_leaves((args, kwargs)) if isinstance(v, SparseTensor)]
+        leaves = pytree.tree_leaves((args, kwargs), is_leaf=lambda v: isinstance(v, SparseTensor))
+        values = [v for v in leaves if isinstance(v, SparseTensor)]
         first = values[0]
         for other in values[1:]:
             if other.sites is not first.sites:
@@ -258,8 +259,7 @@ class SparseTensor:
     def __add__(self, other: Any) -> Any:
         return torch.add(self, other)  # type: ignore[call-overload]
 
-    def __radd__(self, other: Any) -> Any:
-        return torch.add(self, other)  # type: ignore[call-overload]
+    __radd__ = __add__
 
     def __iadd__(self, other: Any) -> Any:
         return self.add_(other)
@@ -273,8 +273,7 @@ class SparseTensor:
     def __mul__(self, other: Any) -> Any:
         return torch.mul(self, other)  # type: ignore[call-overload]
 
-    def __rmul__(self, other: Any) -> Any:
-        return torch.mul(self, other)  # type: ignore[call-overload]
+    __rmul__ = __mul__
 
     def __imul__(self, other: Any) -> Any:
         return self.mul_(other)
@@ -306,11 +305,6 @@ class SparseTensor:
 
 # `tensor + sparse` arrives under the operator's name.
 _OPERATORS = {"__add__": "add", "__radd__": "add", "__mul__": "mul", "__rmul__": "mul", "__iadd__": "add_"}
-
-
-def pytree_leaves(tree: Any) -> list[Any]:
-    """Arguments of a call as a flat list (lists and tuples opened, sparse values kept whole)."""
-    return pytree.tree_leaves(tree, is_leaf=lambda v: isinstance(v, SparseTensor))
 
 
 def _where() -> str:

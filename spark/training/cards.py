@@ -20,11 +20,7 @@ def card_names(kind: str) -> list[str]:
 
 
 def find_card(name: str, kind: str | None = None) -> Path:
-    """The file that ``--config`` names: a path, or a card by its name.
-
-    Args:
-        name: a path of a YAML file, or a name such as "small".
-        kind: whose cards to look among; None for a command that has none.
+    """The file that ``--config`` names: a path of a YAML file, or a card of this kind by its name.
 
     Raises:
         FileError: there is neither.

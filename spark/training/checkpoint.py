@@ -1,7 +1,6 @@
-"""Run checkpoints; the one door to encoders in and out (`spark.weights.encoder`) and to official files
-(`spark.weights.official`).
+"""Checkpoints of a run.
 
-A run checkpoint is a folder `checkpoints/step_NNNNNNN/` with `model.safetensors`, `state.pt` (optimizer, gradient
+One is a folder `checkpoints/step_NNNNNNN/` with `model.safetensors`, `state.pt` (optimizer, gradient
 scaler, step, and what else the loop keeps), of a run that averages its weights `ema.safetensors`, and `SHA256SUMS` of
 these. It is written under a hidden name and renamed when all of it is on the disk, so what has its final name is whole;
 the checksums tell of what a disk or a copy did to it later. Nothing is ever unpickled: safetensors, and
@@ -26,23 +25,9 @@ from torch.optim import Optimizer
 
 from spark.errors import UserError
 from spark.files import checksum, whole_folder, write_tensors
-from spark.weights.encoder import EMA, STATE, WEIGHTS, description, load_encoder, read_encoder, save_encoder
-from spark.weights.keys import KeyReport, fit, placed
-from spark.weights.official import load_official, read_torch_file
-
-__all__ = [
-    "EMA",
-    "KeyReport",
-    "find_run",
-    "load_encoder",
-    "load_official",
-    "load_run",
-    "read_encoder",
-    "refuse_new_beginning",
-    "save_encoder",
-    "save_run",
-    "step_of",
-]
+from spark.weights.encoder import EMA, STATE, WEIGHTS, description
+from spark.weights.keys import fit, placed
+from spark.weights.official import read_torch_file
 
 logger = logging.getLogger(__name__)
 
@@ -67,15 +52,13 @@ def save_run(
 ) -> Path:
     """Write the state of a run after optimizer step `step`; only the main process calls it, with whole weights.
 
-    Older checkpoints beyond the newest `keep` are removed once the new one is on the disk. Checkpoints of later steps
-    belong to a course that the run left when it was resumed from an earlier step; they are renamed to
-    `superseded_step_*`, as is a folder of this step with foreign files in it, so that the newest checkpoint is always
-    the run's own.
+    Older checkpoints beyond the newest `keep` are removed once the new one is on the disk. Checkpoints of later steps,
+    of a course that the run has left, and a folder of this step with foreign files are renamed to `superseded_step_*`.
 
     Args:
         output_dir: Folder of the run.
         step: Optimizer steps done.
-        model: The model; wrappers for several processes or compilation are taken off.
+        model: Wrappers for several processes or compilation are taken off.
         optimizer: Its optimizer.
         scaler: Gradient scaler, if there is one.
         ema: A model of the same architecture that holds averaged weights, if the run keeps them.
@@ -87,11 +70,9 @@ def save_run(
         The folder `output_dir/checkpoints/step_NNNNNNN`.
 
     Raises:
-        OSError: Disk full, or not writable: nothing half-written is left, and older checkpoints stay.
-        ValueError: `keep` below 1, or something in `extra` that could not be read back safely.
+        OSError: Nothing half-written is left, and older checkpoints stay.
+        UserError: Something in `extra` could not be read back safely.
     """
-    if keep < 1:
-        raise UserError(f"keep_checkpoints must be at least 1, not {keep}")
     extra = {} if extra is None else extra
     _require_plain(extra, "extra")
     model = extract_model_from_parallel(model, keep_torch_compile=False)
@@ -186,20 +167,16 @@ def step_of(checkpoint: Path) -> int:
 
 
 def find_run(output_dir: str | Path, resume: bool | str | Path, before: float = math.inf) -> Path | None:
-    """Find the checkpoint to go on from.
+    """Find the checkpoint to go on from; None if there is none.
 
     Args:
         output_dir: Folder of the run.
-        resume: True: the newest whole checkpoint of `output_dir`; damaged or foreign folders, and those whose files
-            have other checksums than when they were written, are passed over with a warning. A path: that checkpoint,
-            or the newest whole one of the run in that folder. False: none.
+        resume: True: the newest whole checkpoint of `output_dir`; damaged, altered or foreign folders are passed over
+            with a warning. A path: that checkpoint, or the newest whole one of the run in that folder. False: none.
         before: With True: only checkpoints of earlier steps than this one.
 
-    Returns:
-        The checkpoint's folder, or None if there is none to go on from.
-
     Raises:
-        ValueError: `resume` names a folder that is not a whole checkpoint.
+        UserError: `resume` names a folder that is not a whole checkpoint.
     """
     if resume is False:
         return None
@@ -227,11 +204,7 @@ def find_run(output_dir: str | Path, resume: bool | str | Path, before: float = 
 
 
 def refuse_new_beginning(output_dir: str | Path) -> None:
-    """Refuse to begin anew in a folder with checkpoints, none of which is whole: that would throw the run away.
-
-    Raises:
-        ValueError: There are such; says what to do.
-    """
+    """Refuse to begin anew in a folder with checkpoints, none of which is whole: that would throw the run away."""
     folders = _step_folders(Path(output_dir) / "checkpoints")
     if folders:
         reasons = "; ".join(
@@ -296,14 +269,11 @@ def load_run(
     scaler: Any = None,
     ema: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """Restore a run in place; every process calls it.
-
-    Nothing is changed unless model and optimizer both fit. Learning rate and weight decay are restored too, and set
-    anew by the loop at its next step.
+    """Restore a run in place; every process calls it. Nothing is changed unless model and optimizer both fit.
 
     Args:
         path: A folder from `find_run`.
-        model: Of the same architecture; wrappers for several processes or compilation are taken off.
+        model: Wrappers for several processes or compilation are taken off.
         optimizer: Of the same kind, over the same groups.
         scaler: Gradient scaler, if the run uses one.
         ema: Model for the averaged weights, if the run keeps them; of a checkpoint without, the average starts from its
@@ -313,7 +283,7 @@ def load_run(
         `{"step": optimizer steps done, **extra}`.
 
     Raises:
-        ValueError: The checkpoint is not whole, or is of another architecture or optimizer; the first difference is
+        UserError: The checkpoint is not whole, or is of another architecture or optimizer; the first difference is
             named.
     """
     path = Path(path)

@@ -58,11 +58,7 @@ def parse_config(cls: type[T], argv: Sequence[str] | None, description: str) -> 
 
 
 def read_options(cls: type[T], argv: Sequence[str]) -> T:
-    """As `parse_config`, without what prints.
-
-    Raises:
-        UserError: something is wrong with an option or a file; one sentence.
-    """
+    """As `parse_config`, without what prints; raises UserError."""
     from argparse import ArgumentError
 
     from jsonargparse import (
@@ -125,12 +121,7 @@ def make_callable(module: str, call: Callable[..., None]) -> None:
 
 
 def save_config(config: Any, path: str | Path) -> None:
-    """Write a dataclass of options as the YAML file that ``--config`` reads back.
-
-    Args:
-        config: an instance of a dataclass.
-        path: the file to write.
-    """
+    """Write a dataclass of options as the YAML file that ``--config`` reads back."""
     write_whole(path, yaml.safe_dump(config_dict(config), sort_keys=False).encode())
 
 
@@ -181,13 +172,7 @@ def with_defaults(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """Options that differ between the config of a checkpoint and that of the run which continues from it.
-
-    Args:
-        before: completed by `with_defaults`, where another version of this project may have written it.
-        now: from `config_dict`.
-        prefix: of the names.
-    """
+    """Options that differ between two configs of `config_dict`; `with_defaults` completes an older one before."""
     lines = []
     for name in [*before, *(name for name in now if name not in before)]:
         old, new = before.get(name), now.get(name)
@@ -212,12 +197,7 @@ def _names(cls: type, prefix: str = "") -> tuple[dict[str, Any], dict[str, list[
 
 
 def _arguments(cls: type[Options], argv: Sequence[str]) -> Iterator[str]:
-    """The arguments in the form ``--name=value``: names checked, several values made a list, cards found.
-
-    Raises:
-        UserError: an option that does not exist, here or in a file given to --config, one without a value, or a value
-            without an option.
-    """
+    """The arguments in the form ``--name=value``: names checked, several values made a list, cards found."""
     options, groups = _names(cls)
     given: list[tuple[str, list[str]]] = [("", [])]  # values before the first name have none
     for argument in argv:
@@ -284,11 +264,7 @@ def _is_entry(name: str, options: dict[str, Any]) -> bool:
 def _read_file(
     path: Path, cls: type[Options], options: dict[str, Any], groups: dict[str, list[str]]
 ) -> dict[str, Any]:
-    """The options in a YAML file, without those that were retired.
-
-    Raises:
-        UserError: it is not valid YAML, or holds an option that does not exist.
-    """
+    """The options in a YAML file, without those that were retired; unknown ones are refused."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -38,11 +38,8 @@ def record_environment(folder: str | Path, step: int, processes: int) -> Path:
 
     Args:
         folder: of the run.
-        step: that it starts behind; 0 is a new run, whose list begins anew.
+        step: that it starts behind; at 0 the list begins anew.
         processes: that train.
-
-    Raises:
-        OSError: it could not be written.
     """
     path = Path(folder) / ENVIRONMENT
     before: Any = []

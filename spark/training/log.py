@@ -50,12 +50,10 @@ class RunLog:
             self._track(lambda: accelerator.init_trackers(name, config=dict(config or {})))
 
     def rewind(self, step: int, keep_events: bool = False) -> None:
-        """Drop the rows of later steps, which are going to be computed again.
+        """Drop the rows of later steps than this one, which are going to be computed again; -1 drops all.
 
-        Args:
-            step: last step whose rows stay; -1 drops all.
-            keep_events: rows with an `event` stay too, as rows of this step that name, in `at_step`, the step
-                that they happened at.
+        With `keep_events`, later rows with an `event` stay as rows of this step; `at_step` names the step they
+        happened at.
         """
         if not self.accelerator.is_main_process:
             return
@@ -230,9 +228,6 @@ def progress_bar(
         start: steps that were done before.
         every: steps between lines where there is no terminal.
         enabled: False shows nothing, for processes other than the main one.
-
-    Yields:
-        A `ProgressReport`.
     """
     console = Console(quiet=not enabled)
     if not (enabled and console.is_terminal):

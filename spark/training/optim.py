@@ -22,64 +22,49 @@ from spark.errors import UserError
 BLOCKS_PER_LAYER = 3
 """Residual blocks that share one learning rate under layer decay (see `layer_scales`)."""
 
-OPTIMIZERS = ("lamb", "adamw", "sgd")
+NEVER_DECAYED = {"token", "gamma"}
+"""Parts of dotted parameter names."""
 
 
 def parameter_groups(
     model: nn.Module,
     weight_decay: float,
     *,
-    no_decay: Sequence[str] = ("token", "gamma"),
     layer_decay: float | None = None,
     encoder_lr_factor: float = 1.0,
-    encoder: nn.Module | None = None,
 ) -> list[dict[str, Any]]:
     """Split the trainable parameters of `model` by weight decay and learning-rate scale.
 
     Not decayed (SparK's rule): parameters of one dimension or none, biases, and parameters one of whose dotted name
-    parts is in `no_decay` (`densify.0.token` for "token"; `token_mixer.weight` is not meant by it).
-
-    Frozen parameters are left out. To freeze an encoder only for the first epochs, build the groups first: every
-    optimizer here passes over a parameter without a gradient.
+    parts is in `NEVER_DECAYED` (`densify.0.token`, not `token_mixer.weight`). Frozen parameters are left out.
 
     Args:
-        model: The whole model that is trained, not wrapped for several processes.
-        weight_decay: Weight decay of the decayed parameters.
-        no_decay: Name parts that are never decayed.
+        model: Not wrapped for several processes; with `layer_decay` or `encoder_lr_factor` it has an `encoder`.
+        weight_decay: Of the decayed parameters.
         layer_decay: In (0, 1]: each layer of the encoder learns this much slower than the one above it; the head
             has scale 1 and the deepest layer `layer_decay`. None: no layer decay.
-        encoder_lr_factor: Scale on the learning rate of the whole encoder, > 0.
-        encoder: The encoder inside `model`. Default: `model.encoder`.
+        encoder_lr_factor: Scale on the learning rate of the whole encoder.
 
     Returns:
         Groups in the order in which their first parameter appears, each with `params`, `weight_decay`, `lr_scale`,
-        `weight_decay_scale` (0 or 1) and `name`, ready for `build_optimizer`.
+        `weight_decay_scale` (0 or 1) and `name`.
 
     Raises:
-        ValueError: A value is out of range, nothing is trainable, or the encoder cannot be found or split.
+        UserError: Nothing is trainable, or the encoder cannot be split into layers.
     """
-    if weight_decay < 0:
-        raise UserError(f"weight_decay must be 0 or more, not {weight_decay}")
-    if encoder_lr_factor <= 0:
-        raise UserError(
-            f"encoder_lr_factor must be above 0, not {encoder_lr_factor}; to hold the encoder still, freeze its"
-            " parameters (requires_grad_(False))"
-        )
     scales: dict[int, tuple[str, float]] = {}
     if layer_decay is not None or encoder_lr_factor != 1.0:
-        encoder = _encoder_of(model, encoder)
-        by_name = layer_scales(encoder, layer_decay) if layer_decay is not None else {}
-        for name, parameter in encoder.named_parameters():
+        by_name = layer_scales(model.encoder, layer_decay) if layer_decay is not None else {}  # type: ignore[arg-type]
+        for name, parameter in model.encoder.named_parameters():  # type: ignore[union-attr]
             label, scale = by_name.get(name, ("encoder", 1.0))
             scales[id(parameter)] = label, scale * encoder_lr_factor
 
-    excluded = set(no_decay)
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         parts = name.split(".")
-        decayed = parameter.ndim > 1 and parts[-1] != "bias" and not excluded.intersection(parts)
+        decayed = parameter.ndim > 1 and parts[-1] != "bias" and NEVER_DECAYED.isdisjoint(parts)
         label, lr_scale = scales.get(id(parameter), ("head" if scales else "model", 1.0))
         group_name = f"{label}/{'decay' if decayed else 'no_decay'}"
         group = groups.setdefault(
@@ -96,18 +81,6 @@ def parameter_groups(
     if not groups:
         raise UserError("nothing to train: every parameter of the model is frozen (requires_grad is False)")
     return list(groups.values())
-
-
-def _encoder_of(model: nn.Module, encoder: nn.Module | None) -> nn.Module:
-    """The encoder inside `model`: the one given, or the attribute of that name."""
-    if encoder is None:
-        encoder = getattr(model, "encoder", None)
-    if not isinstance(encoder, nn.Module):
-        raise UserError(
-            f"layer_decay and encoder_lr_factor need to know the encoder, and {type(model).__name__} has no attribute"
-            " `encoder`: pass encoder="
-        )
-    return encoder
 
 
 def layer_scales(encoder: nn.Module, layer_decay: float) -> dict[str, tuple[str, float]]:
@@ -127,10 +100,8 @@ def layer_scales(encoder: nn.Module, layer_decay: float) -> dict[str, tuple[str,
         `layer_decay ** (N + 1 - i)`; what comes after the deepest feature (a final norm, a classifier) has 1.
 
     Raises:
-        ValueError: `layer_decay` is out of range, or timm has no layer grouping for this encoder.
+        UserError: timm has no layer grouping for this encoder.
     """
-    if not 0 < layer_decay <= 1:
-        raise UserError(f"layer_decay must be in (0, 1], not {layer_decay}; for none, leave it out")
     matcher = getattr(encoder, "group_matcher", None)
     features = getattr(encoder, "feature_info", None)
     if matcher is None or features is None:
@@ -160,25 +131,12 @@ def build_optimizer(
     """Build the optimizer over groups from `parameter_groups`.
 
     - `lamb`: `timm.optim.Lamb` as SparK's pretraining sets it: bias correction, averaged gradients, the trust ratio on
-      decayed parameters only and unclipped. The global gradient norm is clipped by the training loop, which knows
-      about the loss scale and accumulation, not by the optimizer.
+      decayed parameters only and unclipped. The training loop clips gradients, not the optimizer.
     - `adamw`: `torch.optim.AdamW`.
     - `sgd`: `torch.optim.SGD` with Nesterov momentum `betas[0]`; `betas[1]` and `eps` have no meaning for it.
 
-    Args:
-        name: "lamb", "adamw" or "sgd".
-        groups: From `parameter_groups`; each keeps its own `weight_decay`.
-        lr: Learning rate of a group whose `lr_scale` is 1.
-        betas: Decay of the running mean of the gradient and of its square.
-        eps: Added to the root of the running square.
-
-    Raises:
-        ValueError: Unknown name, or a value out of range.
+    `lr` is that of a group whose `lr_scale` is 1.
     """
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise UserError(f"betas must be two numbers in [0, 1), not {tuple(betas)}")
-    if lr < 0 or eps <= 0:
-        raise UserError(f"lr must be 0 or more and eps above 0, not lr={lr} and eps={eps}")
     beta1, beta2 = betas
     if name == "lamb":
         optimizer: Optimizer = Lamb(
@@ -195,10 +153,8 @@ def build_optimizer(
         )
     elif name == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=0.0)
-    elif name == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=lr, momentum=beta1, nesterov=beta1 > 0, weight_decay=0.0)
     else:
-        raise UserError(f"unknown optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}")
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=beta1, nesterov=beta1 > 0, weight_decay=0.0)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     return optimizer
@@ -217,16 +173,7 @@ def lr_at(
 
     Warm-up from `start_factor * peak` at step 0 towards `peak` at step `warmup_steps`; then down to `end_factor * peak`
     at the last step, `total_steps - 1`, and constant beyond it.
-
-    Raises:
-        ValueError: Negative step, no steps, or a warm-up longer than the run.
     """
-    _check_schedule(step, total_steps)
-    if not 0 <= warmup_steps <= total_steps:
-        raise UserError(
-            f"the warm-up has {warmup_steps} steps and the whole run {total_steps}: shorten the warm-up"
-            " (warmup_steps, warmup_epochs) or train longer"
-        )
     if step < warmup_steps:
         return peak * (start_factor + (1 - start_factor) * step / warmup_steps)
     return peak * (
@@ -248,13 +195,7 @@ def one_cycle_at(
     From `start_factor * peak` at step 0 to `peak` at step `rise * total_steps - 1`; then to `end_factor * peak` at the
     last step, `total_steps - 1`, and constant beyond it. As torch's `OneCycleLR`, whose `div_factor` is
     1 / `start_factor` and `final_div_factor` is `start_factor / end_factor`; with factors above 1 it is its momentum.
-
-    Raises:
-        ValueError: Negative step, no steps, or `rise` outside [0, 1].
     """
-    _check_schedule(step, total_steps)
-    if not 0 <= rise <= 1:
-        raise UserError(f"the rise is a share of the run between 0 and 1, not {rise}")
     top = max(rise * total_steps - 1, 0.0)
     if step <= top and top > 0:
         before, after, progress = start_factor, 1.0, step / top
@@ -264,12 +205,7 @@ def one_cycle_at(
 
 
 def weight_decay_at(step: int, *, start: float, end: float, total_steps: int) -> float:
-    """Weight decay of optimizer step `step`: half a cosine from `start` at 0 to `end` at the last step, then constant.
-
-    Raises:
-        ValueError: Negative step, or no steps.
-    """
-    _check_schedule(step, total_steps)
+    """Weight decay of step `step`: half a cosine from `start` at 0 to `end` at the last step, then constant."""
     return end + (start - end) * _half_cosine(step, total_steps)
 
 
@@ -278,13 +214,6 @@ def _half_cosine(step: int, steps: int) -> float:
     if steps <= 1:
         return 1.0
     return 0.5 + 0.5 * math.cos(math.pi * min(step / (steps - 1), 1.0))
-
-
-def _check_schedule(step: int, total_steps: int) -> None:
-    if total_steps < 1:
-        raise UserError(f"a schedule needs at least one step, not {total_steps}: set epochs or max_steps")
-    if step < 0:
-        raise UserError(f"steps are counted from 0, not {step}")
 
 
 def set_hyperparameters(
@@ -308,11 +237,6 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """Move an exponential moving average of weights: average <- decay * average + (1 - decay) * model.
 
     Buffers (batch norm's running statistics, averages themselves) are copied. As `torch.optim.swa_utils.AveragedModel`.
-
-    Args:
-        average: A copy of the model.
-        model: The model that is trained, after its optimizer step.
-        decay: In [0, 1); 0 copies.
     """
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
     for mine, theirs in zip(average.buffers(), model.buffers(), strict=True):

@@ -9,15 +9,12 @@ from spark.errors import FileError, UserError
 def check_output_dir(output_dir: str | Path, resume: bool | str) -> None:
     """Refuse a folder in which another run would be overwritten; nothing is made yet.
 
-    Every process calls it before any of them writes.
-
-    Args:
-        output_dir: the folder.
-        resume: the option of the run; true, or a checkpoint inside the folder, allows a folder that holds a run.
+    Every process calls it before any of them writes. With `resume` true, or a checkpoint inside the folder, it may
+    hold a run.
 
     Raises:
-        ValueError: the folder holds a run that this one does not continue, or the path is a file.
-        OSError: no permission to write there.
+        UserError: the folder holds another run, or the path is a file.
+        FileError: no permission to write there.
     """
     folder = Path(output_dir)
     present = next(place for place in (folder, *folder.parents) if place.exists())
@@ -39,11 +36,7 @@ def check_output_dir(output_dir: str | Path, resume: bool | str) -> None:
 
 
 def make_output_dir(output_dir: str | Path) -> None:
-    """Make the folder of a run where it is missing, once nothing stands against the run.
-
-    Raises:
-        OSError: it cannot be made.
-    """
+    """Make the folder of a run where it is missing; FileError if that fails."""
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:

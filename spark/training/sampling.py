@@ -89,7 +89,7 @@ def run_length(
     """Optimizer steps of a run, and of its warm-up; numbers of steps take the place of numbers of epochs.
 
     Raises:
-        ValueError: warmup_steps are more than the steps of the run.
+        UserError: warmup_steps are more than the steps of the run.
     """
     total = max_steps or math.ceil(epochs * steps_per_epoch)
     if warmup_steps is None:

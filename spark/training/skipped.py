@@ -11,22 +11,15 @@ from spark.files import write_whole
 class UnreadableImages:
     """The files that could not be read so far, counted once each against a share of the data set; shards likewise.
 
-    A process sees only the failures of its own samples: gather them from all processes before `add`, so that
-    all count the same and stop together.
+    A process sees only its own failures: gather them from all processes before `add`, so that all stop together.
 
     Args:
         num_files: size of the data set.
-        max_share: at most this share of the files may be unreadable, 0 to 1. Above 0 it allows one file at least: in
-            a data set of 50 files a share of 0.01 is one file, not none.
+        max_share: share of the files that may be unreadable, 0 to 1. Above 0 it allows one file at least.
         num_shards: shards of the data set, of which at most this share may break off.
-
-    Raises:
-        ValueError: a share out of range.
     """
 
     def __init__(self, num_files: int, max_share: float, num_shards: int = 0):
-        if not 0 <= max_share <= 1:
-            raise UserError(f"the share of unreadable images that is accepted lies in 0..1, not {max_share}")
         self.num_files = num_files
         self.max_share = max_share
         self.num_shards = num_shards
@@ -38,14 +31,10 @@ class UnreadableImages:
         return len(self.reasons)
 
     def add(self, failed: Sequence[str]) -> list[str]:
-        """Count failures as `describe_failure` writes them; all are recorded before anything is raised.
-
-        Returns:
-            Those that are new, to be told to the user once.
+        """Count failures as `describe_failure` writes them; returns the new ones.
 
         Raises:
-            ValueError: more than `max_share` of all files, and more than one, have failed by now; with a share of 0
-                any failure.
+            UserError: more than `max_share` of all files have failed by now.
         """
         return self._count(failed, self.reasons, self.num_files, "images could not be read")
 
@@ -63,7 +52,7 @@ class UnreadableImages:
         if new and len(known) > allowed_failures(self.max_share, total):
             raise UserError(
                 f"{len(known)} of {total} {what}, more than the accepted share of {self.max_share:g}: repair or remove "
-                f"them, or raise data.max_unreadable. First {_first(_lines(known))}"
+                f"them, or raise data.max_unreadable. First {'; '.join(_lines(known)[:3])}"
             )
         return new
 
@@ -90,7 +79,3 @@ def allowed_failures(max_share: float, total: int) -> float:
 
 def _lines(reasons: dict[str, str]) -> list[str]:
     return [f"{path}: {reason}" for path, reason in sorted(reasons.items())]
-
-
-def _first(items: Sequence[str], count: int = 3) -> str:
-    return "; ".join(items[:count])

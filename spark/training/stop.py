@@ -101,25 +101,6 @@ class StopRequest:
         return stops > 0
 
 
-def check_finite(
-    accelerator: Accelerator,
-    step: int,
-    values: dict[str, float],
-    *,
-    files: Sequence[str],
-    output_dir: str | Path,
-    save: Callable[[], Path | None],
-) -> None:
-    """Stop a run whose loss or gradient is not finite, see `stop_run`; `values` are what must be, by name.
-
-    Raises:
-        ValueError: a value is not finite.
-    """
-    bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
-    if bad:
-        stop_run(accelerator, step, " and ".join(bad), files=files, output_dir=output_dir, save=save)
-
-
 def stop_run(
     accelerator: Accelerator,
     step: int,
@@ -136,16 +117,16 @@ def stop_run(
 
     Args:
         accelerator: of the run.
-        step: the step under way, counted from 1.
-        reason: what is wrong, such as "the loss is nan".
-        files: the files of this process in the step's batch.
-        output_dir: folder of the run; the files of all processes are listed in ``KIND_step_NNNNNNN.txt``.
+        step: under way, counted from 1.
+        reason: such as "the loss is nan".
+        files: the files of this process in the batch.
+        output_dir: gets a list of the files of all processes, ``KIND_step_NNNNNNN.txt``.
         save: writes a checkpoint of the state before the step, called in the main process, under FSDP in all; returns
             its folder, or None when that state is not finite either.
-        kind: the reason in one word, for the name of that list.
+        kind: the reason in one word.
 
     Raises:
-        ValueError: always.
+        UserError: always.
     """
     everyone = gather_object(list(files))
     listing = Path(output_dir) / f"{kind}_step_{step:07d}.txt"

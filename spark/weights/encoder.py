@@ -79,7 +79,6 @@ def save_encoder(
 ) -> Path:
     """Export an encoder; `timm.create_model("local-dir:FOLDER", pretrained=True)` loads timm's.
 
-    It also loads with `features_only=True`, with another `in_chans`, and with `num_classes=N` for a new classifier.
     One's own encoder loads with `load_encoder(FOLDER, model_name="package.module:factory")`.
 
     Args:
@@ -88,10 +87,7 @@ def save_encoder(
         mean: Of each channel, as the images were normalised. Default: that of the model's `pretrained_cfg`.
         std: Likewise.
         input_size: Training size [px], one number or (H, W), for the record: the encoder takes any.
-        card: Makes the model card of the content of config.json, which is then written as README.md.
-
-    Returns:
-        The folder.
+        card: Makes the model card, README.md, of the content of config.json.
 
     Raises:
         UserError: Neither a stock timm model nor an encoder, or mean and std do not have a value for each channel.
@@ -136,10 +132,7 @@ def architecture(encoder: nn.Module) -> dict[str, Any]:
 def description(encoder: nn.Module) -> dict[str, Any]:
     """What is needed to build an encoder again: `architecture`, or for one's own what named it (`own`).
 
-    Of a model that was handed over as an object only the class can be named.
-
-    Raises:
-        UserError: as `architecture`, for a model that is neither timm's nor yields feature maps.
+    Of a model that was handed over as an object only the class can be named. UserError for what yields no feature maps.
     """
     if timm_config(encoder).get("architecture") or not hasattr(encoder, "feature_info"):
         return architecture(encoder)
@@ -250,19 +243,16 @@ def load_encoder(
         features_only: timm's wrapper that returns the list of feature maps, instead of the model itself.
         in_chans: Input channels. Default: those of the weights; 3 for a timm name. Where they differ, timm adapts the
             first convolution.
-        pretrained: For a timm name: load timm's published weights (needs the network). Otherwise the weights of a
-            timm name are random. Files and folders are always loaded.
+        pretrained: For a timm name: load timm's published weights (needs the network) in place of random ones.
         model_name: timm name of the encoder in a `.pth` file that does not name it; "package.module:factory" of one's
-            own encoder in any file or folder, always required there: no file decides which code is run. Ignored for
-            files and folders that name a timm model.
+            own encoder in any file or folder, always required there: no file decides which code is run.
         timm_kwargs: Further options of `timm.create_model`, such as `drop_path_rate` or `out_indices`.
 
     Returns:
         A timm model without classifier; `encoder.pretrained_cfg` has `mean`, `std` and `input_size`.
 
     Raises:
-        UserError: Unknown timm name, unreadable or unsafe file, or weights of another architecture.
-        FileError: A path that does not exist.
+        UserError: Unknown name or path, unreadable or unsafe file, or weights of another architecture.
         OSError: timm's published weights could not be downloaded.
     """
     encoder, report = read_encoder(
@@ -406,17 +396,13 @@ def _from_file(path: Path, model_name: str | None, name_option: str) -> _Source:
 def name_of(
     built: dict[str, Any], source: Path, model_name: str | None, name_option: str = MODEL_NAME
 ) -> str:
-    """timm name of an encoder, or `model_name` for one's own.
+    """timm name of an encoder, or `model_name` for one's own, which the caller must name.
 
     Args:
         built: Of `description`, as a file has it.
         source: The file or folder, for messages.
-        model_name: Given by the caller. A name other than the file's is accepted with a warning, because modules get
-            renamed; whether the weights fit is checked later.
+        model_name: A name other than the file's is accepted with a warning, because modules get renamed.
         name_option: How messages call it.
-
-    Raises:
-        UserError: It is one's own, and the caller names none.
     """
     if "own" not in built:
         return built["architecture"]

@@ -100,10 +100,10 @@ def pad_to_stride(images: Tensor, stride: int) -> Tensor:
 
 
 class EncoderGraph(nn.Module):
-    """An encoder's feature maps, of pixels.
+    """An encoder's feature maps, of pixels; the encoder is in evaluation mode from here on.
 
     Args:
-        encoder: As `spark.load_encoder` gives it; in evaluation mode from here on.
+        encoder: As `spark.load_encoder` gives it.
         mean: Of each channel, on the scale 0 to 1.
         std: Likewise.
         pad: Sides may be other than multiples of the stride, and are padded.
@@ -162,8 +162,7 @@ def write_graph(
         outputs: Name of each output, and the suffix of "height" and "width" in the names of its axes.
         sizes: Image sizes that the graph takes.
         channels: C.
-        metadata: Put into the file, as text or JSON: ONNX's `metadata_props`, torch.export's extra file
-            `metadata.json`. `input`, `largest_difference` and `tolerance` are added.
+        metadata: Put into the file, with `input`, `largest_difference` and `tolerance`.
         opset: Of ONNX.
         tolerance: Largest difference, as a share of the largest value of an output.
 
@@ -172,7 +171,6 @@ def write_graph(
 
     Raises:
         UserError: It cannot be exported, or computes something else; nothing is written.
-        OSError: The file cannot be written.
     """
     path = Path(path)
     if path.is_dir():

@@ -11,11 +11,7 @@ PREFIX = "hf-hub:"
 
 
 def download(name: str) -> Path:
-    """The folder of config.json and model.safetensors of `hf-hub:OWNER/NAME[@REVISION]`, downloaded where missing.
-
-    Raises:
-        FileError: It is not there, is no such model, or the network is not.
-    """
+    """The folder of config.json and model.safetensors of `hf-hub:OWNER/NAME[@REVISION]`, downloaded where missing."""
     repo, _, revision = name.removeprefix(PREFIX).partition("@")
     try:
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=[CONFIG, WEIGHTS]))
@@ -27,11 +23,7 @@ def download(name: str) -> Path:
 
 
 def push(folder: Path, repo: str, private: bool) -> str:
-    """Upload a folder to the hub as OWNER/NAME, which is made where missing; returns its address.
-
-    Raises:
-        FileError: The hub refused, or the network is not there; the folder stays.
-    """
+    """Upload a folder to the hub as OWNER/NAME, which is made where missing; returns its address."""
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)

@@ -78,11 +78,10 @@ def fit(
         tensors: Under the names of the model. A shape may differ by axes of length 1 (a linear layer as a 1x1
             convolution).
         model: Filled in place, if the tensors fit.
-        source: Where the tensors came from, for messages.
-        name: What the model is, for messages.
-        advice: What to do about tensors that do not fit, for messages.
-        optional: Names of parameters that may be missing, with all else of their module, and then keep their
-            initial values.
+        source: Where the tensors came from; this and the next two are for messages.
+        name: What the model is.
+        advice: What to do about tensors that do not fit.
+        optional: Parameters that may be missing, with all else of their module, and keep their initial values.
         ignored: (name, reason) of what was left out before.
 
     Raises:

@@ -120,8 +120,7 @@ def read_torch_file(path: str | Path) -> Any:
     """Read a file of `torch.save` onto the CPU without ever running code from it (`weights_only=True`).
 
     Raises:
-        FileError: No such file.
-        UserError: The file is damaged, is no checkpoint, or holds Python objects besides tensors and plain values.
+        UserError: No such file, damaged, no checkpoint, or Python objects besides tensors and plain values.
     """
     path = Path(path)
     if path.is_dir():
@@ -156,12 +155,7 @@ def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_weights(path: str | Path) -> Weights:
-    """Read any of the five official kinds of file, or a plain state dict.
-
-    Raises:
-        FileError: No such file.
-        UserError: Not readable safely, or no weights in it.
-    """
+    """Read any of the five official kinds of file, or a plain state dict; UserError for anything else."""
     content: Any = _read_safetensors(path) if Path(path).suffix == ".safetensors" else read_torch_file(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dict of weights")
@@ -211,9 +205,8 @@ def own_names(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
 def timm_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the encoder tensors of a file to timm's names.
 
-    ResNets carry timm's names already. ConvNeXt files carry those of the original code, which timm's own
-    `checkpoint_filter_fn` maps; it gets the names one by one with an empty tensor, because with the real
-    ones it looks up every shape in the model and fails on a file of another architecture without saying what differs.
+    ResNets carry them already; timm's own `checkpoint_filter_fn` maps ConvNeXt's original ones. It gets the names one
+    by one with an empty tensor, because with real ones it fails on another architecture without saying what differs.
     """
     if not any(key.startswith("downsample_layers.") for key in tensors):
         return dict(tensors)
@@ -224,18 +217,10 @@ def timm_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def encoder_name(weights: Weights, model_name: str | None = None, name_option: str = MODEL_NAME) -> str:
-    """Name of the encoder that these weights belong to.
+    """Name of the encoder that these weights belong to; UserError if none is found.
 
-    `model_name` goes first, which alone may name one's own encoder; then the name in the file, then the official model
-    whose tensors have the same names and shapes.
-
-    Args:
-        weights: Of the file.
-        model_name: Given by the caller.
-        name_option: How messages call `model_name`.
-
-    Raises:
-        UserError: None of them is known to timm.
+    `model_name` of the caller goes first, which alone may name one's own encoder; then the name in the file, then the
+    official model whose tensors have the same names and shapes. `name_option` is how messages call `model_name`.
     """
     if model_name is not None:
         if not is_own(model_name):
@@ -314,7 +299,6 @@ def load_official(
     """Make a `SparK` of an official checkpoint with decoder (kinds 1 and 2), weights only.
 
     The file sets the options: encoder, channels, decoder width, mask ratio, kind of norm, training size.
-    Nothing in the weights depends on the image size, so `input_size` may be any other.
 
     Args:
         path: The `.pth` file.
@@ -324,8 +308,7 @@ def load_official(
             predicts the image is adapted, see `spark.weights.channels`.
 
     Raises:
-        FileError: No such file.
-        UserError: Not readable safely, no decoder in it, or weights that do not fit the model.
+        UserError: No such file, not readable safely, no decoder in it, or weights that do not fit the model.
     """
     weights = read_weights(path)
     if not weights.others:

@@ -18,7 +18,8 @@ from spark.report.card import (
     public_name,
     read_record,
 )
-from spark.training.checkpoint import find_run, read_encoder, save_encoder
+from spark.training.checkpoint import find_run
+from spark.weights.encoder import read_encoder, save_encoder
 from spark.weights.graph import OPSET, PROGRAM, TOLERANCE, EncoderGraph, Sizes, write_graph
 from spark.weights.hub import push
 

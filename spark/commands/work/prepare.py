@@ -56,14 +56,10 @@ class Settings:
 
 
 def prepare(options: PrepareConfig) -> dict[str, Any]:
-    """Write the shards that are missing, then the report.
-
-    Returns:
-        The report.
+    """Write the shards that are missing, then the report, which is returned.
 
     Raises:
         UserError: the output folder holds something else; the source is wrong; no image was left.
-        OSError: something cannot be read or written.
         KeyboardInterrupt: stopped by Ctrl-C or SIGTERM, after the shards under way.
     """
     output = Path(options.output)
@@ -132,11 +128,7 @@ def begin_worker() -> None:
 
 
 def check_output(output: Path) -> None:
-    """Refuse a folder in which something else would be mixed with shards.
-
-    Raises:
-        UserError: it is a file, or holds other files.
-    """
+    """Refuse a file, and a folder in which something else would be mixed with shards."""
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file: name a folder")
     if output.exists() and not (output / NOTES).exists() and any(output.iterdir()):
@@ -144,11 +136,7 @@ def check_output(output: Path) -> None:
 
 
 def keep_settings(output: Path, settings: Settings) -> None:
-    """Record the settings of the shards, or check that they are those of before.
-
-    Raises:
-        UserError: the folder holds shards that were made otherwise.
-    """
+    """Record the settings of the shards, or refuse others than before."""
     path = output / NOTES / "settings.json"
     now = asdict(settings)
     if path.exists():
@@ -171,11 +159,7 @@ def note_of(output: Path, shard: int) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Content of a file of this tool.
-
-    Raises:
-        UserError: it is no JSON.
-    """
+    """Content of a file of this tool; UserError if it is no JSON."""
     try:
         return json.loads(path.read_bytes().decode(errors="surrogateescape"))
     except json.JSONDecodeError as error:
@@ -188,9 +172,6 @@ def write_shard(source: Source, settings: Settings, output: Path, shard: int) ->
     """Write one shard, under a hidden name until it is whole, then the note that it is finished.
 
     An image is called after its number in the source. A shard of which nothing is left is not written.
-
-    Raises:
-        OSError: it cannot be written; nothing half-written is left.
     """
     path = output / f"{shard:06}.tar"
     part = output / f".{path.name}.{os.getpid()}.part"
@@ -226,9 +207,7 @@ def write_shard(source: Source, settings: Settings, output: Path, shard: int) ->
 def make_smaller(picture: Picture, settings: Settings) -> tuple[bytes, str]:
     """A picture as a file and its extension; its short side is at most `short_side`, and never made larger.
 
-    Raises:
-        UserError: a side is shorter than `min_side`, or it holds numbers that are not finite.
-        UnreadableImageError: it cannot be decoded.
+    UserError or UnreadableImageError for a picture that is left out.
     """
     height, width = picture.height, picture.width
     short = min(height, width)
@@ -248,11 +227,7 @@ def make_smaller(picture: Picture, settings: Settings) -> tuple[bytes, str]:
 
 
 def resized_bands(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Channels [H, W, C] at a size (width, height), bicubic each by itself, of the type that they have.
-
-    Raises:
-        UserError: numbers that are not finite.
-    """
+    """Channels [H, W, C] at a size (width, height), bicubic each by itself, of the type that they have."""
     kind = values.dtype.newbyteorder("=")
     if not np.isfinite(values).all():
         raise UserError("it holds numbers that are not finite")

@@ -53,12 +53,7 @@ class Candidate:
 
 
 def open_candidate(source: str, options: ProbeConfig) -> Candidate:
-    """Load an encoder. Random weights are a function of the seed alone, not of the encoders before.
-
-    Raises:
-        UserError: no encoder, no such level, an image size below its stride, or not an encoder of images.
-        FileError: a path that does not exist.
-    """
+    """Load an encoder. Random weights are a function of the seed alone, not of the encoders before."""
     torch.manual_seed(options.seed)
     model = load_encoder(source, pretrained=options.pretrained, model_name=options.model_name)
     known = timm_config(model)
@@ -123,9 +118,6 @@ def extract_features(
 
     Returns:
         Features [M, D] of the M files that could be read, float32 on the CPU, and their indices in `files` [M].
-
-    Raises:
-        UserError: no file could be read, or a feature is not finite.
     """
     model = candidate.model.to(device).eval()
     images = PreparedImages(files, candidate.preparation)
@@ -266,12 +258,7 @@ def print_results(console: Console, results: dict[str, Any]) -> None:
 
 
 def run_and_print(options: ProbeConfig, command: str) -> None:
-    """Probe every encoder and print the table.
-
-    Args:
-        options: of the command.
-        command: how it was called, for the results.
-    """
+    """Probe every encoder and print the table; `command`, how it was called, goes into the results."""
     results = run(options, command)
     console = Console()
     print_results(console, results)

@@ -28,13 +28,8 @@ from spark.training.log import format_duration
 def read_arms(
     entries: Sequence[str], kinds: Sequence[RunKind]
 ) -> tuple[dict[str, list[Run]], dict[str, RunKind]]:
-    """Runs and their kind, each by label, from `folder` and `label=folder` entries.
-
-    Raises:
-        UserError: a folder is not that of a run of these kinds, two runs without a label have one name, or a label
-            stands for runs of two kinds.
-    """
-    arms: dict[str, list[Run]] = {}
+    """Runs and their kind, each by label, from `folder` and `label=folder` entries; runs of no or two kinds are
+    refused.""" arms: dict[str, list[Run]] = {}
     kind_of: dict[str, RunKind] = {}
     unlabelled = []
     for entry in entries:
@@ -61,13 +56,9 @@ def read_arms(
 
 
 def read_steps(path: str | Path) -> list[dict[str, Any]]:
-    """Read the commands that led to the runs.
+    """Read the commands that led to the runs: a JSON list of {"name", "command", "seconds"}.
 
-    JSON, a list of {"name", "command", "seconds"}; further keys that are shown are "cpu_seconds" and, equal in steps
-    that ran side by side, "group".
-
-    Raises:
-        UserError: there is no such file, or it holds something else.
+    Further keys that are shown are "cpu_seconds" and, equal in steps that ran side by side, "group".
     """
     try:
         steps = json.loads(Path(path).read_text(encoding="utf-8"))

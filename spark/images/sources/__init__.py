@@ -10,28 +10,13 @@ from braceexpand import braceexpand
 from spark.errors import FileError, UserError
 from spark.images.decode import EXTENSIONS
 from spark.images.sources.arrays import ArraySource
-from spark.images.sources.base import Entry, ShardError, Source, StreamedSource
+from spark.images.sources.base import Source, StreamedSource
 from spark.images.sources.files import FileSource, list_images, walk
 from spark.images.sources.hub import HubSource
 from spark.images.sources.remote import fetch_shards
 from spark.images.sources.streams import HubStream, TarStream
 from spark.images.sources.tars import TarSource
-
-__all__ = [
-    "ArraySource",
-    "Entry",
-    "FileSource",
-    "HubSource",
-    "HubStream",
-    "ShardError",
-    "Source",
-    "StreamedSource",
-    "TarSource",
-    "TarStream",
-    "list_images",
-    "open_source",
-    "open_stream",
-]
+from spark.training.skipped import allowed_failures
 
 _REMOTE = ("http://", "https://")
 
@@ -147,7 +132,7 @@ def _matching(pattern: str) -> tuple[list[str], list[str]]:
 
 def _fetched(urls: list[str], cache: str | Path, max_unreadable: float) -> tuple[Source, list[str]]:
     shards, failed = fetch_shards(urls, cache)
-    if failed and (not shards or len(failed) > max(max_unreadable * len(urls), 1 if max_unreadable else 0)):
+    if failed and (not shards or len(failed) > allowed_failures(max_unreadable, len(urls))):
         raise UserError(
             f"{len(failed)} of {len(urls)} shards could not be fetched, more than the accepted share of "
             f"{max_unreadable:g}: repair the address or the shard, or raise data.max_unreadable. The others are kept "

@@ -11,14 +11,7 @@ from spark.images.sources.names import Names
 
 
 class ArraySource:
-    """A `.npy` file of pixels: uint8, uint16 or float32, [N, H, W] or [N, H, W, C].
-
-    Args:
-        path: of the file.
-
-    Raises:
-        UserError: not such an array, or cut off.
-    """
+    """A `.npy` file of pixels: uint8, uint16 or float32, [N, H, W] or [N, H, W, C]."""
 
     def __init__(self, path: str | Path):
         self._path = Path(path)

@@ -11,15 +11,9 @@ from spark.images.sources.names import Names
 
 
 class FileSource:
-    """Image files.
+    """Image files, named relative to the folder `root` where they lie below it.
 
-    Args:
-        paths: the files.
-        root: a folder that they are named relative to, where they lie below it, so that the names of a data set do not
-            change when the whole of it is moved.
-
-    Raises:
-        UserError: no files.
+    The names of a data set then stay the same when the whole of it is moved.
     """
 
     def __init__(self, paths: Sequence[str | Path], root: str | Path = ""):
@@ -37,11 +31,7 @@ class FileSource:
         return os.path.join(self._root, self._names[index])
 
     def read(self, index: int) -> bytes:
-        """Content of a file.
-
-        Raises:
-            OSError: it cannot be read.
-        """
+        """Content of a file."""
         with open(self.name(index), "rb") as file:
             return file.read()
 
@@ -53,13 +43,11 @@ class FileSource:
 def list_images(source: str | Path, confined: bool = False, arrays: bool = False) -> list[Path]:
     """The image files of a folder, or of a text list.
 
-    A folder is searched through all its subfolders (flat, class folders, `train/` ...: all the same here)
-    for files with one of `EXTENSIONS`, in upper or lower case. Names that start with a dot are skipped. Links
-    are followed, and each real folder is entered once: a link back to a parent ends there. Sorted by path.
+    A folder is searched through all its subfolders for files with one of `EXTENSIONS`, in upper or lower case. Names
+    that start with a dot are skipped. Links are followed, and each real folder is entered once. Sorted by path.
 
-    A text list (UTF-8) has one path a line, relative to the folder of the list or absolute. Empty lines and
-    lines that start with `#` are skipped. Order and repetitions are kept. The extension does not matter; a
-    line that names a folder stands for the images in it.
+    A text list (UTF-8) has one path a line, relative to the folder of the list or absolute. Empty lines and lines that
+    start with `#` are skipped. Order and repetitions are kept. A line that names a folder stands for the images in it.
 
     Args:
         source: the folder or the list.
@@ -67,10 +55,7 @@ def list_images(source: str | Path, confined: bool = False, arrays: bool = False
         arrays: take `.npy` files where a folder holds no image.
 
     Raises:
-        FileError: the source, or a file named in the list, does not exist.
-        UserError: no image in the folder or the list; the source is neither a folder nor a text file; an entry of
-            the list leads out of its folder.
-        OSError: a subfolder cannot be read.
+        UserError: there is no such source, or no image in it; a file named in the list is missing or leads out.
     """
     source = Path(source).expanduser()
     if source.is_dir():

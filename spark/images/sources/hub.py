@@ -14,9 +14,6 @@ class HubSource:
     Args:
         text: `NAME[:SPLIT[:COLUMN]]`; NAME is one on the hub or a folder (as `save_to_disk` writes it, or one that
             `load_dataset` takes); SPLIT is "train" unless named; COLUMN need only be named if several hold images.
-
-    Raises:
-        UserError: `datasets` is not installed, no such data set, split or column, or a column that holds no images.
     """
 
     def __init__(self, text: str):
@@ -44,11 +41,7 @@ class HubSource:
 
 
 def hub_title(text: str) -> tuple[str, str, str]:
-    """Name, split and column ("" if not named) of `NAME[:SPLIT[:COLUMN]]`.
-
-    Raises:
-        UserError: another form.
-    """
+    """Name, split and column ("" if not named) of `NAME[:SPLIT[:COLUMN]]`; UserError for another form."""
     name, split, column = (*text.split(":"), "", "")[:3]
     if not name or text.count(":") > 2:
         raise UserError(f"hf:{text} is not of the form hf:NAME, hf:NAME:SPLIT or hf:NAME:SPLIT:COLUMN")
@@ -56,15 +49,10 @@ def hub_title(text: str) -> tuple[str, str, str]:
 
 
 def open_hub(name: str, split: str, streaming: bool = False) -> tuple[Any, Any]:
-    """A split of a data set, and the package `datasets`.
+    """A split of a data set on the hub or in a folder, and the package `datasets`.
 
-    Args:
-        name: on the hub, or a folder.
-        split: its name.
-        streaming: rows are had in their order only, and nothing is kept on the disk.
-
-    Raises:
-        UserError: `datasets` is not installed; no such data set or split.
+    With `streaming`, rows come in their order only, and nothing is kept on the disk. UserError if there is no such
+    split.
     """
     try:
         import datasets
@@ -93,17 +81,7 @@ def open_hub(name: str, split: str, streaming: bool = False) -> tuple[Any, Any]:
 
 
 def image_column(name: str, features: Mapping[str, Any], kinds: Any, column: str) -> str:
-    """The column of images of a data set.
-
-    Args:
-        name: of the data set.
-        features: its columns.
-        kinds: the package `datasets`.
-        column: as asked for, "" for the only one of images.
-
-    Raises:
-        UserError: there is no such column, or it holds no images, or several do and none is named.
-    """
+    """The column of images among `features`: the one asked for, or with "" the only one."""
     images = [found for found, kind in features.items() if isinstance(kind, kinds.Image)]
     there = ", ".join(f"{found} ({type(kind).__name__})" for found, kind in features.items())
     if column and column not in features:
@@ -119,12 +97,7 @@ def image_column(name: str, features: Mapping[str, Any], kinds: Any, column: str
 
 
 def cell_bytes(cell: Mapping[str, Any] | None) -> bytes:
-    """The encoded image of a row.
-
-    Raises:
-        UserError: the row has none.
-        OSError: it names a file that cannot be read.
-    """
+    """The encoded image of a row; UserError if it has none."""
     if cell is None or (cell["bytes"] is None and cell["path"] is None):
         raise UserError("no image in this row")
     if cell["bytes"] is not None:

@@ -130,18 +130,11 @@ class Download(io.RawIOBase):
 def fetch_shards(urls: Sequence[str], folder: str | Path) -> tuple[list[Path], list[str]]:
     """Fetch shards that are not there yet, several at once.
 
-    A shard gets its final name once it is whole and its entries were checked. Several processes may call this with
-    the same folder: one of them fetches a shard, the others wait for it.
-
-    Args:
-        urls: http or https.
-        folder: where the shards are kept, under their names with a digest of their addresses.
+    A shard gets its final name once it is whole and its entries were checked. Of several processes with the same folder
+    one fetches a shard, the others wait for it.
 
     Returns:
         The files of the fetched shards, in order; "URL: reason" of each that could not.
-
-    Raises:
-        OSError: the folder cannot be written; a full disk.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -66,9 +66,6 @@ class HubStream:
     Args:
         text: `NAME[:SPLIT[:COLUMN]]` as for `HubSource`.
         size: number of images; None asks the data set's own description.
-
-    Raises:
-        UserError: as `HubSource` does.
     """
 
     def __init__(self, text: str, size: int | None = None):

@@ -35,8 +35,7 @@ class TarSource:
         extensions: of the files that are read, in lower case.
 
     Raises:
-        UserError: a shard that is empty, cut off, compressed, or no tar file, or without an image.
-        OSError: a shard cannot be read.
+        UserError: a shard is empty, cut off, compressed, no tar file, or without an image.
     """
 
     def __init__(self, shards: Sequence[str | Path], extensions: Collection[str] = SHARD_EXTENSIONS):
@@ -66,11 +65,7 @@ class TarSource:
         return f"{self._shards[self._shard_of[index]]}/{self._entries[index]}"
 
     def read(self, index: int) -> bytes:
-        """Content of an entry.
-
-        Raises:
-            OSError: the shard cannot be read, or is shorter than when it was opened.
-        """
+        """Content of an entry."""
         with open(self._shards[self._shard_of[index]], "rb") as file:
             file.seek(self._offsets[index])
             content = file.read(self._sizes[index])
@@ -91,9 +86,7 @@ def image_entries(
 ) -> Iterator[tuple[str, int, int]]:
     """Name, offset and size [bytes] of every image (or file of other `extensions`) in a tar file on the disk.
 
-    Raises:
-        UserError: it is empty, cut off, compressed, or no tar file, or without an image.
-        OSError: it cannot be read.
+    Raises what `TarSource` raises.
     """
     with open(shard, "rb") as file:
         for entry, _ in _images(_Reader(file, 0), shard, extensions):
@@ -101,7 +94,7 @@ def image_entries(
 
 
 def stream_images(file: BufferedReader, shard: str, start: int = 0) -> Iterator[tuple[str, bytes, int]]:
-    """Every image in a tar file that is read from front to back.
+    """Every image in a tar file that is read from front to back; raises what `TarSource` raises.
 
     Args:
         file: at `start`; it need not be able to seek.
@@ -110,10 +103,6 @@ def stream_images(file: BufferedReader, shard: str, start: int = 0) -> Iterator[
 
     Yields:
         Name and content, and the place of the next entry [bytes].
-
-    Raises:
-        UserError: it is empty, cut off, compressed, or no tar file, or (from 0 on) without an image.
-        OSError: it cannot be read.
     """
     reader = _Reader(file, start)
     for entry, after in _images(reader, shard, SHARD_EXTENSIONS):

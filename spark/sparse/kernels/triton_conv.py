@@ -59,14 +59,7 @@ def submanifold_conv(
 ) -> Tensor:
     """Convolve the rows of an h x w map with stride 1 and "same" padding: rows [N, C] -> rows [N, O].
 
-    Args:
-        rows: [N, C].
-        weight: [O, C, kh, kw], odd sides; with groups [C, 1, kh, kw].
-        bias: [O] or None.
-        sites: of the map.
-        h, w: size of the map.
-        groups: of channels: 1, or C (depthwise).
-        recipe: how to compute the rows again.
+    Weight [O, C, kh, kw] with odd sides, or depthwise (groups C) [C, 1, kh, kw]; `recipe` computes the rows again.
 
     Raises:
         UserError: a window that `fits` refuses, or rows on a CPU without Triton's interpreter.

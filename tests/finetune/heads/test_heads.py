@@ -16,7 +16,7 @@ from finetune.heads import HEADS
 from finetune.heads.fusion import Fusion, FusionCore
 from finetune.heads.metric_bins import Attractor, LogBinomial, MetricBins
 from spark.model.encoder import PyramidLevel, build_encoder
-from spark.training.checkpoint import save_encoder
+from spark.weights.encoder import save_encoder
 
 SMALL: dict[str, dict[str, Any]] = {
     "unetpp": {"decoder_channels": (16, 16, 8, 8, 8)},

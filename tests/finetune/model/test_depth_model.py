@@ -12,7 +12,7 @@ from torch import nn
 from finetune import DepthModel, load_depth_model
 from finetune.heads.output import DepthRange
 from spark.model.encoder import build_encoder, pyramid
-from spark.training.checkpoint import save_encoder
+from spark.weights.encoder import save_encoder
 
 TINY = (16, 16, 8, 8, 8)
 

@@ -25,9 +25,9 @@ from finetune.tasks import depth as task
 from finetune.tasks.build import build_model, train_transform
 from finetune.tasks.schedule import RunLength, run_phases
 from spark.model.encoder import build_encoder
-from spark.training.checkpoint import save_encoder
 from spark.training.cli import parse_config
 from spark.training.log import RunLog
+from spark.weights.encoder import save_encoder
 from spark.weights.official import timm_names
 from tests.depth_world import make_depth_world
 from tests.together import together

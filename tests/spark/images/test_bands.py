@@ -18,7 +18,7 @@ from spark.images.transform import PretrainTransform
 from spark.model.normalise import Normalise
 from spark.model.spark import SparK
 from spark.monitor.panels import reconstruction_panels
-from spark.training.checkpoint import load_encoder
+from spark.weights.encoder import load_encoder
 from tests.spark.test_pretrain import curve, error_of, run, small_run
 
 FIVE = (0.5,) * 5

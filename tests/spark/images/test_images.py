@@ -607,13 +607,6 @@ def test_degenerate_images(size):
             {"in_chans": 4, "mean": (0.5,) * 4},
             r"give data\.mean and data\.std, .*--data\.std \[0\.5,0\.5,0\.5,0\.5\]",
         ),
-        ({"in_chans": 0}, r"in_chans must be at least 1, not 0"),
-        ({"input_size": 0}, r"input_size is \(H, W\)"),
-        ({"input_size": (32, 32, 3)}, r"input_size is \(H, W\)"),
-        ({"crop_scale": (0.0, 1.0)}, r"crop_scale"),
-        ({"crop_scale": (0.9, 0.5)}, r"crop_scale"),
-        ({"crop_scale": (0.5, 1.5)}, r"crop_scale"),
-        ({"hflip": 1.5}, r"hflip"),
         ({"in_chans": 1, "mean": (0.5, 0.5, 0.5)}, r"mean has 3 values for 1 channels: give one a channel"),
         ({"std": (0.5,)}, r"std has 1 values for 3 channels"),
         ({"std": (0.2, 0.2, 0.0)}, r"std must be above 0"),
@@ -721,8 +714,6 @@ def test_bugs_of_a_transform_are_not_taken_for_bad_images(folder):
 def test_dataset_refuses():
     with pytest.raises(ValueError, match="at least one image file"):
         FileSource([])
-    with pytest.raises(ValueError, match="max_pixels must be at least 1"):
-        SampleReader(PretrainTransform(16), seed=0, max_pixels=0)
 
 
 def test_batches_do_not_depend_on_workers(dataset):
@@ -779,8 +770,6 @@ def test_share_of_failures(tmp_path):
     few.add(["a: x"])
     with pytest.raises(ValueError, match="2 of 10 images"):
         few.add(["b: x"])
-    with pytest.raises(ValueError, match=r"lies in 0\.\.1"):
-        UnreadableImages(10, 5)
 
 
 def test_no_report_without_failures(tmp_path):

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 from spark.errors import FileError
 from spark.images.batches import MaskedBatches, StepPlan
 from spark.images.dataset import SampleReader
-from spark.images.sources import ShardError, open_source, open_stream, remote
+from spark.images.sources import open_source, open_stream, remote
+from spark.images.sources.base import ShardError
 from spark.images.stream import Division, Reader, StreamedBatches
 from spark.images.transform import PretrainTransform
 from spark.training.skipped import UnreadableImages

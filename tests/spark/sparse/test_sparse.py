@@ -11,7 +11,9 @@ from torch import nn
 
 from spark.model.encoder import build_encoder, pyramid
 from spark.model.masking import random_visible, visible_at
-from spark.sparse import MASKED, PACKED, MissingRuleError, Sites, SparseTensor, SyncBatchNorm2d, sparsify
+from spark.sparse import MASKED, PACKED, Sites, SparseTensor, sparsify
+from spark.sparse.batch_norm import SyncBatchNorm2d
+from spark.sparse.tensor import MissingRuleError
 from tests.spark.model.test_model import lively
 from tests.together import together
 from tools.encoders import CHECKS, Subject

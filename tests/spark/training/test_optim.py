@@ -75,8 +75,6 @@ def test_one_cycle_of_any_length() -> None:
     assert one_cycle_at(0, total_steps=1, **options) == pytest.approx(1.0)
     assert one_cycle_at(0, total_steps=10, **{**options, "rise": 0.0}) == pytest.approx(1.0)
     assert one_cycle_at(99, total_steps=10, **options) == pytest.approx(0.01)
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        one_cycle_at(0, total_steps=10, **{**options, "rise": 1.5})
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
@@ -171,19 +169,10 @@ def test_layer_decay_in_groups_covers_every_parameter_once():
     assert scale["encoder.head/no_decay"] == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"weight_decay": -1}, "weight_decay must be 0 or more"),
-        ({"weight_decay": 0.1, "encoder_lr_factor": 0}, "freeze its parameters"),
-        ({"weight_decay": 0.1, "layer_decay": 1.5, "encoder": nn.Linear(1, 1)}, r"in \(0, 1\]"),
-        ({"weight_decay": 0.1, "layer_decay": 0.7, "encoder": nn.Linear(1, 1)}, "group_matcher"),
-        ({"weight_decay": 0.1, "layer_decay": 0.7}, "pass encoder="),
-    ],
-)
-def test_bad_group_options(kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        parameter_groups(nn.Linear(2, 2), **kwargs)
+def test_layer_decay_needs_the_order_of_layers():
+    model = nn.ModuleDict({"encoder": nn.Linear(1, 1)})
+    with pytest.raises(ValueError, match="group_matcher"):
+        parameter_groups(model, 0.1, layer_decay=0.7)
 
 
 # --- optimizers ---
@@ -254,20 +243,6 @@ def test_other_optimizers(name, kind):
             assert (group["momentum"], group["nesterov"]) == (0.8, True)
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"name": "adam", "lr": 0.1}, "unknown optimizer 'adam': choose one of lamb, adamw, sgd"),
-        ({"name": "lamb", "lr": -1.0}, "lr must be 0 or more"),
-        ({"name": "lamb", "lr": 0.1, "betas": (0.9, 1.0)}, "betas must be two numbers"),
-        ({"name": "adamw", "lr": 0.1, "eps": 0.0}, "eps above 0"),
-    ],
-)
-def test_bad_optimizer_options(kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        build_optimizer(groups=parameter_groups(nn.Linear(2, 2), 0.1), **kwargs)
-
-
 def test_set_hyperparameters_scales_each_group():
     model = Tiny()
     optimizer = build_optimizer("adamw", parameter_groups(model, 0.1, encoder_lr_factor=0.1), lr=1.0)
@@ -307,17 +282,3 @@ def test_schedule_edges():
     assert weight_decay_at(0, start=0.04, end=0.2, total_steps=1) == pytest.approx(0.04)
     assert weight_decay_at(9, start=0.04, end=0.2, total_steps=10) == pytest.approx(0.2)
     assert weight_decay_at(50, start=0.04, end=0.2, total_steps=10) == pytest.approx(0.2)
-
-
-@pytest.mark.parametrize(
-    ("step", "total", "warmup", "message"),
-    [
-        (0, 10, 11, "warm-up has 11 steps and the whole run 10"),
-        (0, 0, 0, "at least one step"),
-        (-1, 10, 0, "counted from 0"),
-        (0, 10, -1, "warm-up has -1"),
-    ],
-)
-def test_bad_schedules(step, total, warmup, message):
-    with pytest.raises(ValueError, match=message):
-        lr_at(step, peak=1.0, total_steps=total, warmup_steps=warmup)

@@ -34,7 +34,7 @@ from spark.training.cli import flat_config
 from spark.training.log import RunLog, format_duration, progress_bar, read_rows
 from spark.training.run_folder import check_output_dir, make_output_dir
 from spark.training.sampling import StreamSampler, run_length
-from spark.training.stop import StopRequest, check_finite, ignore_stop_signals, resume_command
+from spark.training.stop import StopRequest, ignore_stop_signals, resume_command, stop_run
 
 
 @pytest.fixture(autouse=True)
@@ -460,28 +460,16 @@ def test_loader_processes_outlive_signals_to_the_group():
     assert [int(batch[0]) for batch in batches] == [worker, worker]
 
 
-def test_finite_numbers_pass_and_others_stop(tmp_path):
+def test_a_stopped_run_saves_and_lists_its_batch(tmp_path):
     accelerator = start_accelerator(tmp_path, "fp32")
-    saved = []
-
-    def save():
-        saved.append(True)
-        return tmp_path / "checkpoints" / "step_0000006"
-
-    check_finite(accelerator, 7, {"the loss": 1.0}, files=["a.jpg"], output_dir=tmp_path, save=save)
-    assert not saved
+    options = {"output_dir": tmp_path, "save": lambda: tmp_path / "checkpoints" / "step_0000006"}
     with pytest.raises(
         ValueError, match=r"the loss is nan at step 7.*step_0000006.*nonfinite_step_0000007.txt"
     ):
-        check_finite(
-            accelerator, 7, {"the loss": math.nan}, files=["a.jpg", "b.jpg"], output_dir=tmp_path, save=save
-        )
-    assert saved == [True]
+        stop_run(accelerator, 7, "the loss is nan", files=["a.jpg", "b.jpg"], **options)
     assert (tmp_path / "nonfinite_step_0000007.txt").read_text().split() == ["a.jpg", "b.jpg"]
-    with pytest.raises(ValueError, match=r"the gradient norm is inf at step 7.*no longer finite"):
-        check_finite(
-            accelerator, 7, {"the gradient norm": math.inf}, files=[], output_dir=tmp_path, save=lambda: None
-        )
+    with pytest.raises(ValueError, match=r"at step 7.*no longer finite"):
+        stop_run(accelerator, 7, "the loss is nan", files=[], output_dir=tmp_path, save=lambda: None)
 
 
 def test_user_errors_are_one_line(capsys, tmp_path):
@@ -517,9 +505,8 @@ def test_a_full_disk_leaves_no_half_written_file(tmp_path, full_disk):
     accelerator = start_accelerator(tmp_path, "fp32")
     with pytest.raises(OSError, match=r"the disk is full, .*metrics\.jsonl was not written"):
         RunLog(tmp_path, accelerator, None)
-    nan = {"the loss": math.nan}
     with pytest.raises(OSError, match=r"the disk is full, .*nonfinite_step_0000007\.txt was not written"):
-        check_finite(accelerator, 7, nan, files=["a"], output_dir=tmp_path, save=lambda: None)
+        stop_run(accelerator, 7, "nan", files=["a"], output_dir=tmp_path, save=lambda: None)
     assert list(tmp_path.iterdir()) == []
 
 
