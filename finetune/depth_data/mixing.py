@@ -53,7 +53,7 @@ class TrainingMix(Dataset[dict]):
             derive_seed(seed, number, Purpose.SET) if number else seed for number in range(len(sets))
         ]
         self.parts = [
-            DepthTrainingSet(one.data, one.transform, own, skip_unreadable=True)
+            DepthTrainingSet(one.data, one.transform, own)
             for one, own in zip(self.sets, self.seeds, strict=True)
         ]
 

@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 from PIL import ExifTags
 
-from finetune.depth_data.sample import opened_image
+from finetune.depth_data.sample import DepthFileError, opened_image
 from spark.errors import UserError
 
 ASSUMED_VIEW = 60.0
@@ -150,10 +150,10 @@ def exif_camera(path: str | Path, size: tuple[int, int]) -> Intrinsics | None:
     the file.
     """
     try:
-        with opened_image(path) as image:
+        with opened_image(path, "an image") as image:
             tags = image.getexif().get_ifd(ExifTags.IFD.Exif)
             stored = image.size
-    except (OSError, SyntaxError, ValueError):
+    except DepthFileError:
         return None
     focal, source = None, ""
     tag = ExifTags.Base

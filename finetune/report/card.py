@@ -33,20 +33,13 @@ DEPTH_MARK = "model.head"
 """An option that only depth runs have."""
 
 EVALUATION = "evaluation.json"
+RELATIVE = "inverse depth up to scale and shift, larger is nearer; no metres"
 WHITE_BORDER = {
     "fill": "The white border of the images was filled from the pixels beside it.",
     "black": "The white border of the images was painted black.",
 }
 AUGMENTATION = (
-    "zoom",
-    "flip",
-    "rotation",
-    "colour",
-    "gamma",
-    "brightness",
-    "channel",
-    "contrast",
-    "cut_depth",
+    *("zoom", "flip", "rotation", "colour", "gamma", "brightness", "channel", "contrast", "cut_depth"),
 )
 """Options of `data` that change training images."""
 
@@ -120,11 +113,12 @@ def read_evaluations(
     """
     found = []
     now = None if model.calibration is None else model.calibration.as_config()
-    for file, results in [(path, results) for path in files for results in read_results(path)]:
-        check_model(file, results, model, folder)
-        data = data_name(str(results.get("data", NOT_RECORDED)))
-        by_path = "model_sha256" not in results
-        found.append(Evaluation(data, results, results.get("calibration") != now, by_path=by_path))
+    for file in files:
+        for results in read_results(file):
+            check_model(file, results, model, folder)
+            data = data_name(str(results.get("data", NOT_RECORDED)))
+            by_path = "model_sha256" not in results
+            found.append(Evaluation(data, results, results.get("calibration") != now, by_path=by_path))
     if run is None:
         return found
     place = run.option("data.val_root")
@@ -213,10 +207,7 @@ def depth_card(model: DepthModel, folder: Path, files: Sequence[Path], publicati
         "\n\n".join(_scores(evaluation, model.image_size) for evaluation in evaluations)
         or f"Scores: {NOT_MEASURED}.",
     ]
-    current = [one for one in evaluations if not one.before_calibration]
-    scores = [
-        result for one in current for result in _results_of(one.data, one.setting, own_metrics(one.results))
-    ]
+    scores = [result for one in evaluations if not one.before_calibration for result in _eval_results(one)]
     data = ModelCardData(
         model_name=f"{model.head_name}-{network}" if scores else None,
         eval_results=scores or None,
@@ -229,24 +220,19 @@ def depth_card(model: DepthModel, folder: Path, files: Sequence[Path], publicati
     return compose(data, body)
 
 
-def _results_of(data_name: str, setting: str, metrics: Mapping[str, float]) -> list[EvalResult]:
-    """Scores as the hub's model-index has them, for `ModelCardData(eval_results=...)`.
-
-    Args:
-        data_name: What they were taken on.
-        setting: The protocol, and what else tells them from other scores on the same data.
-        metrics: By name.
-    """
+def _eval_results(evaluation: Evaluation) -> list[EvalResult]:
+    """Scores as the hub's model-index has them."""
+    data, setting = evaluation.data, evaluation.setting
     return [
         EvalResult(
             task_type="depth-estimation",
-            dataset_type=re.sub(r"[^a-z0-9._]+", "-", data_name.lower()).strip("-"),
+            dataset_type=re.sub(r"[^a-z0-9._]+", "-", data.lower()).strip("-"),
             dataset_config=setting,  # the hub merges results that agree in type and config
-            dataset_name=f"{data_name}, protocol {setting}",
+            dataset_name=f"{data}, protocol {setting}",
             metric_type=name,
             metric_value=value,
         )
-        for name, value in metrics.items()
+        for name, value in own_metrics(evaluation.results).items()
     ]
 
 
@@ -269,17 +255,13 @@ def _load(model: DepthModel, publication: Publication) -> str:
 
 
 def _about(model: DepthModel, network: str) -> dict[str, Any]:
-    metric = "depth" in model.outputs
+    metric, limits = "depth" in model.outputs, [model.depth_range.min_depth, model.max_depth]
     return {
         "encoder": network,
         "head": model.head_name,
         "head options": model.head_options,
-        "output": "depth [m]"
-        if metric
-        else "inverse depth up to scale and shift, larger is nearer; no metres",
-        "nearest and farthest depth [m]": [model.depth_range.min_depth, model.max_depth]
-        if metric
-        else "none",
+        "output": "depth [m]" if metric else RELATIVE,
+        "nearest and farthest depth [m]": limits if metric else "none",
         "image size [px]": NOT_RECORDED if model.image_size is None else model.image_size,
         "mean": model.mean,
         "std": model.std,

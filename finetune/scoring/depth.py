@@ -125,15 +125,6 @@ def nearest(old: int, new: int) -> np.ndarray:
     return np.asarray(index.resize((new, 1), Image.Resampling.NEAREST))[0]
 
 
-def valid_pixels(protocol: Protocol, ground_truth: np.ndarray) -> np.ndarray:
-    """Which pixels of ground truth [m] count: bool, of the size of the view. ValueError for a wrong size."""
-    top, bottom, left, right = protocol.crop_at(ground_truth.shape)
-    seen = view_of(protocol, ground_truth)
-    counts = np.zeros(seen.shape, bool)
-    counts[top:bottom, left:right] = _valid(protocol, seen[top:bottom, left:right])
-    return counts
-
-
 def _valid(protocol: Protocol, ground_truth: np.ndarray) -> np.ndarray:
     # In the type of the ground truth: 1 mm as float32 is a hair above 1e-3, and must not count.
     low, high = (ground_truth.dtype.type(end) for end in (protocol.min_depth, protocol.max_depth))

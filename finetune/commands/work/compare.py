@@ -134,16 +134,11 @@ def compare(base: dict[str, Any], other: dict[str, Any]) -> list[dict[str, Any]]
                 "images": len(differences),
                 "images_better": better,
                 "images_worse": changed - better,
-                "wilcoxon_p": wilcoxon_p(differences) if changed else 1.0,
+                "wilcoxon_p": float(np.asarray(wilcoxon(differences))[1]) if changed else 1.0,
                 "sign_p": float(binomtest(better, changed).pvalue) if changed else 1.0,
             }
         )
     return compared
-
-
-def wilcoxon_p(differences: np.ndarray) -> float:
-    """p value of Wilcoxon's signed-rank test, two-sided."""
-    return float(np.asarray(wilcoxon(differences))[1])
 
 
 def per_image(base: dict[str, Any], other: dict[str, Any], name: str) -> np.ndarray:
