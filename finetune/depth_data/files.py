@@ -47,9 +47,6 @@ class Files:
 
     Args:
         root: the folder or the .zip file.
-
-    Raises:
-        ValueError: neither, or a damaged archive.
     """
 
     def __init__(self, root: str | Path):

@@ -121,9 +121,6 @@ def find_list(root: Path, list_file: str | Path) -> Path:
     A bare name means the file inside `root`, and only where there is none, one of the working directory. A path with a
     folder in it (`./list.txt` too) or an absolute one is taken as given, and only where there is no such file, as one
     inside `root`.
-
-    Raises:
-        UserError: no such file.
     """
     as_given, inside = Path(list_file), root / list_file
     bare = not os.path.dirname(list_file)
@@ -167,9 +164,6 @@ def files_below(root: Path, *extensions: str) -> Iterator[Path]:
     """The regular files under `root` with one of these extensions (any, if none is given), in no order.
 
     Links are followed, and each real folder is entered once. Hidden files and folders are left out.
-
-    Raises:
-        OSError: a folder cannot be read.
     """
     for folder, names in walk(root):
         for name in names:

@@ -50,9 +50,6 @@ class Calibration:
         origin: a sentence on where it comes from.
         errors: mean absolute relative error on what it was fitted to: "before", "after", and "left_out", of each point
             or image under a fit to the others; without units.
-
-    Raises:
-        ValueError: a value that cannot be.
     """
 
     space: Space
@@ -141,9 +138,6 @@ class Readings:
         group: int [N], the point or image that each belongs to: what is left out together.
         names: of the groups, for reports.
         relative: whether `predicted` is inverse depth up to scale and shift.
-
-    Raises:
-        ValueError: nothing, not equally many, or numbers that are no distances.
     """
 
     predicted: np.ndarray
@@ -173,12 +167,7 @@ class Readings:
 
 
 def fit_line(readings: Readings, space: Space, fit: Fit) -> tuple[float, float]:
-    """Scale and shift of a space, robustly.
-
-    Raises:
-        ValueError: too few or too similar readings for `fit`, a fit that would turn near and far round, or relative
-            depth with anything but scale and shift of disparity.
-    """
+    """Scale and shift of a space, robustly."""
     from scipy.stats import theilslopes  # seconds to import, for this fit only
 
     if readings.relative and fit != "scale_shift":

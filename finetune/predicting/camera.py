@@ -36,9 +36,6 @@ class Intrinsics:
         width: of the image [px].
         source: where they come from, for people.
         assumed: whether they are an assumption.
-
-    Raises:
-        ValueError: a number that cannot be.
     """
 
     fx: float
@@ -58,11 +55,7 @@ class Intrinsics:
             raise UserError(f"intrinsics of {self.source}: the image has no size {self.height}x{self.width}")
 
     def at(self, size: tuple[int, int]) -> "Intrinsics":
-        """The same camera for its image resized to (H, W) `size`.
-
-        Raises:
-            ValueError: other proportions, so it cannot be the whole image.
-        """
+        """The same camera for its image resized to (H, W) `size`."""
         down, across = size[0] / self.height, size[1] / self.width
         if abs(down / across - 1) > 0.02:
             raise UserError(
@@ -105,9 +98,6 @@ def camera_for(choice: str | None, image_path: str | Path | None, size: tuple[in
             `ASSUMED_VIEW` along the long side.
         image_path: the image's file, for EXIF; None: there is none.
         size: (H, W) of the image, upright [px].
-
-    Raises:
-        ValueError: none of these, or intrinsics that cannot be of this image.
     """
     if choice is not None:
         return known_camera(choice, size).at(size)
@@ -118,11 +108,7 @@ def camera_for(choice: str | None, image_path: str | Path | None, size: tuple[in
 
 
 def known_camera(choice: str, size: tuple[int, int] | None = None) -> Intrinsics:
-    """The camera that an option names; `size` (H, W) is needed for a field of view and for files without one.
-
-    Raises:
-        ValueError: no such camera.
-    """
+    """The camera that an option names; `size` (H, W) is needed for a field of view and for files without one."""
     if choice == "nyu":
         return NYU
     try:
@@ -180,11 +166,7 @@ def _number(tags: Any, tag: ExifTags.Base, missing: float = 0) -> float | None:
 
 
 def read_camera(path: str | Path, size: tuple[int, int] | None = None) -> Intrinsics:
-    """Intrinsics from a file, JSON or YAML, with fx, fy, cx, cy, width and height; without the last two, `size` counts.
-
-    Raises:
-        UserError: no such file, or one of the numbers is missing.
-    """
+    """Intrinsics from a JSON or YAML file with fx, fy, cx, cy, width and height; without the last two `size` counts."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(

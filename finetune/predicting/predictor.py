@@ -33,9 +33,6 @@ class Predictor:
     Args:
         model: with its weights; it may be moved to a device later.
         config: the options.
-
-    Raises:
-        UserError: options that do not go together, or with the model.
     """
 
     def __init__(self, model: DepthModel, config: PredictConfig) -> None:

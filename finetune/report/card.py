@@ -72,11 +72,7 @@ class Evaluation:
 
 
 def run_of(model: Path) -> tuple[RunRecord | None, Selection | None]:
-    """The run that trained a model, as it was at the step of the model; and of RUN/best its validations.
-
-    Raises:
-        ValueError: A file of the run is damaged.
-    """
+    """The run that trained a model, as it was at the step of the model; and of RUN/best its validations."""
     run = read_record(model, DEPTH_MARK)
     if run is None:
         return None, None
@@ -106,10 +102,6 @@ def read_evaluations(
         run: That trained it, as `run_of` gives it.
         selection: Likewise.
         files: Written by spark-evaluate, under one protocol or several.
-
-    Raises:
-        ValueError: A file holds no results, or those of another model.
-        OSError: It cannot be read.
     """
     found = []
     now = None if model.calibration is None else model.calibration.as_config()
@@ -146,11 +138,7 @@ def read_evaluations(
 
 
 def check_model(file: Path, results: Mapping[str, Any], model: DepthModel, folder: Path) -> None:
-    """Refuse results of another model, by the SHA-256 of its weights and configuration; older ones by its path.
-
-    Raises:
-        ValueError: They are of another one, with what differs.
-    """
+    """Refuse results of another model, by the SHA-256 of its weights and configuration; older ones by its path."""
     scored, remedy = results.get("model"), "score this one with spark-evaluate"
     if scored is None:
         raise UserError(f"{file} holds scores of no model, but of predictions or a baseline: {remedy}")
@@ -183,10 +171,6 @@ def depth_card(model: DepthModel, folder: Path, files: Sequence[Path], publicati
         folder: That it was read from.
         files: Results of spark-evaluate on it.
         publication: What only the publisher knows.
-
-    Raises:
-        ValueError: A file of the run is damaged, or results are of another model.
-        OSError: One cannot be read.
     """
     run, selection = run_of(folder)
     evaluations = read_evaluations(model, folder, run, selection, files)

@@ -94,11 +94,7 @@ def resize(values: np.ndarray, size: tuple[int, ...], align_corners: bool) -> np
 
 
 def view_of(protocol: Protocol, values: np.ndarray) -> np.ndarray:
-    """What the protocol takes of a map `[H, W]` of the whole frame, `[h, w]`; the map itself without a view.
-
-    Raises:
-        ValueError: the frame is smaller than a crop.
-    """
+    """What the protocol takes of a map `[H, W]` of the whole frame, `[h, w]`; the map itself without a view."""
     for step, height, width in protocol.view:
         h, w = values.shape
         if step == "resize":

@@ -70,9 +70,6 @@ def count_pairs(difference: np.ndarray, relation: np.ndarray, threshold: float) 
         difference: how much farther A is than B, `[N]`; NaN is always wrong.
         relation: +1: A is farther, -1: A is closer, 0: as far, `[N]`.
         threshold: largest absolute difference at which two points count as equally far, for wkdr.
-
-    Raises:
-        ValueError: no pairs, two lengths, or another relation.
     """
     difference, relation = np.asarray(difference, np.float64), np.asarray(relation)
     if difference.shape != relation.shape or relation.ndim != 1 or not relation.size:

@@ -166,9 +166,6 @@ class FolderSource(Source):
 
     Attributes:
         missing: Names of the images without one.
-
-    Raises:
-        ValueError: No such folder, or predictions are missing, or all are.
     """
 
     def __init__(
@@ -306,9 +303,6 @@ def baseline_source(baseline: str, training: Callable[[], DepthSet]) -> Baseline
     Args:
         baseline: "constant:METRES", or "mean".
         training: opens the data whose mean depth "mean" is.
-
-    Raises:
-        UserError: neither, or what `mean_depth` raises.
     """
     kind, _, value = baseline.partition(":")
     about = {"baseline": baseline}
@@ -325,9 +319,6 @@ def baseline_source(baseline: str, training: Callable[[], DepthSet]) -> Baseline
 def mean_depth(data: DepthSet) -> np.ndarray:
     """Per-pixel mean of the depths of a data set, over those that have a reading [m], float64 `[H, W]`: the row "Mean"
     of Eigen et al. 2014. Pixels that never have one get the mean of the others.
-
-    Raises:
-        ValueError: Maps of several sizes, or none with a reading.
     """
     shape = data[0].metres.shape if len(data) else ()
     total, count = np.zeros(shape), np.zeros(shape)

@@ -35,11 +35,7 @@ class RunLength:
 
 
 def run_phases(config: DepthConfig, num_pairs: int) -> RunLength:
-    """The phases of a run in steps.
-
-    Raises:
-        ValueError: The warm-up, where it is given in steps, is longer than the run.
-    """
+    """The phases of a run in steps."""
     per_epoch = num_pairs / config.optim.batch_size
     optim = config.optim
     one_cycle = optim.schedule == "onecycle"

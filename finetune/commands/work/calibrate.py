@@ -95,12 +95,7 @@ def by_distances(config: CalibrateConfig, model: DepthModel, console: Console) -
 
 
 def check_target(config: CalibrateConfig) -> None:
-    """Refuse, before anything is fitted, where the calibration could not be written or would take something away.
-
-    Raises:
-        ValueError: it is the model's own folder, or holds something else; a model card counts as that.
-        OSError: it could not be written.
-    """
+    """Refuse, before anything is fitted, where the calibration could not be written or would take something away."""
     if config.output is None:
         if config.model.startswith(PREFIX):
             raise UserError(f"{config.model} is no folder of yours to calibrate in place: give --output")
@@ -134,7 +129,7 @@ def by_points(config: CalibrateConfig, model: DepthModel) -> tuple[Readings, str
     predicted = []
     for number, (image, x, y, _) in enumerate(points, 1):
         if image not in depths:
-            depths[image] = predict_image(model, _photo(image), config.image_size, config.flip_average)
+            depths[image] = predict_image(model, read_photo(image), config.image_size, config.flip_average)
         height, width = depths[image].shape
         if not (0 <= x < width and 0 <= y < height):
             raise UserError(
@@ -149,22 +144,12 @@ def by_points(config: CalibrateConfig, model: DepthModel) -> tuple[Readings, str
     return readings, f"{len(points)} known distance{'s' * (len(points) > 1)} in {images}"
 
 
-def _photo(path: str) -> np.ndarray:
-    try:
-        return read_photo(path)
-    except UserError as error:
-        raise UserError(f"image {error}: give one that can be read") from error
-
-
 def read_points(text: str, image: str | None) -> list[tuple[str, float, float, float]]:
     """(image, x, y, metres) of each known distance.
 
     Args:
         text: "x,y,metres; x,y,metres", or a CSV or JSON file; paths of images in it are relative to the file.
         image: of the points that do not say.
-
-    Raises:
-        ValueError: none, something that is no number, or no image.
     """
     rows: list[dict[str, Any]]
     path = Path(text).expanduser()
@@ -204,12 +189,7 @@ def read_points(text: str, image: str | None) -> list[tuple[str, float, float, f
 def by_pairs(config: CalibrateConfig, model: DepthModel, console: Console) -> tuple[Readings, str]:
     """Predictions where pairs have readings, equally many of each, and a description of the pairs."""
     assert config.data.root is not None
-    data = open_depth_data(
-        config.data.root,
-        config.data.list,
-        config.data.split,
-        **config.data.reading(),
-    )
+    data = open_depth_data(config.data.root, config.data.list, config.data.split, **config.data.reading())
     if data.supervision != "metric":
         raise UserError(f"{data} has no depth in metres to calibrate to: name RGB-D pairs")
     if len(data) < config.pairs:

@@ -47,11 +47,7 @@ def compare_files(config: CompareConfig) -> None:
 
 
 def read_one(path: str, protocol: str | None) -> dict[str, Any]:
-    """Results of one protocol in a file of spark-evaluate.
-
-    Raises:
-        UserError: no such file, or of several protocols of which none was chosen.
-    """
+    """Results of one protocol in a file of spark-evaluate."""
     every = read_results(path)
     chosen = [one for one in every if protocol is None or one.get("protocol") == protocol]
     if len(chosen) != 1:
