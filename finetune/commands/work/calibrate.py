@@ -129,7 +129,7 @@ def by_points(config: CalibrateConfig, model: DepthModel) -> tuple[Readings, str
     predicted = []
     for number, (image, x, y, _) in enumerate(points, 1):
         if image not in depths:
-            depths[image] = predict_image(model, read_photo(image), config.image_size, config.flip_average)
+            depths[image] = predict_image(model, _photo(image), config.image_size, config.flip_average)
         height, width = depths[image].shape
         if not (0 <= x < width and 0 <= y < height):
             raise UserError(
@@ -142,6 +142,13 @@ def by_points(config: CalibrateConfig, model: DepthModel) -> tuple[Readings, str
     readings = Readings(np.array(predicted), metres, np.arange(len(points)), names, relative)
     images = f"{len(depths)} images" if len(depths) > 1 else Path(next(iter(depths))).name
     return readings, f"{len(points)} known distance{'s' * (len(points) > 1)} in {images}"
+
+
+def _photo(path: str) -> np.ndarray:
+    try:
+        return read_photo(path)
+    except UserError as error:
+        raise UserError(f"image {error}: give one that can be read") from error
 
 
 def read_points(text: str, image: str | None) -> list[tuple[str, float, float, float]]:
