@@ -56,25 +56,23 @@ def cost_of(card: Path) -> dict[str, str]:
     encoder = named_encoder(card, "resnet50")
     given = ["--config", str(card), "--encoder", encoder, "--data.root", ".", "--output_dir", "."]
     config = parse_config(DepthConfig, given, "")
+    losses = WeightedLoss(config.losses, config.loss_options)
     with torch.device("meta"), torch.no_grad():  # shapes without values: a large model costs nothing
         model = DepthModel(
             encoder,
             head=config.model.head,
+            encoder_options=config.model.encoder_options,
             mean=config.data.mean,
             std=config.data.std,
-            max_depth=config.model.max_depth,
-            encoder_options=config.model.encoder_options,
             **config.model.head_options,
         ).eval()
         images = torch.empty(1, 3, *config.data.image_size)
         macs = count_macs(lambda: model(images))
-        losses = WeightedLoss(config.losses, config.loss_options)
         losses.attach(model)
-        extra = 0.0
-        if own := [loss for loss in losses.terms.values() if parameters(loss)]:
-            outputs = model.train()(images.expand(2, -1, -1, -1))
-            batch = {"labels": torch.empty(2, *config.data.image_size)}
-            extra = count_macs(lambda: [loss.prediction(outputs, batch, model) for loss in own]) / 2
+        output = model.train()(images.expand(2, -1, -1, -1))  # batch norm wants two
+        batch = {"labels": torch.empty(2, *config.data.image_size)}
+        owners = [loss for loss in losses.terms.values() if any(True for _ in loss.parameters())]
+        extra = sum(count_macs(lambda one=one: one.prediction(output, batch, model)) / 2 for one in owners)
     return {
         "config": card.stem,
         "encoder": encoder,

@@ -125,7 +125,7 @@ def from_view(degrees: float, size: tuple[int, int], along_long: bool = False) -
     side = max(size) if along_long else size[1]
     focal = side / 2 / math.tan(math.radians(degrees) / 2)
     source = f"ASSUMED, {degrees:g} degrees along the long side" if along_long else "the stated field of view"
-    return Intrinsics(focal, focal, (size[1] - 1) / 2, (size[0] - 1) / 2, *size, source, along_long)
+    return _centred(focal, size, source, along_long)
 
 
 def exif_camera(path: str | Path, size: tuple[int, int]) -> Intrinsics | None:
@@ -141,7 +141,6 @@ def exif_camera(path: str | Path, size: tuple[int, int]) -> Intrinsics | None:
             stored = image.size
     except DepthFileError:
         return None
-    focal, source = None, ""
     tag = ExifTags.Base
     millimetres, equivalent = _number(tags, tag.FocalLength), _number(tags, tag.FocalLengthIn35mmFilm)
     per_unit = _number(tags, tag.FocalPlaneXResolution)
@@ -151,9 +150,15 @@ def exif_camera(path: str | Path, size: tuple[int, int]) -> Intrinsics | None:
         focal, source = equivalent / FULL_FRAME * math.hypot(*size), f"EXIF, {equivalent:g} mm equivalent"
     elif millimetres and per_unit and unit and as_taken:
         focal, source = millimetres * per_unit / unit, f"EXIF, {millimetres:g} mm and its focal plane"
-    if focal is None or not 0.1 < focal / max(size) < 100:
+    else:
         return None
-    return Intrinsics(focal, focal, (size[1] - 1) / 2, (size[0] - 1) / 2, *size, source)
+    if not 0.1 < focal / max(size) < 100:
+        return None
+    return _centred(focal, size, source)
+
+
+def _centred(focal: float, size: tuple[int, int], source: str, assumed: bool = False) -> Intrinsics:
+    return Intrinsics(focal, focal, (size[1] - 1) / 2, (size[0] - 1) / 2, *size, source, assumed)
 
 
 def _number(tags: Any, tag: ExifTags.Base, missing: float = 0) -> float | None:

@@ -265,11 +265,9 @@ class DepthEvaluator(Evaluator):
     @classmethod
     def aggregate(cls, columns: Columns, counts: np.ndarray, aggregation: str) -> dict[str, np.ndarray]:
         """Means over images, or over pixels."""
-        return (
-            pooled_depth(columns, counts)
-            if aggregation == "pooled"
-            else mean_of_images(columns, counts, METRICS)
-        )
+        if aggregation == "pooled":
+            return pooled_depth(columns, counts)
+        return mean_of_images(columns, counts, METRICS)
 
     def extras(self) -> dict[str, Any]:
         """crop_scaled: a crop other than the protocol's own was used."""

@@ -62,8 +62,9 @@ class Training:
 
     def __init__(self, config: DepthConfig, losses: Mapping[str, float]) -> None:
         options = {name: values for name, values in config.loss_options.items() if name in losses}
-        self.config = config = replace(config, losses=dict(losses), loss_options=options)
-        self.trained = build_trained(build_model(config)[0], config)
+        self.config = replace(config, losses=dict(losses), loss_options=options)
+        self.model = build_model(config)[0]
+        self.trained = build_trained(self.model, self.config)
         self.trained.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         optim = config.optim
         groups = parameter_groups(
@@ -79,8 +80,8 @@ class Training:
         """Predicted depth [B, 1, H, W] [m], the loss, and each of its terms."""
         images = batch["image"].contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bf16"):
-            output = self.trained.model(images)
-            loss, parts = self.trained.criterion(output, batch, self.trained.model)
+            output = self.model(images)
+            loss, parts = self.trained.criterion(output, batch, self.model)
         return output.depth, loss, parts
 
     def step(self, batch: Batch) -> None:
