@@ -47,7 +47,8 @@ class OpenOptions:
 class DepthSet(Dataset[DepthSample]):
     """Images with what is known of their depth, in the order of `names`.
 
-    Opening one raises ValueError for what cannot be used as a whole: no such folder, an empty list, missing files.
+    Opening one raises UserError for what cannot be used as a whole: no such folder, a line of a list that does not fit
+    the layout, missing files, a first sample that cannot be read.
     Reading a sample raises `DepthFileError` ("path: reason") for what is wrong with that one, which training counts
     and skips up to `data.max_unreadable`. Data loader processes get a copy each.
     """

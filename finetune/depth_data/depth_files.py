@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from finetune.depth_data.sample import file_error, opened_image, read_grey, unreadable
+from finetune.depth_data.sample import file_error, opened_image, read_depth_png, unreadable
 
 DEPTH_EXTENSIONS = (".png", ".npy", ".pfm")
 SCALE_KEY = "depth_scale"
@@ -36,15 +36,12 @@ def read_depth_file(path: str | Path, scale: float | None = None) -> np.ndarray:
     path = Path(path)
     extension = path.suffix.lower()
     if extension == ".png":
-        values, unit = read_grey(path), stored_scale(path) if scale is None else scale
-        if values.dtype != np.uint16:
-            reason = f"has {values.dtype} pixels, depth needs 16 bits: a picture of depth is no measurement"
-            raise file_error(path, reason)
+        unit = stored_scale(path) if scale is None else scale
         if unit is None:
             raise file_error(
                 path, "does not say the metres of one unit, give the scale (0.001 is millimetres)"
             )
-        return values.astype(np.float32) / np.float32(1.0 / unit)
+        return read_depth_png(path, unit)
     if extension not in DEPTH_EXTENSIONS:
         raise file_error(path, f"is no depth map, these are {', '.join(DEPTH_EXTENSIONS)}")
     values = read_npy(path) if extension == ".npy" else read_pfm(path)
@@ -54,11 +51,7 @@ def read_depth_file(path: str | Path, scale: float | None = None) -> np.ndarray:
 
 
 def read_npy(path: Path) -> np.ndarray:
-    """A NumPy array from its file, never unpickled.
-
-    Raises:
-        DepthFileError: missing, damaged, or no array of numbers.
-    """
+    """A NumPy array from its file, never unpickled."""
     try:
         values = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -73,9 +66,6 @@ def read_pfm(path: Path) -> np.ndarray:
 
     Not by opencv, which divides by the header's scale: only its sign counts here, which is the byte order, as for the
     readers of Middlebury and others.
-
-    Raises:
-        DepthFileError: missing, cut short, coloured, or no PFM.
     """
     try:
         content = path.read_bytes()
@@ -93,16 +83,9 @@ def read_pfm(path: Path) -> np.ndarray:
 
 
 def stored_scale(path: str | Path) -> float | None:
-    """The metres of one unit that are stored in a text chunk of a PNG file; None without one.
-
-    Raises:
-        DepthFileError: no image, or a scale that is no positive number.
-    """
-    try:
-        with opened_image(path) as image:
-            text = image.info.get(SCALE_KEY)
-    except (OSError, SyntaxError) as error:
-        raise unreadable(path, "a depth map", error) from error
+    """The metres of one unit that are stored in a text chunk of a PNG file; None without one."""
+    with opened_image(path, "a depth map") as image:
+        text = image.info.get(SCALE_KEY)
     if text is None:
         return None
     try:

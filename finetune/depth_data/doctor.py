@@ -310,7 +310,7 @@ def check_splits(
             found.wrong("test in training", f"{text} them")
         return
     names = data.names()
-    others: dict[str, list[str]] = {}
+    scenes = {scene_of(name) for name in names} - {""}
     lists = [val_list] if val_list else []
     if isinstance(data, NYUSync | PlainFolder) and data.list_file is not None and not val_list:
         lists = [path.name for path in pair_lists(root) if path.resolve() != data.list_file.resolve()]
@@ -321,25 +321,24 @@ def check_splits(
     for name in compared:
         called = name or "the test split"
         try:
-            others[called] = open_depth_data(root, name, "test", kind=found.kind).names()
+            other = open_depth_data(root, name, "test", kind=found.kind).names()
         except ValueError as error:
             found.note(f"{called} was not compared: {error}")
-    scenes = {scene for name in names if (scene := scene_of(name))}
-    for where, other in others.items():
+            continue
         files = sorted(set(names) & set(other))
-        rooms = sorted(scenes & {scene for name in other if (scene := scene_of(name))})
+        rooms = sorted(scenes & {scene_of(name) for name in other})
         if files:
             found.wrong(
-                "test in training", f"{len(files)} pairs to train on are in {where} too, such as {files[0]}"
+                "test in training", f"{len(files)} pairs to train on are in {called} too, such as {files[0]}"
             )
         elif rooms:
             found.wrong(
                 "test in training",
-                f"{len(rooms)} scenes to train on are in {where} too, such as {rooms[0]}: frames of one scene are"
+                f"{len(rooms)} scenes to train on are in {called} too, such as {rooms[0]}: frames of one scene are"
                 " nearly the same picture, so the scores would be too good; split by scene",
             )
         else:
-            found.note(f"no scene is shared with {where}")
+            found.note(f"no scene is shared with {called}")
 
 
 def scene_of(name: str) -> str:

@@ -141,11 +141,16 @@ class Map(Entry):
 
     def check(self, name: str, frame: tuple[int, int]) -> str | None:
         """A map has the size of the image."""
-        if self.values.shape == frame:
+        return self.other_size(self.what, frame, self.values.shape)
+
+    @staticmethod
+    def other_size(what: str, frame: tuple[int, ...], size: tuple[int, ...]) -> str | None:
+        """A sentence where a map has another (H, W) `size` than its image; None where it has not."""
+        if size == frame:
             return None
         return (
-            f"the image is {size_text(frame)}, its {self.what} {size_text(self.values.shape)}; a pair has one size (was"
-            " one of them resized or cropped?)"
+            f"the image is {size_text(frame)}, its {what} {size_text(size)}; a pair has one size (was one of them"
+            " resized or cropped?)"
         )
 
 
@@ -265,11 +270,9 @@ class Intrinsics(Entry):
 
     def check(self, name: str, frame: tuple[int, int]) -> str | None:
         """It is a matrix."""
-        return (
-            None
-            if self.values.shape == (3, 3)
-            else f"{name} is {list(self.values.shape)}, not a matrix [3, 3]"
-        )
+        if self.values.shape == (3, 3):
+            return None
+        return f"{name} is {list(self.values.shape)}, not a matrix [3, 3]"
 
     def seen(self, name: str, view: View) -> Mapping[str, Tensor]:
         """The matrix of the view."""

@@ -3,9 +3,11 @@
 import os
 import zipfile
 import zlib
+from collections.abc import Callable
+from functools import partial
 from math import prod
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Generic, TypeVar
 
 import numpy as np
 from numpy.lib import format as npy
@@ -13,26 +15,43 @@ from numpy.lib import format as npy
 from finetune.depth_data.sample import file_error, unreadable
 from spark.errors import UserError
 
+T = TypeVar("T")
 DAMAGED = (OSError, KeyError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError)
 """What reading a damaged file or archive raises."""
+
+
+class PerProcess(Generic[T]):
+    """An open file that each process opens for itself at its first use: a handle must not cross a fork or a pickle.
+
+    Args:
+        opener: opens it.
+    """
+
+    def __init__(self, opener: Callable[[], T]) -> None:
+        self._opener, self._pid = opener, 0
+
+    def __call__(self) -> T:
+        """The open file of this process."""
+        if self._pid != os.getpid():
+            self._file, self._pid = self._opener(), os.getpid()
+        return self._file
+
+    def __getstate__(self) -> dict:
+        return {"_opener": self._opener, "_pid": 0}
 
 
 class Files:
     """Read access to what lies below a folder or in a zip archive, by names relative to it with `/`.
 
-    Nothing is unpacked. Each process opens the archive for itself at its first read.
+    Nothing is unpacked.
 
     Args:
         root: the folder or the .zip file.
-
-    Raises:
-        ValueError: neither, or a damaged archive.
     """
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
-        self._archive: zipfile.ZipFile | None = None
-        self._pid = 0
+        self._archive = PerProcess(partial(zipfile.ZipFile, self.root))
         self._entries: frozenset[str] | None = None
         if self.root.is_dir():
             return
@@ -78,20 +97,13 @@ class Files:
         """A file, to be read from its beginning; errors are those of the system and of the archive."""
         if self._entries is None:
             return (self.root / name).open("rb")
-        if self._archive is None or self._pid != os.getpid():
-            self._archive, self._pid = zipfile.ZipFile(self.root), os.getpid()
-        return self._archive.open(name)
-
-    def __getstate__(self) -> dict:
-        """Leave the open archive behind: the copy opens its own."""
-        return {**self.__dict__, "_archive": None, "_pid": 0}
+        return self._archive().open(name)
 
 
 class ArrayRows:
     """An array `.npy`, of which one entry of its first axis is read at a time: it may be larger than the memory.
 
-    Inside a compressed archive, going forward is cheap, and going back reads from the beginning. Each process opens
-    the array for itself at its first read.
+    Inside a compressed archive, going forward is cheap, and going back reads from the beginning.
 
     Args:
         files: where it lies.
@@ -106,9 +118,8 @@ class ArrayRows:
     """
 
     def __init__(self, files: Files, name: str):
-        self.files, self.name, self.where = files, name, files.where(name)
-        self._stream: IO[bytes] | None = None
-        self._pid = 0
+        self.where = files.where(name)
+        self._stream = PerProcess(partial(files.open, name))
         try:
             with files.open(name) as stream:
                 version = npy.read_magic(stream)
@@ -130,16 +141,11 @@ class ArrayRows:
         """An entry of the first axis; DepthFileError where the file is damaged or cut short."""
         size = self.dtype.itemsize * prod(self.shape[1:])
         try:
-            if self._stream is None or self._pid != os.getpid():
-                self._stream, self._pid = self.files.open(self.name), os.getpid()
-            self._stream.seek(self._begin + index * size)
-            content = self._stream.read(size)
+            stream = self._stream()
+            stream.seek(self._begin + index * size)
+            content = stream.read(size)
             if len(content) < size:
                 raise EOFError(f"cut short at image {index} of {self.shape[0]}")
         except DAMAGED as error:
             raise unreadable(f"{self.where}, image {index}", "an array of NumPy", error) from error
         return np.frombuffer(content, self.dtype).reshape(self.shape[1:]).copy()
-
-    def __getstate__(self) -> dict:
-        """Leave the open file behind: the copy opens its own."""
-        return {**self.__dict__, "_stream": None, "_pid": 0}

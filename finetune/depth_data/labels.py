@@ -4,12 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import cv2
 import numpy as np
 from scipy.io import loadmat
 
 from finetune.depth_data.entries import VOID
-from finetune.depth_data.sample import file_error, unreadable
+from finetune.depth_data.sample import file_error, read_grey
 from spark.errors import UserError
 
 MAPPING_40 = "classMapping40.mat"
@@ -51,10 +50,6 @@ class LabelOptions:
 
         Returns:
             uint8 `[H, W]`, from 0 on; void is 255, or `classes` with the policy "class".
-
-        Raises:
-            DepthFileError: a number out of range.
-            ValueError: 40 classes are asked of a file of 13.
         """
         if stored < self.classes:
             raise UserError(
@@ -77,42 +72,18 @@ class LabelOptions:
         return [folder / name for name in names if (folder / name).is_file()]
 
     def read(self, folder: Path, number: str) -> np.ndarray:
-        """The classes of a NYU image, from `labels13_NUMBER.png` or `labels40_NUMBER.png` in its folder.
-
-        Raises:
-            DepthFileError: neither is there, or it is not what it should be.
-        """
+        """The classes of a NYU image, from `labels13_NUMBER.png` or `labels40_NUMBER.png` in its folder."""
         for path in self.files(folder, number):
-            return self.convert(read_class_image(path), 13 if path.stem.startswith("labels13") else 40, path)
+            values = read_grey(path, what="a map of classes")
+            return self.convert(values, 13 if path.stem.startswith("labels13") else 40, path)
         raise file_error(
             folder / f"labels{self.classes}_{number}.png",
             "there is no such file of classes, give --data.labels null or write it beside the image",
         )
 
 
-def read_class_image(path: Path) -> np.ndarray:
-    """A PNG of class numbers, uint8 or uint16 `[H, W]`.
-
-    Raises:
-        DepthFileError: no readable image of one channel.
-    """
-    try:
-        values = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
-    except (OSError, cv2.error) as error:
-        raise unreadable(path, "a map of classes", error) from error
-    if values is None:
-        raise unreadable(path, "a map of classes", ValueError("truncated, or not an image file"))
-    if values.ndim != 2 or values.dtype not in (np.uint8, np.uint16):
-        raise file_error(path, "a map of classes has one channel of whole numbers; a coloured one has none")
-    return values
-
-
 def read_mapping_40(path: Path) -> np.ndarray:
-    """Number of the 40 (0 = void) of each of the 894 of the labelled file (0 = void), uint8 `[895]`.
-
-    Raises:
-        ValueError: no such file, or not the official classMapping40.mat.
-    """
+    """Number of the 40 (0 = void) of each of the 894 of the labelled file (0 = void), uint8 `[895]`."""
     if not path.is_file():
         raise UserError(
             f"no file {path}: {MAPPING_40} of the field is needed beside the labelled file for its classes;"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from finetune.depth_data.base import DepthSet
 from finetune.depth_data.sample import DepthFileError, DepthSample
@@ -16,20 +16,6 @@ from spark.images.sources.files import walk
 LABELED_MAT = "nyu_depth_v2_labeled.mat"
 WITHOUT_LISTS = "to use that file give --data.list null (in training: --data.list null --data.val_list null)"
 """What to do where lists are named and a labelled file is there."""
-
-
-class Entry(Protocol):
-    """What a list, or a search, knows of a sample."""
-
-    @property
-    def name(self) -> str:
-        """Unique in the data set."""
-        ...
-
-    @property
-    def line(self) -> int:
-        """Of the list, from 1."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -74,11 +60,7 @@ class ListedSet(DepthSet):
         """The sample of an entry."""
 
     def check_headers(self) -> None:
-        """Check every sample as far as headers tell.
-
-        Raises:
-            DepthFileError: the first that cannot be used.
-        """
+        """See `DepthSet`."""
         for entry in self.entries:
             with at_line(self.list_file, entry.line):
                 self.check_header(entry)
@@ -139,9 +121,6 @@ def find_list(root: Path, list_file: str | Path) -> Path:
     A bare name means the file inside `root`, and only where there is none, one of the working directory. A path with a
     folder in it (`./list.txt` too) or an absolute one is taken as given, and only where there is no such file, as one
     inside `root`.
-
-    Raises:
-        UserError: no such file.
     """
     as_given, inside = Path(list_file), root / list_file
     bare = not os.path.dirname(list_file)
@@ -161,12 +140,15 @@ def lists_text(root: Path) -> str:
 
 
 def numbered_lines(path: Path) -> list[tuple[int, str]]:
-    """The lines of a text file that are not blank, stripped, with their numbers from 1; UserError if it is no text."""
+    """The lines of a text file that are not blank, stripped, with their numbers from 1; UserError if there are none."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not a text list: {error}") from error
-    return [(number, text) for number, line in enumerate(lines, start=1) if (text := line.strip())]
+    found = [(number, text) for number, line in enumerate(lines, start=1) if (text := line.strip())]
+    if not found:
+        raise UserError(f"{path} is empty: it needs a line for each sample (docs/depth_data.md)")
+    return found
 
 
 def first_lines(root: Path, list_file: str | Path, count: int) -> list[str]:
@@ -182,9 +164,6 @@ def files_below(root: Path, *extensions: str) -> Iterator[Path]:
     """The regular files under `root` with one of these extensions (any, if none is given), in no order.
 
     Links are followed, and each real folder is entered once. Hidden files and folders are left out.
-
-    Raises:
-        OSError: a folder cannot be read.
     """
     for folder, names in walk(root):
         for name in names:

@@ -12,6 +12,7 @@ run's seed and the set's number; the first set has the run's seed itself, so a r
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
@@ -53,7 +54,7 @@ class TrainingMix(Dataset[dict]):
             derive_seed(seed, number, Purpose.SET) if number else seed for number in range(len(sets))
         ]
         self.parts = [
-            DepthTrainingSet(one.data, one.transform, own, skip_unreadable=True)
+            DepthTrainingSet(one.data, one.transform, own)
             for one, own in zip(self.sets, self.seeds, strict=True)
         ]
 
@@ -112,9 +113,8 @@ class MixedSampler(Sampler[list[tuple[int, int, int]]]):
         start: int = 0,
         stop: int,
     ):
-        self.mix, self.batch_size = mix, batch_size
-        self.rank, self.world_size = rank, world_size
-        self.start, self.stop = start, stop
+        self.mix, self.start, self.stop = mix, start, stop
+        self.share: dict[str, Any] = {"batch_size": batch_size, "rank": rank, "world_size": world_size}
 
     def __len__(self) -> int:
         """Micro-batches from `start` to `stop`."""
@@ -126,17 +126,7 @@ class MixedSampler(Sampler[list[tuple[int, int, int]]]):
         for number in turns[: self.start]:
             counts[number] += 1
         streams = [
-            iter(
-                StreamSampler(
-                    len(part),
-                    self.batch_size,
-                    rank=self.rank,
-                    world_size=self.world_size,
-                    seed=seed,
-                    start=count,
-                    stop=self.stop,
-                )
-            )
+            iter(StreamSampler(len(part), **self.share, seed=seed, start=count, stop=self.stop))
             for part, seed, count in zip(self.mix.parts, self.mix.seeds, counts, strict=True)
         ]
         for number in turns[self.start :]:

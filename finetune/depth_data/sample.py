@@ -37,7 +37,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from finetune.depth_data.entries import Depth, Entry, Labels, Pairs, RelativeDepth, size_text
+from finetune.depth_data.entries import Depth, Entry, Labels, Pairs, RelativeDepth
 from spark.errors import UserError
 from spark.images.decode import MAX_PIXELS, describe_failure
 
@@ -184,67 +184,50 @@ def read_rgb(path: str | Path, content: bytes | None = None) -> np.ndarray:
     Raises:
         DepthFileError: the file is missing, truncated, too large, or no image.
     """
-    try:
-        with opened_image(path, content) as image:
-            return np.array(image.convert("RGB"))
-    except DepthFileError:
-        raise
-    except (OSError, SyntaxError, ValueError) as error:
-        raise unreadable(path, "an image", error) from error
+    with opened_image(path, "an image", content) as image:
+        return np.array(image.convert("RGB"))
 
 
 @contextmanager
-def opened_image(path: str | Path, content: bytes | None = None) -> Iterator[Image.Image]:
-    """An image of which only the header is read yet.
+def opened_image(path: str | Path, what: str, content: bytes | None = None) -> Iterator[Image.Image]:
+    """An image whose pixels are not decoded yet.
 
     Raises:
-        DepthFileError: more pixels than `MAX_PIXELS`, known before anything is decoded. Pillow's own limits, which
-            warn at half of that, are left alone.
+        DepthFileError: it does not open as `what` it should be, or has more than `MAX_PIXELS`.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        try:
+    try:
+        with warnings.catch_warnings():  # Pillow warns at half of its own limit
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(path if content is None else io.BytesIO(content))
-        except Image.DecompressionBombError as error:
-            raise file_error(path, f"has more than the {MAX_PIXELS} pixels that are accepted") from error
-    with image:
-        if image.width * image.height > MAX_PIXELS:
-            raise file_error(path, f"has more than the {MAX_PIXELS} pixels that are accepted")
-        yield image
+        with image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            yield image
+    except DepthFileError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise file_error(path, f"has more than the {MAX_PIXELS} pixels that are accepted") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise unreadable(path, what, error) from error
 
 
 def check_pair_headers(image_path: Path, depth_path: Path) -> None:
-    """Check what the headers of a pair tell, without decoding pixels: readable, depth of 16 bits, one size.
+    """Check what headers tell of a pair, without decoding pixels: readable, depth of 16 bits, one size.
 
     Raises:
         DepthFileError: one of these is not so.
     """
-    sizes = []
-    for path, what in ((image_path, "an image"), (depth_path, "a depth map")):
-        try:
-            with opened_image(path) as image:
-                sizes.append((image.height, image.width))
-                mode = image.mode
-        except DepthFileError:
-            raise
-        except (OSError, SyntaxError, ValueError) as error:
-            raise unreadable(path, what, error) from error
-        if path == depth_path and not mode.startswith("I"):
-            raise file_error(path, f"the depth map has pixels of kind {mode}, expected 16-bit millimetres")
-    if sizes[0] != sizes[1]:
-        raise file_error(
-            image_path,
-            f"the image is {size_text(sizes[0])}, its depth map {size_text(sizes[1])}; a pair has one size"
-            " (was one of them resized or cropped?)",
-        )
+    with opened_image(image_path, "an image") as image, opened_image(depth_path, "a depth map") as depth:
+        if not depth.mode.startswith("I"):
+            raise file_error(
+                depth_path, f"the depth map has pixels of kind {depth.mode}, expected 16-bit millimetres"
+            )
+        if wrong := Depth.other_size("depth map", image.size[::-1], depth.size[::-1]):
+            raise file_error(image_path, wrong)
 
 
 def read_depth_mm(path: str | Path) -> np.ndarray:
-    """Read a depth map stored as 16-bit millimetres into float32 metres `[H, W]`; 0 = no reading.
-
-    Raises:
-        DepthFileError: the file is missing, damaged, not 16-bit, or has more than one channel.
-    """
+    """Read a depth map stored as 16-bit millimetres into float32 metres `[H, W]`; 0 = no reading."""
     return read_depth_png(path, 0.001)
 
 
@@ -270,8 +253,8 @@ def read_depth_png(path: str | Path, scale: float, content: bytes | None = None)
     return values.astype(np.float32) / np.float32(1.0 / scale)
 
 
-def read_grey(path: str | Path, content: bytes | None = None) -> np.ndarray:
-    """Read a depth map of one channel as it is stored, `[H, W]`, from its file or from `content`.
+def read_grey(path: str | Path, content: bytes | None = None, what: str = "a depth map") -> np.ndarray:
+    """Read a PNG of one channel as it is stored, `[H, W]`, from its file or from `content`.
 
     Raises:
         DepthFileError: the file is missing, damaged, or has more than one channel.
@@ -279,21 +262,19 @@ def read_grey(path: str | Path, content: bytes | None = None) -> np.ndarray:
     try:
         data = np.fromfile(path, np.uint8) if content is None else np.frombuffer(content, np.uint8)
     except OSError as error:
-        raise unreadable(path, "a depth map", error) from error
+        raise unreadable(path, what, error) from error
     # IMREAD_UNCHANGED, because every other mode of opencv turns 16 bits into 8.
     try:
-        depth = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
+        values = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
     except cv2.error as error:  # above all more pixels than opencv accepts
-        raise unreadable(path, "a depth map", error) from error
-    if depth is None:
-        raise unreadable(path, "a depth map", ValueError("truncated, or not an image file"))
-    if depth.ndim != 2:
+        raise unreadable(path, what, error) from error
+    if values is None:
+        raise unreadable(path, what, ValueError("truncated, or not an image file"))
+    if values.ndim != 2:
         raise file_error(
-            path,
-            f"the depth map has {depth.shape[2]} channels, expected one channel of 16-bit millimetres"
-            " (is it a colour picture of the depth?)",
+            path, f"{what} has one channel, this has {values.shape[2]} channels: a colour picture?"
         )
-    return depth
+    return values
 
 
 def checked_metres(depth: np.ndarray, path: str | Path, bad_depth: str) -> np.ndarray:

@@ -236,28 +236,20 @@ class TrainTransform:
 class DepthTrainingSet(Dataset[dict]):
     """Pairs, augmented by their position in the stream: the result depends neither on workers nor on ranks.
 
+    The next readable pair takes the place of one that raises `DepthFileError` or has no reading at all, which "failed"
+    names as "path: reason", for `spark.training.skipped.UnreadableImages` to count.
+
     Args:
         dataset: pairs, such as `NYUSync`: `len` and items of `DepthSample`.
         transform: what augments a pair with torch's global generator.
         seed: of the run.
-        skip_unreadable: let the next readable pair take the place of one that raises `DepthFileError` or has no
-            reading at all, and report it under "failed" as "path: reason", for
-            `spark.training.skipped.UnreadableImages` to count. Otherwise the error is raised.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset[DepthSample],
-        transform: TrainTransform,
-        seed: int,
-        *,
-        skip_unreadable: bool = False,
-    ):
+    def __init__(self, dataset: DepthSet, transform: TrainTransform, seed: int):
         self.dataset, self.transform, self.seed = dataset, transform, seed
-        self.skip_unreadable = skip_unreadable
 
     def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
+        return len(self.dataset)
 
     def __getitem__(self, where: tuple[int, int]) -> dict:
         """The sample of `(position in the stream, index in the data set)`.
@@ -277,23 +269,14 @@ class DepthTrainingSet(Dataset[dict]):
         for candidate in range(index, index + len(self)):
             try:
                 sample = self.dataset[candidate % len(self)]
-                if not has_reading(sample):
-                    data, origin = self.dataset, ""
-                    if isinstance(data, DepthSet):
-                        origin = data.origin(candidate % len(self))
+                if any(entry.blank for entry in sample.entries.values()):
+                    origin = self.dataset.origin(candidate % len(self))
                     reason = f"the depth map has no reading at all, take the pair out of the data{origin}"
                     raise file_error(sample.name, reason)
                 return sample, candidate % len(self), failed
             except DepthFileError as error:
-                if not self.skip_unreadable:
-                    raise
                 failed.append(str(error))
         raise UserError(f"none of the {len(self)} pairs can be read, the first: {failed[0]}")
-
-
-def has_reading(sample: DepthSample) -> bool:
-    """Whether something is known of some pixel's depth; of pairs of points there is always one."""
-    return not any(entry.blank for entry in sample.entries.values())
 
 
 def collate_depth(samples: Sequence[dict]) -> dict:

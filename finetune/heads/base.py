@@ -42,11 +42,7 @@ class Head(nn.Module):
 
 
 def levels_at(head: str, levels: Sequence[PyramidLevel], strides: Sequence[int]) -> list[PyramidLevel]:
-    """The levels at these strides, in their order.
-
-    Raises:
-        UserError: The encoder lacks one; the sentence says what the head needs.
-    """
+    """The levels at these strides, in their order."""
     by_stride = {level.stride: level for level in levels}
     if any(stride not in by_stride for stride in strides):
         raise UserError(

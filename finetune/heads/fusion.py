@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune.heads.base import Head, levels_at
-from finetune.heads.output import DepthOutput, DepthRange
+from finetune.heads.output import DepthOutput, DepthRange, at_least_fp32
 from spark.errors import UserError
 from spark.model.encoder import PyramidLevel
 
@@ -124,7 +124,7 @@ class Fusion(Head):
     def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> DepthOutput:
         """Return relative depth at the size of the images and, in training, the core's scales."""
         core: CoreOutput = self.core(features)
-        relative = core.relative.float() if core.relative.dtype.itemsize < 4 else core.relative
+        relative = at_least_fp32(core.relative)
         return DepthOutput(disparity_affine=relative, extras=core.extras() if self.training else {})
 
 

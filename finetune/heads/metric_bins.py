@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from finetune.heads.base import Head, levels_at
 from finetune.heads.fusion import SCALES, STRIDES, CoreOutput, FusionCore, check_width
-from finetune.heads.output import DepthOutput, DepthRange, full_precision
+from finetune.heads.output import DepthOutput, DepthRange, at_least_fp32, full_precision
 from spark.errors import UserError
 from spark.model.encoder import PyramidLevel
 
@@ -79,18 +79,18 @@ class MetricBins(Head):
         """Return metric and relative depth at the size of the images and, in training, the core's scales."""
         core: CoreOutput = self.core(features)
         bottleneck = self.bottleneck(core.scales[0])
-        with full_precision(bottleneck):
-            centres = F.softplus(wide(self.seed_bins(wide(bottleneck))))
-            embedding = self.seed_embedding(wide(bottleneck))
+        with full_precision(bottleneck):  # bins a few centimetres apart are one in bf16
+            centres = F.softplus(at_least_fp32(self.seed_bins(at_least_fp32(bottleneck))))
+            embedding = self.seed_embedding(at_least_fp32(bottleneck))
             for project, attractor, scale in zip(
                 self.embeddings, self.attractors, core.scales[1:], strict=True
             ):
-                above, embedding = embedding, project(wide(scale))
+                above, embedding = embedding, project(at_least_fp32(scale))
                 centres = attractor(embedding + resize(above, embedding), centres)
-            condition = torch.cat((wide(core.features), wide(core.relative)), 1)
+            condition = torch.cat((at_least_fp32(core.features), at_least_fp32(core.relative)), 1)
             weights = self.distribution(condition, resize(embedding, condition))
             depth = (weights * resize(centres, condition)).sum(1, keepdim=True)
-        return DepthOutput(depth, wide(core.relative), core.extras() if self.training else {})
+        return DepthOutput(depth, at_least_fp32(core.relative), core.extras() if self.training else {})
 
 
 class Attractor(nn.Module):
@@ -189,8 +189,3 @@ def pixel_mlp(channels: int, inside: int, out: int) -> nn.Sequential:
 def resize(x: Tensor, like: Tensor) -> Tensor:
     """Bilinearly to the height and width of another map, align_corners=True."""
     return F.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=True)
-
-
-def wide(x: Tensor) -> Tensor:
-    """In fp32 at least: bins a few centimetres apart are one in bf16."""
-    return x.float() if x.dtype.itemsize < 4 else x

@@ -37,6 +37,11 @@ class DepthOutput:
         return getattr(self, name) if name in ("depth", "disparity_affine") else self.extras.get(name)
 
 
+def at_least_fp32(values: Tensor) -> Tensor:
+    """The values in fp32, or in fp64 where they are."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """Out of autocast, on devices that have it (shapes without values, device meta, have none)."""
     if not torch.amp.is_autocast_available(x.device.type):
@@ -71,5 +76,4 @@ class DepthRange(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, 1, H, W] of any real values to metres of the same shape."""
         with full_precision(x):
-            x = x if x.dtype == torch.float64 else x.float()
-            return self.min_depth + (self.max_depth - self.min_depth) * x.sigmoid()
+            return self.min_depth + (self.max_depth - self.min_depth) * at_least_fp32(x).sigmoid()

@@ -44,9 +44,7 @@ class UnetPlusPlus(Head):
                 f"decoder_channels must hold {steps} positive numbers, one for each doubling from stride "
                 f"{self.levels[-1].stride} to 1, got {list(decoder_channels)}."
             )
-        nested = len(
-            self.levels
-        )  # this many doublings are inside the nested decoder, its last one without a skip
+        nested = len(self.levels)  # doublings inside the nested decoder, the last one without a skip
         self.decoder = UnetPlusPlusDecoder(
             # The decoder drops its first entry, which stands for the image itself.
             encoder_channels=[0, *(level.channels for level in self.levels)],

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.depth_data.base import DepthSet
-from finetune.heads.output import DepthOutput
+from finetune.heads.output import DepthOutput, at_least_fp32
 from spark.errors import UserError
 
 if TYPE_CHECKING:
@@ -127,11 +127,6 @@ class DepthLoss(nn.Module):
     def other_data(self) -> str:
         """How the data comes to have what is needed, for the end of a sentence."""
         return ""
-
-
-def at_least_fp32(values: Tensor) -> Tensor:
-    """The values in fp32, or in fp64 where they are."""
-    return values if values.dtype == torch.float64 else values.float()
 
 
 def check_maps(prediction: Tensor, target: Tensor, valid: Tensor) -> None:

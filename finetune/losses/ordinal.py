@@ -58,6 +58,5 @@ class OrdinalRegression(DepthLoss):
             )
         odds = prediction.movedim(1, -1)[valid[:, 0]]
         exceeded = target[valid][:, None] >= self.thresholds
-        return (
-            F.binary_cross_entropy_with_logits(odds, exceeded.to(odds.dtype), reduction="none").sum(1).mean()
-        )
+        losses = F.binary_cross_entropy_with_logits(odds, exceeded.to(odds.dtype), reduction="none")
+        return losses.sum(1).mean()

@@ -61,11 +61,7 @@ class WeightedLoss(nn.Module):
         }
 
     def attach(self, model: DepthModel) -> None:
-        """Make the modules that losses train, for this model; draws their weights from torch's global generator.
-
-        Raises:
-            UserError: The model lacks what a loss scores.
-        """
+        """Make the modules that losses train, for this model; draws their weights from torch's global generator."""
         for loss in self.terms.values():
             loss.attach(model)
 
@@ -75,9 +71,6 @@ class WeightedLoss(nn.Module):
         Args:
             entries: What batches have, those of all data sets together.
             sets: The data sets.
-
-        Raises:
-            UserError: The first loss that lacks something, and what.
         """
         for loss in self.terms.values():
             loss.check(entries, sets)
@@ -94,10 +87,6 @@ class WeightedLoss(nn.Module):
             output: What the model returned.
             batch: Targets, as `finetune.depth_data.sample` lists them.
             model: The model.
-
-        Raises:
-            NoGroundTruth: No term is defined.
-            UserError: The model lacks what a term scores.
         """
         parts: dict[str, Tensor] = {}
         empty: list[str] = []

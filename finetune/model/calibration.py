@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from finetune.heads.output import DepthOutput
 from finetune.options import Fit, Space
@@ -51,9 +50,6 @@ class Calibration:
         origin: a sentence on where it comes from.
         errors: mean absolute relative error on what it was fitted to: "before", "after", and "left_out", of each point
             or image under a fit to the others; without units.
-
-    Raises:
-        ValueError: a value that cannot be.
     """
 
     space: Space
@@ -89,7 +85,9 @@ class Calibration:
             depth = (self.scale * inverse + self.shift).clamp(1 / limits[1], 1 / limits[0]).reciprocal()
         else:
             assert output.depth is not None
-            depth = _forward(output.depth, self)
+            logarithmic = self.space == "log_depth"
+            depth = self.scale * (output.depth.log() if logarithmic else output.depth) + self.shift
+            depth = depth.exp() if logarithmic else depth
         return replace(output, depth=depth.clamp(*limits))
 
     def metres(self, predicted: np.ndarray, relative: bool = False) -> np.ndarray:
@@ -110,12 +108,6 @@ class Calibration:
             "disparity": f"1 / ({self.scale:.4g} / d{shift})",
         }[self.space]
         return f"calibrated, {formula}: {self.origin}"
-
-
-def _forward(depth: Tensor, calibration: Calibration) -> Tensor:
-    if calibration.space == "depth":
-        return calibration.scale * depth + calibration.shift
-    return (calibration.scale * depth.log() + calibration.shift).exp()
 
 
 def to_space(values: np.ndarray, space: Space, relative: bool = False) -> np.ndarray:
@@ -146,9 +138,6 @@ class Readings:
         group: int [N], the point or image that each belongs to: what is left out together.
         names: of the groups, for reports.
         relative: whether `predicted` is inverse depth up to scale and shift.
-
-    Raises:
-        ValueError: nothing, not equally many, or numbers that are no distances.
     """
 
     predicted: np.ndarray
@@ -170,19 +159,15 @@ class Readings:
         if not (np.isfinite(self.predicted).all() and (self.relative or self.predicted.min() > 0)):
             raise UserError("the model predicts no finite depth above 0 there: calibrate another model")
 
-    def without(self, group: int) -> "Readings":
-        """All but one group."""
-        rest = self.group != group
-        return replace(self, predicted=self.predicted[rest], metres=self.metres[rest], group=self.group[rest])
+    def of(self, chosen: np.ndarray) -> "Readings":
+        """The chosen ones, bool [N]."""
+        return replace(
+            self, predicted=self.predicted[chosen], metres=self.metres[chosen], group=self.group[chosen]
+        )
 
 
 def fit_line(readings: Readings, space: Space, fit: Fit) -> tuple[float, float]:
-    """Scale and shift of a space, robustly.
-
-    Raises:
-        ValueError: too few or too similar readings for `fit`, a fit that would turn near and far round, or relative
-            depth with anything but scale and shift of disparity.
-    """
+    """Scale and shift of a space, robustly."""
     from scipy.stats import theilslopes  # seconds to import, for this fit only
 
     if readings.relative and fit != "scale_shift":
@@ -267,13 +252,9 @@ def fit_calibration(
     scale, shift = fit_line(readings, space, fit)
     wrong: list[int] = []
     if tolerance is not None and downweight:
-        wrong = contradictions(
-            Calibration(space, scale, shift, min_depth, LARGEST_DEPTH, origin).metres(
-                readings.predicted, readings.relative
-            ),
-            readings.metres,
-            tolerance,
-        )
+        unlimited = Calibration(space, scale, shift, min_depth, LARGEST_DEPTH, origin)
+        fitted = unlimited.metres(readings.predicted, readings.relative)
+        wrong = contradictions(fitted, readings.metres, tolerance)
     trusted = np.delete(readings.metres, wrong) if 2 * len(wrong) < len(readings.metres) else readings.metres
     farthest = float(trusted.max())
     if limit is None:
@@ -306,10 +287,10 @@ def fit_calibration(
 
 def _mapped(space: Space, scale: float, shift: float, max_depth: float) -> float:
     """What becomes of `max_depth`; ValueError where that is no depth that anything has."""
-    exponent = scale * math.log(max_depth) + shift
-    mapped = scale * max_depth + shift
     if space == "log_depth":
-        mapped = math.exp(min(exponent, math.log(2 * LARGEST_DEPTH)))
+        mapped = math.exp(min(scale * math.log(max_depth) + shift, math.log(2 * LARGEST_DEPTH)))
+    else:
+        mapped = scale * max_depth + shift
     if mapped > LARGEST_DEPTH:
         raise UserError(
             f"the fit takes the model's farthest depth, {max_depth:g} m, beyond {LARGEST_DEPTH:g} m: check that the"
@@ -346,15 +327,13 @@ def _left_out(readings: Readings, found: Calibration, fit: Fit) -> float | None:
     if len(groups) < 2:
         return None
     for group in groups:
-        rest, own = readings.without(int(group)), readings.group == group
+        own = readings.of(readings.group == group)
         try:
-            scale, shift = fit_line(rest, found.space, fit)
+            scale, shift = fit_line(readings.of(readings.group != group), found.space, fit)
         except ValueError:  # too few or too alike without it
             return None
         other = replace(found, scale=scale, shift=shift)
-        errors.append(
-            _abs_rel(other.metres(readings.predicted[own], readings.relative), readings.metres[own])
-        )
+        errors.append(_abs_rel(other.metres(own.predicted, own.relative), own.metres))
     return float(np.mean(errors))
 
 

@@ -279,13 +279,7 @@ def open_encoder(
     drop_path: float,
     encoder_options: Mapping[str, Any],
 ) -> tuple[nn.Module, KeyReport]:
-    """The encoder of a depth model, as the arguments of `DepthModel` say, and what became of its weights.
-
-    Raises:
-        ValueError: It is none, or `pretrained`, `encoder_name` or `encoder_options` do not go with it.
-        FileNotFoundError: A path that does not exist.
-        OSError: timm's published weights could not be downloaded.
-    """
+    """The encoder of a depth model, as the arguments of `DepthModel` say, and what became of its weights."""
     if wrong := sorted(_NOT_FREE.keys() & encoder_options):
         raise UserError(f"encoder_options cannot set {wrong[0]}: {_NOT_FREE[wrong[0]]}")
     options = dict(encoder_options)
@@ -448,12 +442,7 @@ def model_sha256(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def write_calibration(folder: str | Path, calibration: Calibration) -> None:
-    """Put a calibration into the config.json of a model folder, in place of any that it has; all else stays.
-
-    Raises:
-        ValueError: It is no folder of a depth model.
-        OSError: It cannot be written.
-    """
+    """Put a calibration into the config.json of a model folder, in place of any that it has; all else stays."""
     _, config = _read(Path(folder))
     config["calibration"] = calibration.as_config()
     write_whole(Path(folder) / CONFIG, (json.dumps(config, indent=2) + "\n").encode())

@@ -36,26 +36,23 @@ class DepthGraph(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor]:
         """Return [B, 1, H, W] of uint8 images [B, 3, H, W]."""
+        return (self._values(image, self.pad),)
+
+    def reference(self, image: Tensor) -> list[Tensor]:
+        """The same by the model's own padding and cutting."""
+        return [self._values(image, pad=False)]
+
+    def _values(self, image: Tensor, pad: bool) -> Tensor:
         height, width = image.shape[-2:]
         x = image if self.fit is None else resample(image, fitted(image, self.fit))
         rows, columns = x.shape[-2:]
         x = self.normalise(x)
-        output = self.model(pad_to_stride(x, self.model.stride) if self.pad else x)
+        output = self.model(pad_to_stride(x, self.model.stride) if pad else x)
         values = output.disparity_affine if output.depth is None else output.depth
         values = values[..., :rows, :columns]
         if self.fit is not None:
             values = F.interpolate(values, size=(height, width), mode="bilinear", align_corners=False)
-        return (values,)
-
-    def reference(self, image: Tensor) -> list[Tensor]:
-        """The same by the model's own padding and cutting."""
-        size = (image.shape[-2], image.shape[-1])
-        x = image if self.fit is None else resample(image, fitted(image, self.fit))
-        output = self.model(self.normalise(x))
-        values = output.disparity_affine if output.depth is None else output.depth
-        return [
-            values if self.fit is None else F.interpolate(values, size, mode="bilinear", align_corners=False)
-        ]
+        return values
 
 
 def fitted(image: Tensor, wanted: tuple[int, int]) -> Tensor:
@@ -127,8 +124,6 @@ def describe(model: DepthModel, fit: tuple[int, int] | None, protocol: str) -> d
         "calibration": "none" if calibration is None else calibration.as_config(),
         "head": model.head_name,
         "trained_at": "not recorded" if model.image_size is None else list(model.image_size),
-        "resize": "none: the network sees the image as it is"
-        if fit is None
-        else f"inside, to {fit[0]}x{fit[1]} px",
+        "resize": f"inside, to {fit[0]}x{fit[1]} px" if fit else "none: the network sees the image as it is",
         "normalisation": {"inside": True, "mean": list(model.mean), "std": list(model.std)},
     }

@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 from PIL import ExifTags
 
-from finetune.depth_data.sample import opened_image
+from finetune.depth_data.sample import DepthFileError, opened_image
 from spark.errors import UserError
 
 ASSUMED_VIEW = 60.0
@@ -36,9 +36,6 @@ class Intrinsics:
         width: of the image [px].
         source: where they come from, for people.
         assumed: whether they are an assumption.
-
-    Raises:
-        ValueError: a number that cannot be.
     """
 
     fx: float
@@ -58,11 +55,7 @@ class Intrinsics:
             raise UserError(f"intrinsics of {self.source}: the image has no size {self.height}x{self.width}")
 
     def at(self, size: tuple[int, int]) -> "Intrinsics":
-        """The same camera for its image resized to (H, W) `size`.
-
-        Raises:
-            ValueError: other proportions, so it cannot be the whole image.
-        """
+        """The same camera for its image resized to (H, W) `size`."""
         down, across = size[0] / self.height, size[1] / self.width
         if abs(down / across - 1) > 0.02:
             raise UserError(
@@ -105,9 +98,6 @@ def camera_for(choice: str | None, image_path: str | Path | None, size: tuple[in
             `ASSUMED_VIEW` along the long side.
         image_path: the image's file, for EXIF; None: there is none.
         size: (H, W) of the image, upright [px].
-
-    Raises:
-        ValueError: none of these, or intrinsics that cannot be of this image.
     """
     if choice is not None:
         return known_camera(choice, size).at(size)
@@ -118,11 +108,7 @@ def camera_for(choice: str | None, image_path: str | Path | None, size: tuple[in
 
 
 def known_camera(choice: str, size: tuple[int, int] | None = None) -> Intrinsics:
-    """The camera that an option names; `size` (H, W) is needed for a field of view and for files without one.
-
-    Raises:
-        ValueError: no such camera.
-    """
+    """The camera that an option names; `size` (H, W) is needed for a field of view and for files without one."""
     if choice == "nyu":
         return NYU
     try:
@@ -139,7 +125,7 @@ def from_view(degrees: float, size: tuple[int, int], along_long: bool = False) -
     side = max(size) if along_long else size[1]
     focal = side / 2 / math.tan(math.radians(degrees) / 2)
     source = f"ASSUMED, {degrees:g} degrees along the long side" if along_long else "the stated field of view"
-    return Intrinsics(focal, focal, (size[1] - 1) / 2, (size[0] - 1) / 2, *size, source, along_long)
+    return _centred(focal, size, source, along_long)
 
 
 def exif_camera(path: str | Path, size: tuple[int, int]) -> Intrinsics | None:
@@ -150,12 +136,11 @@ def exif_camera(path: str | Path, size: tuple[int, int]) -> Intrinsics | None:
     the file.
     """
     try:
-        with opened_image(path) as image:
+        with opened_image(path, "an image") as image:
             tags = image.getexif().get_ifd(ExifTags.IFD.Exif)
             stored = image.size
-    except (OSError, SyntaxError, ValueError):
+    except DepthFileError:
         return None
-    focal, source = None, ""
     tag = ExifTags.Base
     millimetres, equivalent = _number(tags, tag.FocalLength), _number(tags, tag.FocalLengthIn35mmFilm)
     per_unit = _number(tags, tag.FocalPlaneXResolution)
@@ -165,9 +150,15 @@ def exif_camera(path: str | Path, size: tuple[int, int]) -> Intrinsics | None:
         focal, source = equivalent / FULL_FRAME * math.hypot(*size), f"EXIF, {equivalent:g} mm equivalent"
     elif millimetres and per_unit and unit and as_taken:
         focal, source = millimetres * per_unit / unit, f"EXIF, {millimetres:g} mm and its focal plane"
-    if focal is None or not 0.1 < focal / max(size) < 100:
+    else:
         return None
-    return Intrinsics(focal, focal, (size[1] - 1) / 2, (size[0] - 1) / 2, *size, source)
+    if not 0.1 < focal / max(size) < 100:
+        return None
+    return _centred(focal, size, source)
+
+
+def _centred(focal: float, size: tuple[int, int], source: str, assumed: bool = False) -> Intrinsics:
+    return Intrinsics(focal, focal, (size[1] - 1) / 2, (size[0] - 1) / 2, *size, source, assumed)
 
 
 def _number(tags: Any, tag: ExifTags.Base, missing: float = 0) -> float | None:
@@ -180,11 +171,7 @@ def _number(tags: Any, tag: ExifTags.Base, missing: float = 0) -> float | None:
 
 
 def read_camera(path: str | Path, size: tuple[int, int] | None = None) -> Intrinsics:
-    """Intrinsics from a file, JSON or YAML, with fx, fy, cx, cy, width and height; without the last two, `size` counts.
-
-    Raises:
-        UserError: no such file, or one of the numbers is missing.
-    """
+    """Intrinsics from a JSON or YAML file with fx, fy, cx, cy, width and height; without the last two `size` counts."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(

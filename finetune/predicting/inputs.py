@@ -37,9 +37,6 @@ def output_stems(source: str | Path, output: Path, left_out: Collection[str] = (
     Subfolders are kept, and the extension is dropped unless another file of the folder has the same name without it,
     so no two share a name. Files inside `output` (of an earlier prediction) and in `left_out` (absolute paths) are not
     taken.
-
-    Raises:
-        UserError: nothing there, or no image and no video in it.
     """
     source = Path(source)
     if source.is_file() and source.suffix.lower() != ".txt":

@@ -37,12 +37,8 @@ def mesh(image: np.ndarray, depth: np.ndarray, camera: Intrinsics, most: int = M
     height, width = known.shape
     index = np.arange(height * width, dtype=np.int32).reshape(height, width)
     z = np.where(known, -vertices["xyz"][..., 2], np.nan)
-    first, second, third, fourth = (
-        (slice(None, -1), slice(None, -1)),
-        (slice(1, None), slice(None, -1)),
-        (slice(None, -1), slice(1, None)),
-        (slice(1, None), slice(1, None)),
-    )
+    low, high = slice(None, -1), slice(1, None)
+    first, second, third, fourth = (low, low), (high, low), (low, high), (high, high)
     triangles = []
     for corners in ((first, second, third), (third, second, fourth)):  # counterclockwise from the front
         depths = np.stack([z[corner] for corner in corners], -1)

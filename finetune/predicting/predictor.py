@@ -33,9 +33,6 @@ class Predictor:
     Args:
         model: with its weights; it may be moved to a device later.
         config: the options.
-
-    Raises:
-        UserError: options that do not go together, or with the model.
     """
 
     def __init__(self, model: DepthModel, config: PredictConfig) -> None:
@@ -89,10 +86,8 @@ class Predictor:
                 try:
                     entry |= self.writer.write(stem, image, depth, self.image_formats, camera, files)
                 except BaseException as error:  # a full disk, Ctrl-C
-                    written = ", ".join(files) or "none"
-                    self.record.fail(
-                        path, f"stopped ({type(error).__name__}) when these were written: {written}"
-                    )
+                    written = f"when these were written: {', '.join(files) or 'none'}"
+                    self.record.fail(path, f"stopped ({type(error).__name__}) {written}")
                     raise
                 entry |= {} if camera is None else {"camera": asdict(camera)}
                 self.record.predicted.append(entry | {"files": files})
@@ -233,10 +228,8 @@ class Predictor:
             done = f"{len(record.predicted)} of {images} images predicted into {self.output}"
             say(console, f"{done}: {', '.join(self.image_formats)}; {unit}")
         for video in record.videos:
-            say(
-                console,
-                f"{video['frames']} frames of {video['video']}: {', '.join(video['files'])} in {self.output}",
-            )
+            files = ", ".join(video["files"])
+            say(console, f"{video['frames']} frames of {video['video']}: {files} in {self.output}")
             if "ends_early" in video:
                 say(console, f"{video['video']} ends early: {video['ends_early']}", "yellow")
             if "uneven" in video:

@@ -57,15 +57,9 @@ METRIC: Mapping[str, Metric] = MappingProxyType(
             Metric("wkdr_unequal", "WKDR unequal", "lower", "wkdr among unequal pairs"),
             Metric("wkdr_equal", "WKDR equal", "lower", "wkdr among equal pairs"),
             Metric(
-                "pe_fla",
-                "PE flat",
-                "lower",
-                "deviation of a predicted plane from the plane fitted to it",
-                "cm",
+                "pe_fla", "PE flat", "lower", "distance of predicted points of a plane from its fit", "cm"
             ),
-            Metric(
-                "pe_ori", "PE orie", "lower", "angle between the plane fitted to it and the true one", "°"
-            ),
+            Metric("pe_ori", "PE orie", "lower", "angle between the fitted plane and the true one", "°"),
             Metric("dbe_acc", "DBE acc", "lower", "distance of near predicted edges to true ones", "px"),
             Metric("dbe_com", "DBE com", "lower", "distance of true edges to predicted ones", "px"),
             Metric(
@@ -76,12 +70,8 @@ METRIC: Mapping[str, Metric] = MappingProxyType(
                 "px",
             ),
             Metric("dde_0", "DDE0", "higher", "share of pixels on their side of a plane at 3 m"),
-            Metric(
-                "dde_m", "DDE-", "lower", "share of pixels predicted before that plane and lying behind it"
-            ),
-            Metric(
-                "dde_p", "DDE+", "lower", "share of pixels predicted behind that plane and lying before it"
-            ),
+            Metric("dde_m", "DDE-", "lower", "share of pixels predicted before that plane, but behind it"),
+            Metric("dde_p", "DDE+", "lower", "share of pixels predicted behind that plane, but before it"),
         )
     }
 )

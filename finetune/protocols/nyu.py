@@ -22,8 +22,6 @@ _NYU_FILLED = replace(
     depth="filled",
     valid="positive",
     crop=None,
-    min_depth=1e-3,
-    max_depth=10.0,
     aggregation="pooled",
 )
 

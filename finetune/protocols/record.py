@@ -86,9 +86,6 @@ class Protocol:
         (`finetune.scoring.ibims`):
             "directed" (dbe_com) or "symmetric" (dbe_com_sym).
         options: further settings that one evaluator alone reads, as (name, value) pairs.
-
-    Raises:
-        ValueError: fields that contradict each other.
     """
 
     name: str
@@ -153,11 +150,7 @@ class Protocol:
         return float(dict(self.options).get(name, default))
 
     def seen_at(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
-        """(top, bottom, left, right) of the part of an image of (H, W) `size` that a model is shown.
-
-        Raises:
-            ValueError: the image is too small.
-        """
+        """(top, bottom, left, right) of the part of an image of (H, W) `size` that a model is shown."""
         height, width = size
         top, bottom, left, right = 0, height, 0, width
         if self.sees == "kb_crop":
@@ -175,11 +168,7 @@ class Protocol:
         return top, bottom, left, right
 
     def crop_at(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
-        """(top, bottom, left, right) of the pixels that count, in the view of ground truth of (H, W) `size`.
-
-        Raises:
-            ValueError: another size than `frame`, and the protocol does not scale its crop.
-        """
+        """(top, bottom, left, right) of the pixels that count, in the view of ground truth of (H, W) `size`."""
         height, width = size
         if self.frame is not None and tuple(size) != self.frame and not self.scale_crop:
             raise UserError(

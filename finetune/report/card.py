@@ -33,20 +33,13 @@ DEPTH_MARK = "model.head"
 """An option that only depth runs have."""
 
 EVALUATION = "evaluation.json"
+RELATIVE = "inverse depth up to scale and shift, larger is nearer; no metres"
 WHITE_BORDER = {
     "fill": "The white border of the images was filled from the pixels beside it.",
     "black": "The white border of the images was painted black.",
 }
 AUGMENTATION = (
-    "zoom",
-    "flip",
-    "rotation",
-    "colour",
-    "gamma",
-    "brightness",
-    "channel",
-    "contrast",
-    "cut_depth",
+    *("zoom", "flip", "rotation", "colour", "gamma", "brightness", "channel", "contrast", "cut_depth"),
 )
 """Options of `data` that change training images."""
 
@@ -79,11 +72,7 @@ class Evaluation:
 
 
 def run_of(model: Path) -> tuple[RunRecord | None, Selection | None]:
-    """The run that trained a model, as it was at the step of the model; and of RUN/best its validations.
-
-    Raises:
-        ValueError: A file of the run is damaged.
-    """
+    """The run that trained a model, as it was at the step of the model; and of RUN/best its validations."""
     run = read_record(model, DEPTH_MARK)
     if run is None:
         return None, None
@@ -113,18 +102,15 @@ def read_evaluations(
         run: That trained it, as `run_of` gives it.
         selection: Likewise.
         files: Written by spark-evaluate, under one protocol or several.
-
-    Raises:
-        ValueError: A file holds no results, or those of another model.
-        OSError: It cannot be read.
     """
     found = []
     now = None if model.calibration is None else model.calibration.as_config()
-    for file, results in [(path, results) for path in files for results in read_results(path)]:
-        check_model(file, results, model, folder)
-        data = data_name(str(results.get("data", NOT_RECORDED)))
-        by_path = "model_sha256" not in results
-        found.append(Evaluation(data, results, results.get("calibration") != now, by_path=by_path))
+    for file in files:
+        for results in read_results(file):
+            check_model(file, results, model, folder)
+            data = data_name(str(results.get("data", NOT_RECORDED)))
+            by_path = "model_sha256" not in results
+            found.append(Evaluation(data, results, results.get("calibration") != now, by_path=by_path))
     if run is None:
         return found
     place = run.option("data.val_root")
@@ -152,11 +138,7 @@ def read_evaluations(
 
 
 def check_model(file: Path, results: Mapping[str, Any], model: DepthModel, folder: Path) -> None:
-    """Refuse results of another model, by the SHA-256 of its weights and configuration; older ones by its path.
-
-    Raises:
-        ValueError: They are of another one, with what differs.
-    """
+    """Refuse results of another model, by the SHA-256 of its weights and configuration; older ones by its path."""
     scored, remedy = results.get("model"), "score this one with spark-evaluate"
     if scored is None:
         raise UserError(f"{file} holds scores of no model, but of predictions or a baseline: {remedy}")
@@ -189,10 +171,6 @@ def depth_card(model: DepthModel, folder: Path, files: Sequence[Path], publicati
         folder: That it was read from.
         files: Results of spark-evaluate on it.
         publication: What only the publisher knows.
-
-    Raises:
-        ValueError: A file of the run is damaged, or results are of another model.
-        OSError: One cannot be read.
     """
     run, selection = run_of(folder)
     evaluations = read_evaluations(model, folder, run, selection, files)
@@ -213,10 +191,7 @@ def depth_card(model: DepthModel, folder: Path, files: Sequence[Path], publicati
         "\n\n".join(_scores(evaluation, model.image_size) for evaluation in evaluations)
         or f"Scores: {NOT_MEASURED}.",
     ]
-    current = [one for one in evaluations if not one.before_calibration]
-    scores = [
-        result for one in current for result in _results_of(one.data, one.setting, own_metrics(one.results))
-    ]
+    scores = [result for one in evaluations if not one.before_calibration for result in _eval_results(one)]
     data = ModelCardData(
         model_name=f"{model.head_name}-{network}" if scores else None,
         eval_results=scores or None,
@@ -229,24 +204,19 @@ def depth_card(model: DepthModel, folder: Path, files: Sequence[Path], publicati
     return compose(data, body)
 
 
-def _results_of(data_name: str, setting: str, metrics: Mapping[str, float]) -> list[EvalResult]:
-    """Scores as the hub's model-index has them, for `ModelCardData(eval_results=...)`.
-
-    Args:
-        data_name: What they were taken on.
-        setting: The protocol, and what else tells them from other scores on the same data.
-        metrics: By name.
-    """
+def _eval_results(evaluation: Evaluation) -> list[EvalResult]:
+    """Scores as the hub's model-index has them."""
+    data, setting = evaluation.data, evaluation.setting
     return [
         EvalResult(
             task_type="depth-estimation",
-            dataset_type=re.sub(r"[^a-z0-9._]+", "-", data_name.lower()).strip("-"),
+            dataset_type=re.sub(r"[^a-z0-9._]+", "-", data.lower()).strip("-"),
             dataset_config=setting,  # the hub merges results that agree in type and config
-            dataset_name=f"{data_name}, protocol {setting}",
+            dataset_name=f"{data}, protocol {setting}",
             metric_type=name,
             metric_value=value,
         )
-        for name, value in metrics.items()
+        for name, value in own_metrics(evaluation.results).items()
     ]
 
 
@@ -269,17 +239,13 @@ def _load(model: DepthModel, publication: Publication) -> str:
 
 
 def _about(model: DepthModel, network: str) -> dict[str, Any]:
-    metric = "depth" in model.outputs
+    metric, limits = "depth" in model.outputs, [model.depth_range.min_depth, model.max_depth]
     return {
         "encoder": network,
         "head": model.head_name,
         "head options": model.head_options,
-        "output": "depth [m]"
-        if metric
-        else "inverse depth up to scale and shift, larger is nearer; no metres",
-        "nearest and farthest depth [m]": [model.depth_range.min_depth, model.max_depth]
-        if metric
-        else "none",
+        "output": "depth [m]" if metric else RELATIVE,
+        "nearest and farthest depth [m]": limits if metric else "none",
         "image size [px]": NOT_RECORDED if model.image_size is None else model.image_size,
         "mean": model.mean,
         "std": model.std,

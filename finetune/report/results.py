@@ -12,6 +12,7 @@ import numpy as np
 
 from finetune.protocols.metrics import METRIC
 from finetune.scoring.caveats import READING, caveats
+from finetune.scoring.intervals import draws, interval
 from finetune.scoring.metrics import count, own_metrics
 from spark.report.charts import number
 from spark.report.page import Cell, Table, Text
@@ -22,7 +23,6 @@ Results = dict[str, Any]
 
 FEW_IMAGES = 300  # with fewer, or with one seed, the page warns how little it measures
 FEW_SCENES = 5  # under which no interval is given
-RESAMPLES = 4000  # of the bootstrap
 SAME_TIME = 60  # [s] between files that were copied together
 
 
@@ -99,19 +99,18 @@ def table(scored: Mapping[str, list[Results]]) -> Table:
 
 def difference(name: str, base: list[Results], other: list[Results]) -> Cell:
     """Mean of a metric minus that of the base, with the interval from the images, marked where that excludes 0."""
-    delta = statistics.fmean(r["metrics"][name] for r in other) - statistics.fmean(
-        r["metrics"][name] for r in base
-    )
-    interval = paired_interval(name, base, other)
-    if interval is None:
+    before, after = (statistics.fmean(r["metrics"][name] for r in results) for results in (base, other))
+    delta = after - before
+    ends = paired_interval(name, base, other)
+    if ends is None:
         return Cell(f"{delta:+.3f}")
-    low, high = interval
+    low, high = ends
     clear = name in METRIC and not low <= 0 <= high
     mark = ("better" if is_better(name, delta, 0.0) else "worse") if clear else ""
     return Cell(f"{delta:+.3f}", f"{low:+.3f} … {high:+.3f}", mark)
 
 
-def paired_interval(name: str, base: list[Results], other: list[Results]) -> tuple[float, float] | None:
+def paired_interval(name: str, base: list[Results], other: list[Results]) -> list[float] | None:
     """95 % bootstrap interval of the mean difference over images, whole scenes drawn together.
 
     Images of one scene (one folder) resemble each other, so scenes are drawn, not images. None for metrics that are not
@@ -136,10 +135,9 @@ def paired_interval(name: str, base: list[Results], other: list[Results]) -> tup
         return None
     ordered = [scenes[scene] for scene in sorted(scenes)]
     sums = np.array([sum(values) for values in ordered])
-    counts = np.array([len(values) for values in ordered])
-    drawn = np.random.default_rng(0).integers(len(scenes), size=(RESAMPLES, len(scenes)))
-    low, high = np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), [0.025, 0.975])
-    return float(low), float(high)
+    images = np.array([len(values) for values in ordered])
+    drawn = draws(len(scenes))
+    return interval(drawn @ sums / (drawn @ images))
 
 
 def scene_of(image: str) -> str:
@@ -198,14 +196,8 @@ def worst_table(result: Results, count: int = 8) -> Table | None:
         return None
     known = [row for row in rows if isinstance(row.get(key), int | float)]
     worst = sorted(known, key=lambda row: -row[key] if math.isfinite(row[key]) else -math.inf)[:count]
-    shown = [
-        key,
-        *(
-            n
-            for n in ("delta1", "rmse", "silog", "accuracy", "pixels", "pairs")
-            if n in worst[0] and n != key
-        ),
-    ]
+    beside = ("delta1", "rmse", "silog", "accuracy", "pixels", "pairs")
+    shown = [key, *(name for name in beside if name in worst[0])]
     body = [
         [Cell(str(row["name"]), head=True), *(Cell(_number(row.get(name))) for name in shown)]
         for row in worst

@@ -20,9 +20,6 @@ class Selection:
         metric: A name of `finetune.protocols.metrics.METRIC`.
         patience: Validations in a row without a better one after which a run ends; None: it never does.
         scores: (step, value) of each validation, in order.
-
-    Raises:
-        ValueError: There is no such metric.
     """
 
     metric: str

@@ -94,11 +94,7 @@ def resize(values: np.ndarray, size: tuple[int, ...], align_corners: bool) -> np
 
 
 def view_of(protocol: Protocol, values: np.ndarray) -> np.ndarray:
-    """What the protocol takes of a map `[H, W]` of the whole frame, `[h, w]`; the map itself without a view.
-
-    Raises:
-        ValueError: the frame is smaller than a crop.
-    """
+    """What the protocol takes of a map `[H, W]` of the whole frame, `[h, w]`; the map itself without a view."""
     for step, height, width in protocol.view:
         h, w = values.shape
         if step == "resize":
@@ -123,15 +119,6 @@ def nearest(old: int, new: int) -> np.ndarray:
     it chooses where two are as near."""
     index = Image.fromarray(np.arange(old, dtype=np.int32)[None])
     return np.asarray(index.resize((new, 1), Image.Resampling.NEAREST))[0]
-
-
-def valid_pixels(protocol: Protocol, ground_truth: np.ndarray) -> np.ndarray:
-    """Which pixels of ground truth [m] count: bool, of the size of the view. ValueError for a wrong size."""
-    top, bottom, left, right = protocol.crop_at(ground_truth.shape)
-    seen = view_of(protocol, ground_truth)
-    counts = np.zeros(seen.shape, bool)
-    counts[top:bottom, left:right] = _valid(protocol, seen[top:bottom, left:right])
-    return counts
 
 
 def _valid(protocol: Protocol, ground_truth: np.ndarray) -> np.ndarray:
@@ -278,11 +265,9 @@ class DepthEvaluator(Evaluator):
     @classmethod
     def aggregate(cls, columns: Columns, counts: np.ndarray, aggregation: str) -> dict[str, np.ndarray]:
         """Means over images, or over pixels."""
-        return (
-            pooled_depth(columns, counts)
-            if aggregation == "pooled"
-            else mean_of_images(columns, counts, METRICS)
-        )
+        if aggregation == "pooled":
+            return pooled_depth(columns, counts)
+        return mean_of_images(columns, counts, METRICS)
 
     def extras(self) -> dict[str, Any]:
         """crop_scaled: a crop other than the protocol's own was used."""

@@ -91,13 +91,6 @@ class Evaluator(ABC):
         It has no other input than the rows of results.json, so that intervals and comparisons can be had from files.
         """
 
-    def check(self, prediction: np.ndarray) -> None:
-        """Refuse a prediction that is no map: ValueError."""
-        if prediction.ndim != 2:
-            raise UserError(
-                f"a prediction is depth in metres [H, W], this has shape {list(prediction.shape)}"
-            )
-
     def add(self, sample: DepthSample, prediction: np.ndarray, *, inverse: bool = False) -> Row | None:
         """Score one image.
 
@@ -117,8 +110,9 @@ class Evaluator(ABC):
         name = sample.name
         if name in self.rows or name in self.skipped:
             raise UserError(f"{name} was scored already: does the list name it twice?")
+        if prediction.ndim != 2:
+            raise UserError(f"{name}: a prediction is a map [H, W], this has shape {list(prediction.shape)}")
         try:
-            self.check(prediction)
             self.rows[name] = self.score(sample, prediction, inverse)
         except NoValidPixels as error:
             if not self.skip_empty:

@@ -191,9 +191,7 @@ class IBimsEvaluator(DepthEvaluator):
         ]
         for name in ("pe_fla", "pe_ori"):
             row[name] = sum(errors[name] for errors in planes) / len(planes) if planes else None
-        row = {
-            name: None if value is not None and math.isnan(value) else value for name, value in row.items()
-        }
+        row = {name: None if value != value else value for name, value in row.items()}  # NaN: not defined
         unpredicted = int(((truth > 0) & ~predicted).sum())
         counts = {"planes": len(planes), "unpredicted": unpredicted}
         return {**row, **counts, "nonfinite": nonfinite, "nonpositive": nonpositive}

@@ -25,12 +25,10 @@ def depth_errors(prediction: np.ndarray, ground_truth: np.ndarray) -> dict[str, 
         prediction: metres, any shape, finite and above 0.
         ground_truth: metres, the same shape, finite and above 0.
 
+    Values that are 0, negative or not finite have no logarithm and are refused: clip or mask them first.
+
     Returns:
         the metrics of `METRICS`, `log_bias` = mean(d), from which those of many images can be pooled, and `pixels`.
-
-    Raises:
-        ValueError: no pixels, two shapes, or values that have no logarithm: such pixels must be dealt with
-            before (see `finetune.protocols`); scored here they would turn into NaN, or vanish.
     """
     p, g = (np.asarray(values, np.float64).ravel() for values in (prediction, ground_truth))
     if np.shape(prediction) != np.shape(ground_truth) or p.size == 0:
@@ -147,11 +145,7 @@ def write_results(path: str | Path, results: Mapping) -> None:
 
 
 def read_results(path: str | Path) -> list[dict[str, Any]]:
-    """The results in a file that spark-evaluate or a run wrote, one of each protocol.
-
-    Raises:
-        UserError: it cannot be read, or holds no results.
-    """
+    """The results in a file that spark-evaluate or a run wrote, one of each protocol."""
     path = Path(path).expanduser()
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

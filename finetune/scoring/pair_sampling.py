@@ -24,9 +24,6 @@ def sample_pairs(sample: DepthSample, count: int, ratio: float, seed: int) -> tu
     Returns:
         points (yA, xA, yB, xB) [px] int64 `[count, 4]`, and relations int64 `[count]`, +1: A is farther, -1: A is
         closer, 0: as far; none where fewer than two pixels have a reading.
-
-    Raises:
-        ValueError: no map of depth.
     """
     if sample.depth is not None:
         values, known = sample.depth, sample.depth > 0

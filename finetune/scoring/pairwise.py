@@ -18,7 +18,6 @@ photos are pooled, or scores of photos averaged, by the protocol. A pair at whic
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -33,41 +32,26 @@ from finetune.scoring.pair_sampling import sample_pairs
 from spark.errors import UserError
 
 SCORES = ("wkdr", "whdr", "accuracy", "wkdr_unequal", "wkdr_equal")
+COUNTS = ("unequal", "equal", "misordered", "wrong_unequal", "wrong_equal")
+"""What is counted of pairs: of which one point is farther; that are as far; of the first those whose predicted
+difference has the wrong sign or none, and those whose relation under the threshold is wrong; of the second likewise."""
 
 
-@dataclass(frozen=True)
-class PairCounts:
-    """What a set of pairs contributes; the counts of two sets add up (`+`).
-
-    Args:
-        unequal: pairs of which one point is farther.
-        equal: pairs that are as far.
-        misordered: unequal pairs whose predicted difference has the wrong sign, or none.
-        wrong_unequal: unequal pairs whose relation under the threshold is wrong.
-        wrong_equal: equal pairs likewise.
-    """
-
-    unequal: int
-    equal: int
-    misordered: int
-    wrong_unequal: int
-    wrong_equal: int
-
-    def metrics(self) -> dict[str, float]:
-        """Those that are defined: without unequal (equal) pairs, the scores of such pairs are left out."""
-        columns = {name: np.array([value], np.float64) for name, value in asdict(self).items()}
-        scores = pooled_pairs(columns, np.ones((1, 1)))
-        return {name: float(values[0]) for name, values in scores.items() if not np.isnan(values[0])}
+def pair_scores(counts: Mapping[str, int]) -> dict[str, float]:
+    """Scores of the `COUNTS` of a set of pairs; those of unequal (equal) pairs are left out where there are none."""
+    columns = {name: np.array([value], np.float64) for name, value in counts.items()}
+    scores = pooled_pairs(columns, np.ones((1, 1)))
+    return {name: float(values[0]) for name, values in scores.items() if not np.isnan(values[0])}
 
 
 def pooled_pairs(columns: Columns, counts: np.ndarray) -> dict[str, np.ndarray]:
     """Scores over the pairs of N images, each counted `counts` `[R, N]` times: name -> `[R]`, NaN where undefined.
 
     Args:
-        columns: the fields of `PairCounts`, `[N]` each.
+        columns: the `COUNTS`, `[N]` each.
         counts: how often each image counts.
     """
-    total = {field.name: counts @ columns[field.name] for field in fields(PairCounts)}
+    total = {name: counts @ columns[name] for name in COUNTS}
     with np.errstate(invalid="ignore"):
         whdr = total["misordered"] / total["unequal"]
         return {
@@ -79,16 +63,13 @@ def pooled_pairs(columns: Columns, counts: np.ndarray) -> dict[str, np.ndarray]:
         }
 
 
-def count_pairs(difference: np.ndarray, relation: np.ndarray, threshold: float) -> PairCounts:
-    """Compare predicted differences with relations.
+def count_pairs(difference: np.ndarray, relation: np.ndarray, threshold: float) -> dict[str, int]:
+    """The `COUNTS` of pairs, from predicted differences and relations.
 
     Args:
         difference: how much farther A is than B, `[N]`; NaN is always wrong.
         relation: +1: A is farther, -1: A is closer, 0: as far, `[N]`.
         threshold: largest absolute difference at which two points count as equally far, for wkdr.
-
-    Raises:
-        ValueError: no pairs, two lengths, or another relation.
     """
     difference, relation = np.asarray(difference, np.float64), np.asarray(relation)
     if difference.shape != relation.shape or relation.ndim != 1 or not relation.size:
@@ -101,13 +82,13 @@ def count_pairs(difference: np.ndarray, relation: np.ndarray, threshold: float) 
     ordered = relation != 0
     predicted = np.where(difference > threshold, 1, np.where(difference < -threshold, -1, 0))
     wrong = (predicted != relation) | np.isnan(difference)
-    return PairCounts(
-        unequal=int(ordered.sum()),
-        equal=int((~ordered).sum()),
-        misordered=int((np.sign(difference) != relation)[ordered].sum()),  # the sign of NaN is NaN
-        wrong_unequal=int(wrong[ordered].sum()),
-        wrong_equal=int(wrong[~ordered].sum()),
-    )
+    return {
+        "unequal": int(ordered.sum()),
+        "equal": int((~ordered).sum()),
+        "misordered": int((np.sign(difference) != relation)[ordered].sum()),  # the sign of NaN is NaN
+        "wrong_unequal": int(wrong[ordered].sum()),
+        "wrong_equal": int(wrong[~ordered].sum()),
+    }
 
 
 def choose_threshold(
@@ -208,8 +189,8 @@ class OrdinalEvaluator(Evaluator):
     @staticmethod
     def _row(difference: np.ndarray, relation: np.ndarray, threshold: float) -> Row:
         counts = count_pairs(difference, relation, threshold)
-        scores = counts.metrics()
-        return {**asdict(counts), **{name: scores.get(name) for name in SCORES}}
+        scores = pair_scores(counts)
+        return {**counts, **{name: scores.get(name) for name in SCORES}}
 
     @classmethod
     def aggregate(cls, columns: Columns, counts: np.ndarray, aggregation: str) -> dict[str, np.ndarray]:
@@ -220,9 +201,7 @@ class OrdinalEvaluator(Evaluator):
 
     def extras(self) -> dict[str, Any]:
         """pairs: how many, by kind; wkdr_threshold, where it was chosen: its value and what was weighed."""
-        total = {
-            field.name: sum(row[field.name] for row in self.rows.values()) for field in fields(PairCounts)
-        }
+        total = {name: sum(row[name] for row in self.rows.values()) for name in COUNTS}
         return {"pairs": total, **self._chosen}
 
     def results(self) -> dict[str, Any]:

@@ -5,42 +5,18 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from finetune.depth_data import DepthFileError, DepthSample, DepthSet, EvalTransform
 from finetune.depth_data.sample import file_error
 from finetune.model.depth_model import DepthModel
-from finetune.model.prediction import predicted_maps
 from finetune.protocols import Protocol
-from finetune.scoring.depth import merge_flipped
 from finetune.scoring.evaluators import evaluator_of
 from finetune.scoring.pictures import Triptych, WorstRows
-from finetune.scoring.sources import ModelSource, Source, gives_inverse
+from finetune.scoring.sources import ModelSource, Source
 from spark.training.stop import ignore_stop_signals
 
 T = TypeVar("T")
-
-
-def predict_depth(model: DepthModel, images: Tensor, protocol: Protocol | None = None) -> np.ndarray:
-    """Predict depth for images [B, 3, H, W] in evaluation mode; the model returns to the mode it was in.
-
-    Under a protocol whose space is inverse depth, and for a model that gives no metres, it is that, larger is nearer.
-
-    Args:
-        model: On any device; the images are moved to it.
-        images: Normalised as the model expects.
-        protocol: If it averages over flips, the prediction is averaged with that of the mirror image.
-
-    Returns:
-        Depth [B, H, W] [m] (or inverse depth, see above), float32, or float64 where two predictions were averaged.
-    """
-    inverse = gives_inverse(model, protocol)
-    depth = predicted_maps(model, images, {inverse})[inverse]
-    if protocol is not None and protocol.flip_average:
-        mirrored = predicted_maps(model, images.flip(-1), {inverse})[inverse]
-        depth = np.stack([merge_flipped(protocol, *pair) for pair in zip(depth, mirrored, strict=True)])
-    return depth
 
 
 def score(
@@ -58,8 +34,10 @@ def score(
     it, at the size of `transform`."""
     source = ModelSource(model, transform, {})
     kept = None if worst is None else [worst]
-    options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "draw": draw, "worst": kept}
-    return score_all(source, [data], [protocol], **options)[0]
+    (scored,) = score_all(
+        source, [data], [protocol], batch_size=batch_size, workers=workers, draw=draw, worst=kept
+    )
+    return scored
 
 
 def score_all(
@@ -106,6 +84,7 @@ def score_all(
     chosen = range(len(unique[0])) if indices is None else indices
     drawn = set(np.linspace(0, len(chosen) - 1, min(draw, len(chosen))).round().astype(int).tolist())
     rows: list[list[Triptych]] = [[] for _ in protocols]
+    worst = worst or [WorstRows(0) for _ in protocols]
     loader = DataLoader(
         Subset(prepared, chosen),
         batch_size,
@@ -124,15 +103,15 @@ def score_all(
                 sample = samples[place[number]]
                 values, inverse = prediction.under(evaluator.protocol, sample.image.shape[:2])
                 row = evaluator.add(sample, values, inverse=inverse)
-                error = row.get("abs_rel") if row and worst is not None else None
-                bad = worst is not None and error is not None and worst[number].wants(error)
-                if not (bad or done in drawn):
-                    continue
-                if (picture := evaluator.picture(sample, values, inverse, row)) is not None:
-                    if done in drawn:
-                        rows[number].append(picture)
-                    if worst is not None and error is not None:
-                        worst[number].add(error, picture)
+                error = row.get("abs_rel") if row else None
+                bad = error is not None and worst[number].wants(error)
+                picture = None
+                if bad or done in drawn:
+                    picture = evaluator.picture(sample, values, inverse, row)
+                if picture is not None and done in drawn:
+                    rows[number].append(picture)
+                if picture is not None and error is not None and bad:
+                    worst[number].add(error, picture)
             done += 1
         if progress is not None:
             progress(len(batch))

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from finetune.depth_data import DepthSample, DepthSet, EvalTransform
 from finetune.depth_data.depth_files import MILLIMETRE, read_depth_file
-from finetune.depth_data.sample import file_error, size_text
+from finetune.depth_data.entries import size_text
+from finetune.depth_data.sample import file_error
 from finetune.model.depth_model import DepthModel
 from finetune.model.prediction import predicted_maps
 from finetune.protocols import KB_SIZE, PROTOCOLS, Protocol
@@ -115,7 +116,8 @@ class ModelSource(Source):
         """One forward for each region of the images that a protocol shows, and one of its mirror image if asked."""
         found: dict[str, list[Prediction]] = {}
         for number, sharing in enumerate(_by_region(protocols).values()):
-            wanted = {gives_inverse(self.model, protocol) for protocol in sharing}
+            metric = "depth" in self.model.outputs
+            wanted = {not metric or protocol.space == "disparity" for protocol in sharing}
             images = torch.stack([inputs[number] for inputs in prepared])
             maps = predicted_maps(self.model, images, wanted)
             flips = any(protocol.flip_average for protocol in sharing)
@@ -137,11 +139,6 @@ def _by_region(protocols: Sequence[Protocol]) -> dict[tuple[str, float], list[Pr
     for protocol in protocols:
         regions.setdefault((protocol.sees, protocol.option("border")), []).append(protocol)
     return regions
-
-
-def gives_inverse(model: DepthModel, protocol: Protocol | None) -> bool:
-    """Whether a model predicts inverse depth under a protocol."""
-    return "depth" not in model.outputs or (protocol is not None and protocol.space == "disparity")
 
 
 def check_protocol(model: DepthModel, protocol: Protocol) -> None:
@@ -169,9 +166,6 @@ class FolderSource(Source):
 
     Attributes:
         missing: Names of the images without one.
-
-    Raises:
-        ValueError: No such folder, or predictions are missing, or all are.
     """
 
     def __init__(
@@ -202,12 +196,10 @@ class FolderSource(Source):
     def _find(self, name: str) -> Path | None:
         stems = (os.path.splitext(name)[0], name)
         inside = self.folder.resolve()
-        for candidate in (
-            self.folder / f"{stem.lstrip('/')}{suffix}" for stem in stems for suffix in SUFFIXES
-        ):
-            if candidate.is_file() and inside in candidate.resolve().parents:
-                return candidate
-        return None
+        candidates = (self.folder / f"{stem.lstrip('/')}{suffix}" for stem in stems for suffix in SUFFIXES)
+        return next(
+            (path for path in candidates if path.is_file() and inside in path.resolve().parents), None
+        )
 
     def _inverse(self, path: Path) -> bool:
         return self.holds == "disparity" or path.stem.endswith("_disparity")
@@ -311,9 +303,6 @@ def baseline_source(baseline: str, training: Callable[[], DepthSet]) -> Baseline
     Args:
         baseline: "constant:METRES", or "mean".
         training: opens the data whose mean depth "mean" is.
-
-    Raises:
-        UserError: neither, or what `mean_depth` raises.
     """
     kind, _, value = baseline.partition(":")
     about = {"baseline": baseline}
@@ -330,9 +319,6 @@ def baseline_source(baseline: str, training: Callable[[], DepthSet]) -> Baseline
 def mean_depth(data: DepthSet) -> np.ndarray:
     """Per-pixel mean of the depths of a data set, over those that have a reading [m], float64 `[H, W]`: the row "Mean"
     of Eigen et al. 2014. Pixels that never have one get the mean of the others.
-
-    Raises:
-        ValueError: Maps of several sizes, or none with a reading.
     """
     shape = data[0].metres.shape if len(data) else ()
     total, count = np.zeros(shape), np.zeros(shape)

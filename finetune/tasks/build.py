@@ -28,10 +28,6 @@ def build_model(config: DepthConfig) -> tuple[DepthModel, KeyReport]:
 
     The head is seeded apart from the encoder: it starts from the same weights whatever the encoder's are, so that
     encoders can be compared.
-
-    Raises:
-        ValueError: The encoder is none, or an option of it does not go with it.
-        FileNotFoundError: A path that does not exist.
     """
     torch.manual_seed(derive_seed(config.seed, 0, Purpose.ENCODER_WEIGHTS))
     encoder, report = open_encoder(
@@ -57,22 +53,14 @@ def build_model(config: DepthConfig) -> tuple[DepthModel, KeyReport]:
 
 
 def build_trained(model: DepthModel, config: DepthConfig) -> TrainedDepth:
-    """A model with the losses of a run, whose modules draw their weights apart from those of the model.
-
-    Raises:
-        UserError: A loss is none, an option of it is wrong, or the model lacks what it scores.
-    """
+    """A model with the losses of a run, whose modules draw their weights apart from those of the model."""
     criterion = WeightedLoss(config.losses, config.loss_options)
     torch.manual_seed(derive_seed(config.seed, 0, Purpose.LOSS_WEIGHTS))
     return TrainedDepth(model, criterion)
 
 
 def open_data(config: DepthConfig, protocol: Protocol) -> tuple[TrainingMix, DepthSet | None]:
-    """The sets to train on, and the pairs to validate on if there are any.
-
-    Raises:
-        ValueError: Either is not there, or the ground truth to validate on does not fit the protocol.
-    """
+    """The sets to train on, and the pairs to validate on if there are any."""
     data = config.data
     transform = train_transform(config)
     sets: list[MixedSet] = []

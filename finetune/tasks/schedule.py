@@ -35,55 +35,32 @@ class RunLength:
 
 
 def run_phases(config: DepthConfig, num_pairs: int) -> RunLength:
-    """The phases of a run in steps.
-
-    Raises:
-        ValueError: The warm-up, where it is given in steps, is longer than the run.
-    """
-    per_epoch = num_pairs / config.optim.batch_size
+    """The phases of a run in steps."""
     optim = config.optim
+    per_epoch = num_pairs / optim.batch_size
     one_cycle = optim.schedule == "onecycle"
     warmup_epochs, warmup_steps = (0, 0) if one_cycle else (optim.warmup_epochs, optim.warmup_steps)
     steps, warmup = run_length(per_epoch, config.epochs, config.max_steps, warmup_epochs, warmup_steps)
     if one_cycle:
         warmup = round(optim.rise * steps)
-    return RunLength(
-        steps, warmup, round(config.optim.frozen_epochs * per_epoch), per_epoch, config.validate_every
-    )
+    frozen = round(optim.frozen_epochs * per_epoch)
+    return RunLength(steps, warmup, frozen, per_epoch, config.validate_every)
 
 
 def learning_rate(config: DepthConfig, length: RunLength, step: int) -> float:
     """Learning rate of the head at a step, counted from 0."""
     optim = config.optim
+    ends = {"start_factor": optim.start_factor, "end_factor": optim.end_factor}
     if optim.schedule == "onecycle":
-        return one_cycle_at(
-            step,
-            peak=optim.lr,
-            total_steps=length.steps,
-            rise=optim.rise,
-            start_factor=optim.start_factor,
-            end_factor=optim.end_factor,
-        )
-    return lr_at(
-        step,
-        peak=config.optim.lr,
-        total_steps=length.steps,
-        warmup_steps=length.warmup,
-        start_factor=config.optim.start_factor,
-        end_factor=config.optim.end_factor,
-    )
+        return one_cycle_at(step, peak=optim.lr, total_steps=length.steps, rise=optim.rise, **ends)
+    return lr_at(step, peak=optim.lr, total_steps=length.steps, warmup_steps=length.warmup, **ends)
 
 
 def momentum(config: DepthConfig, length: RunLength, step: int) -> float | None:
     """Momentum at a step, counted from 0; None keeps what the optimizer has."""
-    if config.optim.momentum is None:
+    optim = config.optim
+    if optim.momentum is None:
         return None
-    low, high = config.optim.momentum
-    return one_cycle_at(
-        step,
-        peak=low,
-        total_steps=length.steps,
-        rise=config.optim.rise,
-        start_factor=high / low,
-        end_factor=high / low,
-    )
+    low, high = optim.momentum
+    ends = {"start_factor": high / low, "end_factor": high / low}
+    return one_cycle_at(step, peak=low, total_steps=length.steps, rise=optim.rise, **ends)

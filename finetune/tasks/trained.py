@@ -19,9 +19,6 @@ class TrainedDepth(nn.Module):
     Args:
         model: The model, shared and not copied. Exports are made of it alone.
         criterion: The losses; their modules are made here, with weights from torch's global generator.
-
-    Raises:
-        UserError: The model lacks what a loss scores.
     """
 
     model: DepthModel

@@ -23,10 +23,9 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from finetune.depth_data import DepthSample, open_depth_data
 from finetune.model.depth_model import load_depth_model
-from finetune.model.prediction import transform_of
+from finetune.model.prediction import predict_image
 from finetune.protocols import get_protocol
 from finetune.report.figures import colourise, depth_colours, save_figure, shared_range
-from finetune.scoring.score import predict_depth
 from spark.config import ModelConfig
 from spark.errors import UserError
 from spark.model.masking import mean_ratio, visible_at
@@ -51,9 +50,9 @@ def draw(pretrain: Run | None, runs: dict[str, Run], count: int) -> Figure:
     rows: list[Pictures] = [[sample.image, colourise(sample.metres, near, far)] for sample in samples]
     for run in runs.values():
         model = load_depth_model(run.folder / "model")
-        transform, protocol = transform_of(model), get_protocol(run.option("protocol", "nyu-bts"))
+        flips = get_protocol(run.option("protocol", "nyu-bts")).flip_average
         for row, sample in zip(rows, samples, strict=True):
-            depth = predict_depth(model, transform(sample)["image"][None], protocol)[0]
+            depth = predict_image(model, sample.image, flip_average=flips)
             row.append(colourise(np.clip(depth, 1e-3, None), near, far))
     headings = ["image", "true depth", *runs]
     height, width = samples[0].image.shape[:2]

@@ -42,10 +42,10 @@ FITS: dict[str, tuple[Space, Fit]] = {
     "scale and shift of inverse depth": ("disparity", "scale_shift"),
 }
 RELATIVE_FIT = ("disparity", "scale_shift")  # the only one for a head without metres
-FOLDER = (
-    "depth-page-"  # beginning of the names of folders for files to download, one of each program that runs
-)
-LOCK = "lock"  # in it, held by that program
+FOLDER = "depth-page-"
+"""Beginning of the names of folders for files to download, one of each program that runs."""
+LOCK = "lock"
+"""File in it that the program locks."""
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; frame-ancestors 'none'"
@@ -125,9 +125,6 @@ def open_photo(
         max_pixels: most pixels of a photo.
         folder: for files to download.
         own: the calibration that was taken from the model.
-
-    Raises:
-        ValueError: no image, a damaged one, or one of too many pixels.
     """
     name = Path(path).name
     try:
@@ -369,23 +366,14 @@ def build(model: DepthModel, model_folder: str, max_pixels: int, folder: str) ->
         with gr.Column(visible=False) as controls:
             with gr.Row():
                 with gr.Column(min_width=260):
-                    metres = gr.Number(
-                        None,
-                        label="Known depth there [m]",
-                        info="along the view, not slantwise to the point",
-                        elem_id="metres",
-                    )
+                    info = "along the view, not slantwise to the point"
+                    metres = gr.Number(None, label="Known depth there [m]", info=info, elem_id="metres")
                     with gr.Row():
                         add = gr.Button("Add point", elem_id="add", min_width=120)
                         clear = gr.Button("Forget points", elem_id="clear", min_width=120)
                 with gr.Column(min_width=260, scale=2):
-                    kind = gr.Radio(
-                        fits,
-                        value=fits[0],
-                        label="Fit",
-                        info="two points and more for a shift",
-                        elem_id="fit",
-                    )
+                    info = "two points and more for a shift"
+                    kind = gr.Radio(fits, value=fits[0], label="Fit", info=info, elem_id="fit")
                     fit = gr.Button("Calibrate", variant="primary", elem_id="calibrate")
             with gr.Row():
                 kinds = {
@@ -409,11 +397,7 @@ def build(model: DepthModel, model_folder: str, max_pixels: int, folder: str) ->
 
 
 class Policy:
-    """ASGI layer that adds the headers by which browsers fetch nothing from elsewhere and keep nothing.
-
-    Args:
-        app: what answers.
-    """
+    """ASGI layer that adds the headers by which browsers fetch nothing from elsewhere and keep nothing."""
 
     HEADERS = (
         (b"content-security-policy", POLICY.encode()),
@@ -438,11 +422,7 @@ class Policy:
 
 
 def launch(page: Any, host: str, port: int | None, max_megabytes: float, browser: bool = False) -> str:
-    """Start serving in the background; returns the address.
-
-    Raises:
-        OSError: the port is taken.
-    """
+    """Start serving in the background; returns the address."""
     from gradio.themes import Default
     from starlette.middleware import Middleware
 
@@ -471,13 +451,12 @@ def forget_killed(folder: str | Path) -> None:
     for other in Path(folder).parent.glob(f"{FOLDER}*"):
         with suppress(OSError, Timeout):
             about = other.lstat()
-            if not stat.S_ISDIR(about.st_mode) or about.st_uid != mine.st_uid or other.samefile(folder):
-                continue
-            if mine.st_mtime - about.st_mtime < 60:  # one that has just been made and is about to be locked
-                continue
-            with FileLock(other / LOCK, timeout=0):
-                pass
-            shutil.rmtree(other)
+            is_own = stat.S_ISDIR(about.st_mode) and about.st_uid == mine.st_uid
+            is_old = mine.st_mtime - about.st_mtime >= 60  # a newer one may be about to be locked
+            if is_own and is_old and not other.samefile(folder):
+                with FileLock(other / LOCK, timeout=0):
+                    pass
+                shutil.rmtree(other)
 
 
 def check_host(host: str) -> str:
@@ -487,18 +466,11 @@ def check_host(host: str) -> str:
             return ""
     if host == "localhost":
         return ""
-    return (
-        f"warning: {host} lets other machines open this page, without a password; 127.0.0.1 is this one alone"
-    )
+    return f"warning: {host} lets other machines open this page, without a password; 127.0.0.1 does not"
 
 
 def serve(config: AppConfig) -> None:
-    """Show the page until the program is stopped.
-
-    Raises:
-        UserError: the model cannot be shown, or gradio is not installed.
-        OSError: the port is taken.
-    """
+    """Show the page until the program is stopped."""
     model = load_depth_model(config.model, config.encoder_name)
     if "depth" not in model.outputs:
         raise UserError(

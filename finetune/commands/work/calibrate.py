@@ -95,12 +95,7 @@ def by_distances(config: CalibrateConfig, model: DepthModel, console: Console) -
 
 
 def check_target(config: CalibrateConfig) -> None:
-    """Refuse, before anything is fitted, where the calibration could not be written or would take something away.
-
-    Raises:
-        ValueError: it is the model's own folder, or holds something else; a model card counts as that.
-        OSError: it could not be written.
-    """
+    """Refuse, before anything is fitted, where the calibration could not be written or would take something away."""
     if config.output is None:
         if config.model.startswith(PREFIX):
             raise UserError(f"{config.model} is no folder of yours to calibrate in place: give --output")
@@ -162,9 +157,6 @@ def read_points(text: str, image: str | None) -> list[tuple[str, float, float, f
     Args:
         text: "x,y,metres; x,y,metres", or a CSV or JSON file; paths of images in it are relative to the file.
         image: of the points that do not say.
-
-    Raises:
-        ValueError: none, something that is no number, or no image.
     """
     rows: list[dict[str, Any]]
     path = Path(text).expanduser()
@@ -204,12 +196,7 @@ def read_points(text: str, image: str | None) -> list[tuple[str, float, float, f
 def by_pairs(config: CalibrateConfig, model: DepthModel, console: Console) -> tuple[Readings, str]:
     """Predictions where pairs have readings, equally many of each, and a description of the pairs."""
     assert config.data.root is not None
-    data = open_depth_data(
-        config.data.root,
-        config.data.list,
-        config.data.split,
-        **config.data.reading(),
-    )
+    data = open_depth_data(config.data.root, config.data.list, config.data.split, **config.data.reading())
     if data.supervision != "metric":
         raise UserError(f"{data} has no depth in metres to calibrate to: name RGB-D pairs")
     if len(data) < config.pairs:

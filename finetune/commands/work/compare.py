@@ -47,11 +47,7 @@ def compare_files(config: CompareConfig) -> None:
 
 
 def read_one(path: str, protocol: str | None) -> dict[str, Any]:
-    """Results of one protocol in a file of spark-evaluate.
-
-    Raises:
-        UserError: no such file, or of several protocols of which none was chosen.
-    """
+    """Results of one protocol in a file of spark-evaluate."""
     every = read_results(path)
     chosen = [one for one in every if protocol is None or one.get("protocol") == protocol]
     if len(chosen) != 1:
@@ -134,16 +130,11 @@ def compare(base: dict[str, Any], other: dict[str, Any]) -> list[dict[str, Any]]
                 "images": len(differences),
                 "images_better": better,
                 "images_worse": changed - better,
-                "wilcoxon_p": wilcoxon_p(differences) if changed else 1.0,
+                "wilcoxon_p": float(np.asarray(wilcoxon(differences))[1]) if changed else 1.0,
                 "sign_p": float(binomtest(better, changed).pvalue) if changed else 1.0,
             }
         )
     return compared
-
-
-def wilcoxon_p(differences: np.ndarray) -> float:
-    """p value of Wilcoxon's signed-rank test, two-sided."""
-    return float(np.asarray(wilcoxon(differences))[1])
 
 
 def per_image(base: dict[str, Any], other: dict[str, Any], name: str) -> np.ndarray:

@@ -17,11 +17,7 @@ from spark.errors import UserError
 
 
 def examine(config: DoctorConfig) -> bool:
-    """Examine, report, draw; returns whether nothing is wrong.
-
-    Raises:
-        UserError: there is no data set, or the picture cannot be written.
-    """
+    """Examine, report, draw; returns whether nothing is wrong."""
     if not Path(config.path).exists():
         raise UserError(f"{config.path} does not exist")
     reading = {name: value for name, value in config.reading().items() if name != "kind"}

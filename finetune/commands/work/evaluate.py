@@ -91,11 +91,7 @@ def refresh_page(console: Console, results: Path) -> None:
 
 
 def asked_protocols(config: EvaluationConfig) -> list[Protocol]:
-    """The protocols that `--protocol` names, with the settings that the options change.
-
-    Raises:
-        UserError: No such protocol, one named twice, or a threshold of none that has one.
-    """
+    """The protocols that `--protocol` names, with the settings that the options change."""
     names = [name.strip() for name in config.protocol.split(",") if name.strip()]
     if not names or len(set(names)) < len(names):
         raise UserError(
@@ -133,11 +129,7 @@ def depth_to_open(config: EvaluationConfig, protocol: Protocol) -> Literal["raw"
 
 
 def open_source(config: EvaluationConfig, data: DepthSet, protocols: Sequence[Protocol]) -> Source:
-    """Where the predictions come from.
-
-    Raises:
-        UserError: It is not there, or not what it should be.
-    """
+    """Where the predictions come from."""
     if config.model is not None:
         model = load_depth_model(config.model, config.encoder_name).to(chosen_device(config.device))
         about: dict[str, Any] = {"model": str(config.model), "model_sha256": model.sha256}

@@ -47,11 +47,8 @@ def predict(config: PredictConfig) -> int:
             if not predictor.record.empty:
                 with suppress(OSError):  # such as the full disk that was the error
                     predictor.write_record(interrupted, str(error))
-                    say(
-                        console,
-                        f"stopped by an error: {output / RECORD} says what was written before",
-                        "yellow",
-                    )
+                    stopped = f"stopped by an error: {output / RECORD} says what was written before"
+                    say(console, stopped, "yellow")
             raise
     predictor.write_record(interrupted)
     predictor.print_record(console, len(images), interrupted)

@@ -36,9 +36,6 @@ class DenseDepth(ListedSet):
         root: the zip, or a folder that holds `data/nyu2_train.csv` or `nyu2_train.csv`.
         csv: file of pairs, a name inside `root` or a path; None: that of the split.
         split: "train" or "test".
-
-    Raises:
-        ValueError: no such file, a line that is no pair, files that are missing, or a first pair that cannot be used.
     """
 
     benchmark = "nyu"
@@ -90,10 +87,10 @@ class DenseDepth(ListedSet):
 
     def read(self, entry: "Pair") -> DepthSample:
         """The pair, in metres."""
-        inside, where = self._inside(entry.name), self.archive.where(self._inside(entry.name))
-        image = read_rgb(where, self.archive.read(inside, "an image"))
-        inside, where = self._inside(entry.depth), self.archive.where(self._inside(entry.depth))
-        content = self.archive.read(inside, "a depth map")
+        inside = self._inside(entry.name)
+        image = read_rgb(self.archive.where(inside), self.archive.read(inside, "an image"))
+        inside = self._inside(entry.depth)
+        where, content = self.archive.where(inside), self.archive.read(inside, "a depth map")
         if not entry.eight_bits:
             return DepthSample(image, read_depth_png(where, 0.001, content), entry.name)
         values = read_grey(where, content)
@@ -158,10 +155,6 @@ class DenseDepthTest(DepthSet):
     Args:
         root: the zip, or a folder with the arrays.
         bad_depth: see `checked_metres`.
-
-    Raises:
-        ValueError: an array that is missing, damaged or of another kind, or numbers of images and depths that differ; a
-            first pair that cannot be used.
     """
 
     benchmark = "nyu"
@@ -169,14 +162,13 @@ class DenseDepthTest(DepthSet):
     def __init__(self, root: str | Path, *, bad_depth: BadDepth = "refuse"):
         self.archive, self.bad_depth = Files(root), bad_depth
         self.ground_truth = "filled"
-        found = {name: self.archive.find(name) for name in (TEST_RGB, TEST_DEPTH)}
-        entries = [entry for entry in found.values() if entry is not None]
-        if len(entries) < len(found):
-            missing = next(name for name, entry in found.items() if entry is None)
+        rgb, depth = (self.archive.find(name) for name in (TEST_RGB, TEST_DEPTH))
+        if rgb is None or depth is None:
+            missing = TEST_RGB if rgb is None else TEST_DEPTH
             raise UserError(
                 f"no {missing} in {root}: the test arrays of DenseDepth are {TEST_RGB} and {TEST_DEPTH}"
             )
-        self.rgb, self.depth = (ArrayRows(self.archive, entry) for entry in entries)
+        self.rgb, self.depth = ArrayRows(self.archive, rgb), ArrayRows(self.archive, depth)
         if self.rgb.shape[0] != self.depth.shape[0] or not self.rgb.shape[0]:
             raise UserError(
                 f"{root} has {self.rgb.shape[0]} images in {TEST_RGB} and {self.depth.shape[0]} in {TEST_DEPTH}: they"

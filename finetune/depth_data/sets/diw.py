@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from finetune.depth_data.base import OpenOptions
+from finetune.depth_data.entries import size_text
 from finetune.depth_data.lists import (
     ListedSet,
     at_line,
@@ -15,7 +16,7 @@ from finetune.depth_data.lists import (
     first_lines,
     numbered_lines,
 )
-from finetune.depth_data.sample import DepthFileError, DepthSample, Supervision, read_rgb, size_text
+from finetune.depth_data.sample import DepthFileError, DepthSample, Supervision, read_rgb
 from spark.errors import UserError
 
 RELATIONS = {">": 1, "<": -1, "=": 0}
@@ -40,11 +41,6 @@ class DIW(ListedSet):
         csv: the file, a name inside `root` or a path; None: that of the split.
         split: "train" or "test".
         polarity: whether `>` means that A is "farther" or "closer".
-
-    Raises:
-        ValueError: no such file, a line that is neither a path nor an annotation, photos that are missing, or a first
-            one that cannot be used. A point outside its photo, or a photo of another size than that of its annotation,
-            is a `DepthFileError` of that sample.
     """
 
     supervision: ClassVar[Supervision] = "ordinal"
@@ -155,8 +151,8 @@ def parse_annotations(csv: Path) -> list[Photo]:
                 f"{csv}, line {number}: expected `yA,xA,yB,xB,relation,width,height` with > or < (or =) below the path"
                 f" of its photo, got {text!r}"
             ) from error
-    empty = [photo for photo in photos if not photo.pairs]
-    if empty or not photos:
-        what = f"line {empty[0].line}: {empty[0].path} has no annotation" if empty else "the file is empty"
-        raise UserError(f"{csv}, {what}: the file alternates between paths and annotations")
+    if bare := [photo for photo in photos if not photo.pairs]:
+        raise UserError(
+            f"{csv}, line {bare[0].line}: {bare[0].path} has no annotation; the file alternates between both"
+        )
     return photos

@@ -54,10 +54,6 @@ class FastDepth(ListedSet):
         split: "train" or "test", which is `val`.
         list_file: text file with a path relative to `root` a line, instead of the whole split.
         bad_depth: see `checked_metres`.
-
-    Raises:
-        ValueError: no such folder, no .h5 file in it, files of the list that are missing, or a first one that cannot
-            be used.
     """
 
     benchmark = "nyu"
@@ -133,9 +129,6 @@ class HubTars(DepthSet):
         root: the folder with the tars, or with `data/` that has them.
         split: "train" or "test", which is `val`.
         bad_depth: see `checked_metres`.
-
-    Raises:
-        ValueError: no tar of the split, or one that is empty, cut short, compressed or without .h5 files.
     """
 
     benchmark = "nyu"

@@ -5,10 +5,8 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
-
 from finetune.depth_data.base import BadDepth, OpenOptions
-from finetune.depth_data.depth_files import DEPTH_EXTENSIONS, MILLIMETRE, read_npy, read_pfm, stored_scale
+from finetune.depth_data.depth_files import DEPTH_EXTENSIONS, MILLIMETRE, read_depth_file, stored_scale
 from finetune.depth_data.lists import ListedSet, existing_root, files_below, find_list, first_lines
 from finetune.depth_data.sample import (
     DepthFileError,
@@ -16,7 +14,6 @@ from finetune.depth_data.sample import (
     check_pair_headers,
     checked_metres,
     file_error,
-    read_depth_png,
     read_rgb,
 )
 from finetune.depth_data.sets.nyu import SyncEntry, parse_list
@@ -43,9 +40,6 @@ class PlainFolder(ListedSet):
         depth_scale: metres of one unit of the depth files; None: what is stored in a PNG (16 bits), else 0.001, and 1
             for NPY and PFM.
         bad_depth: see `checked_metres`.
-
-    Raises:
-        ValueError: no pairs, files without their partner, or a first pair that cannot be used.
     """
 
     def __init__(
@@ -71,16 +65,12 @@ class PlainFolder(ListedSet):
             self.list_file = find_list(self.root, list_file)
             self.entries = parse_list(self.list_file)
             self.refuse_missing(file for entry in self.entries for file in entry.files)
-        self.check_extensions()
-        self[0]
-
-    def check_extensions(self) -> None:
-        """Raise ValueError for the first depth file of a kind that is not read."""
         for entry in self.entries:
             if Path(entry.depth).suffix.lower() not in DEPTH_EXTENSIONS:
                 raise UserError(
                     f"{self.root / entry.depth} is no depth map: they are {', '.join(DEPTH_EXTENSIONS)} here"
                 )
+        self[0]
 
     @classmethod
     def recognises(cls, root: Path, list_file: str | Path | None) -> bool:
@@ -153,12 +143,7 @@ class PlainFolder(ListedSet):
     def read(self, entry: SyncEntry) -> DepthSample:
         """The pair, in metres."""
         image, path = read_rgb(self.root / entry.image), self.root / entry.depth
-        extension, scale = path.suffix.lower(), self.scale(path)
-        if extension == ".png":
-            depth = read_depth_png(path, scale)
-        else:
-            values = read_npy(path) if extension == ".npy" else read_pfm(path)
-            depth = checked_metres(values, path, self.bad_depth) * np.float32(scale)
+        depth = checked_metres(read_depth_file(path, self.scale(path)), path, self.bad_depth)
         return DepthSample(image, depth, entry.name)
 
 
@@ -181,11 +166,7 @@ def split_folders(root: Path) -> dict[str, list[Path]]:
 
 
 def find_pairs(root: Path, below: Path) -> list[SyncEntry]:
-    """The pairs of images and depth maps under `below`, with names relative to `root`, in order of the images.
-
-    Raises:
-        ValueError: there are none, a file has no partner, or two files claim the same one.
-    """
+    """The pairs of images and depth maps under `below`, with names relative to `root`, in order of the images."""
     found: dict[bool, dict[tuple[str, ...], str]] = {True: {}, False: {}}
     for path in sorted(files_below(below)):
         name = path.relative_to(root).as_posix()

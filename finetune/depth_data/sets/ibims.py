@@ -6,6 +6,7 @@ import numpy as np
 from scipy.io import loadmat
 
 from finetune.depth_data.base import OpenOptions
+from finetune.depth_data.entries import size_text
 from finetune.depth_data.lists import ListedSet, NamedEntry, existing_root, find_list, numbered_lines
 from finetune.depth_data.sample import (
     DepthSample,
@@ -16,7 +17,6 @@ from finetune.depth_data.sample import (
     read_depth_png,
     read_grey,
     read_rgb,
-    size_text,
 )
 from spark.errors import UserError
 
@@ -40,10 +40,6 @@ class IBims(ListedSet):
     Args:
         root: `ibims1_core_raw`, or the folder that holds it.
         list_file: list of names instead of imagelist.txt.
-
-    Raises:
-        ValueError: no such list, no name in it, files that are missing, MAT files of some scenes only, or a first scene
-            that cannot be used.
     """
 
     benchmark = "ibims"
@@ -58,10 +54,6 @@ class IBims(ListedSet):
             )
         self.list_file = find_list(root, list_file or str(found))
         self.entries = [NamedEntry(text, number) for number, text in numbered_lines(self.list_file)]
-        if not self.entries:
-            raise UserError(
-                f"{self.list_file} is empty: it needs the name of a scene a line, such as corridor_01"
-            )
         self.refuse_missing(
             (f"{folder}/{entry.name}.png", entry.line)
             for entry in self.entries

@@ -1,8 +1,7 @@
 """KITTI: raw frames, with the depth of the KITTI depth benchmark or with the laser scan itself as their depth."""
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -85,10 +84,6 @@ class KITTI(ListedSet):
     Args:
         root: the folder that the list's entries are relative to.
         list_file: the list, a name inside the root or a path.
-
-    Raises:
-        ValueError: no such folder or list, a line in neither form or both forms in one list, files that are missing, no
-            frame with depth, or a first one that cannot be used.
     """
 
     benchmark = "kitti"
@@ -101,7 +96,8 @@ class KITTI(ListedSet):
         self.refuse_missing(
             (path, frame.line) for frame in self.entries for path in (frame.image, frame.depth)
         )
-        for path in self._calibrations():
+        days = {day_of(frame) for frame in self.entries if frame.depth.suffix == ".bin"}
+        for path in (self.root / day / name for day in sorted(days) for name in CALIBRATION):
             if not path.is_file():
                 raise UserError(
                     f"no file {path}: laser scans are projected with the calibration of their day"
@@ -203,10 +199,7 @@ class KITTI(ListedSet):
                     f"{folder} holds {found} depth maps and {self.list_file} names {len(frames)} frames: it must hold"
                     " 000000.npy, 000001.npy and so on, one for each line"
                 )
-            return [
-                Frame(frame.image, folder / f"{number:06d}.npy", frame.camera, frame.line)
-                for number, frame in enumerate(frames)
-            ]
+            return [replace(frame, depth=folder / f"{number:06d}.npy") for number, frame in enumerate(frames)]
         packed = folder.with_suffix(".npz")
         if packed.is_file() and not (self.root / frames[0].depth).is_file():
             raise UserError(
@@ -215,11 +208,6 @@ class KITTI(ListedSet):
                 f" {folder / '000000.npy'} and so on (numpy.load with allow_pickle=True), one for each line"
             )
         return frames
-
-    def _calibrations(self) -> Iterator[Path]:
-        days = {day_of(frame) for frame in self.entries if frame.depth.suffix == ".bin"}
-        for day in sorted(days):
-            yield from (self.root / day / name for name in CALIBRATION)
 
 
 def day_of(frame: Frame) -> Path:
@@ -231,11 +219,7 @@ CALIBRATION = ("calib_cam_to_cam.txt", "calib_velo_to_cam.txt")
 
 
 def read_calibration(path: Path) -> dict[str, np.ndarray]:
-    """The numbers of a calibration file of KITTI, `NAME: 1.0 2.0 ...` a line; lines of other text are left out.
-
-    Raises:
-        DepthFileError: no such text file.
-    """
+    """The numbers of a calibration file of KITTI, `NAME: 1.0 2.0 ...` a line; lines of other text are left out."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

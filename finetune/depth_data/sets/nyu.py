@@ -1,6 +1,5 @@
 """NYU Depth V2: the "sync" folders that BTS introduced, and the official nyu_depth_v2_labeled.mat."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,6 +9,8 @@ import numpy as np
 from scipy.io import loadmat
 
 from finetune.depth_data.base import BadDepth, DepthSet, OpenOptions, WhiteBorder
+from finetune.depth_data.entries import size_text
+from finetune.depth_data.files import PerProcess
 from finetune.depth_data.labels import MAPPING_40, LabelOptions, read_mapping_40
 from finetune.depth_data.lists import (
     LABELED_MAT,
@@ -27,7 +28,6 @@ from finetune.depth_data.sample import (
     file_error,
     read_depth_mm,
     read_rgb,
-    size_text,
 )
 from spark.errors import UserError
 
@@ -51,8 +51,8 @@ def paint_border(image: np.ndarray, white_border: WhiteBorder) -> np.ndarray:
         raise UserError(
             f"white_border is meant for 480x640 images, not {size_text(image.shape)}: set it to keep"
         )
-    mode = {"black": {"mode": "constant"}, "fill": {"mode": "edge"}}[white_border]
-    return np.pad(image[7:474, 7:632], ((7, 6), (7, 8), (0, 0)), **mode)  # type: ignore[call-overload]
+    mode = "edge" if white_border == "fill" else "constant"
+    return np.pad(image[7:474, 7:632], ((7, 6), (7, 8), (0, 0)), mode)
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,6 @@ class NYUSync(ListedSet):
         list_file: name of the list inside `root`, or its path, see `find_list`.
         white_border: what becomes of the white border of the labelled NYU images, see `paint_border`.
         labels: classes to read along, from `labels13_00045.png` (or 40) beside `rgb_00045.jpg`.
-
-    Raises:
-        ValueError: no such root or list, an empty list, a line that cannot be parsed, files that are missing
-            (how many, and the first), or a first pair that cannot be used (`DepthFileError`, which reading
-            later pairs raises too): a validation list of the wrong kind shows before training, not after it.
     """
 
     benchmark = "nyu"
@@ -136,19 +131,16 @@ class NYUSync(ListedSet):
     def read(self, entry: SyncEntry) -> DepthSample:
         """The pair, with its classes if they are asked for."""
         path = self.root / entry.image
-        labels = None
         image = paint_border(read_rgb(path), self.white_border)
         depth = read_depth_mm(self.root / entry.depth)
-        if self.labels is not None:
-            labels = self.labels.read(path.parent, path.stem.removeprefix("rgb_"))
+        labels = self.labels and self.labels.read(path.parent, path.stem.removeprefix("rgb_"))
         return DepthSample(image, depth, entry.name, labels=labels)
 
 
 class NYULabeled(DepthSet):
     """The 795 training or 654 test pairs of the official labelled file.
 
-    The file is MATLAB 7.3, that is HDF5 with the axes reversed: `images` (N, 3, W, H), depths (N, W, H). Each
-    process opens it for itself at its first read, so data loader workers never share a file handle.
+    The file is MATLAB 7.3, that is HDF5 with the axes reversed: `images` (N, 3, W, H), depths (N, W, H).
 
     Args:
         mat_path: nyu_depth_v2_labeled.mat.
@@ -161,10 +153,6 @@ class NYULabeled(DepthSet):
         white_border: what becomes of the white border, see `paint_border`.
         labels: classes to read along, from `labels` of the file and classMapping40.mat beside it.
         bad_depth: what becomes of NaN, infinite and negative depths, see `checked_metres`.
-
-    Raises:
-        ValueError: a missing or damaged file, one without the expected arrays, an unknown split or kind of
-            depth, or split indices beyond the end of the file.
     """
 
     benchmark = "nyu"
@@ -184,9 +172,7 @@ class NYULabeled(DepthSet):
         if depth not in keys:
             raise UserError(f"depth of the labelled file is 'raw' or 'filled', not {depth!r}")
         self.mat_path = Path(mat_path)
-        self.splits_path = (
-            Path(splits_path) if splits_path is not None else self.mat_path.with_name(SPLITS_MAT)
-        )
+        self.splits_path = Path(splits_path or self.mat_path.with_name(SPLITS_MAT))
         self.split, self.depth = split, depth
         self.ground_truth = depth
         self.white_border: WhiteBorder = white_border
@@ -194,8 +180,7 @@ class NYULabeled(DepthSet):
         self._mapping = read_mapping_40(self.mat_path.with_name(MAPPING_40)) if labels else None
         self.bad_depth: BadDepth = bad_depth
         self._depth_key = keys[depth]
-        self._file: h5py.File | None = None
-        self._file_pid = 0
+        self._file = PerProcess(self._open)
         self.ids = read_split(self.splits_path, split)
         with self._open() as file:  # closed again: an open handle must not cross a fork
             images, depths = self._array(file, "images").shape, self._array(file, self._depth_key).shape
@@ -253,32 +238,25 @@ class NYULabeled(DepthSet):
 
     def __getitem__(self, index: int) -> DepthSample:
         number = int(self.ids[index])
-        if self._file is None or self._file_pid != os.getpid():
-            self._file, self._file_pid = self._open(), os.getpid()
         name = f"{number:04d}"
+        where = f"{self.mat_path}, image {name}"
+        file = self._file()
         try:
-            image = self._array(self._file, "images")[number - 1]
-            depth = self._array(self._file, self._depth_key)[number - 1]
-            classes = None if self.labels is None else self._array(self._file, "labels")[number - 1]
+            image = self._array(file, "images")[number - 1]
+            depth = self._array(file, self._depth_key)[number - 1]
+            classes = None if self.labels is None else self._array(file, "labels")[number - 1]
         except OSError as error:
-            raise file_error(
-                f"{self.mat_path}, image {name}", f"cannot be read ({error}), download or copy the file again"
-            ) from error
+            raise file_error(where, f"cannot be read ({error}), download or copy the file again") from error
         # (3, W, H) -> [H, W, 3] and (W, H) -> [H, W]: a transpose, because a rotation would mirror the scene.
         image = np.ascontiguousarray(image.transpose(2, 1, 0))
-        where = f"{self.mat_path}, image {name}"
-        depth = checked_metres(depth.T, where, self.bad_depth)
         image = paint_border(image, self.white_border)
+        depth = checked_metres(depth.T, where, self.bad_depth)
         labels = None
         if self.labels is not None and self._mapping is not None and classes is not None:
             if classes.max() >= len(self._mapping):
                 raise file_error(where, f"class {classes.max()} is not one of 0 (void) to 894")
             labels = self.labels.convert(self._mapping[np.ascontiguousarray(classes.T)], 40, where)
         return DepthSample(image, depth, name, labels=labels)
-
-    def __getstate__(self) -> dict:
-        """Leave the open file behind: HDF5 handles cannot be pickled, the copy opens its own."""
-        return {**self.__dict__, "_file": None, "_file_pid": 0}
 
     def _array(self, file: h5py.File, key: str) -> h5py.Dataset:
         array = file.get(key)

@@ -49,10 +49,6 @@ class NYUPairs(ListedSet):
     Args:
         root: folder that holds the images.
         csv: the file, a name inside `root` or a path.
-
-    Raises:
-        ValueError: no such file, a line that is not what it should be, images that are missing, or a first one that
-            cannot be used. A point outside its image is a `DepthFileError` of that sample.
     """
 
     supervision: ClassVar[Supervision] = "ordinal"

@@ -22,10 +22,6 @@ class ReDWeb(ListedSet):
     Args:
         root: the folder that holds `Imgs` and `RDs`.
         list_file: text file with the name of a photo a line, with .jpg or without; None: all of them.
-
-    Raises:
-        ValueError: no photos, an empty list, photos without a map or that are missing; a first pair that cannot be
-            used.
     """
 
     supervision: ClassVar[Supervision] = "affine"
@@ -43,8 +39,7 @@ class ReDWeb(ListedSet):
                 for number, text in numbered_lines(self.list_file)
             ]
         if not self.entries:
-            what = "none are there" if self.list_file is None else f"{self.list_file} is empty"
-            raise UserError(f"{root}: expected photos Imgs/NAME.jpg with RDs/NAME.png, but {what}")
+            raise UserError(f"{root} has no photos Imgs/NAME.jpg, which go with RDs/NAME.png")
         self.refuse_missing(
             (path, entry.line)
             for entry in self.entries

@@ -62,7 +62,9 @@ def test_bad_files_are_sentences(tmp_path: Path) -> None:
     plain = cv2.imencode(".png", np.ones((2, 3), np.uint16))[1].tobytes()
     refused("a.png", plain, "does not say the metres of one unit")
     refused("b.png", plain[:40], "cannot be read")
-    refused("c.png", cv2.imencode(".png", np.ones((2, 3), np.uint8))[1].tobytes(), "needs 16 bits")
+    (tmp_path / "c.png").write_bytes(cv2.imencode(".png", np.ones((2, 3), np.uint8))[1].tobytes())
+    with pytest.raises(DepthFileError, match="uint8, expected 16-bit"):
+        read_depth_file(tmp_path / "c.png", 0.001)
     refused("d.exr", plain, "is no depth map")
     refused("e.npy", npy_bytes(np.ones((1, 2, 3))), r"depth is numbers \[H, W\]")
     refused("f.pfm", pfm_bytes(DEPTH)[:-1], "cut short")

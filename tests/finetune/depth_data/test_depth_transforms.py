@@ -503,23 +503,21 @@ def test_batches_do_not_depend_on_workers():
     assert serial[0]["failed"] == []
 
 
-def test_unreadable_pairs_stop_or_are_reported():
+def test_unreadable_pairs_are_replaced_and_reported():
     transform = TrainTransform(image_size=(48, 64), crop_size=(40, 52))
-    with pytest.raises(DepthFileError, match=r"pair5\.png"):
-        DepthTrainingSet(Pairs(6, broken=(5,)), transform, seed=1)[(0, 5)]
-    data = DepthTrainingSet(Pairs(6, broken=(5, 0)), transform, seed=1, skip_unreadable=True)
+    data = DepthTrainingSet(Pairs(6, broken=(5, 0)), transform, seed=1)
     sample = data[(0, 5)]
     assert (sample["index"], sample["name"]) == (1, "pair1")
     assert sample["failed"] == ["pair5.png: cannot be read", "pair0.png: cannot be read"]
     assert collate_depth([sample, data[(1, 2)]])["failed"] == sample["failed"]
     with pytest.raises(ValueError, match="none of the 2 pairs can be read"):
-        DepthTrainingSet(Pairs(2, broken=(0, 1)), transform, seed=1, skip_unreadable=True)[(0, 0)]
+        DepthTrainingSet(Pairs(2, broken=(0, 1)), transform, seed=1)[(0, 0)]
 
 
 def test_errors_cross_from_a_worker():
     """torch rebuilds a worker's error from its message alone, and turns it into a RuntimeError if that fails."""
     with pytest.raises(DepthFileError) as caught:
-        DepthTrainingSet(Pairs(2, broken=(1,)), TrainTransform(), seed=1)[(0, 1)]
+        Pairs(2, broken=(1,))[1]
     with pytest.raises(DepthFileError, match=r"pair1\.png"):
         raise type(caught.value)(str(caught.value))
 

@@ -21,7 +21,8 @@ from finetune.report.figures import HOLE_COLOUR, colourise, relative_error, shar
 from finetune.scoring.caveats import caveats
 from finetune.scoring.depth import score_pair
 from finetune.scoring.pictures import Triptych, WorstRows
-from finetune.scoring.score import predict_depth, score
+from finetune.scoring.score import score
+from finetune.scoring.sources import ModelSource
 from tests.depth_world import make_depth_world
 
 
@@ -113,7 +114,10 @@ def test_flip_average_is_an_option_that_results_state(model: Path, world: Path, 
     protocol = get_protocol("nyu-bts-scaled", flip_average=True)
     with torch.no_grad():
         by_hand = (depth_model(images).depth + depth_model(images.flip(-1)).depth.flip(-1)) / 2
-    np.testing.assert_allclose(predict_depth(depth_model, images, protocol), by_hand[:, 0], rtol=1e-6)
+    source = ModelSource(depth_model, transform_of(depth_model), {})
+    predictions = source.predict([[image] for image in images], [protocol])
+    averaged = [prediction.under(protocol, (48, 64))[0] for (prediction,) in predictions]
+    np.testing.assert_allclose(averaged, by_hand[:, 0], rtol=1e-6)
 
 
 def test_loader_processes_and_batches_change_nothing(model: Path, world: Path, tmp_path: Path) -> None:

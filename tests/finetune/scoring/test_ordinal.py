@@ -6,7 +6,7 @@ import pytest
 from finetune import DepthModel
 from finetune.depth_data import DepthSample
 from finetune.protocols import get_protocol
-from finetune.scoring.pairwise import OrdinalEvaluator, count_pairs
+from finetune.scoring.pairwise import OrdinalEvaluator, count_pairs, pair_scores
 from finetune.scoring.sources import check_protocol
 
 DIW = get_protocol("diw")
@@ -17,23 +17,23 @@ def test_wrong_orders_and_ties_are_counted_by_hand():
     difference = np.array([2.0, -0.1, -3.0, 0.0, np.nan, 0.2, -0.3])
     relation = np.array([1, 1, -1, -1, 1, 0, 0])
     counts = count_pairs(difference, relation, threshold=0.2)
-    assert (counts.unequal, counts.equal) == (5, 2)
-    metrics = counts.metrics()
+    assert (counts["unequal"], counts["equal"]) == (5, 2)
+    metrics = pair_scores(counts)
     assert metrics["whdr"] == 3 / 5  # the wrong one, the tie, NaN; the threshold does not matter
     assert metrics["accuracy"] == pytest.approx(2 / 5)
     assert metrics["wkdr_unequal"] == 3 / 5
     assert metrics["wkdr_equal"] == 1 / 2
     assert metrics["wkdr"] == 4 / 7
     # without a threshold only an exact tie is as far
-    assert count_pairs(difference, relation, threshold=0.0).metrics()["wkdr_equal"] == 1
+    assert pair_scores(count_pairs(difference, relation, threshold=0.0))["wkdr_equal"] == 1
     # a threshold that is larger than a right difference makes it wrong for wkdr, not for whdr
-    strict = count_pairs(difference[:1], relation[:1], threshold=2.0).metrics()
+    strict = pair_scores(count_pairs(difference[:1], relation[:1], threshold=2.0))
     assert (strict["whdr"], strict["wkdr"]) == (0, 1)
     assert "wkdr_equal" not in strict
 
 
 def test_nan_is_never_as_far():
-    assert count_pairs(np.array([np.nan]), np.array([0]), 1.0).metrics() == {"wkdr": 1, "wkdr_equal": 1}
+    assert pair_scores(count_pairs(np.array([np.nan]), np.array([0]), 1.0)) == {"wkdr": 1, "wkdr_equal": 1}
 
 
 def photo(pairs: list[list[float]], relation: list[int], name: str = "a") -> DepthSample:

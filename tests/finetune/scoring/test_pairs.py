@@ -10,7 +10,7 @@ from finetune.protocols import get_protocol
 from finetune.scoring.evaluator import NoValidPixels
 from finetune.scoring.evaluators import evaluator_of
 from finetune.scoring.pair_sampling import sample_pairs
-from finetune.scoring.pairwise import choose_threshold, count_pairs
+from finetune.scoring.pairwise import choose_threshold, count_pairs, pair_scores
 
 IMAGE = np.zeros((30, 40, 3), np.uint8)
 
@@ -87,7 +87,7 @@ def test_the_threshold_balances_equal_and_unequal_pairs_by_hand() -> None:
     assert [row[2:] for row in rows] == [[1, 0], [0.5, 0], [0.5, 0.5], [0, 0.5], [0, 1]]
     assert value == 0.15
     for row in rows:
-        counted = count_pairs(difference[0], relation[0], row[0]).metrics()
+        counted = pair_scores(count_pairs(difference[0], relation[0], row[0]))
         assert row[1:] == [counted["wkdr"], counted["wkdr_equal"], counted["wkdr_unequal"]]
     # means are over images, and an image without equal pairs has no share in theirs
     more = choose_threshold([*difference, np.array([0.01])], [*relation, np.array([1])], thresholds)[1]
@@ -110,7 +110,9 @@ def test_wkdr_chooses_among_140_unless_told() -> None:
         evaluator.add(pairs_of("a", [0, 0, 1, -1]), prediction)
         evaluator.add(pairs_of("b", [0, -1]), np.where(prediction < 0, 2, 0))  # right, and wrong
         results = evaluator.results()
-        by_hand = [count_pairs(np.array([0.1, -0.3, 0.2, -0.5]), np.array([0, 0, 1, -1]), expected).metrics()]
+        by_hand = [
+            pair_scores(count_pairs(np.array([0.1, -0.3, 0.2, -0.5]), np.array([0, 0, 1, -1]), expected))
+        ]
         by_hand.append({"wkdr": 0.5, "wkdr_equal": 0.0, "wkdr_unequal": 1.0})
         for name in ("wkdr", "wkdr_equal", "wkdr_unequal"):
             assert results["metrics"][name] == pytest.approx(np.mean([scores[name] for scores in by_hand]))

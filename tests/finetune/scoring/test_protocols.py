@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import warnings
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -14,11 +15,12 @@ from finetune.protocols import PROTOCOLS, Protocol, get_protocol
 from finetune.protocols.metrics import METRICS
 from finetune.scoring.depth import (
     DepthEvaluator,
+    Prepared,
+    count_pixels,
     merge_flipped,
     metric_prediction,
     prepare_prediction,
     score_pair,
-    valid_pixels,
 )
 from finetune.scoring.evaluator import NoValidPixels
 from finetune.scoring.metrics import columns_of, depth_errors, mean_of_images, write_results
@@ -31,6 +33,16 @@ SMALL = Protocol(name="small", description="a test", min_depth=1e-3, max_depth=1
 
 def sample(name: str, depth: np.ndarray) -> DepthSample:
     return DepthSample(np.zeros((*depth.shape, 3), np.uint8), depth, name)
+
+
+def valid_pixels(protocol: Protocol, truth: np.ndarray) -> np.ndarray:
+    """Which pixels count: those whose numbers come back."""
+    counts = np.zeros(truth.shape, bool)
+    numbers = np.arange(truth.size, dtype=np.float64).reshape(truth.shape)
+    with suppress(NoValidPixels):
+        counted = count_pixels(protocol, Prepared(numbers, 0, 0, True), truth)
+        counts.flat[counted.prediction.astype(int)] = True
+    return counts
 
 
 def full_frame(value: float = 2.0) -> np.ndarray:
