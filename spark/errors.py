@@ -12,7 +12,7 @@ class UserError(ValueError):
     """What a user can mend; its message is a sentence that says what is wrong and what to do."""
 
 
-class FileError(UserError, OSError):
+class FileError(OSError, UserError):
     """A `UserError` about a file, a folder or a host; whoever catches OSError catches it, too."""
 
 

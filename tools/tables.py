@@ -61,6 +61,7 @@ def cost_of(card: Path) -> dict[str, str]:
         model = DepthModel(
             encoder,
             head=config.model.head,
+            encoder_options=config.model.encoder_options,
             mean=config.data.mean,
             std=config.data.std,
             **config.model.head_options,

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
@@ -47,6 +48,7 @@ def start_accelerator(output_dir: str | Path, precision: str, tracker: str = "no
     if on_cpu and precision == "fp16":
         raise UserError("precision fp16 needs a GPU; use bf16 or fp32 on this machine")
     plugin = fsdp_plugin()
+    AcceleratorState._reset_state()  # an earlier run of this process, in a notebook, may have had another precision
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision="no" if precision == "fp32" else precision,

@@ -245,9 +245,7 @@ def test_results_and_table(folder, tmp_path, capsys):
     assert (results["classes"], results["images"]) == (["green", "red"], {"train": 10, "val": 6})
     assert (results["chance"], results["majority"], results["unreadable"]) == (0.5, 0.5, {})
     assert results["settings"]["k"] == [1, 3]
-    assert results["command"].startswith(
-        "python spark/commands/probe.py --encoder test_resnet test_convnext --data "
-    )
+    assert results["command"].startswith("spark-probe --encoder test_resnet test_convnext --data ")
     assert set(results["versions"]) == {"python", "torch", "timm"}
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["probe.json"]
     printed = capsys.readouterr().out

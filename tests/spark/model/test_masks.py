@@ -175,14 +175,14 @@ def test_a_run_of_changing_sizes_and_ratios_resumes_exactly(command, tmp_path, c
     [
         ("--model.train_sizes=[64,100]", "image size 100x100 is no multiple of the patch size 32"),
         ("--model.train_sizes=[64,32]", "mask_ratio 0.6 on a grid of 1x1 patches"),
-        ("--model.train_sizes=[]", "model.train_sizes must be null or a list with at least one size"),
+        ("--model.train_sizes=[]", "model.train_sizes must be a list [...] of entries"),
         (
             "--model.train_sizes=[a]",
-            "model.train_sizes must be a list [...] of entries, each a whole number or a list",
+            "model.train_sizes must be a list [...] of entries",
         ),
         (
             "--model.mask_ratio=[0.7,0.5]",
-            "model.mask_ratio must be between 0 and 1, or two such numbers, [low, high]",
+            "model.mask_ratio must be a number between 0 and 1 or a list [...] of 2 numbers",
         ),
         ("--model.mask_block_size=2", "mask_block_size 2 must be at least 1 and, unless it is 1, below 2"),
     ],

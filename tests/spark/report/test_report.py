@@ -376,9 +376,7 @@ def test_the_command_of_spark_knows_pretraining_runs_only(runs, capsys):
     assert (runs["pretrain"] / "report.html").is_file()
     with pytest.raises(SystemExit, match="2"):
         pretraining_report.main([str(runs["spark"])])
-    assert (
-        "is not a run of pretraining, as its config.yaml shows: use spark-report" in capsys.readouterr().err
-    )
+    assert "is not a run of pretraining, as its config.yaml shows: spark-report" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -19,7 +20,6 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from spark import files as folders
 from spark.files import whole_folder, write_whole
 from spark.model.encoder import build_encoder, pyramid, timm_config
 from spark.model.spark import SparK
@@ -363,9 +363,7 @@ def test_files_without_weights(written, content, message):
 
 def test_paths_that_are_not_there(tmp_path):
     for source in (tmp_path / "no.pth", "no.pth", "no/folder"):
-        with pytest.raises(
-            FileNotFoundError, match="exported folder, a checkpoint file or a timm model name"
-        ):
+        with pytest.raises(OSError, match="exported folder, a checkpoint file or a timm model name"):
             load_encoder(source)
     with pytest.raises(ValueError, match=r"is not an exported encoder \(it has no config.json\)"):
         load_encoder(tmp_path)
@@ -792,7 +790,7 @@ def test_a_full_disk_costs_nothing(tmp_path, monkeypatch, file):
     if file == "state.pt":
         monkeypatch.setattr(torch, "save", full)
     else:
-        monkeypatch.setattr(folders, "save_file", full)
+        monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(
         OSError, match=r"the disk is full, .*step_0000002 was not written.*Free|free some space"
     ) as error:
@@ -918,7 +916,7 @@ def test_the_gradient_scaler_is_kept(tmp_path, caplog):
 
 @pytest.fixture(scope="module")
 def export_tool():
-    path = Path(__file__).parents[3] / "tools" / "export_encoder.py"
+    path = Path(__file__).parents[3] / "spark" / "commands" / "export.py"
     return runpy.run_path(str(path))["main"]
 
 
@@ -992,7 +990,7 @@ def test_export_tool_on_a_full_disk(tmp_path, written, export_tool, capsys, monk
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(folders, "save_file", full)
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
     path = written(training_file(original_convnext(**ATTO), "convnext_atto"))
     with pytest.raises(SystemExit, match="2"):
         export_tool(["--checkpoint", str(path), "--output", str(tmp_path / "e")])

@@ -4,31 +4,37 @@ import errno
 import json
 import math
 import os
+import shlex
 import signal
+import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import tracking
 from accelerate.state import AcceleratorState
+from accelerate.utils import LoggerType
 from torch.utils.data import DataLoader, Dataset
 
-from spark.errors import one_line_errors
+from finetune.config import DepthConfig, DepthDataConfig
+from spark.errors import UserError, one_line_errors
 from spark.files import write_whole
 from spark.seeds import derive_seed
 from spark.sparse import sparsify
-from spark.training import accelerator as run
+from spark.training import accelerator as accelerator_module
 from spark.training.accelerator import (
     match_gradient_strides,
     micro_batch_size,
     start_accelerator,
     worker_count,
 )
+from spark.training.cli import flat_config
 from spark.training.log import RunLog, format_duration, progress_bar, read_rows
 from spark.training.run_folder import check_output_dir, make_output_dir
-from spark.training.sampling import StreamSampler
-from spark.training.stop import StopRequest, ignore_stop_signals, stop_run
+from spark.training.sampling import StreamSampler, run_length
+from spark.training.stop import StopRequest, ignore_stop_signals, resume_command, stop_run
 
 
 @pytest.fixture(autouse=True)
@@ -134,7 +140,7 @@ def test_output_dir_that_cannot_be_written(tmp_path, monkeypatch):
 
 
 def test_log_writes_rows_and_drops_those_after_the_checkpoint(tmp_path):
-    accelerator = start_accelerator(tmp_path, "fp32")
+    accelerator = start_accelerator(tmp_path, "fp32", "tensorboard")
     log = RunLog(tmp_path, accelerator, None)
     for step in range(1, 6):
         log.row(step, loss=1.0 / step, lr=0.1, note="x")
@@ -148,7 +154,7 @@ def test_log_writes_rows_and_drops_those_after_the_checkpoint(tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    log = RunLog(tmp_path, start_accelerator(tmp_path, "fp32"), 3)
+    log = RunLog(tmp_path, start_accelerator(tmp_path, "fp32", "tensorboard"), 3)
     log.row(4, loss=9.0, lr=0.1)
     log.close()
     rows = read_rows(tmp_path / "metrics.jsonl")
@@ -172,23 +178,131 @@ def test_full_disk_while_logging(tmp_path):
     log.close()
 
 
-def test_rows_go_on_where_tensorboard_cannot(tmp_path, monkeypatch, capsys):
-    """Its thread ends with the first failure, and every later call would fail, with space or without."""
-    accelerator = start_accelerator(tmp_path, "fp32")
-    log = RunLog(tmp_path, accelerator, None)
+def test_runs_of_one_process_may_differ_in_precision(tmp_path):
+    assert start_accelerator(tmp_path, "fp32").mixed_precision == "no"
+    assert start_accelerator(tmp_path, "bf16").mixed_precision == "bf16"
 
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(accelerator, "log", full)
-        log.row(1, loss=1.0)
+class Tracker(tracking.GeneralTracker):
+    """Stands for wandb: keeps what it gets, and fails where `fails` says."""
+
+    name = "wandb"
+    requires_logging_directory = False
+    tracker = None
+    fails = ""
+
+    def __init__(self, project, **options):
+        super().__init__()
+        self.got = [("project", project, options)]
+
+    def _take(self, kind, *values):
+        if kind == self.fails:
+            raise RuntimeError("no route\nto host")
+        self.got.append((kind, *values))
+
+    def start(self):
+        self._take("start")
+        type(self).last = self
+
+    def store_init_configuration(self, values):
+        self._take("config", values)
+
+    def log(self, values, step=None, **_):
+        self._take("row", step, values)
+
+    def finish(self):
+        self._take("finish")
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    monkeypatch.setattr(accelerator_module, "get_available_trackers", lambda: [LoggerType.WANDB])
+    monkeypatch.setattr(tracking, "_available_trackers", [LoggerType.WANDB])
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Tracker)
+    return Tracker
+
+
+def test_a_tracker_gets_name_options_and_numbers(tmp_path, wandb):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    log = RunLog(folder, start_accelerator(folder, "fp32", "wandb"), 2, {"optim.base_lr": 0.1})
+    log.row(3, loss=1.0, note="x")
+    log.close()
+    assert wandb.last.got == [
+        ("project", "mine", {}),
+        ("start",),
+        ("config", {"optim.base_lr": 0.1}),
+        ("row", 3, {"loss": 1.0}),
+        ("finish",),
+    ]
+    assert not (folder / "tensorboard").exists()
+
+
+@pytest.mark.parametrize("fails", ["start", "config", "row", "finish"])
+def test_a_tracker_that_fails_does_not_stop_the_run(tmp_path, wandb, monkeypatch, capsys, fails):
+    monkeypatch.setattr(wandb, "fails", fails)
+    log = RunLog(tmp_path, start_accelerator(tmp_path, "fp32", "wandb"), None)
+    log.row(1, loss=1.0)
     log.row(2, loss=0.5)
     log.close()
     assert [row["step"] for row in read_rows(log.path)] == [1, 2]
-    text = capsys.readouterr().out
-    assert text.count("TensorBoard's log could not be written and ends here") == 1
-    assert "No space left on device" in text
+    words = "the tracker wandb failed and gets no more rows, metrics.jsonl goes on: no route to host"
+    assert capsys.readouterr().out.count(words) == 1
+
+
+def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr(accelerator_module, "get_available_trackers", list)
+    with pytest.raises(UserError, match="log_with mlflow needs a package: pip install mlflow"):
+        start_accelerator(tmp_path, "fp32", "mlflow")
+    start_accelerator(tmp_path, "fp32", "none")
+
+
+def test_options_as_trackers_show_them(tmp_path):
+    options = flat_config(
+        DepthConfig(encoder="resnet18", data=DepthDataConfig(root="x"), output_dir=str(tmp_path))
+    )
+    assert options["optim.lr"] == 1e-4
+    assert options["losses.silog"] == 1.0
+    assert all(isinstance(value, bool | int | float | str) for value in options.values())
+
+
+@pytest.mark.parametrize(
+    ("started", "spec", "processes", "words"),
+    [
+        ("/bin/x/spark-pretrain", None, 1, "/bin/x/spark-pretrain"),
+        ("spark/pretrain.py", None, 1, "PYTHON CWD/spark/pretrain.py"),
+        ("/site/spark/pretrain.py", "spark.pretrain", 1, "PYTHON -m spark.pretrain"),
+        ("/site/ipykernel_launcher.py", "ipykernel_launcher", 1, "PYTHON -m spark.pretrain"),
+        (
+            "/bin/x/spark-pretrain",
+            None,
+            2,
+            "ACCELERATE launch --multi_gpu --num_processes 2 -m spark.pretrain",
+        ),
+        (
+            "spark/pretrain.py",
+            None,
+            2,
+            "ACCELERATE launch --multi_gpu --num_processes 2 CWD/spark/pretrain.py",
+        ),
+    ],
+)
+def test_the_command_that_continues_a_run(tmp_path, monkeypatch, started, spec, processes, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", [started])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    programs = {
+        "PYTHON": sys.executable,
+        "ACCELERATE": str(Path(sys.executable).with_name("accelerate")),
+        "CWD": str(tmp_path),
+    }
+    for name, path in programs.items():
+        words = words.replace(name, path)
+    saved = tmp_path / "run" / "config.yaml"
+    assert resume_command("spark.pretrain", "run", processes) == f"{words} --config {saved} --resume true"
+    sharded = shlex.split(resume_command("spark.pretrain", "run", 1, sharded=True))
+    assert sharded[2:5] == ["--use_fsdp", "--fsdp_version", "2"]
 
 
 def test_a_row_that_was_half_written_is_taken_back(tmp_path):
@@ -236,28 +350,25 @@ def test_fp16_without_gpu_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("settings", "shards", "words"),
+    ("settings", "words"),
     [
-        ({"FSDP_VERSION": "2"}, False, "FSDP is for pretraining only"),
-        ({"FSDP_VERSION": "1"}, True, "write fsdp_version: 2"),
+        ({"FSDP_VERSION": "1"}, "write fsdp_version: 2"),
         (
             {"FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"},
-            True,
             "fsdp_auto_wrap_policy: NO_WRAP",
         ),
-        ({"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, True, "write fsdp_offload_params: false"),
+        ({"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "write fsdp_offload_params: false"),
         (
             {"FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
-            True,
             "use --model.grad_checkpointing",
         ),
     ],
 )
-def test_what_fsdp_cannot_do_is_refused(tmp_path, monkeypatch, settings, shards, words):
+def test_what_fsdp_cannot_do_is_refused(tmp_path, monkeypatch, settings, words):
     for name, value in {"ACCELERATE_USE_FSDP": "true", **settings}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=words):
-        start_accelerator(tmp_path, "fp32", shards)
+        start_accelerator(tmp_path, "fp32")
 
 
 def test_launcher_that_started_one_process_of_several(tmp_path, monkeypatch, capsys):
@@ -292,7 +403,7 @@ def test_stop_request(tmp_path, number):
 
 def test_second_interrupt_acts_at_once_but_not_its_echo(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # a launcher passes the same Ctrl-C on
@@ -328,12 +439,15 @@ def test_killed_launcher_counts_as_stop(tmp_path, monkeypatch):
 
 
 class Numbers(Dataset):
+    def __init__(self, kind=ValueError):
+        self.kind = kind
+
     def __len__(self):
         return 4
 
     def __getitem__(self, index):
         if index == 3:
-            raise ValueError("sample 3 is no good")
+            raise self.kind("sample 3 is no good")
         return os.getpid()
 
 
@@ -414,10 +528,9 @@ def test_bugs_keep_their_traceback():
         )  # raised by this test, which is not the project
 
 
-def test_user_error_in_a_loader_process(capsys, monkeypatch):
-    monkeypatch.setattr(run, "_is_ours", lambda name: name.endswith("test_run.py"))
+def test_user_error_in_a_loader_process(capsys):
     with pytest.raises(SystemExit), one_line_errors():
-        list(DataLoader(Numbers(), sampler=[3], num_workers=1))
+        list(DataLoader(Numbers(UserError), sampler=[3], num_workers=1))
     assert capsys.readouterr().err == "error: sample 3 is no good\n"
 
 
@@ -452,7 +565,7 @@ def test_format_duration():
 
 
 def test_length_and_warmup():
-    length = run.run_length
+    length = run_length
     assert length(100 / 32, 10, None, 2, None) == (32, 6)
     assert length(100 / 32, 10, None, 2, 5) == (32, 5)
     assert length(100 / 32, 10, 7, 2, 5) == (7, 5)
