@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,29 +29,8 @@ from spark.training.stop import ignore_stop_signals
 NOTES = ".prepare"  # folder in the output: the settings, a note for each finished shard, fetched shards
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What decides the content of the shards.
-
-    Attributes:
-        images: number of images of the source.
-        digest: of its names.
-        short_side: images are made smaller, never larger, to this [px].
-        min_side: images with a shorter side are left out [px].
-        quality: of the JPEGs, 1 to 100.
-        shard_size: images of the source a shard; those left out make it smaller.
-        max_pixels: larger images are left out.
-        in_chans: channels of the model that is to read them.
-    """
-
-    images: int
-    digest: str
-    short_side: int
-    min_side: int
-    quality: int
-    shard_size: int
-    max_pixels: int
-    in_chans: int
+SETTINGS = ("short_side", "min_side", "quality", "shard_size", "max_pixels", "in_chans")
+"""Options that decide the content of the shards."""
 
 
 def prepare(options: PrepareConfig) -> dict[str, Any]:
@@ -65,21 +43,13 @@ def prepare(options: PrepareConfig) -> dict[str, Any]:
     output = Path(options.output)
     check_output(output)
     source, missing_shards = open_source(options.input, output / NOTES / "fetched", options.max_unreadable)
-    settings = Settings(
-        len(source),
-        source.digest(),
-        options.short_side,
-        options.min_side,
-        options.quality,
-        options.shard_size,
-        options.max_pixels,
-        options.in_chans,
-    )
+    settings = {"images": len(source), "digest": source.digest()}
+    settings |= {name: getattr(options, name) for name in SETTINGS}
     keep_settings(output, settings)
     for leftover in output.glob(".*.part"):  # of a process that was killed while it wrote
         leftover.unlink(missing_ok=True)
 
-    shards = -(-len(source) // settings.shard_size)
+    shards = -(-len(source) // options.shard_size)
     missing = [shard for shard in range(shards) if not note_of(output, shard).exists()]
     workers = options.workers or os.cpu_count() or 1
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -88,7 +58,7 @@ def prepare(options: PrepareConfig) -> dict[str, Any]:
             ProcessPoolExecutor(min(workers, max(len(missing), 1)), initializer=begin_worker) as pool,
             progress_bar(shards, shards - len(missing)) as bar,
         ):
-            tasks = [pool.submit(write_shard, source, settings, output, shard) for shard in missing]
+            tasks = [pool.submit(write_shard, source, options, output, shard) for shard in missing]
             try:
                 for done, task in enumerate(as_completed(tasks), start=shards - len(missing) + 1):
                     task.result()
@@ -135,10 +105,9 @@ def check_output(output: Path) -> None:
         raise UserError(f"--output {output} holds other files already: name a new or empty folder")
 
 
-def keep_settings(output: Path, settings: Settings) -> None:
+def keep_settings(output: Path, now: dict[str, Any]) -> None:
     """Record the settings of the shards, or refuse others than before."""
     path = output / NOTES / "settings.json"
-    now = asdict(settings)
     if path.exists():
         before = read_json(path)
         changes = [
@@ -168,7 +137,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def write_shard(source: Source, settings: Settings, output: Path, shard: int) -> None:
+def write_shard(source: Source, options: PrepareConfig, output: Path, shard: int) -> None:
     """Write one shard, under a hidden name until it is whole, then the note that it is finished.
 
     An image is called after its number in the source. A shard of which nothing is left is not written.
@@ -179,12 +148,12 @@ def write_shard(source: Source, settings: Settings, output: Path, shard: int) ->
     written = 0
     try:
         with tarfile.open(part, "w") as archive:
-            first = shard * settings.shard_size
-            for index in range(first, min(first + settings.shard_size, len(source))):
+            first = shard * options.shard_size
+            for index in range(first, min(first + options.shard_size, len(source))):
                 name = source.name(index)
                 try:
-                    picture = open_image(source.read(index), settings.in_chans, settings.max_pixels)
-                    small, extension = make_smaller(picture, settings)
+                    picture = open_image(source.read(index), options.in_chans, options.max_pixels)
+                    small, extension = make_smaller(picture, options)
                 except Exception as error:  # on corrupt bytes Pillow's readers raise nearly everything
                     dropped.append([name, describe_failure("", error).removeprefix(": ")])
                     continue
@@ -204,26 +173,26 @@ def write_shard(source: Source, settings: Settings, output: Path, shard: int) ->
     write_whole(note_of(output, shard), json.dumps(note).encode(errors="surrogateescape"))
 
 
-def make_smaller(picture: Picture, settings: Settings) -> tuple[bytes, str]:
+def make_smaller(picture: Picture, options: PrepareConfig) -> tuple[bytes, str]:
     """A picture as a file and its extension; its short side is at most `short_side`, and never made larger.
 
     UserError or UnreadableImageError for a picture that is left out.
     """
     height, width = picture.height, picture.width
     short = min(height, width)
-    if short < settings.min_side:
-        raise UserError(f"a side is shorter than {settings.min_side} pixels")
-    share = min(settings.short_side / short, 1.0)
+    if short < options.min_side:
+        raise UserError(f"a side is shorter than {options.min_side} pixels")
+    share = min(options.short_side / short, 1.0)
     size = max(round(width * share), 1), max(round(height * share), 1)
     if isinstance(picture, Bands):
         file = io.BytesIO()
         np.save(file, resized_bands(picture.pixels(), size))
         return file.getvalue(), ".image.npy"
     # From at least twice the size, where a reduced scale of the decoder looks like the full one.
-    pixels = picture.pixels(next((n for n in (8, 4, 2) if short >= 2 * n * settings.short_side), 1))
+    pixels = picture.pixels(next((n for n in (8, 4, 2) if short >= 2 * n * options.short_side), 1))
     if share < 1:
         pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
-    return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), settings.quality, "RGB", "420"), ".jpg"
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), options.quality, "RGB", "420"), ".jpg"
 
 
 def resized_bands(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -241,13 +210,13 @@ def resized_bands(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def make_report(
-    source: str, settings: Settings, missing_shards: Sequence[str], notes: Sequence[dict[str, Any]]
+    source: str, settings: dict[str, Any], missing_shards: Sequence[str], notes: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     """What was written, what was left out, and why."""
     dropped = [entry for note in notes for entry in note["dropped"]]
     return {
         "input": source,
-        **asdict(settings),
+        **settings,
         "written": sum(note["written"] for note in notes),
         "bytes": sum(note["bytes"] for note in notes),
         "shards": sum(note["written"] > 0 for note in notes),

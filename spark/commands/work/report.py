@@ -28,8 +28,11 @@ from spark.training.log import format_duration
 def read_arms(
     entries: Sequence[str], kinds: Sequence[RunKind]
 ) -> tuple[dict[str, list[Run]], dict[str, RunKind]]:
-    """Runs and their kind, each by label, from `folder` and `label=folder` entries; runs of no or two kinds are
-    refused.""" arms: dict[str, list[Run]] = {}
+    """Runs and their kind, each by label, from `folder` and `label=folder` entries.
+
+    A label for runs of two kinds, or for several runs that were not given it, is refused.
+    """
+    arms: dict[str, list[Run]] = {}
     kind_of: dict[str, RunKind] = {}
     unlabelled = []
     for entry in entries:

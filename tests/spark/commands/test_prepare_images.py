@@ -22,6 +22,7 @@ from spark.commands.work import prepare as work
 from spark.images.dataset import SampleReader, UnlabeledImages
 from spark.images.sources import open_source, open_stream
 from spark.images.transform import PretrainTransform
+from spark.options import PrepareConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -111,12 +112,12 @@ def test_finished_shards_are_kept_and_missing_ones_are_written(photos, tmp_path)
 def test_a_shard_that_fails_leaves_nothing(photos, tmp_path, monkeypatch):
     source, _ = open_source(str(photos), "unused")
     (tmp_path / "out").mkdir()
-    settings = work.Settings(7, source.digest(), 64, 1, 90, 7, 10**9, 3)
+    options = PrepareConfig(input=str(photos), output=str(tmp_path / "out"), short_side=64, shard_size=7)
     monkeypatch.setattr(
         os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     with pytest.raises(OSError, match="No space"):
-        work.write_shard(source, settings, tmp_path / "out", 0)
+        work.write_shard(source, options, tmp_path / "out", 0)
     assert list((tmp_path / "out").iterdir()) == []
 
 
