@@ -111,7 +111,7 @@ def test_timm_weights_are_asked_of_timm(monkeypatch):
         asked.append((name, in_chans, pretrained))
         return stock
 
-    monkeypatch.setattr(spark.export, "build_encoder", build)
+    monkeypatch.setattr(spark.weights.encoder, "build_encoder", build)
     model = made(2)
     assert start_from(model, "timm", "test_resnet")[0].startswith(
         "encoder from timm's weights of test_resnet: "

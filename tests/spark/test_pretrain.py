@@ -554,7 +554,7 @@ def test_encoder_is_exported_on_demand(command, tmp_path, monkeypatch, capsys):
     [
         (["--data.train=no/such/folder"], "no/such/folder"),
         (["--model.input_size=100"], "96x96 or 128x128"),
-        (["--model.input_size=0"], "use 32x32, for example"),
+        (["--model.input_size=0"], "model.input_size must be a whole number above 0"),
         (["--model.name=resnet51"], "nearest: resnet"),
         (["--model.name=resnet18.foo_in1k"], "use resnet18 or one of resnet18.a1_in1k, "),
         (["--model.name=test_vit"], "no feature pyramid"),

@@ -116,7 +116,7 @@ def test_several_sets_in_one_run_and_its_exact_continuation(
     [
         ({"data.kind": "hub_tars", "data.list": "null"}, "no train-*.tar in"),
         ({"data.sets": "[{root: nowhere}]"}, "no folder nowhere"),
-        ({"data.sets": "[{root: x, weight: 0}]"}, "weight must be above 0"),
+        ({"data.sets": "[{root: x, weight: 0}]"}, "weight must be a number above 0"),
         ({"data.labels": 12}, "data.labels must be"),
     ],
 )

@@ -219,13 +219,13 @@ def test_the_committed_table():
 def layouts_run(monkeypatch):
     """Names of the layouts that models run in."""
     names = []
-    sparsify = spark.model.sparsify
+    sparsify = spark.model.spark.sparsify
 
     def note(images, visible, layout, *options):
         names.append(layout)
         return sparsify(images, visible, layout, *options)
 
-    monkeypatch.setattr(spark.model, "sparsify", note)
+    monkeypatch.setattr(spark.model.spark, "sparsify", note)
     return names
 
 

@@ -430,7 +430,7 @@ def compile(self, *args, grid, warmup, **kwargs):
 compiled = {}
 run, JITFunction.run = JITFunction.run, compile
 driver.set_active(Hopper())
-sys.path.insert(0, "spark/sparse")  # spark itself takes seconds to import
+sys.path.insert(0, "spark/sparse/kernels")  # spark itself takes seconds to import
 import triton_kernels as kernels
 
 rows, grad = torch.empty(80, 64, dtype=torch.bfloat16), torch.empty(80, 128, dtype=torch.bfloat16)
