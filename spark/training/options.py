@@ -31,9 +31,9 @@ def time_limit_seconds(limit: str | float | None) -> float:
 
 
 TimeLimit = Annotated[
-    str | float,
+    str | float | None,
     Rule(
-        'a number of hours above 0, or HH:MM:SS (in a YAML file in quotes: "12:00:00")',
+        'null, a number of hours above 0, or HH:MM:SS (in a YAML file in quotes: "12:00:00")',
         lambda limit: time_limit_seconds(limit) > 0,
         names=True,
     ),
@@ -131,7 +131,7 @@ class RunConfig(Options):
     log_with: Literal["tensorboard", "wandb", "trackio", "mlflow", "none"] = "tensorboard"
     checkpoint_every: NonNegativeInt = 1000
     keep_checkpoints: PositiveInt = 2
-    time_limit: TimeLimit | None = None
+    time_limit: TimeLimit = None
     resume: bool | PathText = False
     guard: GuardConfig = field(default_factory=GuardConfig)
 

@@ -1,0 +1,118 @@
+"""What the engine gives to depth runs as to pretraining: guard, rollback, time limit, sharded weights."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from finetune.losses.weighted import WeightedLoss
+from finetune.model.depth_model import DepthModel, load_depth_model
+from tests.finetune.tasks.test_depth_training import (
+    arguments,
+    assert_same_weights,
+    losses_of,
+    rows_of,
+    run,
+    train_with_settled_norms,
+    weights_of,
+    with_settled_norms,
+    world,
+)
+from tests.together import launched, together
+
+__all__ = ["world"]  # a fixture
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Any:
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def spoil(patch: pytest.MonkeyPatch, call: int) -> None:
+    """The loss of this call, counted from 1, is NaN."""
+    forward, calls = WeightedLoss.forward, []
+
+    def spoiled(self: Any, *arguments: Any) -> Any:
+        calls.append(0)
+        total, parts = forward(self, *arguments)
+        return (total * math.nan if len(calls) == call else total), parts
+
+    patch.setattr(WeightedLoss, "forward", spoiled)
+
+
+def test_a_step_without_a_finite_loss_can_be_skipped(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(world, tmp_path / "whole", max_steps=4)
+    spoil(monkeypatch, 3)
+    rows = run(world, tmp_path / "run", max_steps=4, **{"guard.on_nonfinite": "skip"})
+    assert [(row["step"], row.get("event")) for row in rows] == [(1, None), (2, None), (3, "skip"), (4, None)]
+    assert rows[2]["reason"].startswith("the loss is nan")
+    assert rows[2]["loss"] is None
+    assert losses_of(rows[:2]) == losses_of(whole[:2])
+    assert rows[3]["loss"] != whole[3]["loss"], "the step was left out, so its weights are others"
+    assert all(value.isfinite().all() for value in weights_of(tmp_path / "run").values())
+
+
+def test_a_run_rolls_back_and_goes_on_behind_the_batch_that_failed(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, 4)
+    options = {"guard.on_nonfinite": "rollback", "checkpoint_every": 2, "max_steps": 4}
+    rows = run(world, tmp_path / "run", **options)
+    courses = [(row["step"], row.get("event"), row.get("at_step")) for row in rows]
+    assert courses == [(1, None, None), (2, None, None), (2, "rollback", 4), (3, None, None), (4, None, None)]
+    extra = torch.load(tmp_path / "run" / "checkpoints" / "step_0000004" / "state.pt", weights_only=True)[
+        "extra"
+    ]
+    assert extra["offset"] == 2, "steps 3 and 4 train on batches 5 and 6"
+
+
+def test_a_run_stops_at_its_time_limit_and_goes_on(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = run(world, tmp_path / "whole")
+    run(world, tmp_path / "run", time_limit=0.0001)
+    assert "stopped and saved after step" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "model").exists()
+    rows = run(world, tmp_path / "run", resume="true", time_limit="null")
+    assert losses_of(rows) == losses_of(whole)
+    assert_same_weights(weights_of(tmp_path / "run"), weights_of(tmp_path / "whole"))
+
+
+@pytest.mark.timeout(600)
+def test_sharded_weights_train_as_whole_ones(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {
+        "encoder": "test_convnext",
+        "losses": '{"l1": 1.0}',
+        "data.crop_size": "[48,64]",
+        "data.zoom": "[1,1]",
+        "optim.name": "sgd",
+        "optim.lr": 1e-2,
+        "optim.ema_decay": 0.5,
+        "max_steps": 3,
+        "select": "rmse",
+    }
+    done = together(
+        with_settled_norms,
+        arguments(world, tmp_path / "sharded", **options, checkpoint_every=2, validate_every=0.34),
+        folder=tmp_path,
+        **launched("gpu_8_fsdp.yaml"),
+    )
+    assert done.codes == [0, 0], done.stderr[-3000:]
+    monkeypatch.setattr(DepthModel, "train", train_with_settled_norms)
+    whole = run(world, tmp_path / "whole", **options, checkpoint_every=2, validate_every=0.34)
+    rows = rows_of(tmp_path / "sharded")
+    assert losses_of(rows) == pytest.approx(losses_of(whole), rel=1e-5)
+    scores = [[row["val_rmse"] for row in each if "val_rmse" in row] for each in (rows, whole)]
+    assert len(scores[0]) == 2, "after step 2 and at the end"
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+    for name, value in weights_of(tmp_path / "whole").items():
+        torch.testing.assert_close(weights_of(tmp_path / "sharded")[name], value, rtol=1e-4, atol=1e-5)
+    assert load_depth_model(tmp_path / "sharded" / "best").head_name == "unetpp"
