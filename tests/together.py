@@ -27,7 +27,7 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 ROOT = Path(__file__).resolve().parents[1]
 
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["spark.pretrain", "pytest"])
+server.set_forkserver_preload(["spark.task", "finetune.tasks.depth", "pytest"])
 
 
 @dataclass(frozen=True)
