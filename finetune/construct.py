@@ -55,7 +55,7 @@ def construct(
         given: Keyword arguments likewise.
 
     Raises:
-        ValueError: Unknown name or option; the message lists what there is and the nearest match.
+        UserError: Unknown name or option, with what there is and the nearest match; or values of the wrong type.
     """
     if name not in registry:
         raise UserError(
@@ -68,7 +68,12 @@ def construct(
             raise UserError(
                 f"{kind} {name!r} has no option {option!r}{_nearest(option, accepted)}: it has {_listed(accepted)}."
             )
-    return registry[name](*args, **given, **options)
+    try:
+        return registry[name](*args, **given, **options)
+    except TypeError as error:
+        if not options:
+            raise
+        raise UserError(f"{kind} {name!r} cannot take the options {dict(options)}: {error}") from error
 
 
 def _listed(names: Any) -> str:

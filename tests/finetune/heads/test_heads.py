@@ -388,6 +388,7 @@ def test_an_encoder_that_does_not_fit_is_told_what_is_needed(head: str) -> None:
         ("metric_bins", {"max_temperature": 0.01}, "min_temperature < max_temperature"),
         ("lraspp", {"maps": 0}, "at least 1"),
         ("linear", {"width": 8}, "has no option 'width'"),
+        ("lraspp", {"width": "wide"}, "cannot take the options .*'width': 'wide'"),
         ("fcrn", {"widths": (8, 8)}, "5 positive numbers"),
         ("fcrn", {"padding": "same"}, "bottom_right or top_left"),
         ("dorn", {"bins": 1}, "bins must be at least 2"),
