@@ -464,7 +464,7 @@ def test_time_limit(limit, seconds):
 @pytest.mark.parametrize("limit", ["soon", "-1", "0", 0.0, "1:99:00", "10:00", 43200.0])
 def test_time_limit_that_is_none(limit):
     with pytest.raises(
-        ValueError, match=r"time_limit must be a number of hours above 0, or HH:MM:SS \(in a YAML"
+        ValueError, match=r"time_limit must be null, a number of hours above 0, or HH:MM:SS \(in a YAML"
     ):
         PretrainConfig(model=ModelConfig("resnet18"), data=DataConfig("x"), output_dir="y", time_limit=limit)
 

@@ -1,6 +1,7 @@
 """What the engine gives to depth runs as to pretraining: guard, rollback, time limit, sharded weights."""
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,18 @@ def test_a_run_rolls_back_and_goes_on_behind_the_batch_that_failed(
 
 
 def test_a_run_stops_at_its_time_limit_and_goes_on(
-    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = run(world, tmp_path / "whole")
-    run(world, tmp_path / "run", time_limit=0.0001)
+    forward = WeightedLoss.forward
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.3)
+        return forward(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WeightedLoss, "forward", slow)
+        run(world, tmp_path / "run", time_limit=0.0001)  # 0.36 s
     assert "stopped and saved after step" in capsys.readouterr().out
     assert not (tmp_path / "run" / "model").exists()
     rows = run(world, tmp_path / "run", resume="true", time_limit="null")
