@@ -104,7 +104,9 @@ def check_options(options: Any, prefix: str = "") -> None:
         if not _allows(kind, value):
             infinite = next((v for v in _numbers(value) if not math.isfinite(v)), None)
             wanted, got = (type_name(kind), value) if infinite is None else ("a finite number", str(infinite))
-            got = "an empty text" if got == "" else re.sub(r"\.0\b", "", as_written(got))
+            empty = {"": "an empty text", "[]": "an empty list"}
+            got = re.sub(r"\.0\b", "", as_written(got))
+            got = empty.get(got, got)
             require(False, prefix + name, got, wanted)
     if hasattr(options, "check"):
         options.check()

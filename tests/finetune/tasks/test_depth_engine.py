@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from finetune.losses.weighted import WeightedLoss
 from finetune.model.depth_model import DepthModel, load_depth_model
 from tests.finetune.tasks.test_depth_training import (
+    STEADY,
     arguments,
     assert_same_weights,
     losses_of,
@@ -97,17 +98,7 @@ def test_a_run_stops_at_its_time_limit_and_goes_on(
 def test_sharded_weights_train_as_whole_ones(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {
-        "encoder": "test_convnext",
-        "losses": '{"l1": 1.0}',
-        "data.crop_size": "[48,64]",
-        "data.zoom": "[1,1]",
-        "optim.name": "sgd",
-        "optim.lr": 1e-2,
-        "optim.ema_decay": 0.5,
-        "max_steps": 3,
-        "select": "rmse",
-    }
+    options = {**STEADY, "optim.ema_decay": 0.5, "max_steps": 3, "select": "rmse"}
     done = together(
         with_settled_norms,
         arguments(world, tmp_path / "sharded", **options, checkpoint_every=2, validate_every=0.34),

@@ -763,6 +763,17 @@ def test_two_processes_with_a_frozen_encoder(world: Path, tmp_path: Path) -> Non
     assert "step 4" not in (tmp_path / "rank1.err").read_text()
 
 
+STEADY = {
+    "encoder": "test_convnext",
+    "losses": '{"l1": 1.0}',
+    "data.crop_size": "[48,64]",
+    "data.zoom": "[1,1]",
+    "optim.name": "sgd",
+    "optim.lr": 1e-2,
+}
+"""With them, losses of the processes' shares average to the loss of the whole batch."""
+
+
 def with_settled_norms(rank: int, argv: list[str]) -> None:
     DepthModel.train = train_with_settled_norms  # type: ignore[method-assign]
     main(argv)
@@ -772,15 +783,7 @@ def test_two_processes_train_and_measure_as_one(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half a batch each, with equally many readings: losses, weights and scores are those of one process."""
-    options = {
-        "encoder": "test_convnext",
-        "losses": '{"l1": 1.0}',
-        "data.crop_size": "[48,64]",
-        "data.zoom": "[1,1]",
-        "optim.name": "sgd",
-        "optim.lr": 1e-2,
-        "max_steps": 3,
-    }
+    options = {**STEADY, "max_steps": 3}
     done = together(
         with_settled_norms,
         arguments(world, tmp_path / "two", **options),

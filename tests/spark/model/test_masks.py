@@ -175,7 +175,7 @@ def test_a_run_of_changing_sizes_and_ratios_resumes_exactly(command, tmp_path, c
     [
         ("--model.train_sizes=[64,100]", "image size 100x100 is no multiple of the patch size 32"),
         ("--model.train_sizes=[64,32]", "mask_ratio 0.6 on a grid of 1x1 patches"),
-        ("--model.train_sizes=[]", "model.train_sizes must be a list [...] of entries"),
+        ("--model.train_sizes=[]", "or null, got an empty list"),
         (
             "--model.train_sizes=[a]",
             "model.train_sizes must be a list [...] of entries",

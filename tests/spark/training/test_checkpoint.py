@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
+from spark.errors import FileError
 from spark.files import whole_folder, write_whole
 from spark.model.encoder import build_encoder, pyramid, timm_config
 from spark.model.spark import SparK
@@ -363,7 +364,7 @@ def test_files_without_weights(written, content, message):
 
 def test_paths_that_are_not_there(tmp_path):
     for source in (tmp_path / "no.pth", "no.pth", "no/folder"):
-        with pytest.raises(OSError, match="exported folder, a checkpoint file or a timm model name"):
+        with pytest.raises(FileError, match="exported folder, a checkpoint file or a timm model name"):
             load_encoder(source)
     with pytest.raises(ValueError, match=r"is not an exported encoder \(it has no config.json\)"):
         load_encoder(tmp_path)
