@@ -167,13 +167,15 @@ class DepthTraining(Task):
 
     def make_up(self, run: Run) -> None:
         """Validate the state of the checkpoint if an interruption has come before: best/ and patience depend on it."""
-        if 0 < run.step < self.total_steps and self.saves_after(run.step):
+        if not 0 < run.step < self.total_steps or not self.saves_after(run.step):
+            return
+        known = run.main and run.step in dict(self.selection.scores)
+        if not reduce_sum(run.accelerator, [float(known)])[0]:  # only the main process has read the rows
             self.after_step(run)
 
     def after_step(self, run: Run) -> None:
         """Validate where it is time to; the last step's validation is that of `finish`."""
-        known = run.main and run.step in dict(self.selection.scores)
-        if not run.writers or run.step == self.total_steps or not self.saves_after(run.step) or known:
+        if not run.writers or run.step == self.total_steps or not self.saves_after(run.step):
             return
         shown = run.whole(averaged=True)
         if run.main:

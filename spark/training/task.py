@@ -57,7 +57,6 @@ class Task(ABC):
         unit: what a sample is, in the plural.
         entry: module of the command that starts it, such as "spark.pretrain".
         product: what `export` writes, in one word.
-        product_folder: where, inside the folder of the run.
     """
 
     modules: nn.Module
@@ -72,7 +71,6 @@ class Task(ABC):
     unit = "samples"
     entry: str
     product = "model"
-    product_folder = "model"
 
     @abstractmethod
     def optimizer(self) -> Optimizer:

@@ -116,3 +116,14 @@ def test_sharded_weights_train_as_whole_ones(
     for name, value in weights_of(tmp_path / "whole").items():
         torch.testing.assert_close(weights_of(tmp_path / "sharded")[name], value, rtol=1e-4, atol=1e-5)
     assert load_depth_model(tmp_path / "sharded" / "best").head_name == "unetpp"
+
+    # The main process alone knows that the state which the run goes on from has been validated.
+    longer = {**options, "max_steps": 4, "resume": tmp_path / "sharded" / "checkpoints" / "step_0000002"}
+    done = together(
+        with_settled_norms,
+        arguments(world, tmp_path / "sharded", **longer, checkpoint_every=2, validate_every=0.34),
+        folder=tmp_path,
+        **launched("gpu_8_fsdp.yaml"),
+    )
+    assert done.codes == [0, 0], done.stderr[-3000:]
+    assert [row["step"] for row in rows_of(tmp_path / "sharded")] == [1, 2, 3, 4]
