@@ -19,6 +19,7 @@ from finetune.depth_data.base import DepthSet
 from finetune.depth_data.entries import View, Window, resample_image, to_unit
 from finetune.depth_data.sample import DepthFileError, DepthSample, file_error
 from spark.errors import UserError
+from spark.model.normalise import Normalise
 from spark.seeds import derive_seed
 
 NYU_FRAME = (480, 640)
@@ -55,7 +56,7 @@ class EvalTransform:
         """Network input float32 `[3, h, w]` of a uint8 image `[H, W, 3]` that has no depth map."""
         height, width = image.shape[:2]
         window = (0.0, float(height), 0.0, float(width))
-        return normalise(to_unit(resample_image(image, window, self.image_size)), self.mean, self.std)
+        return network_input(to_unit(resample_image(image, window, self.image_size)), self.mean, self.std)
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ class TrainTransform:
             flipped=draw[4] < self.flip,
             zoom=zoom,
             limits=(self.min_depth, self.max_depth),
-            colours=lambda colours: normalise(recoloured(colours), self.mean, self.std),
+            colours=lambda colours: network_input(recoloured(colours), self.mean, self.std),
         )
         points = np.concatenate([np.empty((0, 2)), *(entry.points for entry in sample.entries.values())])
         rows, columns = view.in_part(points).T
@@ -188,7 +189,7 @@ class TrainTransform:
             out |= seen
         if "depth" in out:
             colours = self._cut_depth(colours, out["depth"][0].numpy())
-        return {"image": normalise(colours, self.mean, self.std), **out}
+        return {"image": network_input(colours, self.mean, self.std), **out}
 
     def _cut_depth(self, colours: np.ndarray, metres: np.ndarray) -> np.ndarray:
         """CutDepth of an image in [0, 1] `[h, w, 3]` with its depth `[h, w]` [m]; draws five numbers."""
@@ -305,10 +306,9 @@ def _stacked(values: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(values))
 
 
-def normalise(colours: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Colours in [0, 1] `[h, w, 3]` -> network input float32 `[3, h, w]`."""
-    out = (colours - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
-    return torch.from_numpy(np.ascontiguousarray(out.transpose(2, 0, 1)))
+def network_input(colours: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Colours in [0, 1] `[h, w, 3]` -> normalised, float32 `[3, h, w]`."""
+    return Normalise(mean, std)(torch.from_numpy(np.ascontiguousarray(colours.transpose(2, 0, 1))))
 
 
 def _between(limits: tuple[float, float], number: float) -> float:

@@ -5,7 +5,7 @@ Shapes: images [B, C, H, W], a mask of fh x fw patches of `patch_size` pixels.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,14 @@ from spark.errors import UserError
 from spark.model.ablations import dense_pyramid, fill_masked
 from spark.model.criterion import TARGETS, masked_patch_loss
 from spark.model.decoder import Densify, LightDecoder, mask_token
-from spark.model.encoder import build_encoder, cut_pyramid, freeze_unreached, pyramid, pyramid_info
+from spark.model.encoder import (
+    PyramidLevel,
+    build_encoder,
+    cut_pyramid,
+    freeze_unreached,
+    pyramid,
+    pyramid_info,
+)
 from spark.model.masking import MaskRatio, check_masks, mean_ratio, num_visible, random_visible, ratio_range
 from spark.sparse import LAYOUTS, SparseTensor, sites, sparsify
 from spark.sparse.choice import AUTO, Choice, choose_layout, convolution_kind
@@ -135,34 +142,8 @@ class SparK(nn.Module):
         if stride is not None:
             levels = cut_pyramid(levels, stride)
         self.stride = levels[-1].stride
-        self.patch_size = self.stride if patch_size is None else patch_size
-        if self.patch_size % self.stride or self.patch_size <= 0:
-            fitting = [
-                level.stride for level in levels if self.patch_size > 0 == self.patch_size % level.stride
-            ]
-            advice = (
-                f"; or use the encoder at stride {fitting[-1]} (stride or output_stride)" if fitting else ""
-            )
-            raise UserError(
-                f"patch_size {patch_size} must be a multiple of the encoder's stride {self.stride}{advice}"
-            )
-        if 2 ** int(math.log2(self.stride)) != self.stride:
-            raise UserError(
-                f"the encoder's total stride is {self.stride}; the decoder doubles sizes and needs a power of 2"
-            )
-        features, cell = TARGETS[target].features, TARGETS[target].cell
-        num_blocks = int(math.log2(self.stride / cell))
-        if num_blocks < 1:
-            raise UserError(
-                f"target {target!r} is predicted at a stride of {cell}, which the encoder's stride of {self.stride} "
-                "does not exceed: use another target or a deeper encoder"
-            )
-        stages = num_blocks if decoder_stages is None else decoder_stages
-        if not 1 <= stages <= num_blocks:
-            raise UserError(
-                f"decoder_stages {stages} must be 1 to {num_blocks}, log2 of the encoder's stride"
-                + (f" over that of the target, {cell}" if cell > 1 else "")
-            )
+        self.patch_size = _patch_size(patch_size, levels)
+        stages, upscale = _decoder_stages(decoder_stages, self.stride, target)
         if decoder_maps < 1:
             raise UserError(
                 f"decoder_maps {decoder_maps} must be at least 1: the decoder needs a feature map"
@@ -179,8 +160,8 @@ class SparK(nn.Module):
         norm = densify_norm or norm_kind(encoder)
         if norm not in ("bn", "ln"):
             raise UserError(f"densify_norm {densify_norm!r} does not exist: use 'bn' or 'ln'")
-        upscale = 2 ** (num_blocks - stages)
-        self.decoder = LightDecoder(decoder_width, stages, in_chans * features, sync_bn, upscale)
+        channels = in_chans * TARGETS[target].features
+        self.decoder = LightDecoder(decoder_width, stages, channels, sync_bn, upscale)
         self.densify = nn.ModuleList(
             Densify(
                 level.channels,
@@ -299,6 +280,42 @@ class SparK(nn.Module):
         predicted = restore(output.prediction.to(images.dtype), images, self.patch_size)
         seen = output.visible.repeat_interleave(self.patch_size, 2).repeat_interleave(self.patch_size, 3)
         return predicted.where(~seen, images)
+
+
+def _patch_size(wanted: int | None, levels: Sequence[PyramidLevel]) -> int:
+    """The patch size, the deepest stride by default [px]; UserError where that does not divide it."""
+    stride = levels[-1].stride
+    if wanted is None or (wanted > 0 and wanted % stride == 0):
+        return wanted or stride
+    fitting = [level.stride for level in levels if wanted > 0 == wanted % level.stride]
+    advice = f"; or use the encoder at stride {fitting[-1]} (stride or output_stride)" if fitting else ""
+    raise UserError(f"patch_size {wanted} must be a multiple of the encoder's stride {stride}{advice}")
+
+
+def _decoder_stages(wanted: int | None, stride: int, target: str) -> tuple[int, int]:
+    """Blocks of the decoder, and the side of the square that a position of the last one predicts [cells of the target].
+
+    Raises:
+        UserError: no decoder of such blocks leads from the stride to the target.
+    """
+    if 2 ** int(math.log2(stride)) != stride:
+        raise UserError(
+            f"the encoder's total stride is {stride}; the decoder doubles sizes and needs a power of 2"
+        )
+    cell = TARGETS[target].cell
+    most = int(math.log2(stride / cell))
+    if most < 1:
+        raise UserError(
+            f"target {target!r} is predicted at a stride of {cell}, which the encoder's stride of {stride} does not "
+            "exceed: use another target or a deeper encoder"
+        )
+    stages = most if wanted is None else wanted
+    if not 1 <= stages <= most:
+        raise UserError(
+            f"decoder_stages {wanted} must be 1 to {most}, log2 of the encoder's stride"
+            + (f" over that of the target, {cell}" if cell > 1 else "")
+        )
+    return stages, 2 ** (most - stages)
 
 
 def _require_one_of(name: str, value: str, known: Collection[str]) -> None:

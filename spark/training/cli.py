@@ -19,7 +19,7 @@ import yaml
 
 from spark.errors import UserError, one_line
 from spark.files import write_whole
-from spark.training.cards import find_card
+from spark.training.cards import card_names, find_card
 from spark.training.help import help_text
 from spark.training.option_types import Options, as_written, field_types, type_name
 
@@ -32,7 +32,8 @@ def parse_config(cls: type[T], argv: Sequence[str] | None, description: str) -> 
     ``--config FILE`` reads a YAML file or a run card. Dotted options such as ``--optim.base_lr 1e-3`` override it, and
     the last one counts. ``--losses.l1 0.5`` adds to an option that is a dict, ``--losses '{l1: 0.5}'`` replaces it. A
     list may be several values (``--model.input_size 96 128``), and a name alone means true. ``--help`` explains the
-    options, and ``--print_config`` prints the result as YAML.
+    options, and ``--print_config`` prints the result as YAML. ``--model resnet50`` sets the first option of the group
+    model, its name.
 
     Args:
         cls: the options.
@@ -76,7 +77,8 @@ def read_options(cls: type[T], argv: Sequence[str]) -> T:
     except UserError:
         raise
     except (ArgumentError, ValueError) as error:
-        raise UserError(_explain(cls, str(error))) from error
+        cards = card_names(cls.CARDS) if cls.CARDS and not any(a.startswith("--config") for a in argv) else []
+        raise UserError(_explain(cls, str(error), cards)) from error
 
 
 def call_options(cls: type[T], options: Mapping[str, Any]) -> T:
@@ -96,7 +98,6 @@ def call_options(cls: type[T], options: Mapping[str, Any]) -> T:
             if name in groups and isinstance(value, Mapping):
                 yield from arguments(value, f"{name}.")
             else:
-                name = f"{name}.{groups[name][0]}" if name in groups else name
                 yield f"--{name}={_as_yaml(value)}"
 
     given = dict(options)
@@ -208,6 +209,8 @@ def _arguments(cls: type[Options], argv: Sequence[str]) -> Iterator[str]:
             given[-1][1].append(argument)
     stray = given[0][1]
     for name, values in given[1:]:
+        if name in groups and not "".join(values[:1]).startswith("{"):
+            name = f"{name}.{groups[name][0]}"
         kind = options.get(name)
         if name in cls.RETIRED:
             raise UserError(f"there is no option --{name} any more: leave it out")
@@ -310,18 +313,16 @@ def _suggest(name: str, options: dict[str, Any], groups: dict[str, list[str]]) -
     return f"; {group[0]} has {', '.join(groups[group[0]])}" if group else "; --help lists all options"
 
 
-def _explain(cls: type, message: str) -> str:
+def _explain(cls: type, message: str, cards: Sequence[str]) -> str:
     """Put jsonargparse's messages of several lines into one sentence; leave others as they are."""
     key = re.match(r'Parser key "([^"]+)":', message)
-    options, groups = _names(cls)
+    options, _ = _names(cls)
     if key and key[1] in options:
         value = re.search(r"(?:Got value|Given value): (.*)", message)
         return f"{key[1]} must be {type_name(options[key[1]])}, got {value[1] if value else 'something else'}"
-    if key and key[1] in groups:
-        first = f"{key[1]}.{groups[key[1]][0]}"
-        return f"--{key[1]} is the name of a YAML file; single options are set as --{first} VALUE"
     if missing := re.search(r"arguments are required: (.*)", message):
         names = missing[1].split(", ")
         example = " ".join(f"--{name} VALUE" for name in names)
-        return f"{' and '.join(names)} must be set, in the config file or as {example}"
+        more = f"; --config NAME reads a run card, one of {', '.join(cards)}" if cards else ""
+        return f"{' and '.join(names)} must be set, in the config file or as {example}{more}"
     return " ".join(message.split())

@@ -75,7 +75,7 @@ def help_text(cls: type[Options], description: str, wanted: str | None) -> str:
             option.name: option for option in every if option.name in cls.ESSENTIALS and not option.required
         }
         sections = {
-            "Required": sorted(
+            "Required, here or in the file of --config": sorted(
                 (o for o in every if o.required), key=lambda option: order.get(option.name, 99)
             ),
             "Used most": [essential[name] for name in cls.ESSENTIALS if name in essential],

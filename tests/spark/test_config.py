@@ -220,7 +220,7 @@ def test_unknown_key_in_file_names_path_and_nearest(capsys, tmp_path):
         ),
         (["--precision", "fp8"], "precision must be one of fp32, bf16, fp16, got fp8"),
         (["--optim.clip_grad", "x"], "optim.clip_grad must be a number above 0 or null, got x"),
-        (["--model", "resnet50"], "single options are set as --model.name VALUE"),
+        (["--optim", "fast"], "optim.name must be one of"),
         (["stray"], "unexpected argument stray"),
         (["--config"], "--config needs a value"),
         (["--epochs"], "--epochs needs a value: a number above 0"),
@@ -280,7 +280,14 @@ def test_bad_file(capsys, tmp_path, content, words):
 def test_missing_options_are_named(capsys):
     text = error_of(capsys, "--model.name", "resnet18")
     assert "output_dir and data.train must be set" in text
-    assert "--data.train VALUE" in text
+    assert "--data.train VALUE; --config NAME reads a run card, one of " in text
+
+
+def test_a_group_alone_is_its_first_option():
+    config = parse("--model", "resnet18", "--data=photos", "--output_dir", "runs/x")
+    assert (config.model.name, config.data.train) == ("resnet18", "photos")
+    config = parse("--model", "{name: resnet18, decoder_width: 64}", "--data", "photos", "--output_dir", "x")
+    assert (config.model.name, config.model.decoder_width) == ("resnet18", 64)
 
 
 def test_only_the_main_process_speaks(capsys, monkeypatch):
