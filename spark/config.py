@@ -193,10 +193,14 @@ class OptimConfig(OptimizerConfig):
         betas: decay rates of the optimizer's running moments; null takes those of the paper's recipes, [0.9, 0.95] (its
             ResNets) for encoders with batch norm and [0.9, 0.999] (its ConvNeXts) for all others.
         weight_decay_end: weight decay at the end of its cosine; null keeps it constant.
+        cooldown_epochs: epochs at the end of the run in which learning rate and weight decay go to their last values,
+            having been constant since the warm-up; such a run can be prolonged, or branched off to end at several
+            lengths. null is the paper's schedule, half a cosine over the whole run.
     """
 
     base_lr: PositiveFloat = 2e-4
     weight_decay_end: NonNegativeFloat | None = 0.2
+    cooldown_epochs: NonNegativeFloat | None = None
 
 
 @dataclass(kw_only=True)

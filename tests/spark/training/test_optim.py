@@ -282,3 +282,23 @@ def test_schedule_edges():
     assert weight_decay_at(0, start=0.04, end=0.2, total_steps=1) == pytest.approx(0.04)
     assert weight_decay_at(9, start=0.04, end=0.2, total_steps=10) == pytest.approx(0.2)
     assert weight_decay_at(50, start=0.04, end=0.2, total_steps=10) == pytest.approx(0.2)
+
+
+def test_a_cooldown_follows_a_constant_rate():
+    rates = [
+        lr_at(step, peak=2.0, total_steps=21, warmup_steps=4, cooldown_steps=16, end_factor=0.5)
+        for step in range(23)
+    ]
+    assert rates[4] == 2.0
+    for step, left in {5: 1 - 0.25, 8: 1 - 0.5, 13: 1 - 0.75, 20: 0, 22: 0}.items():
+        done = step - 4  # of 16 steps: square roots of 1/16, 4/16, 9/16
+        assert left == pytest.approx(max(1 - math.sqrt(min(done / 16, 1)), 0))
+        assert rates[step] == pytest.approx(2 * (0.5 + 0.5 * left))
+    decays = [
+        weight_decay_at(step, start=0.04, end=0.2, total_steps=21, cooldown_steps=16) for step in range(23)
+    ]
+    assert decays[:5] == pytest.approx([0.04] * 5)
+    assert decays[8] == pytest.approx(0.12)
+    assert decays[20] == decays[22] == pytest.approx(0.2)
+    # Without one the run can be left anywhere.
+    assert lr_at(20, peak=2.0, total_steps=21, warmup_steps=4, cooldown_steps=0) == 2.0
