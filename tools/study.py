@@ -575,7 +575,8 @@ def draw(rows: list[dict[str, Any]], wanted: Mapping[str, Any], path: Path) -> N
     """A score over a column, a line an arm: mean, and the range over seeds."""
     figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
-    for key, mine in grouped(rows, wanted["lines"]).items():
+    scored = [row for row in rows if row[wanted["y"]] != ""]
+    for key, mine in grouped(scored, wanted["lines"]).items():
         points = sorted(
             (float(x), [float(r[wanted["y"]]) for r in g]) for (x,), g in grouped(mine, [wanted["x"]]).items()
         )
@@ -607,7 +608,8 @@ def write_results(
     write_whole(path, rows_as_csv(rows).encode())
     more: list[str] = []
     if "differences" in content:
-        scored = [(values, row.scores["results"]) for row, values in made if "results" in row.scores]
+        scored = [(values, row.scores.get("results")) for row, values in made]
+        scored = [(values, path) for values, path in scored if path is not None and path.exists()]
         if found := differences(scored, content):
             write_whole(results.with_name(f"{results.name}_differences.csv"), rows_as_csv(found).encode())
             more = [f"| {' | '.join(found[0])} |", "|---" * len(found[0]) + "|"]

@@ -148,6 +148,28 @@ def test_commands_tables_and_resuming(data, commands):
     assert read(out / "table.csv") == rows
 
 
+def test_a_probed_arm_has_a_row_before_its_depth_is_scored(data, commands, monkeypatch):
+    probed = {**CONTENT, "probe": {"data": "{data}/images"}}
+    columns = {**CONTENT["columns"], "linear": "probe.linear.val:.2f"}
+    run_study(data, {**probed, "columns": columns, "seeds": [0]}, "--only", "resnet18_scratch")
+
+    def probe_written(command: list[str], **options: object) -> object:
+        if "spark.commands.probe" in command:
+            result = {"encoders": [{"linear": {"val": 0.5}}]}
+            Path(command[command.index("--output") + 1]).write_text(json.dumps(result))
+        return done(command, **options)
+
+    done = study.subprocess.run
+    monkeypatch.setattr(study.subprocess, "run", probe_written)
+    out = run_study(data, {**probed, "columns": columns, "seeds": [0]}, "--only", "resnet18_spark")
+    for path in (out / "runs").glob("depth_resnet18_spark_0/results.json"):
+        path.unlink()
+    run_study(data, {**probed, "columns": columns, "seeds": [0]}, "--table")
+    rows = {row["start"]: row for row in read(out / "table.csv")}
+    assert (rows["spark"]["linear"], rows["spark"]["delta1"]) == ("0.50", "")
+    assert rows["scratch"]["delta1"] == "0.40000"
+
+
 def test_what_was_made_otherwise_is_refused(data, commands, monkeypatch):
     out = run_study(data, CONTENT)
     longer = {**CONTENT, "pretrain": {**CONTENT["pretrain"], "epochs": 7}}
