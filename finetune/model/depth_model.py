@@ -27,7 +27,14 @@ from finetune.model.calibration import Calibration
 from finetune.model.prediction import predict_image, read_photo
 from spark.errors import UserError
 from spark.files import checksum, whole_folder, write_tensors, write_whole
-from spark.model.encoder import PyramidLevel, build_encoder, freeze_unreached, pyramid, pyramid_info
+from spark.model.encoder import (
+    PyramidLevel,
+    RefusedOptions,
+    build_encoder,
+    freeze_unreached,
+    pyramid,
+    pyramid_info,
+)
 from spark.model.names import is_own
 from spark.weights.encoder import CARD, CONFIG, WEIGHTS, description, name_of, read_encoder
 from spark.weights.hub import PREFIX, download
@@ -297,12 +304,10 @@ def open_encoder(
             name_option=ENCODER_NAME,
             **options,
         )
-    except ValueError as error:
-        if encoder_options and error.__cause__ is not None:
-            raise UserError(
-                f"{error} (encoder_options are {dict(encoder_options)}, '{{}}' gives none)"
-            ) from error
-        raise
+    except RefusedOptions as error:
+        raise UserError(
+            f"{error} (encoder_options are {dict(encoder_options)}, '{{}}' gives none)"
+        ) from error
     asked = report.source and (Path(encoder).is_file() or hasattr(made, "own_encoder"))
     if encoder_name is not None and not asked:
         raise UserError(

@@ -50,10 +50,23 @@ def run_phases(config: DepthConfig, num_pairs: int) -> RunLength:
 def learning_rate(config: DepthConfig, length: RunLength, step: int) -> float:
     """Learning rate of the head at a step, counted from 0."""
     optim = config.optim
-    ends = {"start_factor": optim.start_factor, "end_factor": optim.end_factor}
     if optim.schedule == "onecycle":
-        return one_cycle_at(step, peak=optim.lr, total_steps=length.steps, rise=optim.rise, **ends)
-    return lr_at(step, peak=optim.lr, total_steps=length.steps, warmup_steps=length.warmup, **ends)
+        return one_cycle_at(
+            step,
+            peak=optim.lr,
+            total_steps=length.steps,
+            rise=optim.rise,
+            start_factor=optim.start_factor,
+            end_factor=optim.end_factor,
+        )
+    return lr_at(
+        step,
+        peak=optim.lr,
+        total_steps=length.steps,
+        warmup_steps=length.warmup,
+        start_factor=optim.start_factor,
+        end_factor=optim.end_factor,
+    )
 
 
 def momentum(config: DepthConfig, length: RunLength, step: int) -> float | None:

@@ -26,6 +26,10 @@ from spark.errors import FileError, UserError
 from spark.model.names import is_own
 
 
+class RefusedOptions(UserError):
+    """An encoder does not take the options that it is to be made with."""
+
+
 class PyramidLevel(NamedTuple):
     """One feature map of an encoder: timm's index of it, its channels, and its stride [px]."""
 
@@ -81,7 +85,7 @@ def _build_own(name: str, options: dict[str, Any]) -> nn.Module:
     try:
         encoder = factory(**options)
     except TypeError as error:
-        raise UserError(
+        raise RefusedOptions(
             f"{name} could not be called with {', '.join(f'{k}={v!r}' for k, v in options.items())} ({error}): it "
             "must take the number of image channels as in_chans, and drop_path where a run sets it"
         ) from error
@@ -98,7 +102,7 @@ def create_model(name: str, *, pretrained: bool = False, **options: Any) -> nn.M
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
     except (AssertionError, TypeError, RuntimeError, KeyError) as error:
-        raise UserError(f"timm model {name!r} does not accept these options: {error}") from error
+        raise RefusedOptions(f"timm model {name!r} does not accept these options: {error}") from error
     except OSError as error:  # huggingface_hub's errors, and urllib's, are of this kind
         if not pretrained:
             raise

@@ -431,7 +431,10 @@ def _from_export(folder: Path, model_name: str | None, name_option: str) -> _Sou
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = "does not describe a timm model (no architecture in it)"
         if isinstance(config, dict) and {"encoder", "head"} <= config.keys():
-            what = "is of a model with a head, not of an encoder: use the export command of that model"
+            what = (
+                "is of a model with a head, not of an encoder: name the encoder that it was trained from (training "
+                "goes on from a whole model with the option model.init)"
+            )
         raise UserError(f"{folder / CONFIG} {what}") from error
     try:
         tensors = load_file(folder / WEIGHTS)

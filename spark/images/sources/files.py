@@ -139,18 +139,20 @@ def _images_in_list(path: Path, confined: bool, arrays: bool) -> list[Path]:
                 "or move the list"
             )
         image = path.parent / entry  # an absolute entry replaces the parent
-        if image.is_dir():
+        if os.path.isdir(
+            image
+        ):  # of os.path: what is no name at all, such as a line of prose, is not there either
             images.extend(_images_in_folder(image, arrays))
-        elif image.exists():
+        elif os.path.exists(image):
             images.append(image)
         else:
-            missing.append(entry)
+            missing.append(entry if len(entry) <= 100 else f"{entry[:100]}...")
     if missing:
         # Lists of image and depth pairs have more columns, and their paths may start with a slash.
         word = missing[0].split()[0].lstrip("/")
         raise FileError(
             f"{len(missing)} of the {len(entries)} entries of {path} do not exist, first {'; '.join(missing[:3])}. "
             f"A line must hold one path and nothing else, absolute or relative to {path.parent.absolute()}"
-            + (f", such as {word}" if (path.parent / word).is_file() else "")
+            + (f", such as {word}" if os.path.isfile(path.parent / word) else "")
         )
     return images

@@ -209,6 +209,14 @@ def test_list_with_missing_files(tmp_path):
     assert message.endswith(f"one path and nothing else, absolute or relative to {tmp_path}")
 
 
+def test_prose_is_no_list(tmp_path):
+    """A line that is too long for a file name is an entry that does not exist, not an error of the system."""
+    (tmp_path / "readme.txt").write_text("word " * 1000)
+    with pytest.raises(FileError, match=r"1 of the 1 entries of .*readme\.txt do not exist") as error:
+        list_images(tmp_path / "readme.txt")
+    assert len(str(error.value)) < 500
+
+
 @pytest.mark.parametrize("line", ["rgb.png depth.png 518.8579", "/rgb.png /depth.png 518.8579"])
 def test_list_with_several_columns(tmp_path, line):
     write_image(tmp_path / "rgb.png")
