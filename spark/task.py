@@ -20,13 +20,14 @@ from spark.images.transform import PretrainTransform
 from spark.model.masking import check_masks, mean_ratio, visible_at
 from spark.model.normalise import Normalise
 from spark.model.spark import SparK, norm_kind
-from spark.monitor.panels import reconstruction_panels, save_panels
+from spark.monitor.panels import panels_path, reconstruction_panels, save_panels
 from spark.monitor.watch import Watch, build_monitor, fixed_batch
 from spark.report import pretraining_page
 from spark.seeds import Purpose, derive_seed
 from spark.sparse.batch_norm import in_recomputation
 from spark.sparse.choice import AUTO, Choice, is_available
 from spark.start import start_from
+from spark.training.accelerator import reduce_sum
 from spark.training.optim import build_optimizer, lr_at, parameter_groups, weight_decay_at
 from spark.training.option_types import values_of
 from spark.training.run import Run
@@ -204,6 +205,12 @@ class Pretraining(Task):
             run.attempt("panels", lambda: self.draw(run))
             if self.watch.monitor is not None:
                 self.watch.monitor.seconds += time.perf_counter() - begin
+
+    def make_up(self, run: Run) -> None:
+        """Draw the picture of the checkpoint if an interruption has come before."""
+        drawn = run.main and panels_path(run.folder, run.step).exists()
+        if not reduce_sum(run.accelerator, [float(drawn)])[0]:  # other machines may see the folder later
+            self.after_step(run)
 
     def draw(self, run: Run) -> Path | None:
         """Write reconstruction panels of the fixed images."""

@@ -14,6 +14,7 @@ HEADS: "Registry[Head]" = Registry(
         "metric_bins": "finetune.heads.metric_bins:MetricBins",
         "lraspp": "finetune.heads.lraspp:LiteASPP",
         "linear": "finetune.heads.linear:Linear",
+        "linear_bins": "finetune.heads.linear_bins:LinearBins",
         "fcrn": "finetune.heads.fcrn:FCRN",
         "dorn": "finetune.heads.dorn:DORN",
     }

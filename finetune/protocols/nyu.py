@@ -50,6 +50,15 @@ NYU = (
     ),
     replace(
         NYU_BTS,
+        name="nyu-dinov3-linear",
+        description="nyu-bts as DINOv3 (Siméoni et al. 2025) scores linear heads on frozen encoders: flip average, not"
+        " clipped before it.",
+        tables="DINOv3",
+        source="facebookresearch/dinov3 dinov3/eval/depth/eval.py, dinov3/eval/depth/configs/config-nyu.yaml",
+        flip_average=True,
+    ),
+    replace(
+        NYU_BTS,
         name="nyu-dorn",
         description="nyu-bts with the crop of DORN (Fu et al. 2018): rows 21:460, columns 25:616, counted from"
         " 1.",

@@ -238,9 +238,10 @@ class DepthTraining(Task):
         """Add a validation to the row of the step, and keep the model in best/ if it is the best so far."""
         better = self.selection.add(run.step, metrics)
         if better:
-            model.save(run.folder / "best")
+            run.keep_on("best/", lambda: model.save(run.folder / "best"))
         run.say(f"step {run.step}  {self.protocol.name}  {summary(metrics)}" + "  (best so far)" * better)
-        run.log.amend(run.step, **{f"val_{name}": value for name, value in metrics.items()})
+        values = {f"val_{name}": value for name, value in metrics.items()}
+        run.keep_on("the validation", lambda: run.log.amend(run.step, **values))
 
     # --- what it says and writes
 

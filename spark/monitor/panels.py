@@ -73,12 +73,16 @@ def reconstruction_panels(
     return picture
 
 
+def panels_path(output_dir: str | Path, step: int) -> Path:
+    """``output_dir/figures/panels_NNNNNNN.png``, the panels of a step."""
+    return Path(output_dir) / "figures" / f"panels_{step:07d}.png"
+
+
 def save_panels(picture: Image.Image, output_dir: str | Path, step: int) -> Path:
-    """Write panels to ``output_dir/figures/panels_NNNNNNN.png`` and return that path."""
-    path = Path(output_dir) / "figures" / f"panels_{step:07d}.png"
+    """Write panels to `panels_path` and return that path."""
     content = BytesIO()
     picture.save(content, format="PNG")
-    return write_whole(path, content.getvalue())
+    return write_whole(panels_path(output_dir, step), content.getvalue())
 
 
 def _is_colour(mean: Sequence[float]) -> bool:

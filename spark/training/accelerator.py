@@ -9,6 +9,7 @@ augmentation and mask of a sample are seeded by its position. So a checkpoint ne
 import os
 import warnings
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
     ProjectConfiguration,
 )
 from torch import Tensor, nn
@@ -25,6 +27,9 @@ from torch.optim import Optimizer
 
 from spark.errors import UserError
 from spark.training.sharding import fsdp_plugin, prepare_sharded, use_fsdp
+
+PATIENCE = timedelta(hours=6)
+"""How long processes wait for one another: the main one validates, measures and writes while the others do nothing."""
 
 
 def start_accelerator(output_dir: str | Path, precision: str, tracker: str = "none") -> Accelerator:
@@ -56,7 +61,8 @@ def start_accelerator(output_dir: str | Path, precision: str, tracker: str = "no
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir)),
         fsdp_plugin=plugin,
         kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=PATIENCE),
         ],
     )
     if plugin is not None:

@@ -17,6 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from spark.errors import FileError, UserError
 from spark.files import write_whole
 
+EVENT = ("event", "reason", "at_step")
+STEADY = ("loss", "lr", "images_per_second")
+"""Columns that every row has."""
+
 
 class RunLog:
     """The numbers of a run: a row of ``metrics.jsonl`` for each logged step, which the run's tracker gets, too.
@@ -52,8 +56,8 @@ class RunLog:
     def rewind(self, step: int, keep_events: bool = False) -> None:
         """Drop the rows of later steps than this one, which are going to be computed again; -1 drops all.
 
-        With `keep_events`, later rows with an `event` stay as rows of this step; `at_step` names the step they
-        happened at.
+        With `keep_events`, events of later rows stay as rows of this step; `at_step` names the step they happened at.
+        What was measured with weights that the run has left goes.
         """
         if not self.accelerator.is_main_process:
             return
@@ -62,7 +66,8 @@ class RunLog:
             if row["step"] <= step:
                 rows.append(row)
             elif keep_events and "event" in row:
-                rows.append({"at_step": row["step"], **row, "step": step})
+                kept = {name: row[name] for name in (*EVENT, *STEADY) if name in row}
+                rows.append({"at_step": row["step"], **kept, "step": step})
         write_whole(self.path, _lines(rows))
 
     def row(self, step: int, **values: float | str) -> None:

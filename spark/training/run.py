@@ -322,6 +322,7 @@ class Run:
         if self.writers:
             self.keep_on("the checkpoint", self._save)
         self.keep_on("the rows", partial(self.log.rewind, self.step, keep_events=True))
+        self.task.started(self)  # with the rows that are left
         row = {"loss": found.losses["loss"], "lr": self.rates.lr, "images_per_second": 0.0}
         self.keep_on("a row", partial(self.log.row, self.step, **row, **self._event))
         self.pace.reset()

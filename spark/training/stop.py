@@ -6,6 +6,7 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,6 +70,8 @@ class StopRequest:
         self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
 
     def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is not threading.main_thread():
+            return self  # which alone can handle signals: a call from a thread is stopped by its time limit
         for number in stop_signals():
             self._previous[number] = signal.signal(number, self._handle)
         return self
@@ -130,21 +133,29 @@ def stop_run(
     """
     everyone = gather_object(list(files))
     listing = Path(output_dir) / f"{kind}_step_{step:07d}.txt"
-    kept = "the weights were no longer finite either, so no checkpoint was written: go back to an older one"
-    if accelerator.is_main_process:
-        write_whole(listing, "".join(f"{name}\n" for name in everyone).encode(errors="surrogateescape"))
+    said = [
+        "the weights were no longer finite either, so no checkpoint was written: go back to an older one",
+        f"The images of this batch are listed in {listing}",
+    ]
+    # The main process knows; one whose main process ended first speaks for itself. A full disk hides no reason.
     if accelerator.is_main_process or accelerator.is_fsdp2:
-        checkpoint = save()
-        if checkpoint is not None:
-            kept = f"the state before this step is saved in {checkpoint}"
-    said = [kept]
-    broadcast_object_list(
-        said
-    )  # the main process knows; one whose main process ended first speaks for itself
+        try:
+            if (checkpoint := save()) is not None:
+                said[0] = f"the state before this step is saved in {checkpoint}"
+        except OSError as error:
+            said[0] = f"the state before this step could not be saved ({error})"
+    if accelerator.is_main_process:
+        try:
+            write_whole(listing, "".join(f"{name}\n" for name in everyone).encode(errors="surrogateescape"))
+        except OSError as error:
+            said[1] = (
+                f"The images of this batch, {', '.join(everyone[:3])} first, could not be listed ({error})"
+            )
+    broadcast_object_list(said)
     accelerator.wait_for_everyone()
     raise UserError(
-        f"{reason} at step {step}, the run has stopped; {said[0]}. The images of this batch are listed in "
-        f"{listing}. Look at these images, lower the learning rate or use precision fp32, then use --resume true"
+        f"{reason} at step {step}, the run has stopped; {said[0]}. {said[1]}. Look at these images, lower the "
+        "learning rate or use precision fp32, then use --resume true"
     )
 
 

@@ -114,7 +114,7 @@ class Task(ABC):
         return []
 
     def started(self, run: "Run") -> None:
-        """Take what the log of the run knows, once the state is that of the checkpoint."""
+        """Take what the log of the run knows, at the start and after a rollback: the state is that of a checkpoint."""
 
     def before_step(self, step: int) -> None:
         """Prepare a step, counted from 0."""

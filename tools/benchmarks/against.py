@@ -137,7 +137,7 @@ def rows_of(case: dict[str, Any], checkout: Path, rounds: int) -> list[Row]:
             worker.close()
     return [
         {
-            "kind": case["kind"],
+            "kind": f"against {case['kind']}",
             "model": case["model"],
             "contender": name,
             "base": "other",

@@ -24,6 +24,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "metric_bins": {"width": 16, "bins": 8, "embedding": 8, "attractors": (4, 2, 2, 1)},
     "lraspp": {"width": 16, "maps": 5},
     "linear": {},
+    "linear_bins": {"maps": 2, "bins": 8, "layer_norm": True},
     "fcrn": {"widths": (16, 16, 8, 8, 8), "dropout": 0.0},
     "dorn": {"bins": 12, "width": 16, "fused": 32, "dilations": (1, 2), "dropout": 0.0},
 }
@@ -78,7 +79,7 @@ def test_every_trained_parameter_gets_a_gradient(head: str) -> None:
     sum(output.get(name).mean() for name in trained if name not in model.head.counted).backward()  # type: ignore[union-attr]
     named = dict(model.named_parameters())
     assert [name for name, p in named.items() if (p.grad is not None) != p.requires_grad] == []
-    if head != "linear":
+    if not model.head.frozen_encoder:
         assert any(name.startswith("encoder.") and p.requires_grad for name, p in named.items())
 
 
@@ -143,6 +144,41 @@ def test_linear_head_is_linear_in_standardised_features() -> None:
     model.head.depth_range = nn.Identity()
     mean = model.head([(a + b) / 2 for a, b in zip(one, other, strict=True)], size).depth
     torch.testing.assert_close(mean, (model.head(one, size).depth + model.head(other, size).depth) / 2)
+
+
+def dinov3_depth(features: list[torch.Tensor], head: nn.Module, bins: int) -> torch.Tensor:
+    """DINOv3's linear depth, restated position by position: LayerNorm, BatchNorm2d, 1x1 convolution, mean over bins."""
+    *shallower, deepest = features
+    channels = deepest.shape[1]
+    deepest = nn.LayerNorm(channels, eps=1e-6).to(deepest)(deepest.flatten(2).mT).mT.reshape(deepest.shape)
+    size = features[0].shape[-2:]
+    maps = [nn.functional.interpolate(x, size=size, mode="bilinear") for x in (*shallower, deepest)]
+    x = torch.cat(maps, 1)
+    mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
+    x = (x - mean) / (var + 1e-5).sqrt()
+    weight, bias = head.get_parameter("project.weight"), head.get_parameter("project.bias")
+    logits = torch.einsum("bchw,kc->bkhw", x, weight[:, :, 0, 0]) + bias[:, None, None]
+    share = torch.relu(logits) + 0.1
+    share = share / share.sum(1, keepdim=True)
+    return sum(share[:, k] * (1e-3 + (10 - 1e-3) * k / (bins - 1)) for k in range(bins))[:, None]  # type: ignore[return-value]
+
+
+def test_linear_bins_computes_what_dinov3_computes() -> None:
+    model = small("linear_bins", "test_convnext").double().train()
+    nn.init.normal_(model.head.project.weight)
+    assert trainable(model) == sum(level.channels for level in model.levels) * (2 + 8) + 8
+    features = [
+        torch.randn(2, level.channels, 64 // level.stride, 96 // level.stride, dtype=torch.float64)
+        for level in model.levels
+    ]
+    depth = model.head(features, (64, 96)).depth
+    torch.testing.assert_close(depth, dinov3_depth(features, model.head, 8), rtol=1e-6, atol=1e-6)
+    assert depth.min() > 1e-3
+    assert depth.max() < 10
+    # All logits at or below zero: every bin counts alike, and depth is the middle of the range.
+    nn.init.zeros_(model.head.project.weight)
+    middle = model.head(features, (64, 96)).depth
+    torch.testing.assert_close(middle, torch.full_like(middle, (1e-3 + 10) / 2))
 
 
 # --- LR-ASPP

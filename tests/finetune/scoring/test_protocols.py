@@ -395,7 +395,7 @@ def metric_pixels(name: str, first: np.ndarray, mirrored: np.ndarray, g: np.ndar
     """Prediction and ground truth of the pixels that count, each protocol in words of its own."""
     nyu = name.startswith("nyu")
     cap = 10 if nyu else 80
-    if name in ("nyu-adabins", "nyu-zoedepth", "nyu-densedepth", "kitti-garg-kb"):
+    if name in ("nyu-adabins", "nyu-zoedepth", "nyu-dinov3-linear", "nyu-densedepth", "kitti-garg-kb"):
         back = mirrored[:, ::-1]
         if name in ("nyu-adabins", "nyu-densedepth"):
             first, back = (x.clip(0.1 if "dense" in name else 1e-3, 10) for x in (first, back))
@@ -421,6 +421,7 @@ def metric_pixels(name: str, first: np.ndarray, mirrored: np.ndarray, g: np.ndar
         "nyu-bts": ((45, 471), (41, 601)),
         "nyu-adabins": ((45, 471), (41, 601)),
         "nyu-zoedepth": ((45, 471), (41, 601)),
+        "nyu-dinov3-linear": ((45, 471), (41, 601)),
         "nyu-marigold": ((45, 471), (41, 601)),
         "nyu-dorn": ((20, 460), (24, 616)),
         "nyu-densedepth": ((20, 460), (24, 616)),

@@ -11,6 +11,9 @@ from accelerate.state import AcceleratorState
 
 from finetune.losses.weighted import WeightedLoss
 from finetune.model.depth_model import DepthModel, load_depth_model
+from finetune.tasks.depth import DepthTraining
+from spark.training.log import read_rows
+from spark.training.state import RunState
 from tests.finetune.tasks.test_depth_training import (
     STEADY,
     arguments,
@@ -127,3 +130,30 @@ def test_sharded_weights_train_as_whole_ones(
     )
     assert done.codes == [0, 0], done.stderr[-3000:]
     assert [row["step"] for row in rows_of(tmp_path / "sharded")] == [1, 2, 3, 4]
+
+
+def test_a_rollback_takes_back_the_validations_of_the_weights_that_are_left(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run decides as one that is resumed from its rows would: by validations that are in them."""
+    spoil(monkeypatch, 4)
+    options = {"guard.on_nonfinite": "rollback", "checkpoint_every": 1, "max_steps": 6, "validate_every": 0.5}
+    seen: list[list[tuple[int, float]]] = []
+    ended = DepthTraining.ended
+
+    def noted(self: DepthTraining, run: Any) -> bool:
+        rows = read_rows(run.log.path)
+        assert self.selection.scores == [(r["step"], r["val_abs_rel"]) for r in rows if "val_abs_rel" in r]
+        seen.append(list(self.selection.scores))
+        return ended(self, run)
+
+    monkeypatch.setattr(DepthTraining, "ended", noted)
+    monkeypatch.setattr(
+        RunState, "rollback_target", lambda self, folder: Path(folder) / "checkpoints" / "step_0000001"
+    )
+    rows = run(world, tmp_path / "run", keep_checkpoints=9, **options)
+    assert max(len(scores) for scores in seen) >= 2
+    assert [len(scores) for scores in seen] != sorted(len(scores) for scores in seen), "some were taken back"
+    assert [row["step"] for row in rows if row.get("event") == "rollback"] == [1]
+    events = [row for row in rows if "event" in row]
+    assert not any(name.startswith("val_") for row in events for name in row)

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -505,9 +506,34 @@ def test_a_full_disk_leaves_no_half_written_file(tmp_path, full_disk):
     accelerator = start_accelerator(tmp_path, "fp32")
     with pytest.raises(OSError, match=r"the disk is full, .*metrics\.jsonl was not written"):
         RunLog(tmp_path, accelerator, None)
-    with pytest.raises(OSError, match=r"the disk is full, .*nonfinite_step_0000007\.txt was not written"):
-        stop_run(accelerator, 7, "nan", files=["a"], output_dir=tmp_path, save=lambda: None)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_hides_no_reason(tmp_path, full_disk):
+    def save():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    accelerator = start_accelerator(tmp_path, "fp32")
+    with pytest.raises(UserError) as stopped:
+        stop_run(accelerator, 7, "the loss is nan", files=["a", "b"], output_dir=tmp_path, save=save)
+    sentence = str(stopped.value)
+    assert sentence.startswith(
+        "the loss is nan at step 7, the run has stopped; the state before this step could not"
+    )
+    assert "The images of this batch, a, b first, could not be listed (" in sentence
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_may_be_started_from_another_thread():
+    """Only the main thread may handle signals; the run there goes without."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def stop_of_a_thread():
+        with StopRequest() as stop:
+            return stop.requested, signal.getsignal(signal.SIGTERM)
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(stop_of_a_thread).result() == (False, before)
 
 
 def test_operators_without_a_sparse_rule_are_a_users_error(capsys):
