@@ -433,8 +433,8 @@ def hide(text: str, places: Mapping[str, str]) -> str:
 
 def row_values(row: Row, study: Study, latency: Mapping[str, str]) -> dict[str, Any] | None:
     """The columns of a row; None where its last file is not there yet."""
-    files = [row.probe] if row.probe else [*row.scores.values()]
-    if not files or not all(path.exists() for path in files):  # depth may be missing where there is a probe
+    files = [*row.scores.values()] or [row.probe]  # an arm that only pretrains has a probe
+    if not all(path is not None and path.exists() for path in files):
         return None
     known: dict[str, Any] = {
         "arm": row.arm,
@@ -608,8 +608,7 @@ def write_results(
     write_whole(path, rows_as_csv(rows).encode())
     more: list[str] = []
     if "differences" in content:
-        scored = [(values, row.scores.get("results")) for row, values in made]
-        scored = [(values, path) for values, path in scored if path is not None and path.exists()]
+        scored = [(values, row.scores["results"]) for row, values in made if "results" in row.scores]
         if found := differences(scored, content):
             write_whole(results.with_name(f"{results.name}_differences.csv"), rows_as_csv(found).encode())
             more = [f"| {' | '.join(found[0])} |", "|---" * len(found[0]) + "|"]

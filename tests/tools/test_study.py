@@ -148,10 +148,19 @@ def test_commands_tables_and_resuming(data, commands):
     assert read(out / "table.csv") == rows
 
 
-def test_a_probed_arm_has_a_row_before_its_depth_is_scored(data, commands, monkeypatch):
-    probed = {**CONTENT, "probe": {"data": "{data}/images"}}
-    columns = {**CONTENT["columns"], "linear": "probe.linear.val:.2f"}
-    run_study(data, {**probed, "columns": columns, "seeds": [0]}, "--only", "resnet18_scratch")
+def test_a_row_is_there_once_all_its_scores_are(data, commands, monkeypatch):
+    probed = {**CONTENT, "probe": {"data": "{data}/images"}, "seeds": [0]}
+    probed["columns"] = {**CONTENT["columns"], "linear": "probe.linear.val:.2f"}
+    probed["arms"] = [
+        *CONTENT["arms"],
+        {"name": "alone", "encoder": "resnet50", "start": "spark", "depth": None},
+    ]
+    probed["pretrain"] = {
+        **CONTENT["pretrain"],
+        "name": "{encoder}",
+        "config": "configs/pretrain/nyu_resnet18.yaml",
+    }
+    done = study.subprocess.run
 
     def probe_written(command: list[str], **options: object) -> object:
         if "spark.commands.probe" in command:
@@ -159,15 +168,12 @@ def test_a_probed_arm_has_a_row_before_its_depth_is_scored(data, commands, monke
             Path(command[command.index("--output") + 1]).write_text(json.dumps(result))
         return done(command, **options)
 
-    done = study.subprocess.run
     monkeypatch.setattr(study.subprocess, "run", probe_written)
-    out = run_study(data, {**probed, "columns": columns, "seeds": [0]}, "--only", "resnet18_spark")
-    for path in (out / "runs").glob("depth_resnet18_spark_0/results.json"):
-        path.unlink()
-    run_study(data, {**probed, "columns": columns, "seeds": [0]}, "--table")
-    rows = {row["start"]: row for row in read(out / "table.csv")}
-    assert (rows["spark"]["linear"], rows["spark"]["delta1"]) == ("0.50", "")
-    assert rows["scratch"]["delta1"] == "0.40000"
+    out = run_study(data, probed)
+    (out / "runs" / "depth_resnet18_spark_0" / "results.json").unlink()
+    run_study(data, probed, "--table")
+    rows = [(row["encoder"], row["start"], row["linear"], row["delta1"]) for row in read(out / "table.csv")]
+    assert rows == [("resnet18", "scratch", "", "0.40000"), ("resnet50", "spark", "0.50", "")]
 
 
 def test_what_was_made_otherwise_is_refused(data, commands, monkeypatch):
