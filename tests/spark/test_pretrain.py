@@ -979,6 +979,16 @@ def test_full_disk_keeps_older_checkpoints(command, tmp_path, monkeypatch, capsy
     assert curve(folder) == curve(whole)
 
 
+def test_a_picture_that_an_interruption_left_out_is_drawn_on_resume(command, tmp_path, capsys):
+    options = ("--panels_every=2", "--checkpoint_every=2")
+    run(command(*options, "--max_steps=2"))
+    picture = next(tmp_path.rglob("panels_0000002.png"))
+    before = picture.read_bytes()
+    picture.unlink()  # as if killed between the checkpoint and the picture
+    run(command(*options, "--max_steps=3", "--resume=true"))
+    assert picture.read_bytes() == before
+
+
 def test_pictures_and_exports_on_demand_do_not_stop_training(command, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     saved_before = []

@@ -1,5 +1,6 @@
 """What the engine gives to depth runs as to pretraining: guard, rollback, time limit, sharded weights."""
 
+import errno
 import math
 import time
 from pathlib import Path
@@ -157,3 +158,22 @@ def test_a_rollback_takes_back_the_validations_of_the_weights_that_are_left(
     assert [row["step"] for row in rows if row.get("event") == "rollback"] == [1]
     events = [row for row in rows if "event" in row]
     assert not any(name.startswith("val_") for row in events for name in row)
+
+
+def test_a_full_disk_at_a_validation_follows_the_guard(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save = DepthModel.save
+
+    def full(self: DepthModel, folder: str | Path) -> Path:
+        if Path(folder).name == "best":
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+        return save(self, folder)
+
+    monkeypatch.setattr(DepthModel, "save", full)
+    options = {"max_steps": 4, "validate_every": 0.5}
+    rows = run(world, tmp_path / "run", **options, **{"guard.on_save_error": "continue"})
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert "best/ after step" in capsys.readouterr().out
+    with pytest.raises((OSError, SystemExit)):
+        run(world, tmp_path / "stops", **options)

@@ -326,7 +326,7 @@ def test_a_row_that_was_half_written_is_taken_back(tmp_path):
 def test_rows_are_dropped_on_the_way_back_and_events_move(tmp_path):
     log = RunLog(tmp_path, start_accelerator(tmp_path, "fp32"), None)
     for step in range(1, 5):
-        log.row(step, loss=float(step), **({"event": "skip"} if step == 3 else {}))
+        log.row(step, loss=float(step), val_rmse=1.0, **({"event": "skip"} if step == 3 else {}))
     log.rewind(2, keep_events=True)
     rows = read_rows(log.path)
     assert [row["step"] for row in rows] == [1, 2, 2]
