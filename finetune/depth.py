@@ -23,7 +23,7 @@ from spark.training.cli import call_options, make_callable, parse_config
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    with one_line_errors():
+    with one_line_errors("interrupted; --resume true goes on from the newest checkpoint, if there is one"):
         train_depth(parse_config(DepthConfig, argv, __doc__ or ""))
 
 

@@ -23,15 +23,11 @@ from spark.training.cli import parse_config
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0, 1 if nothing could be read, or 130 after Ctrl-C."""
-    with one_line_errors():
+    with one_line_errors("interrupted before anything was written"):  # later on predict handles it
         config = parse_config(PredictConfig, argv, __doc__ or "")
         from finetune.commands.work.predict import predict
 
-        try:
-            return predict(config)
-        except KeyboardInterrupt:  # while the model is loaded; later ones are handled
-            print("interrupted before anything was written")
-            return 130
+        return predict(config)
 
 
 if __name__ == "__main__":

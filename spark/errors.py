@@ -17,12 +17,14 @@ class FileError(OSError, UserError):
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(interrupted: str = "interrupted") -> Iterator[None]:
     """End a command with one line ``error: ...`` and exit code 2 for what a user can mend; bugs keep their traceback.
 
     That is a `UserError`, raised in this process or in a loader's, and what the system says of a file: that it is
     missing, not readable, or that the disk is full. The main process speaks. The others wait for the launcher to end
     them, and speak only if it does not, which means that the error was theirs alone.
+
+    Ctrl-C, where nothing inside handles it, ends the command with exit code 130 after the line `interrupted`.
     """
     try:
         yield
@@ -35,6 +37,10 @@ def one_line_errors() -> Iterator[None]:
             time.sleep(3)
         print(f"error{f' in process {rank}' if rank else ''}: {sentence}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(interrupted, file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
 
 
 def one_line(error: UserError | OSError) -> str | None:

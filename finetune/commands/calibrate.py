@@ -9,7 +9,6 @@
 What is found is part of the model's config.json; predict, evaluate and export apply it without being asked.
 """
 
-import sys
 from collections.abc import Sequence
 
 from finetune.options import CalibrateConfig
@@ -19,15 +18,11 @@ from spark.training.cli import parse_config
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; a user's error is one sentence and exit code 2."""
-    with one_line_errors():
+    with one_line_errors("interrupted: a calibration is written at the end, whole or not at all"):
         config = parse_config(CalibrateConfig, argv, __doc__ or "")
         from finetune.commands.work.calibrate import calibrate
 
-        try:
-            calibrate(config)
-        except KeyboardInterrupt:
-            print("interrupted: a calibration is written at the end, whole or not at all", file=sys.stderr)
-            raise SystemExit(130) from None
+        calibrate(config)
 
 
 if __name__ == "__main__":

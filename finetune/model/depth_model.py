@@ -305,6 +305,8 @@ def open_encoder(
             **options,
         )
     except RefusedOptions as error:
+        if not encoder_options:
+            raise
         raise UserError(
             f"{error} (encoder_options are {dict(encoder_options)}, '{{}}' gives none)"
         ) from error

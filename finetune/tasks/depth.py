@@ -235,11 +235,15 @@ class DepthTraining(Task):
         return metrics
 
     def note(self, run: Run, model: DepthModel, metrics: dict[str, float]) -> None:
-        """Add a validation to the row of the step, and keep the model in best/ if it is the best so far."""
+        """Add a validation to the row of the step, and keep the model in best/ if it is the best so far.
+
+        One whose model cannot be kept does not count: best/ is always that of the best validation in the rows.
+        """
         better = self.selection.add(run.step, metrics)
-        if better:
-            run.keep_on("best/", lambda: model.save(run.folder / "best"))
         run.say(f"step {run.step}  {self.protocol.name}  {summary(metrics)}" + "  (best so far)" * better)
+        if better and not run.keep_on("best/", lambda: model.save(run.folder / "best")):
+            self.selection.scores.pop()
+            return
         values = {f"val_{name}": value for name, value in metrics.items()}
         run.keep_on("the validation", lambda: run.log.amend(run.step, **values))
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 from finetune.config import DepthConfig
 from spark.training.optim import lr_at, one_cycle_at
@@ -51,19 +52,13 @@ def learning_rate(config: DepthConfig, length: RunLength, step: int) -> float:
     """Learning rate of the head at a step, counted from 0."""
     optim = config.optim
     if optim.schedule == "onecycle":
-        return one_cycle_at(
-            step,
-            peak=optim.lr,
-            total_steps=length.steps,
-            rise=optim.rise,
-            start_factor=optim.start_factor,
-            end_factor=optim.end_factor,
-        )
-    return lr_at(
+        schedule = partial(one_cycle_at, rise=optim.rise)
+    else:
+        schedule = partial(lr_at, warmup_steps=length.warmup)
+    return schedule(
         step,
         peak=optim.lr,
         total_steps=length.steps,
-        warmup_steps=length.warmup,
         start_factor=optim.start_factor,
         end_factor=optim.end_factor,
     )

@@ -11,7 +11,6 @@ A run that was stopped goes on with the same command: shards that are finished s
 is whole. report.json says what was left out and why.
 """
 
-import sys
 from collections.abc import Sequence
 
 from spark.errors import one_line_errors
@@ -21,15 +20,11 @@ from spark.training.cli import parse_config
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; a user's error is one sentence and exit code 2."""
-    with one_line_errors():
+    with one_line_errors("stopped; the same command goes on with the shards that are missing"):
         config = parse_config(PrepareConfig, argv, __doc__ or "")
         from spark.commands.work.prepare import prepare
 
-        try:
-            prepare(config)
-        except KeyboardInterrupt:
-            print("stopped; the same command goes on with the shards that are missing", file=sys.stderr)
-            raise SystemExit(130) from None
+        prepare(config)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from spark.errors import UserError
 from spark.training.sharding import fsdp_plugin, prepare_sharded, use_fsdp
 
-PATIENCE = timedelta(hours=6)
+LONGEST_WAIT = timedelta(hours=6)
 """How long processes wait for one another: the main one validates, measures and writes while the others do nothing."""
 
 
@@ -62,7 +62,7 @@ def start_accelerator(output_dir: str | Path, precision: str, tracker: str = "no
         fsdp_plugin=plugin,
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=PATIENCE),
+            InitProcessGroupKwargs(timeout=LONGEST_WAIT),
         ],
     )
     if plugin is not None:

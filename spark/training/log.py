@@ -17,9 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from spark.errors import FileError, UserError
 from spark.files import write_whole
 
-EVENT = ("event", "reason", "at_step")
-STEADY = ("loss", "lr", "images_per_second")
-"""Columns that every row has."""
+EVENT_COLUMNS = ("event", "reason", "at_step", "loss", "lr", "images_per_second")
+"""What is kept of a step that a run has left: what happened, and what every row has."""
 
 
 class RunLog:
@@ -66,7 +65,7 @@ class RunLog:
             if row["step"] <= step:
                 rows.append(row)
             elif keep_events and "event" in row:
-                kept = {name: row[name] for name in (*EVENT, *STEADY) if name in row}
+                kept = {name: row[name] for name in EVENT_COLUMNS if name in row}
                 rows.append({"at_step": row["step"], **kept, "step": step})
         write_whole(self.path, _lines(rows))
 

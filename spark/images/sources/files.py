@@ -139,9 +139,8 @@ def _images_in_list(path: Path, confined: bool, arrays: bool) -> list[Path]:
                 "or move the list"
             )
         image = path.parent / entry  # an absolute entry replaces the parent
-        if os.path.isdir(
-            image
-        ):  # of os.path: what is no name at all, such as a line of prose, is not there either
+        # os.path says of what cannot be a name, such as a long line of prose, that it is not there; pathlib raises.
+        if os.path.isdir(image):
             images.extend(_images_in_folder(image, arrays))
         elif os.path.exists(image):
             images.append(image)

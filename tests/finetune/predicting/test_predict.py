@@ -153,8 +153,10 @@ def test_control_c_while_the_model_is_loaded_is_no_traceback(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("finetune.commands.work.predict.load_depth_model", stopped)
-    assert run(model, photo(tmp_path / "x.png"), tmp_path / "out") == 130
-    assert "interrupted before anything was written" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        run(model, photo(tmp_path / "x.png"), tmp_path / "out")
+    assert ended.value.code == 130
+    assert "interrupted before anything was written" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -19,6 +19,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import LoggerType
 from torch.utils.data import DataLoader, Dataset
 
+import spark.pretrain
 from finetune.config import DepthConfig, DepthDataConfig
 from spark.errors import UserError, one_line_errors
 from spark.files import write_whole
@@ -541,6 +542,19 @@ def test_operators_without_a_sparse_rule_are_a_users_error(capsys):
     with pytest.raises(SystemExit), one_line_errors():
         torch.fft.fft2(value)  # type: ignore[arg-type]
     assert capsys.readouterr().err.startswith("error: no sparse rule for operator")
+
+
+def test_control_c_before_the_first_step_is_a_line(capsys, monkeypatch):
+    """Signals are handled from the first step on; before, torch is imported and data are listed."""
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spark.training.run.Run.__init__", stopped)
+    with pytest.raises(SystemExit) as ended:
+        spark.pretrain.main(["--model=resnet18", "--data=photos", "--output_dir=run"])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.startswith("interrupted; --resume true goes on")
 
 
 def test_bugs_keep_their_traceback():
