@@ -61,8 +61,8 @@ class LinearBins(Head):
         """Return depth at the size of the largest map that is read."""
         *shallower, deepest = features
         if self.layer_norm:
-            channels_last = deepest.permute(0, 2, 3, 1)
-            deepest = F.layer_norm(channels_last, channels_last.shape[-1:], eps=1e-6).permute(0, 3, 1, 2)
+            channels = (self.levels[-1].channels,)
+            deepest = F.layer_norm(deepest.permute(0, 2, 3, 1), channels, eps=1e-6).permute(0, 3, 1, 2)
         largest = features[0].shape[-2:]
         maps = [
             F.interpolate(x, largest, mode="bilinear", align_corners=False) for x in (*shallower, deepest)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from finetune import DepthModel, load_depth_model
 from finetune.commands import export as export_depth
 from finetune.commands.work import export as depth_work
+from finetune.heads import HEADS
 from finetune.model.calibration import Calibration
 from finetune.model.graph import fitted, resample
 from finetune.model.prediction import fitted_size, predict_image
@@ -25,10 +26,11 @@ from spark.model.encoder import build_encoder
 from spark.weights.graph import Sizes, write_graph
 
 onnxruntime = pytest.importorskip("onnxruntime")
-HEADS = {
+SMALL: dict[str, dict] = {
     "unetpp": {"decoder_channels": (16, 16, 8, 8, 8)},
     "lraspp": {"width": 16, "maps": 4, "encoder": "test_efficientnet"},
     "linear": {},
+    "linear_bins": {"bins": 8, "layer_norm": True, "encoder": "test_convnext"},
     "fusion": {"width": 8, "encoder": "test_convnext"},
     "metric_bins": {"width": 8, "bins": 8, "embedding": 8},
     "fcrn": {"widths": (16, 16, 8, 8, 8)},
@@ -39,7 +41,7 @@ DOC = Path(__file__).parents[3] / "docs" / "use" / "export.md"
 
 def depth_model(folder: Path, head: str = "unetpp", calibration: Calibration | None = None) -> Path:
     torch.manual_seed(0)
-    options = {"encoder": "test_resnet", "image_size": (48, 64), "max_depth": 8.0, **HEADS[head]}
+    options = {"encoder": "test_resnet", "image_size": (48, 64), "max_depth": 8.0, **SMALL[head]}
     model = DepthModel(head=head, **options)
     for parameter in model.head.parameters():  # an untrained head says nearly the same everywhere
         parameter.data += 0.05 * torch.randn_like(parameter)
@@ -80,7 +82,7 @@ def error_of(capsys: pytest.CaptureFixture[str], main, *arguments: object) -> st
     return capsys.readouterr().err
 
 
-@pytest.mark.parametrize("head", list(HEADS))
+@pytest.mark.parametrize("head", HEADS)
 def test_onnx_of_every_head(tmp_path: Path, head: str) -> None:
     folder, file = depth_model(tmp_path, head), tmp_path / "depth.onnx"
     export_depth.main(["--model", str(folder), "--output", str(file), "--resize", "none"])
