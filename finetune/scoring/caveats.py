@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune.protocols.metrics import METRIC
-from finetune.scoring.evaluators import evaluator_class
+from finetune.scoring.evaluators import measure_of
 from finetune.scoring.metrics import count
 
 READING = {
@@ -25,7 +25,7 @@ def caveats(results: Mapping[str, Any]) -> list[str]:
     """
     found = []
     settings = results.get("settings", {})
-    evaluator = evaluator_class(settings)
+    evaluator = measure_of(settings)
     expected, depth = settings.get("expected_images"), settings.get("depth")
     if None not in (expected, results.get("images")) and results["images"] != expected:
         found.append(

@@ -14,7 +14,7 @@ from scipy.stats import binomtest, wilcoxon
 from finetune.options import CompareConfig
 from finetune.protocols.metrics import METRIC
 from finetune.report.terminal import say
-from finetune.scoring.evaluators import EVALUATORS
+from finetune.scoring.evaluators import MEASURES
 from finetune.scoring.intervals import LEVEL, draws, interval, resampled
 from finetune.scoring.metrics import read_results
 from spark.errors import UserError
@@ -62,7 +62,7 @@ def read_one(path: str, protocol: str | None) -> dict[str, Any]:
             f"{path} lacks {', '.join(missing)}: score again with spark-evaluate, older results do not say how"
             " they were measured"
         )
-    if chosen[0]["settings"].get("family") not in EVALUATORS:
+    if chosen[0]["settings"].get("family") not in MEASURES:
         raise UserError(
             f"{path} is of a kind of protocol that this version does not know: update this project"
         )
