@@ -35,18 +35,22 @@ ORDER = {
         "protocols depth_data",
         "heads",
         "model losses config",
+        "label_config",
         "scoring",
         "report",
         "predicting tasks",
         "commands",
-        "depth evaluate predict",
+        "depth classify segment evaluate predict",
     ],
 }
 RANKS = {
     package: {room: rank for rank, rooms in enumerate(order) for room in rooms.split()}
     for package, order in ORDER.items()
 }
-ENTRIES = {"spark.pretrain", "finetune.depth", "finetune.evaluate", "finetune.predict"}
+ENTRIES = {
+    "spark.pretrain",
+    *(f"finetune.{name}" for name in ("depth", "classify", "segment", "evaluate", "predict")),
+}
 
 
 def modules():

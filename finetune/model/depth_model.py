@@ -5,7 +5,6 @@ Shapes: images [B, 3, H, W] of any size, depth [B, 1, H, W] in metres.
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,42 +21,17 @@ from finetune.heads import HEADS
 from finetune.heads.base import Head
 from finetune.heads.output import DepthOutput, DepthRange
 from finetune.model.calibration import Calibration
-from finetune.model.encoder_model import DenseModel, write_model
+from finetune.model.encoder_model import ENCODER_NAME, DenseModel, open_encoder, write_model
 from finetune.model.prediction import predict_image, read_photo
 from spark.errors import UserError
 from spark.files import checksum, write_whole
-from spark.model.encoder import RefusedOptions, build_encoder, freeze_unreached
-from spark.model.names import is_own
-from spark.weights.encoder import CONFIG, WEIGHTS, description, name_of, read_encoder
+from spark.model.encoder import build_encoder, freeze_unreached
+from spark.weights.encoder import CONFIG, WEIGHTS, description, name_of
 from spark.weights.hub import PREFIX, download
 from spark.weights.keys import KeyReport
 
 FRAME_MAPS = ("depth", "disparity_affine")
 """Maps that are brought to the size of the images."""
-
-ENCODER_NAME = "encoder_name= (--encoder_name)"
-"""How sentences call the argument and the option that name an encoder which a file does not say, or may not."""
-
-# Arguments of `read_encoder` and `timm.create_model` that a depth model sets itself.
-_NOT_FREE = {
-    **dict.fromkeys(("drop_path", "drop_path_rate"), "set drop_path"),
-    **dict.fromkeys(("model_name", "name_option"), "set encoder_name"),
-    "pretrained": "set pretrained",
-    "in_chans": "depth is of colour images",
-    "averaged": "export the averaged weights",
-    **dict.fromkeys(
-        ("source", "name", "model_name_or_path", "checkpoint_path", "cache_dir"),
-        "set encoder, which says the weights",
-    ),
-    **dict.fromkeys(
-        ("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "kwargs_filter"),
-        "weights are loaded whole or not at all",
-    ),
-    **dict.fromkeys(
-        ("features_only", "out_indices", "feature_cls", "num_classes", "global_pool"),
-        "the head takes the feature maps that it wants",
-    ),
-}
 
 
 class DepthModel(DenseModel):
@@ -216,48 +190,6 @@ class DepthModel(DenseModel):
         if self.calibration is not None:
             config["calibration"] = self.calibration.as_config()
         return write_model(self, folder, config, card)
-
-
-def open_encoder(
-    encoder: str | Path,
-    encoder_name: str | None,
-    pretrained: bool,
-    drop_path: float,
-    encoder_options: Mapping[str, Any],
-) -> tuple[nn.Module, KeyReport]:
-    """The encoder of a depth model, as the arguments of `DepthModel` say, and what became of its weights."""
-    if wrong := sorted(_NOT_FREE.keys() & encoder_options):
-        raise UserError(f"encoder_options cannot set {wrong[0]}: {_NOT_FREE[wrong[0]]}")
-    options = dict(encoder_options)
-    if drop_path:
-        own = is_own(str(encoder)) or is_own(encoder_name or "")
-        options["drop_path" if own else "drop_path_rate"] = drop_path
-    if re.match(r"swin(v2)?_", str(encoder)):
-        options["strict_img_size"] = False  # images may have any size
-    try:
-        made, report = read_encoder(
-            encoder,
-            in_chans=3,
-            pretrained=pretrained,
-            model_name=encoder_name,
-            name_option=ENCODER_NAME,
-            **options,
-        )
-    except RefusedOptions as error:
-        if not encoder_options:
-            raise
-        raise UserError(
-            f"{error} (encoder_options are {dict(encoder_options)}, '{{}}' gives none)"
-        ) from error
-    asked = report.source and (Path(encoder).is_file() or hasattr(made, "own_encoder"))
-    if encoder_name is not None and not asked:
-        raise UserError(
-            f"encoder_name is for .pth files and for convnets of your own in files and folders: {encoder} says itself "
-            "which encoder it is, leave it out"
-        )
-    if pretrained and report.source:
-        raise UserError(f"pretrained is for timm names: {report.source} brings its own weights, leave it out")
-    return made, report
 
 
 def start_from(model: DepthModel, folder: str | Path) -> KeyReport:

@@ -1,6 +1,7 @@
 """What models on an encoder share: preparation of images, an encoder that can be held still, padding, files."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,8 +13,34 @@ from torch.nn import functional as F
 
 from spark.errors import UserError
 from spark.files import whole_folder, write_tensors
-from spark.model.encoder import PyramidLevel, pyramid, pyramid_info
-from spark.weights.encoder import CARD, CONFIG, WEIGHTS
+from spark.model.encoder import PyramidLevel, RefusedOptions, pyramid, pyramid_info
+from spark.model.names import is_own
+from spark.weights.encoder import CARD, CONFIG, WEIGHTS, read_encoder
+from spark.weights.keys import KeyReport
+
+ENCODER_NAME = "encoder_name= (--encoder_name)"
+"""How sentences call the argument and the option that name an encoder which a file does not say, or may not."""
+
+# Arguments of `read_encoder` and `timm.create_model` that a model on an encoder sets itself.
+_NOT_FREE = {
+    **dict.fromkeys(("drop_path", "drop_path_rate"), "set drop_path"),
+    **dict.fromkeys(("model_name", "name_option"), "set encoder_name"),
+    "pretrained": "set pretrained",
+    "in_chans": "images are of three colours",
+    "averaged": "export the averaged weights",
+    **dict.fromkeys(
+        ("source", "name", "model_name_or_path", "checkpoint_path", "cache_dir"),
+        "set encoder, which says the weights",
+    ),
+    **dict.fromkeys(
+        ("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "kwargs_filter"),
+        "weights are loaded whole or not at all",
+    ),
+    **dict.fromkeys(
+        ("features_only", "out_indices", "feature_cls", "num_classes", "global_pool"),
+        "the model takes the features that it wants",
+    ),
+}
 
 
 class EncoderModel(nn.Module):
@@ -119,6 +146,48 @@ class DenseModel(EncoderModel):
         if values.shape[-2:] != padded:
             values = F.interpolate(values, padded, mode="bilinear", align_corners=False)
         return values[..., : size[0], : size[1]]
+
+
+def open_encoder(
+    encoder: str | Path,
+    encoder_name: str | None,
+    pretrained: bool,
+    drop_path: float,
+    encoder_options: Mapping[str, Any],
+) -> tuple[nn.Module, KeyReport]:
+    """The encoder of a model, as the arguments of `finetune.DepthModel` say, and what became of its weights."""
+    if wrong := sorted(_NOT_FREE.keys() & encoder_options):
+        raise UserError(f"encoder_options cannot set {wrong[0]}: {_NOT_FREE[wrong[0]]}")
+    options = dict(encoder_options)
+    if drop_path:
+        own = is_own(str(encoder)) or is_own(encoder_name or "")
+        options["drop_path" if own else "drop_path_rate"] = drop_path
+    if re.match(r"swin(v2)?_", str(encoder)):
+        options["strict_img_size"] = False  # images may have any size
+    try:
+        made, report = read_encoder(
+            encoder,
+            in_chans=3,
+            pretrained=pretrained,
+            model_name=encoder_name,
+            name_option=ENCODER_NAME,
+            **options,
+        )
+    except RefusedOptions as error:
+        if not encoder_options:
+            raise
+        raise UserError(
+            f"{error} (encoder_options are {dict(encoder_options)}, '{{}}' gives none)"
+        ) from error
+    asked = report.source and (Path(encoder).is_file() or hasattr(made, "own_encoder"))
+    if encoder_name is not None and not asked:
+        raise UserError(
+            f"encoder_name is for .pth files and for convnets of your own in files and folders: {encoder} says itself "
+            "which encoder it is, leave it out"
+        )
+    if pretrained and report.source:
+        raise UserError(f"pretrained is for timm names: {report.source} brings its own weights, leave it out")
+    return made, report
 
 
 def write_model(

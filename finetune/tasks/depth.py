@@ -1,6 +1,5 @@
 """Supervised depth training as a task of the engine: model and losses, pairs, validations, and the model it leaves."""
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from finetune.config import DepthConfig
-from finetune.depth_data import MixedSampler, TrainingMix, collate_depth
+from finetune.depth_data import MixedSampler, collate_depth
 from finetune.model.depth_model import DepthModel, load_depth_model, start_from
 from finetune.model.prediction import transform_of
 from finetune.protocols import get_protocol
@@ -23,7 +22,7 @@ from finetune.scoring.sources import check_protocol
 from finetune.tasks.build import build_model, build_trained, open_data
 from finetune.tasks.summary import describe
 from finetune.tasks.trained import TrainedDepth
-from finetune.tasks.transfer import Transfer
+from finetune.tasks.transfer import Transfer, fingerprint
 from spark.errors import UserError
 from spark.images.loader import load_batches
 from spark.training.run import Run
@@ -62,7 +61,7 @@ class DepthTraining(Transfer):
         self.terms = tuple(config.losses)
         self.scored_as = self.protocol.name
         self.plan(len(self.pairs), run, config.select)
-        self.facts = {"pairs": fingerprint(self.pairs)}
+        self.facts = {"pairs": fingerprint(self.pairs.names())}
         self.idle_reason = (
             f"they had no pixel with a ground truth between {config.model.min_depth:g} and "
             f"{config.model.max_depth:g} m (model.min_depth, model.max_depth)"
@@ -195,9 +194,3 @@ class DepthTraining(Transfer):
             self.length,
             run,
         )
-
-
-def fingerprint(pairs: TrainingMix) -> dict[str, Any]:
-    """How many pairs, and a digest of their names in order: what a stream of pairs depends on beside the seed."""
-    digest = hashlib.sha256("\n".join(pairs.names()).encode("utf-8", "surrogateescape")).hexdigest()
-    return {"count": len(pairs), "sha256": digest}

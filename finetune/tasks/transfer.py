@@ -1,7 +1,8 @@
 """What all training on an encoder shares: rates, frozen epochs, validations, the best model, the last one."""
 
+import hashlib
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -208,3 +209,9 @@ class Transfer(Task):
                 f"{run.folder / 'best'}"
             )
         return words
+
+
+def fingerprint(names: Sequence[str]) -> dict[str, Any]:
+    """How many samples, and a digest of their names in order: what a stream depends on beside the seed."""
+    digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
+    return {"count": len(names), "sha256": digest}

@@ -76,6 +76,7 @@ def save_encoder(
     std: Sequence[float] | None = None,
     input_size: int | tuple[int, int] | None = None,
     card: Callable[[dict[str, Any]], str] | None = None,
+    labels: Sequence[str] | None = None,
 ) -> Path:
     """Export an encoder; `timm.create_model("local-dir:FOLDER", pretrained=True)` loads timm's.
 
@@ -88,6 +89,7 @@ def save_encoder(
         std: Likewise.
         input_size: Training size [px], one number or (H, W), for the record: the encoder takes any.
         card: Makes the model card, README.md, of the content of config.json.
+        labels: Names of the classes of a model with a classifier, timm's `label_names`.
 
     Raises:
         UserError: Neither a stock timm model nor an encoder, or mean and std do not have a value for each channel.
@@ -97,6 +99,8 @@ def save_encoder(
 
     encoder = extract_model_from_parallel(encoder, keep_torch_compile=False)
     config = _encoder_config(encoder, mean, std, input_size)
+    if labels is not None:
+        config["label_names"] = list(labels)
     if "architecture" in config:
         _require_rebuildable(encoder, config)
     text = None if card is None else card(config)
@@ -266,6 +270,11 @@ def load_encoder(
     if report.source:
         logger.log(logging.WARNING if report.missing else logging.INFO, "%s", report)
     return encoder
+
+
+def load_classifier(folder: str | Path) -> nn.Module:
+    """The timm model with its classifier that `save_encoder` wrote, as timm alone reads it, in evaluation mode."""
+    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
 
 def read_encoder(
