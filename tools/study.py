@@ -172,7 +172,7 @@ class Study:
             own = dict(options)
             if epochs:
                 own |= {"epochs": epochs, "optim.cooldown_epochs": 0}
-            elif own["epochs"] == "time":
+            elif own.get("epochs") == "time":
                 own["epochs"] = self.equal_time(arm, run)
             given = {
                 "output_dir": run,
@@ -313,7 +313,12 @@ def image_list(arm: Mapping[str, Any], data: Path, output: Path) -> Path:
     """
     default = ["images", "nyu/nyu_train.txt"]
     entries, share = arm.get("images", default), arm.get("images_share", 1)
-    name = "images" if entries == default else "images_" + "_".join(e.replace("/", "-") for e in entries)
+    entries = [entry.replace("{output}", str(output)) for entry in entries]
+    name = (
+        "images"
+        if entries == default
+        else "images_" + "_".join(re.sub(r"\W+", "-", e.removeprefix(f"{output}/")) for e in entries)
+    )
     target = output / f"{name}{'' if share == 1 else f'_{share:g}'}.txt"
     if target.exists() or not data.is_dir():
         return target
