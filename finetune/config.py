@@ -146,7 +146,7 @@ class DepthDataConfig(AugmentationConfig, DepthSetConfig):
 
 
 @dataclass
-class DepthOptimConfig(OptimizerConfig):
+class TuningOptimConfig(OptimizerConfig):
     """Optimizer and schedule.
 
     Attributes:
@@ -194,8 +194,8 @@ class DepthOptimConfig(OptimizerConfig):
 
 
 @dataclass(kw_only=True)
-class DepthConfig(RunConfig):
-    """Run: encoder, losses, length, precision, logs and checkpoints.
+class TuningConfig(RunConfig):
+    """Run: encoder, length, precision, logs and checkpoints.
 
     Attributes:
         encoder: exported encoder folder, a .pth file, a timm model name, or package.module:factory of a convnet of your
@@ -204,15 +204,37 @@ class DepthConfig(RunConfig):
             convnet of your own in a file or folder, for no file decides which code is run; null asks the file.
         pretrained: for a timm name, load timm's published weights (true) or start from random ones (false); a folder
             or file brings its own weights.
+        sync_bn: batch normalisation takes its statistics over all processes (on CPU each process takes its own).
+        validate_every: epochs between validations; 0 validates at the end only. The last one is always made.
+        patience: validations in a row without a better one after which the run ends; null never ends it early.
+    """
+
+    encoder: PathText
+    encoder_name: str | None = None
+    pretrained: bool = False
+    optim: TuningOptimConfig = field(default_factory=TuningOptimConfig)
+    epochs: PositiveFloat = 15
+    sync_bn: bool = True
+    checkpoint_every: NonNegativeInt = 500
+    validate_every: NonNegativeFloat = 1
+    patience: PositiveInt | None = None
+
+    def own_encoder(self) -> str | None:
+        """package.module:factory of one's own encoder, as the options name it; None for timm's."""
+        return next((name for name in (self.encoder, self.encoder_name) if name and is_own(name)), None)
+
+
+@dataclass(kw_only=True)
+class DepthConfig(TuningConfig):
+    """Run: encoder, losses, length, precision, logs and checkpoints.
+
+    Attributes:
         losses: name and weight of each loss in the sum; docs/use/depth.md says what each scores and needs.
         loss_options: arguments of each of these losses, by its name, such as variance_focus of silog.
-        sync_bn: batch normalisation takes its statistics over all processes (on CPU each process takes its own).
         protocol: evaluation protocol of the validation and of evaluation.json.
         flip_average: the evaluation averages with the mirror image's prediction; null is the protocol's own choice.
-        validate_every: epochs between validations; 0 validates at the end only. The last one is always made.
         select: metric by which a validation is better than another (of protocol diw: whdr, accuracy or wkdr); the model
             of the best one is in output_dir/best, that of the last step in output_dir/model.
-        patience: validations in a row without a better one after which the run ends; null never ends it early.
         triptychs: number of validation images that every validation draws into figures/.
     """
 
@@ -224,20 +246,12 @@ class DepthConfig(RunConfig):
     )
     RETIRED: ClassVar = ("data.cache",)
 
-    encoder: PathText
     data: DepthDataConfig
-    encoder_name: str | None = None
-    pretrained: bool = False
     model: DepthModelConfig = field(default_factory=DepthModelConfig)
     losses: LossWeights = field(default_factory=lambda: {"silog": 1.0})
     loss_options: dict[str, dict[str, Any]] = field(default_factory=dict)
-    optim: DepthOptimConfig = field(default_factory=DepthOptimConfig)
-    epochs: PositiveFloat = 15
-    sync_bn: bool = True
-    checkpoint_every: NonNegativeInt = 500
     protocol: str = "nyu-bts"
     flip_average: bool | None = None
-    validate_every: NonNegativeFloat = 1
     select: Literal[
         "delta1",
         "delta2",
@@ -252,18 +266,4 @@ class DepthConfig(RunConfig):
         "accuracy",
         "wkdr",
     ] = "abs_rel"
-    patience: PositiveInt | None = None
     triptychs: NonNegativeInt = 4
-
-    def own_encoder(self) -> str | None:
-        """package.module:factory of one's own encoder, as the options name it; None for timm's."""
-        return next((name for name in (self.encoder, self.encoder_name) if name and is_own(name)), None)
-
-    def check(self) -> None:
-        """Refuse a metric that the protocol does not have."""
-        from finetune.protocols import PROTOCOLS
-
-        if self.protocol in PROTOCOLS:  # an unknown name is refused by its reader
-            known = PROTOCOLS[self.protocol].metrics
-            wanted = f"a metric of protocol {self.protocol}: {', '.join(known)}"
-            require(self.select in known, "select", self.select, wanted)

@@ -1,10 +1,10 @@
-"""The phases of a depth run as pure functions of the step: length, learning rate, momentum, and when it validates."""
+"""The phases of a run as pure functions of the step: length, learning rate, momentum, and when it validates."""
 
 import math
 from dataclasses import dataclass
 from functools import partial
 
-from finetune.config import DepthConfig
+from finetune.config import TuningConfig
 from spark.training.optim import lr_at, one_cycle_at
 from spark.training.sampling import run_length
 
@@ -17,7 +17,7 @@ class RunLength:
         steps: Optimizer steps of the run.
         warmup: Steps of the warm-up.
         frozen: Steps at the start with a frozen encoder.
-        steps_per_epoch: Steps of one pass over the pairs; need not be whole.
+        steps_per_epoch: Steps of one pass over the samples; need not be whole.
         validate_every: Epochs between validations, 0 for the end only.
     """
 
@@ -35,10 +35,10 @@ class RunLength:
         return math.floor(step / interval + 1e-9) > math.floor((step - 1) / interval + 1e-9)
 
 
-def run_phases(config: DepthConfig, num_pairs: int) -> RunLength:
+def run_phases(config: TuningConfig, samples: int) -> RunLength:
     """The phases of a run in steps."""
     optim = config.optim
-    per_epoch = num_pairs / optim.batch_size
+    per_epoch = samples / optim.batch_size
     one_cycle = optim.schedule == "onecycle"
     warmup_epochs, warmup_steps = (0, 0) if one_cycle else (optim.warmup_epochs, optim.warmup_steps)
     steps, warmup = run_length(per_epoch, config.epochs, config.max_steps, warmup_epochs, warmup_steps)
@@ -48,7 +48,7 @@ def run_phases(config: DepthConfig, num_pairs: int) -> RunLength:
     return RunLength(steps, warmup, frozen, per_epoch, config.validate_every)
 
 
-def learning_rate(config: DepthConfig, length: RunLength, step: int) -> float:
+def learning_rate(config: TuningConfig, length: RunLength, step: int) -> float:
     """Learning rate of the head at a step, counted from 0."""
     optim = config.optim
     if optim.schedule == "onecycle":
@@ -64,7 +64,7 @@ def learning_rate(config: DepthConfig, length: RunLength, step: int) -> float:
     )
 
 
-def momentum(config: DepthConfig, length: RunLength, step: int) -> float | None:
+def momentum(config: TuningConfig, length: RunLength, step: int) -> float | None:
     """Momentum at a step, counted from 0; None keeps what the optimizer has."""
     optim = config.optim
     if optim.momentum is None:

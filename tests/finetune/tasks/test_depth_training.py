@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from finetune import DepthModel, load_depth_model
-from finetune.config import DepthConfig, DepthDataConfig, DepthModelConfig, DepthOptimConfig
+from finetune.config import DepthConfig, DepthDataConfig, DepthModelConfig, TuningOptimConfig
 from finetune.depth import main
 from finetune.losses.weighted import WeightedLoss
 from finetune.tasks import depth as task
@@ -713,7 +713,7 @@ def test_the_border_of_other_frames_is_announced(
 
 
 def length_of(num_pairs: int, **options: Any) -> RunLength:
-    optim = DepthOptimConfig(batch_size=32, frozen_epochs=2)
+    optim = TuningOptimConfig(batch_size=32, frozen_epochs=2)
     return run_phases(
         DepthConfig(encoder="", data=DepthDataConfig(root="data"), output_dir="runs", optim=optim, **options),
         num_pairs,
