@@ -7,13 +7,17 @@ from spark.errors import UserError
 from spark.options import ExportOptions
 from spark.training.option_types import (
     NOT_EMPTY,
+    BatchSize,
     NonNegativeFloat,
     NonNegativeInt,
     Options,
     PathText,
     PositiveFloat,
     PositiveInt,
-    Rule,
+    Side,
+    Workers,
+    at_most,
+    between,
     require,
     values_of,
 )
@@ -34,7 +38,7 @@ Kind: TypeAlias = Literal[
 Space: TypeAlias = Literal["depth", "log_depth", "disparity"]
 Fit: TypeAlias = Literal["scale", "scale_shift"]
 Format: TypeAlias = Literal["npy", "pfm", "png", "colour", "side", "ply", "mesh"]
-Size: TypeAlias = tuple[PositiveInt, PositiveInt]
+Size: TypeAlias = tuple[Side, Side]
 
 
 # --- data
@@ -90,7 +94,7 @@ class EvaluationDataConfig(ReadingConfig, PlaceConfig):
 
     split: Literal["train", "test"] = "test"
     depth: Literal["raw", "filled"] | None = None
-    workers: NonNegativeInt = 0
+    workers: Workers = 0
 
 
 @dataclass
@@ -196,7 +200,7 @@ class EvaluationConfig(PredictingConfig, Options):
     protocol: str = "nyu-bts"
     flip_average: bool | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     threshold: NonNegativeFloat | None = None
-    batch_size: PositiveInt = 8
+    batch_size: BatchSize = 8
     figures: PathText | None = None
     triptychs: PositiveInt = 8
 
@@ -243,8 +247,8 @@ class PredictConfig(PredictingConfig, Options):
     input: PathText
     output: PathText
     formats: Annotated[list[Format], NOT_EMPTY] | None = None
-    tiles: Annotated[int, Rule("from 1 to 16", lambda value: 1 <= value <= 16)] = 1
-    batch_size: PositiveInt = 4
+    tiles: Annotated[int, between(1, 16)] = 1
+    batch_size: BatchSize = 4
     colour_near: float = 0.0
     colour_far: float | None = None
     video_range: Literal["fixed", "smooth"] = "fixed"
@@ -390,7 +394,7 @@ class AppConfig(RunningModelConfig, Options):
     """
 
     host: str = "127.0.0.1"
-    port: PositiveInt | None = None
+    port: Annotated[PositiveInt, at_most(65_535)] | None = None
     max_megapixels: PositiveFloat = 24.0
     max_megabytes: PositiveFloat = 32.0
     no_browser: bool = False

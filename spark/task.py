@@ -1,5 +1,6 @@
 """SparK pretraining as a task of the engine: the model, batches of masked images, the loss, the encoder."""
 
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from spark.seeds import Purpose, derive_seed
 from spark.sparse.batch_norm import in_recomputation
 from spark.sparse.choice import AUTO, Choice, is_available
 from spark.start import start_from
-from spark.training.accelerator import reduce_sum
+from spark.training.accelerator import check_memory, reduce_sum
 from spark.training.optim import build_optimizer, lr_at, parameter_groups, weight_decay_at
 from spark.training.option_types import values_of
 from spark.training.run import Run
@@ -62,6 +63,8 @@ class Pretraining(Task):
         self.plan = StepPlan(
             training_sizes(config, self.spark), self.spark.mask_ratio, batch_size, config.seed
         )
+        largest = max(self.plan.sizes, key=math.prod)
+        check_memory(run.micro_batch, (self.spark.in_chans, *largest), run.device)
         try_forward(self.spark, run.device, self.plan.sizes)
 
         transform = PretrainTransform(

@@ -28,7 +28,7 @@ from finetune.tasks.schedule import learning_rate, momentum, run_phases
 from finetune.tasks.summary import describe
 from spark.errors import UserError
 from spark.images.loader import load_batches
-from spark.training.accelerator import reduce_sum, worker_count
+from spark.training.accelerator import check_memory, reduce_sum, worker_count
 from spark.training.log import read_rows
 from spark.training.optim import build_optimizer, parameter_groups
 from spark.training.run import Run
@@ -52,6 +52,7 @@ class DepthTraining(Task):
     entry = "finetune.depth"
 
     def __init__(self, config: DepthConfig, run: Run):
+        check_memory(run.micro_batch, (3, *config.data.crop_size), run.device)
         self.model, self.encoder_report = build_model(config)
         self.start_report = None
         if config.model.init is not None and run.checkpoint is None:

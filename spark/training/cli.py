@@ -79,6 +79,9 @@ def read_options(cls: type[T], argv: Sequence[str]) -> T:
     except (ArgumentError, ValueError) as error:
         cards = card_names(cls.CARDS) if cls.CARDS and not any(a.startswith("--config") for a in argv) else []
         raise UserError(_explain(cls, str(error), cards)) from error
+    except OverflowError as error:  # a whole number that no float can be
+        where = next((a.partition("=")[0] for a in arguments if re.search(r"\d{300}", a)), "an option")
+        raise UserError(f"{where} has a number of hundreds of digits: correct it") from error
 
 
 def call_options(cls: type[T], options: Mapping[str, Any]) -> T:
