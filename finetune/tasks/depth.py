@@ -31,6 +31,7 @@ from spark.images.loader import load_batches
 from spark.training.accelerator import check_memory, reduce_sum, worker_count
 from spark.training.log import read_rows
 from spark.training.optim import build_optimizer, parameter_groups
+from spark.training.recipe import misfit
 from spark.training.run import Run
 from spark.training.sharding import on_device
 from spark.training.task import Rates, StepLoss, Task
@@ -73,6 +74,9 @@ class DepthTraining(Task):
         self.terms = tuple(config.losses)
         self.length = run_phases(config, len(self.pairs))
         self.total_steps = self.length.steps
+        warmup = self.length.warmup if config.optim.schedule == "cosine" else 0
+        if warning := misfit(config, len(self.pairs), self.total_steps, warmup, self.unit):
+            run.accelerator.print(f"warning: {warning}")
         if self.length.frozen >= self.total_steps:
             run.accelerator.print(
                 f"warning: optim.frozen_epochs {config.optim.frozen_epochs:g} are {self.length.frozen} steps and this "

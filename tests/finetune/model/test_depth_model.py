@@ -281,3 +281,10 @@ def test_a_grey_encoder_learns_on_colours(tmp_path: Path) -> None:
     assert model(torch.rand(2, 3, 32, 64)).depth.shape == (2, 1, 32, 64)
     with pytest.raises(ValueError, match="three numbers"):
         DepthModel(tmp_path / "encoder", decoder_channels=TINY, mean=(0.5,))
+
+
+def test_an_encoder_of_one_channel_that_becomes_three_is_said(tmp_path: Path) -> None:
+    grey = timm.create_model("test_resnet", in_chans=1, num_classes=0)
+    save_encoder(grey, tmp_path / "grey", mean=(0.4,), std=(0.2,))
+    _, report = open_encoder(tmp_path / "grey", None, False, 0.0, {})
+    assert "(of 1 channel, made to read 3)" in str(report)
