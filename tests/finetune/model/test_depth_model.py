@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import segmentation_models_pytorch as smp
+import timm
 import torch
 from torch import nn
 
 from finetune import DepthModel, load_depth_model
 from finetune.heads.output import DepthRange
+from finetune.model.depth_model import open_encoder
 from spark.model.encoder import build_encoder, pyramid
 from spark.weights.encoder import save_encoder
 
