@@ -1,6 +1,6 @@
 """The options of all commands around a depth model but training, whose options are in `finetune.config`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from spark.errors import UserError
@@ -387,14 +387,19 @@ class AppConfig(RunningModelConfig, Options):
 
     Attributes:
         host: address to bind to; 127.0.0.1 is this machine alone.
+        host_names: further names that browsers may call the page by. Any but these, host and localhost is refused, so
+            that no website can point a name of its own to this machine and read the page (DNS rebinding).
         port: port; null is the first free one from 7860.
-        max_megapixels: largest photo taken.
+        max_pixels: photos with more pixels are not read.
         max_megabytes: largest file taken.
         no_browser: open no browser window.
     """
 
+    RETIRED: ClassVar = ("max_megapixels",)
+
     host: str = "127.0.0.1"
+    host_names: list[str] = field(default_factory=list)
     port: Annotated[PositiveInt, at_most(65_535)] | None = None
-    max_megapixels: PositiveFloat = 24.0
+    max_pixels: PositiveInt = 178_956_970
     max_megabytes: PositiveFloat = 32.0
     no_browser: bool = False
