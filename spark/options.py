@@ -120,8 +120,8 @@ class ProbeConfig(Options):
         pretrained: of timm names, timm's published weights (network).
         model_name: timm name of the encoder in a .pth file that does not say it; package.module:factory of your own in
             any file or folder.
-        size: images are resized and centre cropped to it, one number or [height, width]; null is the size that each
-            encoder was trained at.
+        size: images are resized and centre cropped to it, one number or [height, width]; null is the size that the
+            first encoder was trained at, for all of them.
         level: feature map to use; deepest, all (concatenated), or a stride in pixels.
         k: neighbours that vote.
         l2: strengths that the linear probe chooses from.

@@ -218,7 +218,9 @@ def _plural(kind: Any) -> str:
     """Name of several of a type: "numbers above 0"."""
     if typing.get_origin(kind) is Annotated:
         base, *rules = typing.get_args(kind)
-        return " ".join([_plural(base), *(rule.words for rule in rules if isinstance(rule, Rule))])
+        return " ".join(
+            [_plural(base), *(rule.words for rule in rules if isinstance(rule, Rule) and rule.words)]
+        )
     if dataclasses.is_dataclass(kind):
         return f"{{{': ..., '.join(field_types(typing.cast(type, kind)))}: ...}}"
     names = {int: "whole numbers", float: "numbers", str: "texts"}
