@@ -227,9 +227,12 @@ class PredictConfig(PredictingConfig, Options):
         tiles: how many overlapping tiles along the long side, 1 to 16, show the model more detail of large images; they
             are fitted to the prediction for the whole image. 1 is the whole image alone.
         batch_size: images or frames of one forward; images must be equally large, or are taken alone.
-        colour_near: depth in metres at the near end of the colours.
-        colour_far: depth in metres at the far end of the colours; null is the farthest that the model says.
-        video_range: colours of a video from colour_near to colour_far (fixed), or following the frames slowly (smooth,
+        colour_near: depth in metres at the near end of the colours; null is 0 where colour_far is given, and else the
+            nearest of each image (its first percentile).
+        colour_far: depth in metres at the far end of the colours; null is the farthest that the model says where
+            colour_near is given, and else the farthest of each image (its 99th percentile).
+        video_range: colours of a video from colour_near to colour_far (fixed; null is 0 and the farthest that the model
+            says), or following the frames slowly (smooth,
             the only one for a model without metres).
         frames: most frames of a video or camera; null is all, from a camera until Ctrl-C.
         camera: intrinsics for ply and mesh, a file (JSON or YAML with fx, fy, cx, cy, width, height), nyu, or the field
@@ -249,7 +252,7 @@ class PredictConfig(PredictingConfig, Options):
     formats: Annotated[list[Format], NOT_EMPTY] | None = None
     tiles: Annotated[int, between(1, 16)] = 1
     batch_size: BatchSize = 4
-    colour_near: float = 0.0
+    colour_near: float | None = None
     colour_far: float | None = None
     video_range: Literal["fixed", "smooth"] = "fixed"
     frames: PositiveInt | None = None

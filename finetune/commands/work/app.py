@@ -31,7 +31,7 @@ from finetune.model.prediction import read_photo, resized, seen_depths
 from finetune.options import AppConfig
 from finetune.predicting.camera import Intrinsics, camera_for
 from finetune.predicting.pointcloud import point_cloud
-from finetune.report.figures import colourise
+from finetune.report.figures import colour_range, colourise
 from spark.errors import UserError
 from spark.training.accelerator import chosen_device
 
@@ -239,12 +239,6 @@ def view(session: Session | None) -> str:
         "points": points,
     }
     return json.dumps(shown)
-
-
-def colour_range(depth: np.ndarray) -> tuple[float, float]:
-    """Ends of the colours [m]: the first and the 99th percentile, and 0.1 m apart at least."""
-    near, far = (float(value) for value in np.percentile(depth, [1, 99]))
-    return near, max(far, near + 0.1)
 
 
 def data_address(picture: np.ndarray, kind: str) -> str:
