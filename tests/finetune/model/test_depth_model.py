@@ -13,6 +13,7 @@ from torch import nn
 from finetune import DepthModel, load_depth_model
 from finetune.heads.output import DepthRange
 from finetune.model.depth_model import open_encoder
+from spark.errors import UserError
 from spark.model.encoder import build_encoder, pyramid
 from spark.weights.encoder import save_encoder
 
@@ -290,3 +291,8 @@ def test_an_encoder_of_one_channel_that_becomes_three_is_said(tmp_path: Path) ->
     save_encoder(grey, tmp_path / "grey", mean=(0.4,), std=(0.2,))
     _, report = open_encoder(tmp_path / "grey", None, False, 0.0, {})
     assert "(of 1 channel, made to read 3)" in str(report)
+
+
+def test_a_folder_is_no_photo(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="it is a folder, and this takes one photo; spark-predict --input"):
+        tiny(image_size=(64, 64)).predict(tmp_path)
