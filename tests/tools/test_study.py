@@ -201,10 +201,12 @@ def test_a_run_is_finished_at_its_last_epoch_only(tmp_path):
     (tmp_path / "encoder").mkdir()
     (tmp_path / "encoder" / "model.safetensors").touch()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "epoch": 5.01}\n')
-    assert study.Step(tmp_path, (), "encoder", 5).done
-    assert not study.Step(tmp_path, (), "encoder", 6).done  # the result may have been asked for on the way
+    assert study.Step(tmp_path, (), "encoder", "epoch", 5).done
+    assert not study.Step(
+        tmp_path, (), "encoder", "epoch", 6
+    ).done  # the result may have been asked for on the way
     (tmp_path / "encoder" / "model.safetensors").unlink()
-    assert not study.Step(tmp_path, (), "encoder", 5).done
+    assert not study.Step(tmp_path, (), "encoder", "epoch", 5).done
 
 
 def test_another_process_that_is_at_a_step_is_left_alone(data, commands):
