@@ -44,27 +44,23 @@ def one_line_errors(interrupted: str = "interrupted") -> Iterator[None]:
 
 
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
-"""How torch says it, on CPUs and GPUs, in a RuntimeError."""
+"""How torch says it, on CPUs and GPUs, in a RuntimeError, and the system in an OSError."""
 
 
 def one_line(error: Exception) -> str | None:
     """The sentence of a user's error; None for what may be a bug, such as an OSError that names no file."""
     text = str(error)
-    if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in text for words in NO_MEMORY)
-    ):
+    if isinstance(error, UserError):
+        if text.startswith("Caught ") and "DataLoader worker" in text:  # torch raises the loader's error anew
+            text = text.strip().splitlines()[-1].partition(": ")[2]
+        elif isinstance(error, OSError) and error.strerror:
+            text = error.strerror
+    elif isinstance(error, MemoryError) or any(words in text for words in NO_MEMORY):
         reason = f" ({text.splitlines()[0]})" if text else ""
         text = (
             f"there is too little memory{reason}: take smaller images, a smaller network or fewer images at once (a "
             "smaller batch_size; in training a larger accumulation)"
         )
-    elif isinstance(error, RuntimeError):
-        return None
-    elif isinstance(error, UserError):
-        if text.startswith("Caught ") and "DataLoader worker" in text:  # torch raises the loader's error anew
-            text = text.strip().splitlines()[-1].partition(": ")[2]
-        elif isinstance(error, OSError) and error.strerror:
-            text = error.strerror
     elif not isinstance(error, OSError):
         return None
     elif error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -138,6 +138,15 @@ def test_too_little_memory_is_a_sentence(allocate, capsys) -> None:
     assert said.count("\n") == 1
 
 
+def test_a_users_error_that_is_a_runtime_error_too_stays_one_line(capsys) -> None:
+    class Missing(UserError, NotImplementedError):
+        pass
+
+    with pytest.raises(SystemExit), one_line_errors():
+        raise Missing("no rule")
+    assert capsys.readouterr().err == "error: no rule\n"
+
+
 def test_a_runtime_error_that_is_a_bug_keeps_its_traceback() -> None:
     with pytest.raises(RuntimeError, match="a bug"), one_line_errors():
         raise RuntimeError("a bug")

@@ -563,7 +563,7 @@ def test_encoder_is_exported_on_demand(command, tmp_path, monkeypatch, capsys):
         (["--model.mask_ratio=0.99"], "mask_ratio 0.99"),
         (["--model.in_chans=2"], "in_chans"),
         (["--data.mean=[0.5]"], "mean has 1 values for 3 channels"),
-        (["--data.std=[0,1,1]"], "std must be above 0"),
+        (["--data.std=[0,1,1]"], "data.std must be a list [...] of numbers above 0"),
     ],
 )
 def test_mistakes_are_sentences_and_write_nothing(command, tmp_path, capsys, options, words):
@@ -905,7 +905,7 @@ def test_a_spike_can_stop_the_run(command, tmp_path, monkeypatch, capsys):
 def test_diverging_run_stops(command, tmp_path, capsys):
     text = error_of(
         capsys,
-        command("--optim.name=sgd", "--optim.base_lr=1e30", "--optim.clip_grad=null", "--checkpoint_every=1"),
+        command("--optim.name=sgd", "--optim.base_lr=1000", "--optim.clip_grad=null", "--checkpoint_every=1"),
     )
     assert "has stopped" in text
     steps = sorted((tmp_path / "run" / "checkpoints").iterdir())
