@@ -1170,3 +1170,16 @@ def test_bugs_are_not_dressed_up(command, monkeypatch):
     monkeypatch.setattr(SparK, "forward", broken)
     with pytest.raises(KeyError, match="a bug"):
         run(command())
+
+
+def test_what_does_not_fit_the_data_is_said_before_the_first_step(command, capsys):
+    run(command("--optim.batch_size=16", "--optim.base_lr=1e-3", "--max_steps=1", "--optim.warmup_steps=1"))
+    said = capsys.readouterr().out
+    begin, _, rest = said.partition("model      test_resnet")
+    assert rest
+    assert (
+        "warning: a batch of 16 takes each of the 12 images 1.3 times: the run is 1.3 epochs; all of them are warm-up. "
+        "What fits: --optim.batch_size 2 --optim.warmup_steps 0" in begin
+    )
+    assert "warning: the learning rate is 6.25e-05 at its peak" in begin
+    assert "mask 0.5 (mask_ratio 0.6)" in rest
