@@ -47,7 +47,7 @@ class ExportOptions(Options):
 
     output: PathText
     size: tuple[Side, Side] | None = None
-    opset: Annotated[int, between(7, 30)] | None = None
+    opset: Annotated[PositiveInt, at_most(30)] | None = None
     tolerance: PositiveFloat | None = None
     license: str | None = None
     datasets: list[str] | None = None
