@@ -44,6 +44,7 @@ DELTA1 = {"spark": (0.5, 0.7), "scratch": (0.4, 0.4)}
 def data(tmp_path: Path) -> Path:
     """Folders of images and of NYU: eight scenes to train on."""
     (tmp_path / "data" / "images" / "scenes").mkdir(parents=True)
+    (tmp_path / "data" / "images" / "scenes" / "a.jpg").touch()
     nyu = tmp_path / "data" / "nyu"
     nyu.mkdir()
     lines = [f"/s{i % 8}/rgb_{i}.jpg /s{i % 8}/sync_depth_{i}.png 518.8\n" for i in range(16)]
