@@ -9,6 +9,7 @@ from finetune.options import Kind, PlaceConfig, ReadingConfig, Size
 from spark.model.names import is_own
 from spark.training.option_types import (
     LOW_FIRST,
+    BatchSize,
     InnerShare,
     NonNegativeFloat,
     NonNegativeInt,
@@ -16,16 +17,20 @@ from spark.training.option_types import (
     PositiveFloat,
     PositiveInt,
     PositiveShare,
+    Rate,
     Rule,
     Share,
     ShareBelow1,
+    Workers,
+    at_most,
     require,
 )
-from spark.training.options import OptimizerConfig, RunConfig
+from spark.training.options import Epochs, OptimizerConfig, RunConfig
 
 HeadName = Annotated[str, Rule(f"one of {', '.join(HEADS)}", lambda name: name in HEADS, names=True)]
 LossWeights = Annotated[dict[str, float], Rule(f"of {', '.join(LOSSES)}", lambda weights: True)]
-Range = Annotated[tuple[PositiveFloat, PositiveFloat], LOW_FIRST]
+Factor = Annotated[PositiveFloat, at_most(1000)]
+Range = Annotated[tuple[Factor, Factor], LOW_FIRST]
 
 
 @dataclass
@@ -109,7 +114,7 @@ class AugmentationConfig:
     border: tuple[int, int, int, int] | None = (45, 472, 43, 608)
     zoom: Range = (1.0, 1.5)
     flip: Share = 0.5
-    rotation: NonNegativeFloat = 0.0
+    rotation: Annotated[NonNegativeFloat, at_most(180)] = 0.0
     colour: Share = 0.5
     gamma: Range = (0.9, 1.1)
     brightness: Range = (0.75, 1.25)
@@ -117,7 +122,7 @@ class AugmentationConfig:
     contrast: Range = (1.0, 1.0)
     cut_depth: Share = 0.0
     mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
+    std: tuple[PositiveFloat, ...] | None = None
 
 
 @dataclass
@@ -140,7 +145,7 @@ class DepthDataConfig(AugmentationConfig, DepthSetConfig):
     val_kind: Kind | None = None
     val_list: PathText | None = None
     sets: list[DepthSetConfig] = field(default_factory=list)
-    workers: NonNegativeInt | None = None
+    workers: Workers | None = None
     max_unreadable: Share = 0.01
     max_empty: Share = 0.01
 
@@ -167,8 +172,8 @@ class TuningOptimConfig(OptimizerConfig):
     """
 
     name: Literal["lamb", "adamw", "sgd"] = "adamw"
-    lr: PositiveFloat = 1e-4
-    batch_size: PositiveInt = 32
+    lr: Rate = 1e-4
+    batch_size: BatchSize = 32
     betas: tuple[ShareBelow1, ShareBelow1] = (0.9, 0.999)  # pyright: ignore[reportIncompatibleVariableOverride]
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.01
@@ -213,7 +218,7 @@ class TuningConfig(RunConfig):
     encoder_name: str | None = None
     pretrained: bool = False
     optim: TuningOptimConfig = field(default_factory=TuningOptimConfig)
-    epochs: PositiveFloat = 15
+    epochs: Epochs = 15
     sync_bn: bool = True
     checkpoint_every: NonNegativeInt = 500
     validate_every: NonNegativeFloat = 1

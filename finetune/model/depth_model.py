@@ -31,9 +31,10 @@ from spark.model.encoder import (
     PyramidLevel,
     RefusedOptions,
     build_encoder,
-    freeze_unreached,
+    drop_unneeded,
     pyramid,
     pyramid_info,
+    without_unneeded,
 )
 from spark.model.names import is_own
 from spark.weights.encoder import CARD, CONFIG, WEIGHTS, description, name_of, read_encoder
@@ -74,6 +75,7 @@ class DepthModel(nn.Module):
     Args:
         encoder: Where the encoder comes from: an exported folder or a `.pth` file (with their weights), a timm name,
             "package.module:factory" of one's own convnet, or a model that is already made (it is used, not copied).
+            Parts of it that no map of the head depends on are taken out, such as the last convolution of a MobileNetV3.
         head: Name of a head in `finetune.heads.HEADS`.
         max_depth: Farthest depth that the model can say [m].
         min_depth: Nearest depth that the model can say [m].
@@ -139,7 +141,7 @@ class DepthModel(nn.Module):
         self.std = _three("std", std, encoder)
         self.calibration: Calibration | None = None  # of evaluation only, losses see what the head says
         self.sha256: dict[str, str] | None = None
-        freeze_unreached(encoder, self.levels, in_chans=3)
+        drop_unneeded(encoder, self.levels, in_chans=3)
         if self.head.frozen_encoder:
             self.encoder.requires_grad_(False)
             self.freeze_encoder()
@@ -336,7 +338,7 @@ def start_from(model: DepthModel, folder: str | Path) -> KeyReport:
             or it was trained on images normalised in another way.
     """
     tensors, config = _read(Path(folder))
-    own, source = model.state_dict(), str(folder)
+    own, source, tensors = model.state_dict(), str(folder), without_unneeded(tensors, model)
     head = "head." if config.get("head") == model.head_name else "head.core."
     if not all(any(key.startswith(head) for key in keys) for keys in (own, tensors)):
         raise UserError(

@@ -25,6 +25,7 @@ from finetune.tasks.summary import describe
 from finetune.tasks.tuning import Tuning
 from spark.errors import UserError
 from spark.images.loader import load_batches
+from spark.training.accelerator import check_memory
 from spark.training.run import Run
 from spark.training.task import StepLoss
 
@@ -45,6 +46,7 @@ class DepthTraining(Tuning):
     entry = "finetune.depth"
 
     def __init__(self, config: DepthConfig, run: Run):
+        check_memory(run.micro_batch, (3, *config.data.crop_size), run.device)
         self.model, self.encoder_report = build_model(config)
         self.start_report = None
         if config.model.init is not None and run.checkpoint is None:

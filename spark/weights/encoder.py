@@ -300,14 +300,16 @@ def read_encoder(
             encoder.pretrained_cfg = _own_preparation(in_chans or 3)  # type: ignore[assignment]
         return encoder, KeyReport()
 
+    stored = found.options["in_chans"]
+    channels = in_chans or stored
+    if channels != stored:
+        found.label += f" (of {stored} channel{'s' * (stored > 1)}, made to read {channels})"
     about = {
         "source": found.label,
         "name": found.name,
         "ignored": found.ignored,
         "name_option": name_option,
     }
-    stored = found.options["in_chans"]
-    channels = in_chans or stored
     options = {**found.options, "in_chans": channels, **timm_kwargs}
     preparation = found.preparation
     if channels != stored:

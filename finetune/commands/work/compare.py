@@ -20,7 +20,7 @@ from finetune.scoring.metrics import read_results
 from spark.errors import UserError
 from spark.files import write_whole
 
-READING = ("polarity", "depth_scale", "bad_depth")
+READING = ("white_border", "polarity", "depth_scale", "bad_depth")
 """Options of reading that both results must share."""
 NEEDED = ("protocol", "protocol_hash", "metrics", "settings", "per_image")
 
@@ -157,9 +157,6 @@ def show(
 ) -> None:
     """Print a comparison, and the images at which the two differ most."""
     say(console, f"{path} against {first}, protocol {base['protocol']}, {len(base['per_image'])} images")
-    borders = [one.get("white_border", "not recorded") for one in (base, other)]
-    if borders[0] != borders[1]:
-        say(console, f"white border of the images: {borders[0]} in the base, {borders[1]} in the other")
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for heading in ("metric", "base", "other", "change", f"{LEVEL:.0%}", "better", "p rank", "p sign"):
         table.add_column(heading, justify="left" if heading == "metric" else "right", no_wrap=True)
