@@ -272,3 +272,12 @@ class DepthConfig(TuningConfig):
         "wkdr",
     ] = "abs_rel"
     triptychs: NonNegativeInt = 4
+
+    def check(self) -> None:
+        """Refuse a metric that the protocol does not have."""
+        from finetune.protocols import PROTOCOLS
+
+        if self.protocol in PROTOCOLS:  # an unknown name is refused by its reader
+            known = PROTOCOLS[self.protocol].metrics
+            wanted = f"a metric of protocol {self.protocol}: {', '.join(known)}"
+            require(self.select in known, "select", self.select, wanted)

@@ -1,4 +1,4 @@
-"""spark-report: the page about runs, pretraining and depth ones, as `spark.commands.report` describes it."""
+"""spark-report: the page about runs, pretraining, depth and classes, as `spark.commands.report` describes it."""
 
 from collections.abc import Sequence
 
@@ -13,10 +13,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
         config = parse_config(ReportConfig, argv, pretraining.__doc__ or "")
         from finetune.report import DEPTH
+        from finetune.report.classes import CLASSES
         from spark.commands.work.report import report
         from spark.report import PRETRAINING
 
-        report(config, (DEPTH, PRETRAINING))
+        report(config, (CLASSES, DEPTH, PRETRAINING))
 
 
 if __name__ == "__main__":

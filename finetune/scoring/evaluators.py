@@ -5,6 +5,7 @@ from types import MappingProxyType
 from typing import Any
 
 from finetune.protocols import Protocol
+from finetune.scoring.classes import CLASS_AGGREGATES, Aggregate
 from finetune.scoring.depth import DepthEvaluator
 from finetune.scoring.evaluator import Evaluator
 from finetune.scoring.ibims import IBimsEvaluator
@@ -14,6 +15,12 @@ EVALUATORS: Mapping[str, type[Evaluator]] = MappingProxyType(
     {"depth": DepthEvaluator, "relations": OrdinalEvaluator, "ibims": IBimsEvaluator}
 )
 """`Protocol.family` -> class."""
+
+
+AGGREGATES: Mapping[str, Aggregate] = MappingProxyType(
+    {**{name: one.aggregate for name, one in EVALUATORS.items()}, **CLASS_AGGREGATES}
+)
+"""`family` of the settings of results -> metrics from rows, see `Evaluator.aggregate`."""
 
 
 def evaluator_class(protocol: Protocol | Mapping[str, Any]) -> type[Evaluator]:

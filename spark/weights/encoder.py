@@ -76,6 +76,7 @@ def save_encoder(
     std: Sequence[float] | None = None,
     input_size: int | tuple[int, int] | None = None,
     card: Callable[[dict[str, Any]], str] | None = None,
+    label_names: Sequence[str] | None = None,
 ) -> Path:
     """Export an encoder; `timm.create_model("local-dir:FOLDER", pretrained=True)` loads timm's.
 
@@ -88,6 +89,7 @@ def save_encoder(
         std: Likewise.
         input_size: Training size [px], one number or (H, W), for the record: the encoder takes any.
         card: Makes the model card, README.md, of the content of config.json.
+        label_names: Names of the classes of a model with a classifier, in the order of its logits.
 
     Raises:
         UserError: Neither a stock timm model nor an encoder, or mean and std do not have a value for each channel.
@@ -99,6 +101,8 @@ def save_encoder(
     config = _encoder_config(encoder, mean, std, input_size)
     if "architecture" in config:
         _require_rebuildable(encoder, config)
+    if label_names is not None:
+        config["label_names"] = list(label_names)
     text = None if card is None else card(config)
     with whole_folder(folder, (CONFIG, WEIGHTS, CARD)) as temporary:
         write_tensors(encoder, temporary / WEIGHTS, {})

@@ -1,0 +1,95 @@
+"""A classifier: a timm encoder, and a linear layer on its pooled features. What it saves plain timm loads."""
+
+import json
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from spark.errors import UserError
+from spark.weights.encoder import CONFIG, save_encoder
+
+
+class Classifier(nn.Module):
+    """Encoder and linear layer; with `linear` the encoder stays as it is, in evaluation mode, and the layer learns.
+
+    Args:
+        encoder: a timm model without classifier; it is used, not copied.
+        classes: names, in the order of the logits; at least two.
+        image_size: (H, W) that it is trained at, for the record [px].
+        linear: train the layer alone.
+
+    Raises:
+        UserError: the encoder is not timm's, or timm's classifier of it is not a linear layer.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, classes: Sequence[str], image_size: tuple[int, int], linear: bool = False
+    ):
+        super().__init__()
+        self.encoder, self.classes, self.image_size = encoder, list(classes), image_size
+        self.linear, self.encoder_frozen = linear, False
+        self.head = _timm_classifier(encoder, len(classes))[1]
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+        if linear:
+            encoder.requires_grad_(False)
+            self.freeze_encoder()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images [B, 3, H, W] -> logits [B, classes]."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_frozen):
+            features = self.encoder(images)
+        return self.head(features)
+
+    def freeze_encoder(self, frozen: bool = True) -> None:
+        """Hold the encoder still, batch statistics too, or let it learn again; see `DepthModel.freeze_encoder`."""
+        self.encoder_frozen = frozen or self.linear
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Classifier":
+        """Switch between training and evaluation; a frozen encoder stays in evaluation."""
+        super().train(mode)
+        if self.encoder_frozen:
+            self.encoder.eval()
+        return self
+
+    def save(self, folder: str | Path) -> Path:
+        """Write config.json and model.safetensors as timm has them, whole or not at all:
+        `timm.create_model("local-dir:FOLDER", pretrained=True)` is the classifier, `label_names` its classes."""
+        model, classifier = _timm_classifier(self.encoder, len(self.classes))
+        classifier.load_state_dict(self.head.state_dict())
+        return save_encoder(model, folder, input_size=self.image_size, label_names=self.classes)
+
+
+def load_classifier(folder: str | Path) -> Classifier:
+    """What `Classifier.save` wrote, in evaluation mode."""
+    config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+    encoder: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    head = encoder.get_classifier().state_dict()
+    encoder.reset_classifier(0)
+    _, height, width = config["pretrained_cfg"]["input_size"]
+    classifier = Classifier(encoder, config["label_names"], (height, width))
+    classifier.head.load_state_dict(head)
+    return classifier.eval()
+
+
+def _timm_classifier(encoder: nn.Module, classes: int) -> tuple[nn.Module, nn.Linear]:
+    """A copy of the encoder with timm's own classifier, and that classifier."""
+    model: Any = deepcopy(encoder)
+    if not hasattr(model, "reset_classifier"):
+        raise UserError(
+            f"{type(encoder).__name__} is not timm's, so it has no classifier: take an encoder of timm to classify"
+        )
+    model.reset_classifier(classes)
+    classifier = model.get_classifier()
+    if not isinstance(classifier, nn.Linear):
+        raise UserError(
+            f"timm's classifier of {type(encoder).__name__} is a {type(classifier).__name__} and not a linear layer:"
+            " take another encoder"
+        )
+    return model, classifier
