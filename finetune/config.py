@@ -1,4 +1,4 @@
-"""The options of a depth run: the only list of them; types check the values, docstrings are the ``--help``."""
+"""The options of training from an encoder: the only list of them; types check values, docstrings are the ``--help``."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
@@ -281,3 +281,67 @@ class DepthConfig(TuningConfig):
             known = PROTOCOLS[self.protocol].metrics
             wanted = f"a metric of protocol {self.protocol}: {', '.join(known)}"
             require(self.select in known, "select", self.select, wanted)
+
+
+@dataclass
+class ClassifyDataConfig:
+    """Data: labelled photos, and their augmentation.
+
+    Attributes:
+        root: folder with train/CLASS/* and val/CLASS/*.
+        labels: share of the training photos of each class that is trained on; at least one photo of each is. A smaller
+            share is part of a larger one.
+        labels_seed: another seed, another choice of these photos.
+        size: side of the squares that the encoder sees in pixels.
+        crop_scale: smallest and largest share of a photo's area that a random crop covers in training.
+        hflip: probability of a horizontal flip in training.
+        workers: processes that read photos; null is one for each core that a process may use, at most 8.
+        max_unreadable: share of the photos that may be unreadable before the run stops.
+
+    """
+
+    root: PathText
+    labels: PositiveShare = 1.0
+    labels_seed: int = 0
+    size: Annotated[PositiveInt, at_most(65536)] = 224
+    crop_scale: Annotated[tuple[PositiveShare, PositiveShare], LOW_FIRST] = (0.35, 1.0)
+    hflip: Share = 0.5
+    workers: Workers | None = None
+    max_unreadable: Share = 0.01
+
+
+@dataclass
+class ClassifyOptimConfig(TuningOptimConfig):
+    """Optimizer and schedule.
+
+    Attributes:
+        lr: peak learning rate of the classifier, for the batch size at hand (it is not scaled with it).
+    """
+
+    lr: Rate = 1e-3
+    batch_size: BatchSize = 64
+
+
+@dataclass(kw_only=True)
+class ClassifyConfig(TuningConfig):
+    """Run: encoder, length, precision, logs and checkpoints.
+
+    Attributes:
+        linear: train only a linear layer on the pooled features of the frozen encoder.
+        drop_path: stochastic depth rate of the encoder.
+        smoothing: share of the target that is spread over all classes (label smoothing).
+        encoder_options: further arguments of timm.create_model for the encoder.
+    """
+
+    CARDS: ClassVar = "classify"
+    ESSENTIALS: ClassVar = (
+        *("encoder", "data.root", "output_dir", "pretrained", "linear", "data.labels", "data.size"),
+        *("optim.lr", "optim.batch_size", "epochs", "precision", "resume"),
+    )
+
+    data: ClassifyDataConfig
+    optim: ClassifyOptimConfig = field(default_factory=ClassifyOptimConfig)
+    linear: bool = False
+    drop_path: ShareBelow1 = 0.0
+    smoothing: ShareBelow1 = 0.0
+    encoder_options: dict[str, Any] = field(default_factory=dict)

@@ -39,14 +39,14 @@ ORDER = {
         "report",
         "predicting tasks",
         "commands",
-        "depth evaluate predict",
+        "classify depth evaluate predict",
     ],
 }
 RANKS = {
     package: {room: rank for rank, rooms in enumerate(order) for room in rooms.split()}
     for package, order in ORDER.items()
 }
-ENTRIES = {"spark.pretrain", "finetune.depth", "finetune.evaluate", "finetune.predict"}
+ENTRIES = {"spark.pretrain", "finetune.classify", "finetune.depth", "finetune.evaluate", "finetune.predict"}
 
 
 def modules():

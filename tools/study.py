@@ -14,7 +14,8 @@ The file (see tools/studies/): `seeds`; `pretrain`, `depth`, `probe` and `scores
 options of the commands as on the command line; `arms`, each with `encoder` and `start` (scratch, spark, or anything
 that --encoder of depth training takes), its own options of the same names, `stages` (name -> options of depth runs
 that continue from one another), `labels` (share of the training scenes), `images` and `images_share` (what it pretrains
-on), `pretrain_seed`, or `command` (a program that writes {run}/results.json); `columns`, name -> where the value
+on), `pretrain_seed`, or `command` (a program that writes {run}/results.json, or what
+`makes` names); `columns`, name -> where the value
 stands; `table`, `differences`, `figure`. Texts may hold {data}, {output}, {seed}, {run} and the arm's own entries.
 In `pretrain`, `epochs: time` is as many epochs as fit into the time of the first arm, and `scale_phases: true` lets the
 warm-up and the frozen epochs of a run card keep their share of a run of another length. An arm with `trunk` (lengths in
@@ -221,7 +222,7 @@ class Study:
         ]
         folder = self.output / f"depth_{self.name(arm)}_{seed}"
         if "command" in arm:
-            makes = folder / "results.json"
+            makes = folder / arm.get("makes", "results.json")
             command = Step(makes, arguments(self.filled(arm["command"], arm, seed, folder)))
             yield Row(arm, seed, "", [*prepare, command], None, folder, None, {"results": makes})
             return
@@ -525,12 +526,12 @@ def spread(values: list[float]) -> str:
 def differences(scored: list[tuple[dict[str, Any], Path]], study: Mapping[str, Any]) -> list[dict[str, str]]:
     """Means of arms minus those of the baseline that shares the other columns, with 95 % bootstrap intervals.
 
-    Every resample draws scenes, the same for both arms, and seeds, for each arm its own.
+    Every resample draws scenes (or images), the same for both arms, and seeds, for each arm its own.
 
     Args:
         scored: rows with the file of their scores.
         study: its `differences` names the `column` and the `baseline` in it, the columns that must be `equal`, and
-            the `metrics`.
+            the `metrics`; `over` is scenes, which are folders, or images.
     """
     wanted, rng = study["differences"], np.random.default_rng(0)
     found = []
@@ -540,7 +541,8 @@ def differences(scored: list[tuple[dict[str, Any], Path]], study: Mapping[str, A
         base = [path for row, path in base if row[wanted["column"]] == wanted["baseline"]]
         if key[-1] == wanted["baseline"] or not base:
             continue
-        scenes = [scene_of(one["name"]) for one in results[base[0]]["per_image"]]
+        drawn_by = scene_of if wanted.get("over", "scenes") == "scenes" else str
+        scenes = [drawn_by(one["name"]) for one in results[base[0]]["per_image"]]
         names, index = np.unique(scenes, return_inverse=True)
         counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), RESAMPLES)[:, index]
         means = []
@@ -565,7 +567,7 @@ def differences(scored: list[tuple[dict[str, Any], Path]], study: Mapping[str, A
                     "low": f"{low:+.4f}",
                     "high": f"{high:+.4f}",
                     "seeds": f"{len(mine)} and {len(base)}",
-                    "scenes": str(len(names)),
+                    wanted.get("over", "scenes"): str(len(names)),
                 }
             )
     return found

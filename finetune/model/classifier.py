@@ -6,12 +6,12 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from spark.errors import UserError
-from spark.weights.encoder import CONFIG, save_encoder
+from spark.weights.encoder import CONFIG, WEIGHTS, load_encoder, save_encoder
 
 
 class Classifier(nn.Module):
@@ -69,12 +69,11 @@ class Classifier(nn.Module):
 def load_classifier(folder: str | Path) -> Classifier:
     """What `Classifier.save` wrote, in evaluation mode."""
     config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
-    encoder: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    head = encoder.get_classifier().state_dict()
-    encoder.reset_classifier(0)
     _, height, width = config["pretrained_cfg"]["input_size"]
-    classifier = Classifier(encoder, config["label_names"], (height, width))
-    classifier.head.load_state_dict(head)
+    classifier = Classifier(load_encoder(folder), config["label_names"], (height, width))
+    model, layer = _timm_classifier(classifier.encoder, len(classifier.classes))
+    model.load_state_dict(load_file(Path(folder) / WEIGHTS))
+    classifier.head.load_state_dict(layer.state_dict())
     return classifier.eval()
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from finetune.classify import ClassifyConfig
+from finetune.config import ClassifyConfig
 from finetune.model.classifier import Classifier, load_classifier
 from finetune.model.depth_model import open_encoder
 from finetune.report.classes import classes_page
@@ -99,7 +99,7 @@ class Classification(Tuning):
 
     def changes(self, before: dict[str, Any]) -> list[str]:
         """See `Task`."""
-        if before == self.facts or not before:
+        if all(before.get(name, now) == now for name, now in self.facts.items()):
             return []
         return ["the photos to train on; the run goes on with those of now, no longer the run it was"]
 
