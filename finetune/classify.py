@@ -1,10 +1,11 @@
-"""Train a classifier of photos, encoder and linear layer, on folders of classes: fine-tuned, or on a frozen encoder.
+"""Train a classifier on labelled photos from a pretrained encoder: all of it, or a linear layer on frozen features.
 
-    spark-classify --config classify_finetune --encoder DIR/encoder --data.root LABELLED --output_dir DIR2
-    python finetune/classify.py --config classify_finetune --encoder DIR/encoder --data.root LABELLED --output_dir DIR2
+    spark-classify --config finetune --encoder DIR/encoder --data.root LABELLED --output_dir DIR2
+    python finetune/classify.py --config finetune --encoder DIR/encoder --data.root LABELLED --output_dir DIR2
 
-SIGTERM and Ctrl-C save a checkpoint; continue with --resume true. SIGUSR1 to the main process writes the model to
-output_dir/model at once; the end of the run does so anyway.
+LABELLED holds train/CLASS/* and val/CLASS/*. OUTPUT_DIR/model is a timm model with its classifier:
+timm.create_model("local-dir:OUTPUT_DIR/model", pretrained=True). SIGTERM and Ctrl-C save a checkpoint; continue with
+--resume true.
 """
 
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 if not __package__:  # started as a file: its folder comes first on the path, where the clone's belongs
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from finetune.label_config import ClassifyConfig
+from finetune.config import ClassifyConfig
 from spark.errors import one_line_errors
 from spark.training.cli import call_options, make_callable, parse_config
 
@@ -23,19 +24,15 @@ from spark.training.cli import call_options, make_callable, parse_config
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     with one_line_errors("interrupted; --resume true goes on from the newest checkpoint, if there is one"):
-        train_classifier(parse_config(ClassifyConfig, argv, __doc__ or ""))
+        classify(parse_config(ClassifyConfig, argv, __doc__ or ""))
 
 
-def train_classifier(config: ClassifyConfig) -> None:
-    """Train one model, from its first step or from a checkpoint, to its end or to a request to stop.
-
-    Args:
-        config: the options; the folder `config.output_dir` receives the results.
+def classify(config: ClassifyConfig) -> None:
+    """Train one classifier, from its first step or from a checkpoint, to its end or to a request to stop.
 
     Raises:
-        UserError: something about the options, the data, the encoder or the checkpoint is wrong, or the loss is not
-            finite; the sentence says what to do.
-        OSError: a file cannot be read or written; likewise.
+        UserError: something about the options, the data, the encoder or the checkpoint is wrong.
+        OSError: a file cannot be read or written.
     """
     from finetune.tasks.classify import Classification  # here: --help does not wait for torch
     from spark.training.loop import train
@@ -46,15 +43,15 @@ def train_classifier(config: ClassifyConfig) -> None:
 
 
 def call(**options: Any) -> None:
-    """The command as a call: ``finetune.classify(encoder="runs/mine/encoder", data="DATA", output_dir="runs/a")``.
+    """The command as a call: ``finetune.classify(encoder="runs/mine/encoder", data="LABELLED", output_dir="runs/c")``.
 
     Args:
         options: as `spark.training.cli.call_options` reads them.
 
     Raises:
-        UserError: as `train_classifier`, and for options that are wrong.
+        UserError: as `classify`, and for options that are wrong.
     """
-    train_classifier(call_options(ClassifyConfig, options))
+    classify(call_options(ClassifyConfig, options))
 
 
 make_callable(__name__, call)

@@ -1,4 +1,4 @@
-"""The options of a depth run, and those that every run on an encoder has; types check them, docstrings are the help."""
+"""The options of training from an encoder: the only list of them; types check values, docstrings are the ``--help``."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
@@ -9,6 +9,7 @@ from finetune.options import Kind, PlaceConfig, ReadingConfig, Size
 from spark.model.names import is_own
 from spark.training.option_types import (
     LOW_FIRST,
+    BatchSize,
     InnerShare,
     NonNegativeFloat,
     NonNegativeInt,
@@ -16,16 +17,20 @@ from spark.training.option_types import (
     PositiveFloat,
     PositiveInt,
     PositiveShare,
+    Rate,
     Rule,
     Share,
     ShareBelow1,
+    Workers,
+    at_most,
     require,
 )
-from spark.training.options import OptimizerConfig, RunConfig
+from spark.training.options import Epochs, OptimizerConfig, RunConfig
 
 HeadName = Annotated[str, Rule(f"one of {', '.join(HEADS)}", lambda name: name in HEADS, names=True)]
 LossWeights = Annotated[dict[str, float], Rule(f"of {', '.join(LOSSES)}", lambda weights: True)]
-Range = Annotated[tuple[PositiveFloat, PositiveFloat], LOW_FIRST]
+Factor = Annotated[PositiveFloat, at_most(1000)]
+Range = Annotated[tuple[Factor, Factor], LOW_FIRST]
 
 
 @dataclass
@@ -83,8 +88,8 @@ class DepthSetConfig(ReadingConfig, PlaceConfig):
 
 
 @dataclass
-class ViewConfig:
-    """Data: sizes and augmentation of the images to train on.
+class AugmentationConfig:
+    """Data: sizes and augmentation of the pairs to train on.
 
     Attributes:
         image_size: size [height, width] in pixels at which a whole frame is presented to the model.
@@ -99,6 +104,7 @@ class ViewConfig:
         brightness: range of the factor on all channels.
         channel: range of the factor on each channel.
         contrast: range of the factor on the difference from the mean colour.
+        cut_depth: probability that a rectangle of the image shows its depth (CutDepth).
         mean: mean of every channel on the scale 0 to 1; null takes what the encoder was trained with.
         std: standard deviation of every channel on the scale 0 to 1; null takes what the encoder was trained with.
     """
@@ -108,25 +114,15 @@ class ViewConfig:
     border: tuple[int, int, int, int] | None = (45, 472, 43, 608)
     zoom: Range = (1.0, 1.5)
     flip: Share = 0.5
-    rotation: NonNegativeFloat = 0.0
+    rotation: Annotated[NonNegativeFloat, at_most(180)] = 0.0
     colour: Share = 0.5
     gamma: Range = (0.9, 1.1)
     brightness: Range = (0.75, 1.25)
     channel: Range = (0.9, 1.1)
     contrast: Range = (1.0, 1.0)
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-
-
-@dataclass
-class AugmentationConfig(ViewConfig):
-    """Data: sizes and augmentation of the pairs to train on.
-
-    Attributes:
-        cut_depth: probability that a rectangle of the image shows its depth (CutDepth).
-    """
-
     cut_depth: Share = 0.0
+    mean: tuple[float, ...] | None = None
+    std: tuple[PositiveFloat, ...] | None = None
 
 
 @dataclass
@@ -149,13 +145,13 @@ class DepthDataConfig(AugmentationConfig, DepthSetConfig):
     val_kind: Kind | None = None
     val_list: PathText | None = None
     sets: list[DepthSetConfig] = field(default_factory=list)
-    workers: NonNegativeInt | None = None
+    workers: Workers | None = None
     max_unreadable: Share = 0.01
     max_empty: Share = 0.01
 
 
 @dataclass
-class TransferOptimConfig(OptimizerConfig):
+class TuningOptimConfig(OptimizerConfig):
     """Optimizer and schedule.
 
     Attributes:
@@ -176,8 +172,8 @@ class TransferOptimConfig(OptimizerConfig):
     """
 
     name: Literal["lamb", "adamw", "sgd"] = "adamw"
-    lr: PositiveFloat = 1e-4
-    batch_size: PositiveInt = 32
+    lr: Rate = 1e-4
+    batch_size: BatchSize = 32
     betas: tuple[ShareBelow1, ShareBelow1] = (0.9, 0.999)  # pyright: ignore[reportIncompatibleVariableOverride]
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.01
@@ -203,7 +199,7 @@ class TransferOptimConfig(OptimizerConfig):
 
 
 @dataclass(kw_only=True)
-class TransferConfig(RunConfig):
+class TuningConfig(RunConfig):
     """Run: encoder, length, precision, logs and checkpoints.
 
     Attributes:
@@ -221,8 +217,8 @@ class TransferConfig(RunConfig):
     encoder: PathText
     encoder_name: str | None = None
     pretrained: bool = False
-    optim: TransferOptimConfig = field(default_factory=TransferOptimConfig)
-    epochs: PositiveFloat = 15
+    optim: TuningOptimConfig = field(default_factory=TuningOptimConfig)
+    epochs: Epochs = 15
     sync_bn: bool = True
     checkpoint_every: NonNegativeInt = 500
     validate_every: NonNegativeFloat = 1
@@ -234,7 +230,7 @@ class TransferConfig(RunConfig):
 
 
 @dataclass(kw_only=True)
-class DepthConfig(TransferConfig):
+class DepthConfig(TuningConfig):
     """Run: encoder, losses, length, precision, logs and checkpoints.
 
     Attributes:
@@ -285,3 +281,67 @@ class DepthConfig(TransferConfig):
             known = PROTOCOLS[self.protocol].metrics
             wanted = f"a metric of protocol {self.protocol}: {', '.join(known)}"
             require(self.select in known, "select", self.select, wanted)
+
+
+@dataclass
+class ClassifyDataConfig:
+    """Data: labelled photos, and their augmentation.
+
+    Attributes:
+        root: folder with train/CLASS/* and val/CLASS/*.
+        labels: share of the training photos of each class that is trained on; at least one photo of each is. A smaller
+            share is part of a larger one.
+        labels_seed: another seed, another choice of these photos.
+        size: side of the squares that the encoder sees in pixels.
+        crop_scale: smallest and largest share of a photo's area that a random crop covers in training.
+        hflip: probability of a horizontal flip in training.
+        workers: processes that read photos; null is one for each core that a process may use, at most 8.
+        max_unreadable: share of the photos that may be unreadable before the run stops.
+
+    """
+
+    root: PathText
+    labels: PositiveShare = 1.0
+    labels_seed: int = 0
+    size: Annotated[PositiveInt, at_most(65536)] = 224
+    crop_scale: Annotated[tuple[PositiveShare, PositiveShare], LOW_FIRST] = (0.35, 1.0)
+    hflip: Share = 0.5
+    workers: Workers | None = None
+    max_unreadable: Share = 0.01
+
+
+@dataclass
+class ClassifyOptimConfig(TuningOptimConfig):
+    """Optimizer and schedule.
+
+    Attributes:
+        lr: peak learning rate of the classifier, for the batch size at hand (it is not scaled with it).
+    """
+
+    lr: Rate = 1e-3
+    batch_size: BatchSize = 64
+
+
+@dataclass(kw_only=True)
+class ClassifyConfig(TuningConfig):
+    """Run: encoder, length, precision, logs and checkpoints.
+
+    Attributes:
+        linear: train only a linear layer on the pooled features of the frozen encoder.
+        drop_path: stochastic depth rate of the encoder.
+        smoothing: share of the target that is spread over all classes (label smoothing).
+        encoder_options: further arguments of timm.create_model for the encoder.
+    """
+
+    CARDS: ClassVar = "classify"
+    ESSENTIALS: ClassVar = (
+        *("encoder", "data.root", "output_dir", "pretrained", "linear", "data.labels", "data.size"),
+        *("optim.lr", "optim.batch_size", "epochs", "precision", "resume"),
+    )
+
+    data: ClassifyDataConfig
+    optim: ClassifyOptimConfig = field(default_factory=ClassifyOptimConfig)
+    linear: bool = False
+    drop_path: ShareBelow1 = 0.0
+    smoothing: ShareBelow1 = 0.0
+    encoder_options: dict[str, Any] = field(default_factory=dict)

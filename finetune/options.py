@@ -1,19 +1,23 @@
 """The options of all commands around a depth model but training, whose options are in `finetune.config`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from spark.errors import UserError
 from spark.options import ExportOptions
 from spark.training.option_types import (
     NOT_EMPTY,
+    BatchSize,
     NonNegativeFloat,
     NonNegativeInt,
     Options,
     PathText,
     PositiveFloat,
     PositiveInt,
-    Rule,
+    Side,
+    Workers,
+    at_most,
+    between,
     require,
     values_of,
 )
@@ -34,7 +38,7 @@ Kind: TypeAlias = Literal[
 Space: TypeAlias = Literal["depth", "log_depth", "disparity"]
 Fit: TypeAlias = Literal["scale", "scale_shift"]
 Format: TypeAlias = Literal["npy", "pfm", "png", "colour", "side", "ply", "mesh"]
-Size: TypeAlias = tuple[PositiveInt, PositiveInt]
+Size: TypeAlias = tuple[Side, Side]
 
 
 # --- data
@@ -90,7 +94,7 @@ class EvaluationDataConfig(ReadingConfig, PlaceConfig):
 
     split: Literal["train", "test"] = "test"
     depth: Literal["raw", "filled"] | None = None
-    workers: NonNegativeInt = 0
+    workers: Workers = 0
 
 
 @dataclass
@@ -196,7 +200,7 @@ class EvaluationConfig(PredictingConfig, Options):
     protocol: str = "nyu-bts"
     flip_average: bool | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     threshold: NonNegativeFloat | None = None
-    batch_size: PositiveInt = 8
+    batch_size: BatchSize = 8
     figures: PathText | None = None
     triptychs: PositiveInt = 8
 
@@ -223,9 +227,12 @@ class PredictConfig(PredictingConfig, Options):
         tiles: how many overlapping tiles along the long side, 1 to 16, show the model more detail of large images; they
             are fitted to the prediction for the whole image. 1 is the whole image alone.
         batch_size: images or frames of one forward; images must be equally large, or are taken alone.
-        colour_near: depth in metres at the near end of the colours.
-        colour_far: depth in metres at the far end of the colours; null is the farthest that the model says.
-        video_range: colours of a video from colour_near to colour_far (fixed), or following the frames slowly (smooth,
+        colour_near: depth in metres at the near end of the colours; null is 0 where colour_far is given, and else the
+            nearest of each image (its first percentile).
+        colour_far: depth in metres at the far end of the colours; null is the farthest that the model says where
+            colour_near is given, and else the farthest of each image (its 99th percentile).
+        video_range: colours of a video from colour_near to colour_far (fixed; null is 0 and the farthest that the model
+            says), or following the frames slowly (smooth,
             the only one for a model without metres).
         frames: most frames of a video or camera; null is all, from a camera until Ctrl-C.
         camera: intrinsics for ply and mesh, a file (JSON or YAML with fx, fy, cx, cy, width, height), nyu, or the field
@@ -243,9 +250,9 @@ class PredictConfig(PredictingConfig, Options):
     input: PathText
     output: PathText
     formats: Annotated[list[Format], NOT_EMPTY] | None = None
-    tiles: Annotated[int, Rule("from 1 to 16", lambda value: 1 <= value <= 16)] = 1
-    batch_size: PositiveInt = 4
-    colour_near: float = 0.0
+    tiles: Annotated[int, between(1, 16)] = 1
+    batch_size: BatchSize = 4
+    colour_near: float | None = None
     colour_far: float | None = None
     video_range: Literal["fixed", "smooth"] = "fixed"
     frames: PositiveInt | None = None
@@ -383,14 +390,19 @@ class AppConfig(RunningModelConfig, Options):
 
     Attributes:
         host: address to bind to; 127.0.0.1 is this machine alone.
+        host_names: further names that browsers may call the page by. Any but these, host and localhost is refused, so
+            that no website can point a name of its own to this machine and read the page (DNS rebinding).
         port: port; null is the first free one from 7860.
-        max_megapixels: largest photo taken.
+        max_pixels: photos with more pixels are not read.
         max_megabytes: largest file taken.
         no_browser: open no browser window.
     """
 
+    RETIRED: ClassVar = ("max_megapixels",)
+
     host: str = "127.0.0.1"
-    port: PositiveInt | None = None
-    max_megapixels: PositiveFloat = 24.0
+    host_names: list[str] = field(default_factory=list)
+    port: Annotated[PositiveInt, at_most(65_535)] | None = None
+    max_pixels: PositiveInt = 178_956_970
     max_megabytes: PositiveFloat = 32.0
     no_browser: bool = False

@@ -7,6 +7,9 @@ For every image, under its own name and subfolder: NAME.npy (float32, metres, th
 metres); for every video NAME_colour.mp4. `--formats` asks for others. predictions.json says what was written and what
 could not be read. A model without metres (head fusion) writes NAME_disparity.npy, float32 inverse depth up to scale and
 shift, and NAME_colour.png from its nearest to its farthest, until it is calibrated (spark-calibrate).
+
+Exit code: 0, also where some images could not be read (they are named); 1 where nothing could be; 2 for a wrong option
+or input; 130 after Ctrl-C.
 """
 
 import sys

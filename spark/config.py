@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from spark.training.option_types import (
     LOW_FIRST,
     NOT_EMPTY,
+    Channels,
     InnerShare,
     NonNegativeFloat,
     NonNegativeInt,
@@ -13,14 +14,18 @@ from spark.training.option_types import (
     PositiveFloat,
     PositiveInt,
     PositiveShare,
+    Rate,
     Rule,
     Share,
     ShareBelow1,
+    Side,
+    Workers,
+    at_most,
     require,
 )
-from spark.training.options import OptimizerConfig, RunConfig
+from spark.training.options import Epochs, OptimizerConfig, RunConfig
 
-ImageSize = PositiveInt | tuple[PositiveInt, PositiveInt]
+ImageSize = Side | tuple[Side, Side]
 
 
 @dataclass
@@ -62,10 +67,10 @@ class SparKConfig:
     input_size: ImageSize = 224
     mask_block_size: PositiveInt = 1
     mask_ratio: InnerShare | Annotated[tuple[InnerShare, InnerShare], LOW_FIRST] = 0.6
-    in_chans: PositiveInt = 3
+    in_chans: Channels = 3
     patch_size: int | None = None
     stride: int | None = None
-    decoder_width: PositiveInt = 768
+    decoder_width: Annotated[PositiveInt, at_most(8192)] = 768
     layout: Literal["auto", "packed", "masked", "spconv", "triton"] = "auto"
     drop_path: ShareBelow1 = 0.0
     sync_bn: bool = True
@@ -139,12 +144,12 @@ class DataConfig:
 
     train: Annotated[PathText, NOT_EMPTY]
     streaming: bool = False
-    shuffle_buffer: PositiveInt = 1000
+    shuffle_buffer: Annotated[PositiveInt, at_most(1_000_000)] = 1000
     size: PositiveInt | None = None
     cache: PathText | None = None
-    workers: NonNegativeInt | None = None
+    workers: Workers | None = None
     mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
+    std: tuple[PositiveFloat, ...] | None = None
     crop_scale: Annotated[tuple[PositiveShare, PositiveShare], LOW_FIRST] = (0.67, 1.0)
     hflip: Share = 0.5
     max_pixels: PositiveInt = 178_956_970
@@ -198,7 +203,7 @@ class OptimConfig(OptimizerConfig):
             lengths. null is the paper's schedule, half a cosine over the whole run.
     """
 
-    base_lr: PositiveFloat = 2e-4
+    base_lr: Rate = 2e-4
     weight_decay_end: NonNegativeFloat | None = 0.2
     cooldown_epochs: NonNegativeFloat | None = None
 
@@ -218,7 +223,7 @@ class PretrainConfig(RunConfig):
     data: DataConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
-    epochs: PositiveFloat = 1600
+    epochs: Epochs = 1600
     compile: bool = False
     panels_every: NonNegativeInt = 1000
     export_ema: bool = False

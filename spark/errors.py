@@ -20,15 +20,15 @@ class FileError(OSError, UserError):
 def one_line_errors(interrupted: str = "interrupted") -> Iterator[None]:
     """End a command with one line ``error: ...`` and exit code 2 for what a user can mend; bugs keep their traceback.
 
-    That is a `UserError`, raised in this process or in a loader's, and what the system says of a file: that it is
-    missing, not readable, or that the disk is full. The main process speaks. The others wait for the launcher to end
-    them, and speak only if it does not, which means that the error was theirs alone.
+    That is a `UserError`, raised in this process or in a loader's, what the system says of a file (it is missing, not
+    readable, the disk is full), and too little memory. The main process speaks. The others wait for the launcher to
+    end them, and speak only if it does not, which means that the error was theirs alone.
 
     Ctrl-C, where nothing inside handles it, ends the command with exit code 130 after the line `interrupted`.
     """
     try:
         yield
-    except (UserError, OSError) as error:
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
         sentence = one_line(error)
         if sentence is None:
             raise
@@ -43,14 +43,26 @@ def one_line_errors(interrupted: str = "interrupted") -> Iterator[None]:
         raise SystemExit(130) from None
 
 
-def one_line(error: UserError | OSError) -> str | None:
-    """The sentence of a user's error; None for an OSError that names no file, which may be a bug."""
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+"""How torch says it, on CPUs and GPUs, in a RuntimeError, and the system in an OSError."""
+
+
+def one_line(error: Exception) -> str | None:
+    """The sentence of a user's error; None for what may be a bug, such as an OSError that names no file."""
     text = str(error)
     if isinstance(error, UserError):
         if text.startswith("Caught ") and "DataLoader worker" in text:  # torch raises the loader's error anew
             text = text.strip().splitlines()[-1].partition(": ")[2]
         elif isinstance(error, OSError) and error.strerror:
             text = error.strerror
+    elif isinstance(error, MemoryError) or any(words in text for words in NO_MEMORY):
+        reason = f" ({text.splitlines()[0]})" if text else ""
+        text = (
+            f"there is too little memory{reason}: take smaller images, a smaller network or fewer images at once (a "
+            "smaller batch_size; in training a larger accumulation)"
+        )
+    elif not isinstance(error, OSError):
+        return None
     elif error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" ({error.filename})" if error.filename else ""
         text = (

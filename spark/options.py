@@ -7,17 +7,22 @@ from typing import Annotated, ClassVar, Literal
 from spark.errors import UserError
 from spark.training.option_types import (
     NOT_EMPTY,
+    BatchSize,
+    Channels,
     NonNegativeFloat,
-    NonNegativeInt,
     Options,
     PathText,
     PositiveFloat,
     PositiveInt,
-    Rule,
     Share,
+    Side,
+    Workers,
+    at_most,
+    between,
 )
+from spark.training.options import Seed
 
-Sizes = PositiveInt | tuple[PositiveInt, PositiveInt]
+Sizes = Side | tuple[Side, Side]
 OTHER_FILES = (".onx", ".onnxx", ".ort", ".pb", ".pt", ".pte", ".pth", ".bin", ".ckpt", ".safetensors")
 """Ends of names that mean a file, of a kind that is not written."""
 
@@ -41,8 +46,8 @@ class ExportOptions(Options):
     """
 
     output: PathText
-    size: tuple[PositiveInt, PositiveInt] | None = None
-    opset: PositiveInt | None = None
+    size: tuple[Side, Side] | None = None
+    opset: Annotated[PositiveInt, at_most(30)] | None = None
     tolerance: PositiveFloat | None = None
     license: str | None = None
     datasets: list[str] | None = None
@@ -99,7 +104,7 @@ class ExportConfig(ExportOptions):
     ema: bool = False
     model_name: str | None = None
     mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
+    std: tuple[PositiveFloat, ...] | None = None
     input_size: Sizes | None = None
 
 
@@ -115,8 +120,8 @@ class ProbeConfig(Options):
         pretrained: of timm names, timm's published weights (network).
         model_name: timm name of the encoder in a .pth file that does not say it; package.module:factory of your own in
             any file or folder.
-        size: images are resized and centre cropped to it, one number or [height, width]; null is the size that each
-            encoder was trained at.
+        size: images are resized and centre cropped to it, one number or [height, width]; null is the size that the
+            first encoder was trained at, for all of them.
         level: feature map to use; deepest, all (concatenated), or a stride in pixels.
         k: neighbours that vote.
         l2: strengths that the linear probe chooses from.
@@ -136,11 +141,11 @@ class ProbeConfig(Options):
     level: str = "deepest"
     k: Annotated[tuple[PositiveInt, ...], NOT_EMPTY] = (10, 20)
     l2: Annotated[tuple[NonNegativeFloat, ...], NOT_EMPTY] = (0.0001, 0.001, 0.01, 0.1, 1.0, 10.0)
-    seed: int = 0
+    seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
-    batch_size: PositiveInt = 64
-    workers: NonNegativeInt = 0
+    batch_size: BatchSize = 64
+    workers: Workers = 0
 
 
 @dataclass(kw_only=True)
@@ -163,14 +168,14 @@ class PrepareConfig(Options):
 
     input: PathText
     output: PathText
-    in_chans: PositiveInt = 3
-    short_side: PositiveInt = 256
-    min_side: PositiveInt = 1
-    quality: Annotated[int, Rule("from 1 to 100", lambda value: 1 <= value <= 100)] = 90
+    in_chans: Channels = 3
+    short_side: Side = 256
+    min_side: Side = 1
+    quality: Annotated[int, between(1, 100)] = 90
     shard_size: PositiveInt = 1000
     max_pixels: PositiveInt = 178_956_970
     max_unreadable: Share = 0.0
-    workers: PositiveInt | None = None
+    workers: Annotated[PositiveInt, at_most(256)] | None = None
 
 
 @dataclass(kw_only=True)

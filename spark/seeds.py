@@ -23,7 +23,6 @@ class Purpose(IntEnum):
     HEAD_WEIGHTS = 11
     LOSS_WEIGHTS = 12  # modules that a loss owns
     SET = 13  # one of several sets that train together
-    LABELS = 14  # which samples of a class are used
 
 
 def derive_seed(*parts: int) -> int:

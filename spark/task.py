@@ -1,5 +1,6 @@
 """SparK pretraining as a task of the engine: the model, batches of masked images, the loss, the encoder."""
 
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from spark.images.batches import MaskedBatches, StepPlan
 from spark.images.dataset import SampleReader
 from spark.images.loader import open_loader
 from spark.images.transform import PretrainTransform
-from spark.model.masking import check_masks, mean_ratio, visible_at
+from spark.model.masking import check_masks, mean_ratio, num_visible, ratio_range, visible_at
 from spark.model.normalise import Normalise
 from spark.model.spark import SparK, norm_kind
 from spark.monitor.panels import panels_path, reconstruction_panels, save_panels
@@ -27,14 +28,18 @@ from spark.seeds import Purpose, derive_seed
 from spark.sparse.batch_norm import in_recomputation
 from spark.sparse.choice import AUTO, Choice, is_available
 from spark.start import start_from
-from spark.training.accelerator import reduce_sum
+from spark.training.accelerator import check_memory, reduce_sum
 from spark.training.optim import build_optimizer, lr_at, parameter_groups, weight_decay_at
 from spark.training.option_types import values_of
+from spark.training.recipe import misfit
 from spark.training.run import Run
 from spark.training.sampling import run_length
 from spark.training.sharding import on_device
 from spark.training.task import Rates, StepLoss, Task
 from spark.weights.encoder import save_encoder
+
+SMALL_RATE, FITTING_RATE = 5e-4, 4e-3
+"""Peak learning rates of lamb: below the first it hardly learns; the second is between those of the recipes."""
 
 
 class Pretraining(Task):
@@ -62,6 +67,8 @@ class Pretraining(Task):
         self.plan = StepPlan(
             training_sizes(config, self.spark), self.spark.mask_ratio, batch_size, config.seed
         )
+        largest = max(self.plan.sizes, key=math.prod)
+        check_memory(run.micro_batch, (self.spark.in_chans, *largest), run.device)
         try_forward(self.spark, run.device, self.plan.sizes)
 
         transform = PretrainTransform(
@@ -102,6 +109,12 @@ class Pretraining(Task):
             config.optim.warmup_epochs,
             config.optim.warmup_steps,
         )
+        for warning in (
+            misfit(config, self.num_samples, self.total_steps, self.warmup_steps, self.unit),
+            small_rate(config),
+        ):
+            if warning:
+                run.accelerator.print(f"warning: {warning}")
         cooldown = config.optim.cooldown_epochs
         self.cooldown_steps = None if cooldown is None else round(cooldown * per_epoch)
         self.facts = {
@@ -264,7 +277,7 @@ class Pretraining(Task):
             (
                 f"model      {config.model.name}: {millions(spark.encoder)} parameters{unused}, with decoder "
                 f"{millions(spark)}; {', '.join(f'{h}x{w}' for h, w in self.plan.sizes)} px, patches of "
-                f"{spark.patch_size}, mask {config.model.mask_ratio}",
+                f"{spark.patch_size}, {mask_text(spark, self.plan.sizes)}",
                 f"layout     {self.layout.layout} ({self.layout.reason})",
                 f"data       {self.loader.title}; loader processes {run.world} x {self.loader.workers}",
                 f"batch      {optim.batch_size} images: processes {run.world} x accumulation {config.accumulation} x "
@@ -365,6 +378,31 @@ def resolve(config: PretrainConfig, spark: SparK, transform: PretrainTransform) 
         config,
         optim=replace(config.optim, betas=config.optim.betas or default_betas(spark)),
         data=replace(config.data, mean=tuple(transform.mean or ()), std=tuple(transform.std or ())),
+    )
+
+
+def mask_text(spark: SparK, sizes: Sequence[tuple[int, int]]) -> str:
+    """The shares of the patches that are hidden, which whole patches round: "mask 0.5 (mask_ratio 0.6)"."""
+    real = set()
+    for size in sizes:
+        grid = spark.grid_of(*size)
+        real |= {1 - num_visible(grid, ratio) / math.prod(grid) for ratio in ratio_range(spark.mask_ratio)}
+    low, high = f"{min(real):.3g}", f"{max(real):.3g}"
+    shown = low if low == high else f"{low} to {high}"
+    asked = spark.mask_ratio if isinstance(spark.mask_ratio, float) else list(ratio_range(spark.mask_ratio))
+    return f"mask {shown}" + ("" if shown == f"{asked}" else f" (mask_ratio {asked})")
+
+
+def small_rate(config: PretrainConfig) -> str:
+    """A sentence where the paper's learning rate, made for a batch of 4096, is left to a small one; "" elsewhere."""
+    optim = config.optim
+    peak = optim.base_lr * optim.batch_size / 256
+    if optim.name != "lamb" or peak >= SMALL_RATE:
+        return ""
+    return (
+        f"the learning rate is {peak:.3g} at its peak, which is little for lamb, whose steps are relative to the "
+        f"weights: the paper has 0.0032 at its batch of 4096, the recipe small 0.008 at 64. What fits: --optim.base_lr "
+        f"{FITTING_RATE * 256 / optim.batch_size:.3g}, or --config small"
     )
 
 

@@ -35,22 +35,18 @@ ORDER = {
         "protocols depth_data",
         "heads",
         "model losses config",
-        "label_config",
         "scoring",
         "report",
         "predicting tasks",
         "commands",
-        "depth classify segment evaluate predict",
+        "classify depth evaluate predict",
     ],
 }
 RANKS = {
     package: {room: rank for rank, rooms in enumerate(order) for room in rooms.split()}
     for package, order in ORDER.items()
 }
-ENTRIES = {
-    "spark.pretrain",
-    *(f"finetune.{name}" for name in ("depth", "classify", "segment", "evaluate", "predict")),
-}
+ENTRIES = {"spark.pretrain", "finetune.classify", "finetune.depth", "finetune.evaluate", "finetune.predict"}
 
 
 def modules():

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from finetune import options as finetune_options
-from finetune.config import DepthConfig
+from finetune.config import ClassifyConfig, DepthConfig
 from spark import options as spark_options
 from spark.config import PretrainConfig
 from spark.training.cards import find_card
@@ -20,6 +20,7 @@ CARDS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if not path.i
 COMMANDS: dict[str, Any] = {
     "spark-pretrain": PretrainConfig,
     "spark-depth": DepthConfig,
+    "spark-classify": ClassifyConfig,
     "spark-evaluate": finetune_options.EvaluationConfig,
     "spark-predict": finetune_options.PredictConfig,
     "spark-export": spark_options.ExportConfig,

@@ -14,7 +14,8 @@ The file (see tools/studies/): `seeds`; `pretrain`, `depth`, `probe` and `scores
 options of the commands as on the command line; `arms`, each with `encoder` and `start` (scratch, spark, or anything
 that --encoder of depth training takes), its own options of the same names, `stages` (name -> options of depth runs
 that continue from one another), `labels` (share of the training scenes), `images` and `images_share` (what it pretrains
-on), `pretrain_seed`, or `command` (a program that writes {run}/results.json); `columns`, name -> where the value
+on), `pretrain_seed`, or `command` (a program that writes {run}/results.json, or what
+`makes` names); `columns`, name -> where the value
 stands; `table`, `differences`, `figure`. Texts may hold {data}, {output}, {seed}, {run} and the arm's own entries.
 In `pretrain`, `epochs: time` is as many epochs as fit into the time of the first arm, and `scale_phases: true` lets the
 warm-up and the frozen epochs of a run card keep their share of a run of another length. An arm with `trunk` (lengths in
@@ -42,6 +43,7 @@ import timm
 import torch
 import yaml
 from filelock import FileLock, Timeout
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from finetune.report.figures import save_figure
@@ -67,14 +69,15 @@ class Step(NamedTuple):
         makes: folder of a run, or a file.
         command: arguments of Python.
         result: of a run, the folder in it that holds the weights; "" for a file.
-        epochs: of a run.
+        unit, length: of a run: "epoch" or "step", and how many.
         trunk: run that it branches off from, or None.
     """
 
     makes: Path
     command: tuple[str, ...]
     result: str = ""
-    epochs: float = 0.0
+    unit: str = "epoch"
+    length: float = 0.0
     trunk: Path | None = None
 
     @property
@@ -83,8 +86,8 @@ class Step(NamedTuple):
         if not self.result:
             return self.makes.exists()
         rows = read_rows(self.makes / "metrics.jsonl")
-        reached = max((row["epoch"] for row in rows if "epoch" in row), default=0.0)
-        return reached >= self.epochs and (self.makes / self.result / "model.safetensors").exists()
+        reached = max((row[self.unit] for row in rows if self.unit in row), default=0.0)
+        return reached >= self.length and (self.makes / self.result / "model.safetensors").exists()
 
     @property
     def now(self) -> list[str]:
@@ -170,7 +173,7 @@ class Study:
             own = dict(options)
             if epochs:
                 own |= {"epochs": epochs, "optim.cooldown_epochs": 0}
-            elif own["epochs"] == "time":
+            elif own.get("epochs") == "time":
                 own["epochs"] = self.equal_time(arm, run)
             given = {
                 "output_dir": run,
@@ -219,7 +222,7 @@ class Study:
         ]
         folder = self.output / f"depth_{self.name(arm)}_{seed}"
         if "command" in arm:
-            makes = folder / "results.json"
+            makes = folder / arm.get("makes", "results.json")
             command = Step(makes, arguments(self.filled(arm["command"], arm, seed, folder)))
             yield Row(arm, seed, "", [*prepare, command], None, folder, None, {"results": makes})
             return
@@ -285,7 +288,10 @@ def run_step(script: str, run: Path, result: str, options: dict[str, Any]) -> St
                 options[f"optim.{name}"] = scaled
     options = {**options, "resume": options.get("resume", True)}
     trunk = None if options["resume"] is True else options["resume"]
-    return Step(run, (script, *flags(options)), result, float(options["epochs"]), trunk)
+    unit, length = (
+        ("step", options["max_steps"]) if options.get("max_steps") else ("epoch", options["epochs"])
+    )
+    return Step(run, (script, *flags(options)), result, unit, float(length), trunk)
 
 
 def good_start(encoder: str) -> dict[str, Any]:
@@ -308,7 +314,12 @@ def image_list(arm: Mapping[str, Any], data: Path, output: Path) -> Path:
     """
     default = ["images", "nyu/nyu_train.txt"]
     entries, share = arm.get("images", default), arm.get("images_share", 1)
-    name = "images" if entries == default else "images_" + "_".join(e.replace("/", "-") for e in entries)
+    entries = [entry.replace("{output}", str(output)) for entry in entries]
+    name = (
+        "images"
+        if entries == default
+        else "images_" + "_".join(re.sub(r"\W+", "-", e.removeprefix(f"{output}/")) for e in entries)
+    )
     target = output / f"{name}{'' if share == 1 else f'_{share:g}'}.txt"
     if target.exists() or not data.is_dir():
         return target
@@ -515,12 +526,12 @@ def spread(values: list[float]) -> str:
 def differences(scored: list[tuple[dict[str, Any], Path]], study: Mapping[str, Any]) -> list[dict[str, str]]:
     """Means of arms minus those of the baseline that shares the other columns, with 95 % bootstrap intervals.
 
-    Every resample draws scenes, the same for both arms, and seeds, for each arm its own.
+    Every resample draws scenes (or images), the same for both arms, and seeds, for each arm its own.
 
     Args:
         scored: rows with the file of their scores.
         study: its `differences` names the `column` and the `baseline` in it, the columns that must be `equal`, and
-            the `metrics`.
+            the `metrics`; `over` is scenes, which are folders, or images.
     """
     wanted, rng = study["differences"], np.random.default_rng(0)
     found = []
@@ -530,7 +541,8 @@ def differences(scored: list[tuple[dict[str, Any], Path]], study: Mapping[str, A
         base = [path for row, path in base if row[wanted["column"]] == wanted["baseline"]]
         if key[-1] == wanted["baseline"] or not base:
             continue
-        scenes = [scene_of(one["name"]) for one in results[base[0]]["per_image"]]
+        drawn_by = scene_of if wanted.get("over", "scenes") == "scenes" else str
+        scenes = [drawn_by(one["name"]) for one in results[base[0]]["per_image"]]
         names, index = np.unique(scenes, return_inverse=True)
         counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), RESAMPLES)[:, index]
         means = []
@@ -555,7 +567,7 @@ def differences(scored: list[tuple[dict[str, Any], Path]], study: Mapping[str, A
                     "low": f"{low:+.4f}",
                     "high": f"{high:+.4f}",
                     "seeds": f"{len(mine)} and {len(base)}",
-                    "scenes": str(len(names)),
+                    wanted.get("over", "scenes"): str(len(names)),
                 }
             )
     return found
@@ -571,23 +583,38 @@ def by_columns(
     return groups
 
 
-def draw(rows: list[dict[str, Any]], wanted: Mapping[str, Any], path: Path) -> None:
-    """A score over a column, a line an arm: mean, and the range over seeds."""
-    figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    scored = [row for row in rows if row[wanted["y"]] != ""]
-    for key, mine in grouped(scored, wanted["lines"]).items():
-        points = sorted(
-            (float(x), [float(r[wanted["y"]]) for r in g]) for (x,), g in grouped(mine, [wanted["x"]]).items()
-        )
-        middle = np.array([statistics.mean(values) for _, values in points])
-        ends = np.array([[min(values), max(values)] for _, values in points]).T
-        axes.errorbar(
-            [x for x, _ in points], middle, np.abs(ends - middle), marker="o", capsize=3, label=" ".join(key)
-        )
-    axes.set(xlabel=wanted["x"], ylabel=wanted["y"], xscale=wanted.get("scale", "linear"))
-    axes.legend()
+def draw(
+    rows: list[dict[str, Any]], found: list[dict[str, str]], wanted: Mapping[str, Any], path: Path
+) -> None:
+    """A score over a column, a line an arm: mean and range over seeds; beside it, differences and their intervals."""
+    found = [row for row in found if row.keys() >= {wanted["x"], *wanted["lines"]}]
+    figure = Figure(figsize=(10 if found else 6, 4), dpi=120, layout="constrained")
+    first, *second = figure.subplots(1, 1 + bool(found), squeeze=False)[0]
+    for key, mine in grouped([row for row in rows if row[wanted["y"]] != ""], wanted["lines"]).items():
+        points = []
+        for (x,), group in grouped(mine, [wanted["x"]]).items():
+            values = [float(row[wanted["y"]]) for row in group]
+            points.append((float(x), statistics.mean(values), min(values), max(values)))
+        bars(first, points, " ".join(key))
+    first.set(ylabel=f"{wanted['y']}, mean and range over seeds")
+    for axes in second:
+        mine = [row for row in found if row["metric"] == wanted["y"]]
+        for key, group in grouped(mine, wanted["lines"]).items():
+            names = (wanted["x"], "difference", "low", "high")
+            bars(axes, [tuple(float(row[name]) for name in names) for row in group], " ".join(key))
+        axes.axhline(0, color="0.6", linewidth=1)
+        axes.set(ylabel=f"{wanted['y']} minus that of {found[0]['baseline']}, 95 % interval")
+    for axes in figure.axes:
+        axes.set(xlabel=wanted.get("xlabel", wanted["x"]), xscale=wanted.get("scale", "linear"))
+        axes.legend()
     save_figure(figure, path)
+
+
+def bars(axes: Axes, points: Sequence[tuple[float, ...]], label: str) -> None:
+    """A line with error bars through points (x, y, low, high)."""
+    x, y, low, high = np.array(sorted(points)).T
+    ends = np.maximum([y - low, high - y], 0)
+    axes.errorbar(x, y, ends, marker="o", capsize=3, label=label)
 
 
 def write_results(
@@ -607,6 +634,7 @@ def write_results(
         return
     write_whole(path, rows_as_csv(rows).encode())
     more: list[str] = []
+    found: list[dict[str, str]] = []
     if "differences" in content:
         scored = [(values, row.scores["results"]) for row, values in made if "results" in row.scores]
         if found := differences(scored, content):
@@ -616,7 +644,7 @@ def write_results(
     table = markdown(rows, content, command, more)
     write_whole(results.with_suffix(".md"), table.encode())
     if "figure" in content:
-        draw(rows, content["figure"], results.with_suffix(".png"))
+        draw(rows, found, content["figure"], results.with_suffix(".png"))
     if options.readme:
         parts = options.readme.read_text(encoding="utf-8").split(MARK)
         if len(parts) != 3:

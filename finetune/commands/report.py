@@ -1,4 +1,4 @@
-"""spark-report: the page about runs, pretraining, depth and the others, as `spark.commands.report` describes it."""
+"""spark-report: the page about runs, pretraining, depth and classes, as `spark.commands.report` describes it."""
 
 from collections.abc import Sequence
 
@@ -12,11 +12,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; a user's error is one sentence and exit code 2."""
     with one_line_errors():
         config = parse_config(ReportConfig, argv, pretraining.__doc__ or "")
-        from finetune.report import CLASSIFICATION, DEPTH, SEGMENTATION
+        from finetune.report import DEPTH
+        from finetune.report.classes import CLASSES
         from spark.commands.work.report import report
         from spark.report import PRETRAINING
 
-        report(config, (CLASSIFICATION, SEGMENTATION, DEPTH, PRETRAINING))
+        report(config, (CLASSES, DEPTH, PRETRAINING))
 
 
 if __name__ == "__main__":

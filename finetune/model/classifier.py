@@ -1,97 +1,94 @@
-"""A classifier of photos on a timm encoder; what it leaves is a timm model, which needs nothing of this package."""
+"""A classifier: a timm encoder, and a linear layer on its pooled features. What it saves plain timm loads."""
 
-import copy
+import json
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from finetune.model.encoder_model import EncoderModel
 from spark.errors import UserError
-from spark.model.encoder import timm_config
-from spark.weights.encoder import save_encoder
+from spark.weights.encoder import CONFIG, WEIGHTS, load_encoder, save_encoder
 
 
-class Classifier(EncoderModel):
-    """The encoder's pooled features, as timm pools them, and a linear layer to classes.
+class Classifier(nn.Module):
+    """Encoder and linear layer; with `linear` the encoder stays as it is, in evaluation mode, and the layer learns.
 
     Args:
-        encoder: A stock timm model without its classifier; it is used, not copied.
-        classes: Names of the classes, two or more.
-        frozen: The encoder never learns, and its features are standardised by a batch norm without parameters before
-            the linear layer (He et al. 2022, MAE, appendix A.1: linear probing). An export folds it into the layer.
-        image_size: (H, W) of the photos [px].
-        mean: See `EncoderModel`.
-        std: Likewise.
+        encoder: a timm model without classifier; it is used, not copied.
+        classes: names, in the order of the logits; at least two.
+        image_size: (H, W) that it is trained at, for the record [px].
+        linear: train the layer alone.
 
     Raises:
-        UserError: The encoder is not timm's, or timm puts another classifier on it than one linear layer.
+        UserError: the encoder is not timm's, or timm's classifier of it is not a linear layer.
     """
 
     def __init__(
-        self,
-        encoder: nn.Module,
-        classes: Sequence[str],
-        frozen: bool = False,
-        image_size: tuple[int, int] = (224, 224),
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-    ) -> None:
-        super().__init__(encoder, image_size, mean, std)
-        self.classes = list(classes)
-        inputs = self._stock()[1].weight.shape[1]
-        self.norm = nn.BatchNorm1d(inputs, affine=False) if frozen else nn.Identity()
-        self.head = nn.Linear(inputs, len(self.classes))
-        nn.init.trunc_normal_(self.head.weight, std=0.01)
+        self, encoder: nn.Module, classes: Sequence[str], image_size: tuple[int, int], linear: bool = False
+    ):
+        super().__init__()
+        self.encoder, self.classes, self.image_size = encoder, list(classes), image_size
+        self.linear, self.encoder_frozen = linear, False
+        self.head = _timm_classifier(encoder, len(classes))[1]
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
-        if frozen:
-            self.probe_encoder()
+        if linear:
+            encoder.requires_grad_(False)
+            self.freeze_encoder()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, classes] of images [B, 3, H, W], normalised with `mean` and `std`."""
-        with self.encoder_gradients():
+        """Normalised images [B, 3, H, W] -> logits [B, classes]."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_frozen):
             features = self.encoder(images)
-        return self.head(self.norm(features))
+        return self.head(features)
 
-    def stock(self) -> nn.Module:
-        """The timm model with its classifier that gives the same logits in evaluation; a copy."""
-        model, layer = self._stock()
-        weight, bias = self.head.weight.detach(), self.head.bias.detach()
-        if isinstance(self.norm, nn.BatchNorm1d):
-            mean, var = self.norm.running_mean, self.norm.running_var
-            assert mean is not None
-            assert var is not None
-            weight = weight / (var + self.norm.eps).sqrt()
-            bias = bias - weight @ mean
-        with torch.no_grad():
-            layer.weight.copy_(weight.view_as(layer.weight))
-            layer.bias.copy_(bias)
-        return model
+    def freeze_encoder(self, frozen: bool = True) -> None:
+        """Hold the encoder still, batch statistics too, or let it learn again; see `DepthModel.freeze_encoder`."""
+        self.encoder_frozen = frozen or self.linear
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Classifier":
+        """Switch between training and evaluation; a frozen encoder stays in evaluation."""
+        super().train(mode)
+        if self.encoder_frozen:
+            self.encoder.eval()
+        return self
 
     def save(self, folder: str | Path) -> Path:
-        """Export `stock`; `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it, with the class names.
+        """Write config.json and model.safetensors as timm has them, whole or not at all:
+        `timm.create_model("local-dir:FOLDER", pretrained=True)` is the classifier, `label_names` its classes."""
+        model, classifier = _timm_classifier(self.encoder, len(self.classes))
+        classifier.load_state_dict(self.head.state_dict())
+        return save_encoder(model, folder, input_size=self.image_size, label_names=self.classes)
 
-        Raises:
-            OSError: The disk is full or not writable.
-        """
-        model = self.stock()
-        # Photos are prepared as in validation: the shorter side is resized to the input, nothing is cut off beside it.
-        timm_config(model).update(crop_pct=1.0, crop_mode="center", interpolation="bicubic")
-        return save_encoder(model, folder, self.mean, self.std, self.image_size, labels=self.classes)
 
-    def _stock(self) -> tuple[Any, Any]:
-        """A copy of the encoder with timm's own classifier on it, and the classifier."""
-        name = type(self.encoder).__name__
-        if not hasattr(self.encoder, "reset_classifier"):
-            raise UserError(
-                f"{name} is not timm's, and classifiers are exported as timm models: use a timm encoder"
-            )
-        model: Any = copy.deepcopy(self.encoder)
-        model.reset_classifier(len(self.classes))
-        model.to(next(self.encoder.parameters()).device)  # the new layer was made on the CPU
-        layer = model.get_classifier()
-        if not isinstance(layer, nn.Linear | nn.Conv2d) or layer.bias is None:
-            raise UserError(f"timm's classifier of {name} is no linear layer: use another encoder")
-        return model, layer
+def load_classifier(folder: str | Path) -> Classifier:
+    """What `Classifier.save` wrote, in evaluation mode."""
+    config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+    _, height, width = config["pretrained_cfg"]["input_size"]
+    classifier = Classifier(load_encoder(folder), config["label_names"], (height, width))
+    model, layer = _timm_classifier(classifier.encoder, len(classifier.classes))
+    model.load_state_dict(load_file(Path(folder) / WEIGHTS))
+    classifier.head.load_state_dict(layer.state_dict())
+    return classifier.eval()
+
+
+def _timm_classifier(encoder: nn.Module, classes: int) -> tuple[nn.Module, nn.Linear]:
+    """A copy of the encoder with timm's own classifier, and that classifier."""
+    model: Any = deepcopy(encoder)
+    if not hasattr(model, "reset_classifier"):
+        raise UserError(
+            f"{type(encoder).__name__} is not timm's, so it has no classifier: take an encoder of timm to classify"
+        )
+    model.reset_classifier(classes)
+    classifier = model.get_classifier()
+    if not isinstance(classifier, nn.Linear):
+        raise UserError(
+            f"timm's classifier of {type(encoder).__name__} is a {type(classifier).__name__} and not a linear layer:"
+            " take another encoder"
+        )
+    return model, classifier

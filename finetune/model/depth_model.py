@@ -5,41 +5,77 @@ Shapes: images [B, 3, H, W] of any size, depth [B, 1, H, W] in metres.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from finetune.construct import construct
 from finetune.heads import HEADS
 from finetune.heads.base import Head
 from finetune.heads.output import DepthOutput, DepthRange
 from finetune.model.calibration import Calibration
-from finetune.model.encoder_model import ENCODER_NAME, DenseModel, open_encoder, write_model
 from finetune.model.prediction import predict_image, read_photo
 from spark.errors import UserError
-from spark.files import checksum, write_whole
-from spark.model.encoder import build_encoder, freeze_unreached
-from spark.weights.encoder import CONFIG, WEIGHTS, description, name_of
+from spark.files import checksum, whole_folder, write_tensors, write_whole
+from spark.model.encoder import (
+    PyramidLevel,
+    RefusedOptions,
+    build_encoder,
+    drop_unneeded,
+    pyramid,
+    pyramid_info,
+    without_unneeded,
+)
+from spark.model.names import is_own
+from spark.weights.encoder import CARD, CONFIG, WEIGHTS, description, name_of, read_encoder
 from spark.weights.hub import PREFIX, download
 from spark.weights.keys import KeyReport
 
 FRAME_MAPS = ("depth", "disparity_affine")
 """Maps that are brought to the size of the images."""
 
+ENCODER_NAME = "encoder_name= (--encoder_name)"
+"""How sentences call the argument and the option that name an encoder which a file does not say, or may not."""
 
-class DepthModel(DenseModel):
+# Arguments of `read_encoder` and `timm.create_model` that a depth model sets itself.
+_NOT_FREE = {
+    **dict.fromkeys(("drop_path", "drop_path_rate"), "set drop_path"),
+    **dict.fromkeys(("model_name", "name_option"), "set encoder_name"),
+    "pretrained": "set pretrained",
+    "in_chans": "depth is of colour images",
+    "averaged": "export the averaged weights",
+    **dict.fromkeys(
+        ("source", "name", "model_name_or_path", "checkpoint_path", "cache_dir"),
+        "set encoder, which says the weights",
+    ),
+    **dict.fromkeys(
+        ("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "kwargs_filter"),
+        "weights are loaded whole or not at all",
+    ),
+    **dict.fromkeys(
+        ("features_only", "out_indices", "feature_cls", "num_classes", "global_pool"),
+        "the head takes the feature maps that it wants",
+    ),
+}
+
+
+class DepthModel(nn.Module):
     """Encoder, head and depth range.
 
     Args:
         encoder: Where the encoder comes from: an exported folder or a `.pth` file (with their weights), a timm name,
             "package.module:factory" of one's own convnet, or a model that is already made (it is used, not copied).
+            Parts of it that no map of the head depends on are taken out, such as the last convolution of a MobileNetV3.
         head: Name of a head in `finetune.heads.HEADS`.
         max_depth: Farthest depth that the model can say [m].
         min_depth: Nearest depth that the model can say [m].
@@ -82,6 +118,7 @@ class DepthModel(DenseModel):
         encoder_options: Mapping[str, Any] | None = None,
         **head_options: Any,
     ) -> None:
+        super().__init__()
         if isinstance(encoder, nn.Module):
             if pretrained or drop_path or encoder_name or encoder_options:
                 raise UserError(
@@ -90,17 +127,24 @@ class DepthModel(DenseModel):
                 )
         else:
             encoder, _ = open_encoder(encoder, encoder_name, pretrained, drop_path, encoder_options or {})
-        super().__init__(encoder, image_size, mean, std)
+        self.encoder: nn.Module = encoder
+        self.encoder_frozen = False
+        levels = pyramid_info(encoder)
+        self.stride = levels[-1].stride
         self.depth_range = DepthRange(min_depth, max_depth, initial_depth)
         self.head_name = head
         self.head_options = head_options
-        self.head: Head = construct("head", HEADS, head, head_options, self.levels, self.depth_range)
-        self.levels = self.head.levels
+        self.head: Head = construct("head", HEADS, head, head_options, levels, self.depth_range)
+        self.levels: list[PyramidLevel] = self.head.levels
+        self.image_size = None if image_size is None else (int(image_size[0]), int(image_size[1]))
+        self.mean = _three("mean", mean, encoder)
+        self.std = _three("std", std, encoder)
         self.calibration: Calibration | None = None  # of evaluation only, losses see what the head says
         self.sha256: dict[str, str] | None = None
-        freeze_unreached(encoder, self.levels, in_chans=3)
+        drop_unneeded(encoder, self.levels, in_chans=3)
         if self.head.frozen_encoder:
-            self.probe_encoder()
+            self.encoder.requires_grad_(False)
+            self.freeze_encoder()
 
     def forward(self, images: Tensor) -> DepthOutput:
         """Predict depth for images [B, 3, H, W] normalised with `mean` and `std`, at their size, whatever it is.
@@ -109,10 +153,19 @@ class DepthModel(DenseModel):
         padding is cut off `depth` and `disparity_affine`, while `extras` stay as the head gives them. In evaluation a
         calibration is applied (`finetune.model.calibration`).
         """
-        features, size = self.features(images), (images.shape[-2], images.shape[-1])
-        output: DepthOutput = self.head(features, self.padded_size(size))
+        if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
+            raise UserError(f"images must be [B, 3, H, W] and not empty, got {list(images.shape)}.")
+        height, width = images.shape[-2:]
+        rows, columns = self.padded_size((height, width))
+        missing = (0, columns - width, 0, rows - height)
+        padded = F.pad(images, missing, mode="replicate") if any(missing) else images
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_frozen):
+            features = pyramid(self.encoder, padded, self.levels)
+        output: DepthOutput = self.head(features, (padded.shape[-2], padded.shape[-1]))
         given = {
-            name: self.to_frame(value, size) for name in FRAME_MAPS if (value := output.get(name)) is not None
+            name: self.to_frame(value, (height, width))
+            for name in FRAME_MAPS
+            if (value := output.get(name)) is not None
         }
         output = replace(output, **given)
         if self.calibration is not None and not self.training:
@@ -145,6 +198,21 @@ class DepthModel(DenseModel):
             )
         return predict_image(self, read_photo(photo), image_size, flip_average, tiles)
 
+    def padded_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(H, W) of the padded images that the encoder sees, for images of `size`."""
+        height, width = size
+        return height + -height % self.stride, width + -width % self.stride
+
+    def to_frame(self, values: Tensor, size: tuple[int, int]) -> Tensor:
+        """Bring a map of the padded images, of any stride [B, C, h, w], to images of `size` (H, W) [B, C, H, W].
+
+        Bilinearly, with align_corners=False.
+        """
+        padded = self.padded_size(size)
+        if values.shape[-2:] != padded:
+            values = F.interpolate(values, padded, mode="bilinear", align_corners=False)
+        return values[..., : size[0], : size[1]]
+
     def calibrate(self, calibration: Calibration | None) -> None:
         """Take a calibration in place of any other, or none; ValueError for a space that the head has nothing in."""
         if calibration is not None and calibration.space != "disparity" and "depth" not in self.head.outputs:
@@ -164,6 +232,22 @@ class DepthModel(DenseModel):
     def max_depth(self) -> float:
         """The farthest depth that it says in evaluation [m]."""
         return self.depth_range.max_depth if self.calibration is None else self.calibration.max_depth
+
+    def freeze_encoder(self, frozen: bool = True) -> None:
+        """Hold the encoder still, or let it learn again: no gradients, and batch norm uses its stored statistics.
+
+        The parameters keep `requires_grad`, so an optimizer can be built before; it passes over those without
+        gradient. Under a head that probes a frozen encoder it stays still.
+        """
+        self.encoder_frozen = frozen or self.head.frozen_encoder
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "DepthModel":
+        """Switch between training and evaluation; a frozen encoder stays in evaluation."""
+        super().train(mode)
+        if self.encoder_frozen:
+            self.encoder.eval()
+        return self
 
     def save(self, folder: str | Path, card: str | None = None) -> Path:
         """Write `config.json` and `model.safetensors`, whole or not at all; `load_depth_model` reads them.
@@ -189,7 +273,54 @@ class DepthModel(DenseModel):
         }
         if self.calibration is not None:
             config["calibration"] = self.calibration.as_config()
-        return write_model(self, folder, config, card)
+        with whole_folder(folder, (CONFIG, WEIGHTS, CARD)) as temporary:
+            if card is not None:
+                (temporary / CARD).write_text(card, encoding="utf-8")
+            write_tensors(self, temporary / WEIGHTS, {})
+            (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        return Path(folder)
+
+
+def open_encoder(
+    encoder: str | Path,
+    encoder_name: str | None,
+    pretrained: bool,
+    drop_path: float,
+    encoder_options: Mapping[str, Any],
+) -> tuple[nn.Module, KeyReport]:
+    """The encoder of a depth model, as the arguments of `DepthModel` say, and what became of its weights."""
+    if wrong := sorted(_NOT_FREE.keys() & encoder_options):
+        raise UserError(f"encoder_options cannot set {wrong[0]}: {_NOT_FREE[wrong[0]]}")
+    options = dict(encoder_options)
+    if drop_path:
+        own = is_own(str(encoder)) or is_own(encoder_name or "")
+        options["drop_path" if own else "drop_path_rate"] = drop_path
+    if re.match(r"swin(v2)?_", str(encoder)):
+        options["strict_img_size"] = False  # images may have any size
+    try:
+        made, report = read_encoder(
+            encoder,
+            in_chans=3,
+            pretrained=pretrained,
+            model_name=encoder_name,
+            name_option=ENCODER_NAME,
+            **options,
+        )
+    except RefusedOptions as error:
+        if not encoder_options:
+            raise
+        raise UserError(
+            f"{error} (encoder_options are {dict(encoder_options)}, '{{}}' gives none)"
+        ) from error
+    asked = report.source and (Path(encoder).is_file() or hasattr(made, "own_encoder"))
+    if encoder_name is not None and not asked:
+        raise UserError(
+            f"encoder_name is for .pth files and for convnets of your own in files and folders: {encoder} says itself "
+            "which encoder it is, leave it out"
+        )
+    if pretrained and report.source:
+        raise UserError(f"pretrained is for timm names: {report.source} brings its own weights, leave it out")
+    return made, report
 
 
 def start_from(model: DepthModel, folder: str | Path) -> KeyReport:
@@ -207,7 +338,7 @@ def start_from(model: DepthModel, folder: str | Path) -> KeyReport:
             or it was trained on images normalised in another way.
     """
     tensors, config = _read(Path(folder))
-    own, source = model.state_dict(), str(folder)
+    own, source, tensors = model.state_dict(), str(folder), without_unneeded(tensors, model)
     head = "head." if config.get("head") == model.head_name else "head.core."
     if not all(any(key.startswith(head) for key in keys) for keys in (own, tensors)):
         raise UserError(
@@ -358,3 +489,15 @@ def _undescribed(folder: Path, error: Exception) -> str:
 
 def _unfitting(folder: Path, error: Exception) -> str:
     return f"{folder / WEIGHTS} does not hold the weights that {CONFIG} describes: copy the folder again. {error}"
+
+
+def _three(name: str, values: Sequence[float] | None, encoder: nn.Module) -> tuple[float, ...]:
+    """The given mean or std, or the encoder's own; a single one of an encoder for grey images is repeated."""
+    if values is None:
+        known: Any = getattr(encoder, "pretrained_cfg", None) or {}
+        values = known.get(name)
+        if values is not None and len(values) == 1:
+            values = tuple(values) * 3
+    if values is None or len(values) != 3:
+        raise UserError(f"{name} must hold three numbers, one for each of red, green, blue, got {values}.")
+    return tuple(float(value) for value in values)

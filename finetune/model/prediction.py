@@ -50,6 +50,10 @@ def read_photo(photo: str | Path | Image.Image | np.ndarray, max_pixels: int = M
         return RawPicture(photo).pixels()
     if isinstance(photo, Image.Image):
         return np.asarray(ImageOps.exif_transpose(photo).convert("RGB"))
+    if Path(photo).is_dir():
+        raise UserError(
+            f"{photo}: it is a folder, and this takes one photo; spark-predict --input {photo} predicts all in it"
+        )
     try:
         return np.asarray(read_image(photo, max_pixels))
     except Exception as error:  # Pillow raises a dozen kinds for a damaged file

@@ -86,6 +86,21 @@ class Intrinsics:
         return f"fx {self.fx:.1f} px, {view:.0f} degrees across, {self.source}"
 
 
+WIDEST_VIEW = 150.0
+"""Angle of view across beyond which intrinsics are doubted [degrees]."""
+
+
+def wide_view(fx: float, width: int) -> str:
+    """A sentence on a camera that is wider than lenses without distortion are; "" for any other."""
+    view = math.degrees(2 * math.atan(width / 2 / fx))
+    if view <= WIDEST_VIEW:
+        return ""
+    return (
+        f"a camera with fx {fx:g} px sees {view:.0f} degrees across {width} px, more than any common lens: fx and fy"
+        " are in pixels, are these in millimetres?"
+    )
+
+
 NYU = Intrinsics(518.858, 519.470, 325.582, 253.736, 480, 640, "NYU Depth V2")
 """Of the colour camera of NYU Depth V2 (its toolbox)."""
 

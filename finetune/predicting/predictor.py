@@ -39,9 +39,10 @@ class Predictor:
         self.model, self.config, self.output = model, config, Path(config.output)
         self.metric = "depth" in model.outputs
         far = model.max_depth if config.colour_far is None else config.colour_far
-        near_ok = 0 <= config.colour_near < far
-        require(near_ok, "colour_near", config.colour_near, f"at least 0 and below colour_far, {far}")
-        self.limits = config.colour_near, far
+        near = config.colour_near or 0.0
+        require(0 <= near < far, "colour_near", near, f"at least 0 and below colour_far, {far}")
+        self.limits = near, far
+        self.own_range = config.colour_near is None and config.colour_far is None  # of each image
         usual: tuple[Format, ...] = ("npy", "png", "colour") if self.metric else ("npy", "colour")
         self.image_formats: tuple[Format, ...] = tuple(config.formats or usual)
         self.video_formats: tuple[Format, ...] = tuple(config.formats or ("colour",))
@@ -52,7 +53,9 @@ class Predictor:
             )
         if config.camera is not None:
             known_camera(config.camera, (1, 1))  # a wrong one is refused before anything is written
-        self.writer = ImageWriter(self.output, self.metric, self.limits, config.png_scale)
+        self.writer = ImageWriter(
+            self.output, self.metric, None if self.own_range else self.limits, config.png_scale
+        )
         self.wanted = transform_of(model, config.image_size).image_size
         self.record = Record()
 
@@ -154,6 +157,7 @@ class Predictor:
             "frames_per_second": frames.rate,
             "seconds_announced": frames.seconds,
             "colour_range": "smooth" if follow else "fixed",
+            "colours_m": None if follow else list(self.limits),
             "files": [],
         }
         entry |= {} if camera is None else {"camera": asdict(camera)}
@@ -204,7 +208,7 @@ class Predictor:
         about = {
             "model": str(self.config.model),
             "calibration": calibration.as_config() if calibration else None,
-            "colour_range_m": list(self.limits) if self.metric else None,
+            "colour_range_m": list(self.limits) if self.metric and not self.own_range else None,
             "png_scale_m": self.config.png_scale,
             "formats": sorted(formats),
         }
@@ -224,7 +228,12 @@ class Predictor:
         if images:
             unit = "up to scale and shift, no metres"
             if self.metric:
-                unit = f"in metres, colours from {self.limits[0]:g} to {self.limits[1]:g} m"
+                colours = f"colours from {self.limits[0]:g} to {self.limits[1]:g} m"
+                if self.own_range:
+                    colours = "colours over the range of each image (--colour_near and --colour_far fix them)"
+                unit = (
+                    f"in metres, {colours}" if set(VIDEO_FORMATS) & set(self.image_formats) else "in metres"
+                )
             done = f"{len(record.predicted)} of {images} images predicted into {self.output}"
             say(console, f"{done}: {', '.join(self.image_formats)}; {unit}")
         for video in record.videos:
@@ -237,6 +246,7 @@ class Predictor:
         for text in record.remarks(self.config.png_scale):
             say(console, text)
         say(console, record.assumed_camera(), "yellow")
+        say(console, record.wide_camera(), "yellow")
         if interrupted:
             say(console, "interrupted: what was written is whole, predictions.json says what it is", "yellow")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetune.predicting.camera import wide_view
 from finetune.predicting.pointcloud import MOST_POINTS
 from spark.files import write_whole
 
@@ -86,6 +87,13 @@ class Record:
         return (
             f"the camera {what}is not known, 60 degrees of view along the long side were ASSUMED: point clouds are"
             " stretched where that is wrong; give --camera"
+        )
+
+    def wide_camera(self) -> str:
+        """A warning where the camera of point clouds sees more than anything but a fisheye does; "" where none does."""
+        cameras = [entry.get("camera") for entry in (*self.predicted, *self.videos)]
+        return next(
+            (text for camera in cameras if camera and (text := wide_view(camera["fx"], camera["width"]))), ""
         )
 
 

@@ -13,7 +13,7 @@ from finetune.options import Format
 from finetune.predicting.camera import Intrinsics
 from finetune.predicting.pointcloud import mesh, point_cloud, step_of
 from finetune.predicting.video import legend, paint
-from finetune.report.figures import depth_map, save_figure
+from finetune.report.figures import colour_range, depth_map, save_figure
 from spark.files import write_whole
 
 VIDEO_FORMATS: tuple[Format, ...] = ("colour", "side")
@@ -33,13 +33,13 @@ class ImageWriter:
     Args:
         folder: that they are written to.
         metric: predictions are depth [m]; otherwise inverse depth up to scale and shift.
-        limits: depths at the ends of the colours [m].
+        limits: depths at the ends of the colours [m]; None: those of each image.
         png_scale: metres of one unit of the 16-bit PNG.
     """
 
     folder: Path
     metric: bool
-    limits: tuple[float, float]
+    limits: tuple[float, float] | None
     png_scale: float = MILLIMETRE
 
     def ending(self, name: Format) -> str:
@@ -77,12 +77,14 @@ class ImageWriter:
         Returns:
             the entries of predictions.json on this image.
         """
-        entry = {"unit": "m" if self.metric else "inverse depth up to scale and shift"}
+        entry: dict[str, Any] = {"unit": "m" if self.metric else "inverse depth up to scale and shift"}
         entry |= self._range(depth)
         for name in formats:
             file = self.folder / (stem + self.ending(name))
             if name == "colour" and self.metric:
-                save_figure(depth_map(_thinned(depth), *self.limits, Path(stem).name), file)
+                ends = self.ends(depth)
+                save_figure(depth_map(_thinned(depth), *ends, Path(stem).name), file)
+                entry["colours_m"] = list(ends)
             else:
                 content, more = self._content(name, image, depth, camera)
                 write_whole(file, content)
@@ -112,9 +114,14 @@ class ImageWriter:
             content = (point_cloud if name == "ply" else mesh)(image, depth, camera)
             return content, {"every_row_and_column": step_of(depth.size)}
         shown = _thinned(depth)
-        limits = self.limits if self.metric else (float(shown.min()), float(shown.max()))
+        limits = self.ends(depth) if self.metric else (float(shown.min()), float(shown.max()))
         picture = self.picture(name, _thinned(image), shown, limits)
-        return cv2.imencode(".png", np.ascontiguousarray(picture[..., ::-1]))[1].tobytes(), {}
+        about = {"colours_m": list(limits)} if self.metric else {}
+        return cv2.imencode(".png", np.ascontiguousarray(picture[..., ::-1]))[1].tobytes(), about
+
+    def ends(self, depth: np.ndarray) -> tuple[float, float]:
+        """Depths at the ends of the colours of an image [m]."""
+        return self.limits or colour_range(depth)
 
     def picture(
         self, name: Format, image: np.ndarray, depth: np.ndarray, limits: tuple[float, float]

@@ -4,8 +4,8 @@ Of the pixels that count, p is the prediction, g the ground truth, both in metre
 abs_rel, sq_rel (its denominator is g, not g^2), rmse and rmse_log: Eigen et al. 2014, section 4.3; log10: Saxena et al.
 2009 as in Laina et al. 2016; silog: BTS (Lee et al. 2019, `compute_errors` of its evaluation), which ZoeDepth and the
 KITTI benchmark share. Eigen's scale-invariant error is silog / 100. The formulas of pairs of points are in
-`finetune.scoring.pairwise`, those of iBims-1 in `finetune.scoring.ibims`. Of classes, tp, fp and fn count the pixels of
-all images (or the photos) that are rightly, wrongly and not given to a class: `finetune.scoring.classes`.
+`finetune.scoring.pairwise`, those of iBims-1 in `finetune.scoring.ibims`, those of classes in
+`finetune.scoring.classes`.
 """
 
 from collections.abc import Mapping
@@ -52,6 +52,21 @@ METRIC: Mapping[str, Metric] = MappingProxyType(
             Metric("rmse_log", "RMSElog", "lower", "sqrt(mean(d^2))"),
             Metric("log10", "log10", "lower", "mean(abs(log10 p - log10 g))"),
             Metric("silog", "SILog", "lower", "100 sqrt(mean(d^2) - mean(d)^2)"),
+            Metric("top1", "top-1", "higher", "share of images whose class has the highest logit"),
+            Metric("top5", "top-5", "higher", "share of images whose class is among the five highest logits"),
+            Metric("class_top1", "top-1 of classes", "higher", "mean over classes of top1 of their images"),
+            Metric(
+                "miou",
+                "mIoU",
+                "higher",
+                "mean over classes of intersection / union of the pixels of all images",
+            ),
+            Metric(
+                "pixel_accuracy", "pixel accuracy", "higher", "share of labelled pixels with the right class"
+            ),
+            Metric(
+                "class_accuracy", "class accuracy", "higher", "mean over classes of the share of their pixels"
+            ),
             Metric("whdr", "WHDR", "lower", "share of unequal pairs ordered wrongly, ties wrong"),
             Metric("accuracy", "accuracy", "higher", "1 - whdr"),
             Metric("wkdr", "WKDR", "lower", "share of all pairs whose relation under the threshold is wrong"),
@@ -73,12 +88,6 @@ METRIC: Mapping[str, Metric] = MappingProxyType(
             Metric("dde_0", "DDE0", "higher", "share of pixels on their side of a plane at 3 m"),
             Metric("dde_m", "DDE-", "lower", "share of pixels predicted before that plane, but behind it"),
             Metric("dde_p", "DDE+", "lower", "share of pixels predicted behind that plane, but before it"),
-            Metric("top1", "top-1", "higher", "share of photos whose class has the largest logit"),
-            Metric("top5", "top-5", "higher", "share of photos whose class has one of the five largest"),
-            Metric("cross_entropy", "cross-entropy", "lower", "mean of -ln of the probability of the class"),
-            Metric("miou", "mIoU", "higher", "mean over classes of tp / (tp + fp + fn), where that is not 0"),
-            Metric("pixel_accuracy", "pixel acc", "higher", "share of labelled pixels that are right"),
-            Metric("mean_accuracy", "mean acc", "higher", "mean over classes of tp / (tp + fn)"),
         )
     }
 )

@@ -74,6 +74,12 @@ def colourise(depth: np.ndarray, near: float, far: float) -> np.ndarray:
     return depth_colours()(Normalize(near, far, clip=True)(masked), bytes=True)[..., :3]
 
 
+def colour_range(depth: np.ndarray) -> tuple[float, float]:
+    """Ends of the colours [m]: the first and the 99th percentile, and 0.1 m apart at least."""
+    near, far = (float(value) for value in np.percentile(depth, [1, 99]))
+    return near, max(far, near + 0.1)
+
+
 def triptychs(
     rows: Sequence[Triptych], title: str = "", near_far: tuple[float, float] | None = None
 ) -> Figure:

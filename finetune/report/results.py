@@ -13,7 +13,7 @@ import numpy as np
 from finetune.protocols.metrics import METRIC
 from finetune.scoring.caveats import READING, caveats
 from finetune.scoring.intervals import draws, interval
-from finetune.scoring.metrics import count, own_metrics, scene_of
+from finetune.scoring.metrics import count, own_metrics
 from spark.report.charts import number
 from spark.report.page import Cell, Table, Text
 from spark.report.runs import Run, read_json
@@ -130,7 +130,7 @@ def paired_interval(name: str, base: list[Results], other: list[Results]) -> lis
     before, after = by_image(base), by_image(other)
     scenes: dict[str, list[float]] = {}
     for image in before.keys() & after.keys():
-        scenes.setdefault(scene_of(image, base[0]), []).append(after[image] - before[image])
+        scenes.setdefault(scene_of(image), []).append(after[image] - before[image])
     if len(scenes) < FEW_SCENES:
         return None
     ordered = [scenes[scene] for scene in sorted(scenes)]
@@ -140,10 +140,15 @@ def paired_interval(name: str, base: list[Results], other: list[Results]) -> lis
     return interval(drawn @ sums / (drawn @ images))
 
 
+def scene_of(image: str) -> str:
+    """Folder of an image; an image without one is a scene of its own."""
+    return image.strip("/").rpartition("/")[0] or image
+
+
 def reading(scored: Mapping[str, list[Results]]) -> list[Text]:
     """How to read a table: what was measured, on how much, and what that cannot show."""
     result = next(iter(scored.values()))[0]
-    scenes = len({scene_of(str(row["name"]), result) for row in result["per_image"]})
+    scenes = len({scene_of(str(row["name"])) for row in result["per_image"]})
     settings = result.get("settings") or {}
     about = f" ({str(settings['description']).rstrip('.')})" if settings.get("description") else ""
     text = [

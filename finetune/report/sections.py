@@ -23,7 +23,6 @@ CURVES = (
     ("lr", "Learning rate"),
     ("images_per_second", "Images per second"),
 )
-NO_LOSS = Text("No loss was logged: metrics.jsonl is missing or empty.", note=True)
 NO_RESULTS = "Not scored yet (no results.json or evaluation.json)"
 
 
@@ -44,10 +43,11 @@ def depth_sections(arms: dict[str, list[Run]]) -> list[Section]:
     """
     runs = named(arms)
     drawn = curves(runs, CURVES, terms="loss_")
+    nothing = Text("No loss was logged: metrics.jsonl is missing or empty.", note=True)
     return [
         Section("Depth", [*fact_blocks(runs, [facts(run) for run in runs]), *differences(arms)]),
-        Section("Results", scored_blocks(arms)),
-        Section("Curves of depth", [drawn or NO_LOSS]),
+        Section("Results", _results(arms)),
+        Section("Curves of depth", [drawn or nothing]),
         Section("Predictions", _pictures(arms)),
         Section("Worst images", _worst(arms)),
     ]
@@ -71,8 +71,7 @@ def facts(run: Run) -> list[Fact]:
     ]
 
 
-def scored_blocks(arms: dict[str, list[Run]]) -> list[Any]:
-    """Scores of runs by label, with how to read them; several under one label are seeds."""
+def _results(arms: dict[str, list[Run]]) -> list[Any]:
     without = [label for label, runs in arms.items() if not all(run.results for run in runs)]
     blocks: list[Any] = [Text(f"{NO_RESULTS}: {', '.join(without)}.", note=True)] if without else []
     scored = {label: [result for run in runs for result in run.results] for label, runs in arms.items()}

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from finetune.protocols.metrics import METRIC
 from finetune.scoring.caveats import caveats
-from finetune.scoring.evaluators import measure_of
+from finetune.scoring.evaluators import evaluator_class
 from finetune.scoring.intervals import LEVEL
 from finetune.scoring.metrics import count, own_metrics
 
@@ -84,7 +84,7 @@ def print_side_by_side(console: Console, every: Sequence[Mapping[str, Any]]) -> 
     """Print a row for each protocol, and a table for each set of metrics."""
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for results in every:
-        groups.setdefault(measure_of(results["settings"]).columns, []).append(results)
+        groups.setdefault(evaluator_class(results["settings"]).columns, []).append(results)
     for columns, group in groups.items():
         names = [name for name in columns if any(name in own_metrics(results) for results in group)]
         table = metric_table(names, "protocol")

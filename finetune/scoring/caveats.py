@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune.protocols.metrics import METRIC
-from finetune.scoring.evaluators import measure_of
+from finetune.scoring.evaluators import evaluator_class
 from finetune.scoring.metrics import count
 
 READING = {
@@ -25,7 +25,7 @@ def caveats(results: Mapping[str, Any]) -> list[str]:
     """
     found = []
     settings = results.get("settings", {})
-    evaluator = measure_of(settings)
+    evaluator = evaluator_class(settings)
     expected, depth = settings.get("expected_images"), settings.get("depth")
     if None not in (expected, results.get("images")) and results["images"] != expected:
         found.append(
@@ -76,6 +76,23 @@ def caveats(results: Mapping[str, Any]) -> list[str]:
         found.append(
             f"{count(results['nonpositive_pixels'], 'predicted value')}, in"
             f" {count(results['nonpositive_images'], 'image')}, 0 or negative: scored as the {end} depth"
+        )
+    if results.get("beyond_pixels"):
+        scored = "scored as that depth" if settings.get("clip", True) else "scored as they are"
+        unit = ": are they in another unit than metres (--scale)?" if results["beyond_share"] > 0.5 else ""
+        found.append(
+            f"{count(results['beyond_pixels'], 'predicted value')}, in {count(results['beyond_images'], 'image')},"
+            f" beyond {settings.get('max_depth', 10):g} m, the farthest depth of the protocol: {scored}{unit}"
+        )
+    if results.get("resized_images"):
+        found.append(
+            f"{count(results['resized_images'], 'prediction')} of another size than the image, brought to the size of"
+            " the ground truth (bilinearly)"
+        )
+    if border := results.get("run_white_border"):
+        found.append(
+            f"the run of this model read its images with white border {border}, here it is"
+            f" {results.get('white_border')}: --data.white_border {border} reads them as the run did"
         )
     found += [
         f"{count(number, 'image')} without {METRIC[name].heading}"

@@ -85,6 +85,14 @@ def prepare_prediction(
     return Prepared(resize(values, size, protocol.align_corners), nonfinite, nonpositive, usable)
 
 
+def count_beyond(protocol: Protocol, prediction: np.ndarray, inverse: bool) -> int:
+    """How many finite values are beyond the farthest depth of a protocol that takes metres as they are: another unit,
+    most likely, if they are many."""
+    if inverse or protocol.alignment != "none":
+        return 0
+    return int(((prediction > protocol.max_depth) & np.isfinite(prediction)).sum())
+
+
 def resize(values: np.ndarray, size: tuple[int, ...], align_corners: bool) -> np.ndarray:
     """Bilinearly to (H, W) `size`, if it differs; float64."""
     if values.shape == tuple(size):
@@ -227,7 +235,13 @@ class DepthEvaluator(Evaluator):
 
     columns = ("delta1", "delta2", "delta3", "abs_rel", "rmse", "log10", "silog")
     draws = True
-    _crop_scaled = False
+
+    def __init__(self, protocol: Protocol, *, skip_empty: bool = False) -> None:
+        super().__init__(protocol, skip_empty=skip_empty)
+        self._crop_scaled = False
+        self._beyond: list[
+            tuple[int, int]
+        ] = []  # of each image: values beyond the farthest depth, and all values
 
     @classmethod
     def check_sample(cls, protocol: Protocol, sample: DepthSample) -> None:
@@ -260,6 +274,7 @@ class DepthEvaluator(Evaluator):
         crop = self.protocol.crop
         if crop is not None and self.protocol.crop_at(sample.metres.shape) != crop:
             self._crop_scaled = True
+        self._beyond.append((count_beyond(self.protocol, prediction, inverse), prediction.size))
         return score_pair(self.protocol, prediction, sample.metres, inverse=inverse)
 
     @classmethod
@@ -270,5 +285,14 @@ class DepthEvaluator(Evaluator):
         return mean_of_images(columns, counts, METRICS)
 
     def extras(self) -> dict[str, Any]:
-        """crop_scaled: a crop other than the protocol's own was used."""
-        return {"crop_scaled": self._crop_scaled}
+        """crop_scaled: a crop other than the protocol's own was used; beyond_*: what `count_beyond` counts, if any."""
+        beyond = [count for count, _ in self._beyond if count]
+        extras: dict[str, Any] = {"crop_scaled": self._crop_scaled}
+        if beyond:
+            share = sum(beyond) / sum(size for _, size in self._beyond)
+            extras |= {
+                "beyond_pixels": sum(beyond),
+                "beyond_images": len(beyond),
+                "beyond_share": round(share, 4),
+            }
+        return extras

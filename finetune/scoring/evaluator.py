@@ -21,32 +21,7 @@ class NoValidPixels(UserError):
     """Nothing of the ground truth of an image counts, so it has no score."""
 
 
-class Measure(ABC):
-    """What can be had of results.json alone: means, intervals, comparisons, and words about them."""
-
-    columns: ClassVar[tuple[str, ...]]
-    """Metrics that a table of several protocols shows."""
-
-    @classmethod
-    @abstractmethod
-    def aggregate(cls, columns: Columns, counts: np.ndarray, aggregation: str) -> dict[str, np.ndarray]:
-        """Metrics of N images, each counted `counts` `[R, N]` times: name -> `[R]`, NaN where a metric is not defined.
-
-        It has no other input than the rows of results.json, so that intervals and comparisons can be had from files.
-        """
-
-    @classmethod
-    @abstractmethod
-    def unusable_text(cls, settings: Mapping[str, Any]) -> str:
-        """How an image without any usable predicted value is scored, for caveats; `settings` is the record."""
-
-    @classmethod
-    @abstractmethod
-    def nonfinite_text(cls, settings: Mapping[str, Any]) -> str:
-        """How predicted values that are not finite are scored, likewise."""
-
-
-class Evaluator(Measure):
+class Evaluator(ABC):
     """Scores a data set image by image.
 
     >>> evaluator = evaluator_of(get_protocol("nyu-bts"))  # of finetune.scoring.evaluators
@@ -57,6 +32,9 @@ class Evaluator(Measure):
         protocol: how.
         skip_empty: leave out images of which nothing counts, and list them in the results, instead of raising.
     """
+
+    columns: ClassVar[tuple[str, ...]]
+    """Metrics that a table of several protocols shows."""
 
     draws: ClassVar[bool] = False
     """Whether `picture` gives pictures."""
@@ -77,6 +55,16 @@ class Evaluator(Measure):
         """Refuse a data set that the protocol cannot be scored on, by its first sample: UserError."""
         protocol.seen_at((sample.image.shape[0], sample.image.shape[1]))
 
+    @classmethod
+    @abstractmethod
+    def unusable_text(cls, settings: Mapping[str, Any]) -> str:
+        """How an image without any usable predicted value is scored, for caveats; `settings` is the record."""
+
+    @classmethod
+    @abstractmethod
+    def nonfinite_text(cls, settings: Mapping[str, Any]) -> str:
+        """How predicted values that are not finite are scored, likewise."""
+
     def picture(
         self, sample: DepthSample, prediction: np.ndarray, inverse: bool, row: Row | None
     ) -> Triptych | None:
@@ -93,6 +81,14 @@ class Evaluator(Measure):
         Raises:
             NoValidPixels: nothing of its ground truth counts.
             ValueError: arrays that do not fit the protocol.
+        """
+
+    @classmethod
+    @abstractmethod
+    def aggregate(cls, columns: Columns, counts: np.ndarray, aggregation: str) -> dict[str, np.ndarray]:
+        """Metrics of N images, each counted `counts` `[R, N]` times: name -> `[R]`, NaN where a metric is not defined.
+
+        It has no other input than the rows of results.json, so that intervals and comparisons can be had from files.
         """
 
     def add(self, sample: DepthSample, prediction: np.ndarray, *, inverse: bool = False) -> Row | None:

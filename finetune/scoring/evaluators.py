@@ -5,9 +5,9 @@ from types import MappingProxyType
 from typing import Any
 
 from finetune.protocols import Protocol
-from finetune.scoring.classes import ClassifiedPhotos, SegmentedImages
+from finetune.scoring.classes import CLASS_AGGREGATES, Aggregate
 from finetune.scoring.depth import DepthEvaluator
-from finetune.scoring.evaluator import Evaluator, Measure
+from finetune.scoring.evaluator import Evaluator
 from finetune.scoring.ibims import IBimsEvaluator
 from finetune.scoring.pairwise import OrdinalEvaluator
 
@@ -16,20 +16,18 @@ EVALUATORS: Mapping[str, type[Evaluator]] = MappingProxyType(
 )
 """`Protocol.family` -> class."""
 
-MEASURES: Mapping[str, type[Measure]] = MappingProxyType(
-    {**EVALUATORS, "classification": ClassifiedPhotos, "segmentation": SegmentedImages}
+
+AGGREGATES: Mapping[str, Aggregate] = MappingProxyType(
+    {**{name: one.aggregate for name, one in EVALUATORS.items()}, **CLASS_AGGREGATES}
 )
-"""`family` in the settings of results -> class; of those that no protocol has, training writes the results."""
+"""`family` of the settings of results -> metrics from rows, see `Evaluator.aggregate`."""
 
 
-def evaluator_class(protocol: Protocol) -> type[Evaluator]:
-    """The evaluator of a protocol."""
-    return EVALUATORS[protocol.family]
-
-
-def measure_of(settings: Mapping[str, Any]) -> type[Measure]:
-    """The measure of results, by their `settings`; that of depth where older results do not say."""
-    return MEASURES.get(settings.get("family", "depth"), DepthEvaluator)
+def evaluator_class(protocol: Protocol | Mapping[str, Any]) -> type[Evaluator]:
+    """The evaluator of a protocol, or of the `settings` of results; that of depth where older results do not say."""
+    if isinstance(protocol, Protocol):
+        return EVALUATORS[protocol.family]
+    return EVALUATORS.get(protocol.get("family", "depth"), DepthEvaluator)
 
 
 def evaluator_of(protocol: Protocol, *, skip_empty: bool = False) -> Evaluator:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.scoring.evaluators import measure_of
+from finetune.scoring.evaluators import AGGREGATES
 from finetune.scoring.metrics import columns_of
 
 LEVEL, RESAMPLES, SEED = 0.95, 2000, 0
@@ -24,7 +24,8 @@ def resampled(results: Mapping[str, Any], counts: np.ndarray) -> dict[str, np.nd
         counts: how often each row counts.
     """
     settings = results["settings"]
-    values = measure_of(settings).aggregate(columns_of(results["per_image"]), counts, settings["aggregation"])
+    aggregate = AGGREGATES[settings.get("family", "depth")]
+    values = aggregate(columns_of(results["per_image"]), counts, settings["aggregation"])
     return {name: values[name] for name in results["metrics"] if name in values}
 
 

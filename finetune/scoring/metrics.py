@@ -15,7 +15,7 @@ from spark.files import write_whole
 Row: TypeAlias = dict[str, Any]
 """Of one image: `name`, numbers, and None for a metric that is not defined for it."""
 Columns: TypeAlias = dict[str, np.ndarray]
-"""Name of a number -> its values over N images, float64 [N]; NaN where an image has none. Of a list: [N, ...]."""
+"""Name of a number -> its values over N images, float64 [N]; NaN where an image has none."""
 
 
 def depth_errors(prediction: np.ndarray, ground_truth: np.ndarray) -> dict[str, float]:
@@ -110,16 +110,6 @@ def pooled_depth(columns: Columns, counts: np.ndarray) -> dict[str, np.ndarray]:
     return {name: pooled[name] for name in METRICS}
 
 
-def scene_of(name: str, results: Mapping[str, Any]) -> str:
-    """What an image is drawn together with, for intervals: its folder, for images of one scene resemble each other.
-
-    An image without a folder is a scene of its own, and so is each photo of a class.
-    """
-    if (results.get("settings") or {}).get("family") == "classification":
-        return name
-    return name.strip("/").rpartition("/")[0] or name
-
-
 def own_metrics(results: Mapping[str, Any]) -> dict[str, float]:
     """The metrics of results that their protocol is about, in the order of `METRIC`: what people are shown.
 
@@ -135,10 +125,6 @@ def own_metrics(results: Mapping[str, Any]) -> dict[str, float]:
 
 def summary(metrics: Mapping[str, float]) -> str:
     """The numbers that the field quotes, in one line; of pairs of points those that need no threshold."""
-    if "top1" in metrics:
-        return f"top-1 {metrics['top1']:.3f}   mean over classes {metrics['mean_accuracy']:.3f}"
-    if "miou" in metrics:
-        return f"mIoU {metrics['miou']:.3f}   pixel accuracy {metrics['pixel_accuracy']:.3f}"
     if "whdr" in metrics:
         return f"WHDR {metrics['whdr']:.3f}   accuracy {metrics['accuracy']:.3f}"
     return f"delta1 {metrics['delta1']:.3f}   AbsRel {metrics['abs_rel']:.3f}   RMSE {metrics['rmse']:.3f} m"

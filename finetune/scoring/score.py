@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset, Subset
+import torch
+from torch.utils.data import Dataset, Subset
 
 from finetune.depth_data import DepthFileError, DepthSample, DepthSet, EvalTransform
 from finetune.depth_data.sample import file_error
@@ -14,7 +15,7 @@ from finetune.protocols import Protocol
 from finetune.scoring.evaluators import evaluator_of
 from finetune.scoring.pictures import Triptych, WorstRows
 from finetune.scoring.sources import ModelSource, Source
-from spark.training.stop import ignore_stop_signals
+from spark.images.loader import load_batches
 
 T = TypeVar("T")
 
@@ -85,13 +86,8 @@ def score_all(
     drawn = set(np.linspace(0, len(chosen) - 1, min(draw, len(chosen))).round().astype(int).tolist())
     rows: list[list[Triptych]] = [[] for _ in protocols]
     worst = worst or [WorstRows(0) for _ in protocols]
-    loader = DataLoader(
-        Subset(prepared, chosen),
-        batch_size,
-        num_workers=workers,
-        collate_fn=list,
-        worker_init_fn=ignore_stop_signals,
-    )
+    options = {"batch_size": batch_size, "collate_fn": list}
+    loader = load_batches(Subset(prepared, chosen), workers, torch.device("cpu"), **options)
     done = 0
     for batch in loader if workers else ahead(loader):
         for entry in batch:

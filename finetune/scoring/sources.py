@@ -233,9 +233,11 @@ class FolderSource(Source):
             f" {protocol.name} is of the whole frame; use --protocol {takers}, or predict again without a crop"
         )
 
-    def prepare(self, sample: DepthSample, protocols: Sequence[Protocol]) -> tuple[bool, np.ndarray, bool]:
+    def prepare(
+        self, sample: DepthSample, protocols: Sequence[Protocol]
+    ) -> tuple[bool, np.ndarray, bool, bool]:
         """Read the prediction of a sample: whether it is inverse depth, the values, whether they are of the crop of
-        KITTI's benchmark alone.
+        KITTI's benchmark alone, whether they are of another size than what they are of.
 
         Raises:
             DepthFileError: It cannot be read, or is of another part of the image than a protocol takes.
@@ -252,13 +254,16 @@ class FolderSource(Source):
                 f"the prediction is {size_text(values.shape)}, its image {size_text(sample.image.shape)}; a prediction"
                 " is of the whole frame, of its size or of its proportions: predict again without a crop",
             )
-        return self._inverse(path), values, cropped
+        shown = KB_SIZE if cropped else sample.image.shape[:2]
+        return self._inverse(path), values, cropped, values.shape != shown
 
     def predict(self, prepared: Sequence[Any], protocols: Sequence[Protocol]) -> list[list[Prediction]]:
-        """What was read."""
+        """What was read; counts those of another size."""
+        if resized := sum(other_size for *_, other_size in prepared):
+            self.about["resized_images"] = self.about.get("resized_images", 0) + resized
         return [
             [Prediction({inverse: values}, region=cropped)] * len(protocols)
-            for inverse, values, cropped in prepared
+            for inverse, values, cropped, _ in prepared
         ]
 
 

@@ -1,10 +1,8 @@
 """The objects of a depth run from its options: the model, the decoder that only training has, and the pairs."""
 
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import nn
 
 from finetune.config import AugmentationConfig, DepthConfig
 from finetune.depth_data import (
@@ -16,8 +14,7 @@ from finetune.depth_data import (
     open_depth_data,
 )
 from finetune.losses.weighted import WeightedLoss
-from finetune.model.depth_model import DepthModel
-from finetune.model.encoder_model import open_encoder
+from finetune.model.depth_model import DepthModel, open_encoder
 from finetune.protocols import Protocol
 from finetune.scoring.checks import check_ground_truth
 from finetune.tasks.trained import TrainedDepth
@@ -26,25 +23,20 @@ from spark.training.option_types import values_of
 from spark.weights.keys import KeyReport
 
 
-def build_encoder(config: Any) -> tuple[nn.Module, KeyReport]:
-    """The encoder of a run on one, and what became of its weights. Random ones are a function of the seed alone."""
-    torch.manual_seed(derive_seed(config.seed, 0, Purpose.ENCODER_WEIGHTS))
-    return open_encoder(
-        config.encoder,
-        config.encoder_name,
-        config.pretrained,
-        config.model.drop_path,
-        config.model.encoder_options,
-    )
-
-
 def build_model(config: DepthConfig) -> tuple[DepthModel, KeyReport]:
     """The model of a run, and what became of the encoder's weights.
 
     The head is seeded apart from the encoder: it starts from the same weights whatever the encoder's are, so that
     encoders can be compared.
     """
-    encoder, report = build_encoder(config)
+    torch.manual_seed(derive_seed(config.seed, 0, Purpose.ENCODER_WEIGHTS))
+    encoder, report = open_encoder(
+        config.encoder,
+        config.encoder_name,
+        config.pretrained,
+        config.model.drop_path,
+        config.model.encoder_options,
+    )
     torch.manual_seed(derive_seed(config.seed, 0, Purpose.HEAD_WEIGHTS))
     model = DepthModel(
         encoder,

@@ -1,96 +1,85 @@
-"""Classification of photos as a task of the engine: fine-tuning, or a linear layer on a frozen encoder."""
+"""Classification of labelled photos as a task of the engine."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
-from torchvision.transforms import v2
 
-from finetune.label_config import ClassifyConfig
-from finetune.model.classifier import Classifier
-from finetune.report import label_page
-from finetune.scoring.classes import photo_results
+from finetune.config import ClassifyConfig
+from finetune.model.classifier import Classifier, load_classifier
+from finetune.model.depth_model import open_encoder
+from finetune.report.classes import classes_page
+from finetune.scoring.classes import class_results, image_row
 from finetune.scoring.intervals import with_intervals
-from finetune.scoring.metrics import summary, write_results
-from finetune.tasks.build import build_encoder
-from finetune.tasks.photos import PhotoTransform, open_photos
-from finetune.tasks.summary import encoder_line, millions, run_lines
-from finetune.tasks.transfer import Transfer
+from finetune.scoring.metrics import write_results
+from finetune.tasks.tuning import Tuning
 from spark.errors import UserError
 from spark.images.batches import collate_images
+from spark.images.dataset import SampleReader, UnlabeledImages
 from spark.images.loader import load_batches
+from spark.images.sources.files import FileSource
+from spark.images.transform import PretrainTransform
+from spark.model.encoder import timm_config
 from spark.model.normalise import Normalise
+from spark.monitor.probes import LabelledFiles, Preparation, PreparedImages, list_labelled
 from spark.seeds import Purpose, derive_seed
+from spark.training.accelerator import check_memory
 from spark.training.run import Run
 from spark.training.sampling import StreamSampler
 from spark.training.task import StepLoss
-from spark.weights.encoder import load_classifier
-
-BATCH = 64  # photos of one forward of a validation
 
 
-class Classification(Transfer):
-    """Training of one classifier on photos in folders of classes.
+class Classification(Tuning):
+    """Training of one classifier on labelled photos.
 
     Args:
         config: the options.
         run: that trains it.
 
     Raises:
-        UserError: options, photos or encoder do not fit; the sentence says what to do.
-        OSError: a file cannot be read; likewise.
+        UserError: options, data or encoder do not fit; the sentence says what to do.
     """
 
     unit = "photos"
     entry = "finetune.classify"
-    scored_as = "classification"
 
     def __init__(self, config: ClassifyConfig, run: Run):
-        data = config.data
-        self.photos = self.held_out = open_photos(data)
-        if config.select == "top5" and len(self.photos.classes) <= 5:
-            raise UserError(f"select top5 says nothing of {len(self.photos.classes)} classes: use top1")
-        encoder, self.encoder_report = build_encoder(config)
+        size = (config.data.size, config.data.size)
+        check_memory(run.micro_batch, (3, *size), run.device)
+        self.config = config
+        found = list_labelled(Path(config.data.root))
+        chosen = share_of_classes(found, config.data.labels, config.data.labels_seed)
+        self.labels = found.labels[chosen]
+        self.held_out = [
+            (file, int(label))
+            for file, label, train in zip(found.files, found.labels, found.train, strict=True)
+            if not train
+        ]
+        torch.manual_seed(derive_seed(config.seed, 0, Purpose.ENCODER_WEIGHTS))
+        encoder, self.report_of_weights = open_encoder(
+            config.encoder, config.encoder_name, config.pretrained, config.drop_path, config.encoder_options
+        )
         torch.manual_seed(derive_seed(config.seed, 0, Purpose.HEAD_WEIGHTS))
-        size = (data.size, data.size)
-        self.model = Classifier(encoder, self.photos.classes, config.model.frozen, size, data.mean, data.std)
-        mean, std = self.model.mean, self.model.std
-        self.config = replace(config, data=replace(data, mean=mean, std=std))
-        self.place(self.model, run)
-        self.plan(len(self.photos.train), run, config.select)
-        transform = PhotoTransform(size, 3, data.crop_scale, mean, std, data.flip, augment=data.augment)
-        self.samples = self.photos.training_set(transform, config.seed)
-        self.normalise = Normalise(mean, std).to(run.device)
-        mixes = data.mixup > 0
-        self.mix = v2.MixUp(alpha=data.mixup, num_classes=len(self.photos.classes)) if mixes else None
-        self.facts = {
-            "photos": {"count": len(self.samples), "sha256": self.samples.source.digest()},
-            "classes": self.photos.classes,
-        }
-
-    # --- what is trained
-
-    def loss(self, model: nn.Module, batch: dict[str, Any]) -> StepLoss:
-        """See `Task`."""
-        images = batch["image"].to(self.device, non_blocking=True, memory_format=self.memory_format)
-        images = self.normalise(images)
-        labels: Tensor = self.photos.train_labels[batch["index"]].to(self.device)
-        if self.mix is not None:
-            images, labels = self.mix(images, labels)
-        logits = model(images).float()
-        return StepLoss(F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing))
-
-    # --- where its batches come from
+        self.modules = Classifier(encoder, found.classes, size, config.linear)
+        known = timm_config(encoder)
+        self.mean, self.std = tuple(known["mean"]), tuple(known["std"])
+        self.normalise = Normalise(self.mean, self.std, fused=True).to(run.device)
+        transform = PretrainTransform(size, 3, config.data.crop_scale, self.mean, self.std, config.data.hflip)
+        files = [found.files[i] for i in chosen]
+        self.photos = UnlabeledImages(
+            FileSource(files, config.data.root), SampleReader(transform, config.seed)
+        )
+        self.plan(config, run, len(files), "top1")
+        self.facts = {"photos": len(files), "classes": found.classes, "labels_seed": config.data.labels_seed}
 
     def batches(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
         """See `Task`."""
         sampler = StreamSampler(
-            len(self.samples),
+            len(self.photos),
             self.micro_batch,
             rank=self.rank,
             world_size=self.world,
@@ -99,85 +88,92 @@ class Classification(Transfer):
             stop=stop,
         )
         options = {"batch_sampler": sampler, "collate_fn": collate_images}
-        return load_batches(self.samples, self.workers, self.device, **options)
+        return load_batches(self.photos, self.workers, self.device, **options)
 
-    def changes(self, before: Mapping[str, Any]) -> list[str]:
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> StepLoss:
         """See `Task`."""
-        if before["classes"] != self.facts["classes"]:
-            raise UserError(
-                f"the checkpoint is of the classes {', '.join(before['classes'])}, and the data has"
-                f" {', '.join(self.facts['classes'])}: go on with the data of then, or begin a new run"
-            )
-        then, now = before["photos"], self.facts["photos"]
-        if then == now:
+        pixels = batch["image"].to(self.device, non_blocking=True, memory_format=self.memory_format)
+        labels = self.labels[batch["index"]].to(self.device)
+        logits = model(self.normalise(pixels)).float()
+        return StepLoss(F.cross_entropy(logits, labels, label_smoothing=self.config.smoothing))
+
+    def changes(self, before: dict[str, Any]) -> list[str]:
+        """See `Task`."""
+        if all(before.get(name, now) == now for name, now in self.facts.items()):
             return []
-        return [f"the photos to train on, {then['count']} then and {now['count']} now, or their names"]
+        return ["the photos to train on; the run goes on with those of now, no longer the run it was"]
 
-    # --- validation
-
-    @torch.inference_mode()
-    def validate(self, run: Run, model: nn.Module, finished: bool = False) -> dict[str, float]:
-        """See `Transfer`; photos that cannot be read are left out and listed."""
-        photos, was_training = self.photos, model.training
-        size = (self.config.data.size, self.config.data.size)
-        data = photos.validation_set(size, self.model.mean, self.model.std)
-        found: list[int] = []
-        skipped: list[str] = []
-        logits: list[np.ndarray] = []
+    def validate(self, run: Run, model: Any, finished: bool = False) -> dict[str, float]:
+        """See `Tuning`."""
+        side = self.config.data.size
+        images = PreparedImages(
+            [file for file, _ in self.held_out], Preparation((side, side), self.mean, self.std)
+        )
+        loader = load_batches(images, self.workers, torch.device("cpu"), batch_size=64, collate_fn=list)
         model.eval()
-        try:
-            options = {"batch_size": BATCH, "collate_fn": list}
-            for batch in load_batches(data, self.workers, self.device, **options):
-                skipped += [image for _, image in batch if isinstance(image, str)]
-                readable = [(index, image) for index, image in batch if not isinstance(image, str)]
-                if readable:
-                    images = torch.stack([image for _, image in readable])
-                    images = images.to(self.device, memory_format=self.memory_format)
-                    logits.append(model(images).float().cpu().numpy())
-                    found += [index for index, _ in readable]
-        finally:
-            model.train(was_training)
-        if not found:
-            raise UserError(f"none of the photos to validate on can be read, the first: {skipped[0]}")
-        names = [photos.name(index) for index in found]
-        labels = photos.val_labels[found].numpy()
-        results = photo_results(names, labels, np.concatenate(logits), photos.classes)
+        rows = []
+        with torch.inference_mode():
+            for samples in loader:
+                for _, image in samples:
+                    if isinstance(image, str):
+                        raise UserError(
+                            f"a photo to validate on cannot be read, {image}: mend it or move it away"
+                        )
+                stacked = torch.stack([image for _, image in samples]).to(self.device)
+                logits = model(stacked).float().cpu().numpy()
+                for (index, _), of_image in zip(samples, np.asarray(logits), strict=True):
+                    file, label = self.held_out[index]
+                    rows.append(image_row(str(file.relative_to(self.config.data.root)), of_image, label))
+        results = class_results("classification", rows, self.modules.classes)  # type: ignore[arg-type]
         if finished:
-            about = {"model": str(run.folder / "model"), "step": run.step, "skipped": skipped}
-            about |= {"training_photos": len(self.samples), "image_size": list(size)}
+            about = {"model": str(run.folder / "model"), "data": self.config.data.root, "step": run.step}
             write_results(run.folder / "evaluation.json", {**with_intervals(results), **about})
         return results["metrics"]
 
-    def headline(self, metrics: Mapping[str, float]) -> str:
-        """See `Transfer`."""
-        return summary(metrics)
+    def words(self, metrics: dict[str, float]) -> str:
+        """Accuracy in words."""
+        return "   ".join(f"{name} {value:.3f}" for name, value in metrics.items())
 
-    # --- what it says and writes
-
-    def save(self, model: Classifier, folder: Path) -> Path:
-        """See `Transfer`."""
-        return model.save(folder)
-
-    def written(self, folder: Path) -> nn.Module:
-        """See `Transfer`: as timm alone reads it."""
+    def reload(self, folder: Any) -> Classifier:
+        """See `Tuning`."""
         return load_classifier(folder)
+
+    def columns(self, run: Run, batch: dict[str, Any]) -> dict[str, float | str]:
+        """See `Task`."""
+        return {"epoch": (run.step + run.state.offset) * self.config.optim.batch_size / len(self.photos)}
 
     def report(self, run: Run) -> Path:
         """See `Task`."""
-        return label_page(run.folder)
+        return classes_page(run.folder)
 
     def summary(self, run: Run) -> str:
         """See `Task`."""
-        data, photos = self.config.data, self.photos
-        share = "" if data.labels == 1 else f" (data.labels {data.labels:g}, seed {data.labels_seed})"
-        counts = photos.train_labels.bincount(minlength=len(photos.classes)).tolist()
-        frozen = ", frozen: a linear evaluation" if self.config.model.frozen else ""
+        config, length = self.config, self.length
+        own = "timm's published" if config.pretrained else "random"
+        weights = (
+            self.report_of_weights if self.report_of_weights.source else f"{config.encoder}, {own} weights"
+        )
+        learns = "a linear layer on the frozen encoder" if config.linear else "the whole network"
         return "\n".join(
             (
-                encoder_line(self.config, self.encoder_report) + frozen,
-                f"model      {millions(self.model)} parameters, {len(photos.classes)} classes",
-                f"data       {len(photos.train)} photos{share}, {min(counts)} to {max(counts)} of each class, at"
-                f" {data.size} px; {len(photos.val)} to validate on, under {data.root}",
-                *run_lines(self.config, self.length, run, self.unit),
+                f"encoder    {weights}",
+                f"data       {len(self.photos)} photos of {len(self.facts['classes'])} classes,"
+                f" {config.data.labels:.0%} of each; {len(self.held_out)} to validate on",
+                f"trains     {learns}, at {config.data.size} px; {config.optim.name}, lr {config.optim.lr:.3g}",
+                f"length     {length.steps} steps of {config.optim.batch_size}, {length.warmup} of warm-up,"
+                f" {length.steps / length.steps_per_epoch:.1f} epochs",
+                f"output     {config.output_dir}",
             )
         )
+
+
+def share_of_classes(found: LabelledFiles, share: float, seed: int) -> list[int]:
+    """Indices of a share of the training photos of each class, at least one of each; smaller shares are part of larger
+    ones."""
+    chosen: list[int] = []
+    for number in range(len(found.classes)):
+        mine = (found.train & (found.labels == number)).nonzero().flatten()
+        generator = torch.Generator().manual_seed(derive_seed(seed, number))
+        order = torch.randperm(len(mine), generator=generator)
+        chosen += mine[order[: max(1, round(share * len(mine)))]].tolist()
+    return sorted(chosen)

@@ -1,5 +1,6 @@
 """Supervised depth training as a task of the engine: model and losses, pairs, validations, and the model it leaves."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from finetune.config import DepthConfig
-from finetune.depth_data import MixedSampler, collate_depth
+from finetune.depth_data import MixedSampler, TrainingMix, collate_depth
 from finetune.model.depth_model import DepthModel, load_depth_model, start_from
 from finetune.model.prediction import transform_of
 from finetune.protocols import get_protocol
@@ -21,15 +22,15 @@ from finetune.scoring.score import score
 from finetune.scoring.sources import check_protocol
 from finetune.tasks.build import build_model, build_trained, open_data
 from finetune.tasks.summary import describe
-from finetune.tasks.trained import TrainedDepth
-from finetune.tasks.transfer import Transfer, fingerprint
+from finetune.tasks.tuning import Tuning
 from spark.errors import UserError
 from spark.images.loader import load_batches
+from spark.training.accelerator import check_memory
 from spark.training.run import Run
 from spark.training.task import StepLoss
 
 
-class DepthTraining(Transfer):
+class DepthTraining(Tuning):
     """Training of one depth model on RGB-D pairs.
 
     Args:
@@ -45,23 +46,21 @@ class DepthTraining(Transfer):
     entry = "finetune.depth"
 
     def __init__(self, config: DepthConfig, run: Run):
+        check_memory(run.micro_batch, (3, *config.data.crop_size), run.device)
         self.model, self.encoder_report = build_model(config)
         self.start_report = None
         if config.model.init is not None and run.checkpoint is None:
             self.start_report = start_from(self.model, config.model.init)
         data = replace(config.data, mean=self.model.mean, std=self.model.std)
         self.config = config = replace(config, data=data)
-        self.trained = build_trained(self.model, config)
-        self.place(self.trained, run)
-
+        self.modules = self.trained = build_trained(self.model, config)
         self.protocol = get_protocol(config.protocol, flip_average=config.flip_average)
         check_protocol(self.model, self.protocol)
         self.pairs, self.held_out = open_data(config, self.protocol)
         self.trained.criterion.check(self.pairs.entries(), [one.data for one in self.pairs.sets])
         self.terms = tuple(config.losses)
-        self.scored_as = self.protocol.name
-        self.plan(len(self.pairs), run, config.select)
-        self.facts = {"pairs": fingerprint(self.pairs.names())}
+        self.plan(config, run, len(self.pairs), config.select)
+        self.facts = {"pairs": fingerprint(self.pairs)}
         self.idle_reason = (
             f"they had no pixel with a ground truth between {config.model.min_depth:g} and "
             f"{config.model.max_depth:g} m (model.min_depth, model.max_depth)"
@@ -69,6 +68,10 @@ class DepthTraining(Transfer):
         self._skipped_before = False
 
     # --- what is trained
+
+    def model_of(self, modules: nn.Module) -> DepthModel:
+        """The depth model without what losses train beside it."""
+        return modules.model  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> StepLoss:
         """See `Task`."""
@@ -110,33 +113,8 @@ class DepthTraining(Transfer):
 
     # --- validation
 
-    def model_of(self, whole: TrainedDepth) -> DepthModel:
-        """See `Transfer`: without the modules of the losses."""
-        return whole.model
-
-    def save(self, model: DepthModel, folder: Path) -> Path:
-        """See `Transfer`."""
-        return model.save(folder)
-
-    def written(self, folder: Path) -> DepthModel:
-        """See `Transfer`; evaluation.json has the numbers that spark-evaluate reports of it."""
-        return load_depth_model(folder, self.config.own_encoder())
-
-    def headline(self, metrics: Mapping[str, float]) -> str:
-        """See `Transfer`."""
-        return summary(metrics)
-
     def validate(self, run: Run, model: DepthModel, finished: bool = False) -> dict[str, float]:
-        """Score the model on the held-out pairs, and draw some of them.
-
-        Args:
-            run: of the model.
-            model: that is scored, on the device of the run.
-            finished: write evaluation.json, too; the model is that of model/.
-
-        Returns:
-            The metrics.
-        """
+        """See `Tuning`; draws some of the pairs, too."""
         assert self.held_out is not None
         worst = WorstRows(self.config.triptychs if finished else 0)
         results, rows = score(
@@ -172,11 +150,20 @@ class DepthTraining(Transfer):
             write_results(run.folder / "evaluation.json", {**with_intervals(results), **about})
         return metrics
 
+    def words(self, metrics: dict[str, float]) -> str:
+        """Protocol and metrics."""
+        return f"{self.protocol.name}  {summary(metrics)}"
+
+    def reload(self, folder: Path) -> DepthModel:
+        """The depth model in a folder."""
+        return load_depth_model(folder, self.config.own_encoder())
+
     # --- what it says and writes
 
     def columns(self, run: Run, batch: dict[str, Any]) -> dict[str, float | str]:
         """See `Task`."""
-        return {**super().columns(run, batch), "empty_batches": run.state.idle}
+        seen = (run.step + run.state.offset) * self.config.optim.batch_size
+        return {"epoch": seen / len(self.pairs), "empty_batches": run.state.idle}
 
     def report(self, run: Run) -> Path:
         """See `Task`."""
@@ -194,3 +181,9 @@ class DepthTraining(Transfer):
             self.length,
             run,
         )
+
+
+def fingerprint(pairs: TrainingMix) -> dict[str, Any]:
+    """How many pairs, and a digest of their names in order: what a stream of pairs depends on beside the seed."""
+    digest = hashlib.sha256("\n".join(pairs.names()).encode("utf-8", "surrogateescape")).hexdigest()
+    return {"count": len(pairs), "sha256": digest}

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
-from finetune.config import TransferConfig
+from finetune.config import TuningConfig
 from spark.training.optim import lr_at, one_cycle_at
 from spark.training.sampling import run_length
 
@@ -35,7 +35,7 @@ class RunLength:
         return math.floor(step / interval + 1e-9) > math.floor((step - 1) / interval + 1e-9)
 
 
-def run_phases(config: TransferConfig, samples: int) -> RunLength:
+def run_phases(config: TuningConfig, samples: int) -> RunLength:
     """The phases of a run in steps."""
     optim = config.optim
     per_epoch = samples / optim.batch_size
@@ -48,7 +48,7 @@ def run_phases(config: TransferConfig, samples: int) -> RunLength:
     return RunLength(steps, warmup, frozen, per_epoch, config.validate_every)
 
 
-def learning_rate(config: TransferConfig, length: RunLength, step: int) -> float:
+def learning_rate(config: TuningConfig, length: RunLength, step: int) -> float:
     """Learning rate of the head at a step, counted from 0."""
     optim = config.optim
     if optim.schedule == "onecycle":
@@ -64,7 +64,7 @@ def learning_rate(config: TransferConfig, length: RunLength, step: int) -> float
     )
 
 
-def momentum(config: TransferConfig, length: RunLength, step: int) -> float | None:
+def momentum(config: TuningConfig, length: RunLength, step: int) -> float | None:
     """Momentum at a step, counted from 0; None keeps what the optimizer has."""
     optim = config.optim
     if optim.momentum is None:

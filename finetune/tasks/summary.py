@@ -1,10 +1,10 @@
-"""What a run says of itself before its first step."""
+"""What a depth run says of itself before its first step."""
 
 import os
 
 from torch import nn
 
-from finetune.config import DepthConfig, TransferConfig
+from finetune.config import DepthConfig
 from finetune.depth_data import DepthSet, TrainingMix
 from finetune.depth_data.transforms import NYU_FRAME
 from finetune.tasks.schedule import RunLength
@@ -25,10 +25,20 @@ def describe(
 ) -> str:
     """What is going to run, in a few lines."""
 
-    data, model = config.data, trained.model
+    def millions(*modules: nn.Module) -> str:
+        return f"{sum(p.numel() for module in modules for p in module.parameters()) / 1e6:.2f}M"
+
+    optim, data, model = config.optim, config.data, trained.model
+    if report.source:
+        weights = str(report)
+    elif config.pretrained:
+        weights = f"{config.encoder}: timm's published weights"
+    else:
+        weights = f"{config.encoder}: random weights (--pretrained true takes timm's published ones)"
+    frozen = f", encoder frozen for {length.frozen}" if length.frozen else ""
     return "\n".join(
         (
-            encoder_line(config, report),
+            f"encoder    {weights}",
             *([f"start      {start}"] if start else []),
             f"model      {millions(model.encoder)} parameters, with {model.head_name} head"
             f" {millions(model.encoder, model.head)}; depth {config.model.min_depth:g} to {config.model.max_depth:g} m",
@@ -46,40 +56,15 @@ def describe(
             *([f"border     {border}"] if (border := border_text(data.border, pairs.sets[0].data)) else []),
             f"validation {held_out or 'none: name pairs to validate on with --data.val_list'}",
             f"loss       {' + '.join(f'{weight:g} {name}' for name, weight in config.losses.items())}",
-            *run_lines(config, length, run, "pairs"),
+            f"batch      {optim.batch_size} = {run.world} processes x {config.accumulation} parts x"
+            f" {optim.batch_size // run.world // config.accumulation} pairs; {run.device.type}, {config.precision}",
+            f"optimizer  {optim.name}, lr {optim.lr:.3g} at its peak, encoder x {optim.encoder_lr_factor:g}"
+            + (f", layer decay {optim.layer_decay:g}" if optim.layer_decay else ""),
+            f"length     {length.steps} steps ({length.warmup} of warm-up{frozen}),"
+            f" {length.steps / length.steps_per_epoch:.1f} epochs",
+            f"output     {config.output_dir}; kill -USR1 {os.getpid()} writes the model at once",
         )
     )
-
-
-def encoder_line(config: TransferConfig, report: KeyReport) -> str:
-    """Where the encoder's weights come from."""
-    if report.source:
-        weights = str(report)
-    elif config.pretrained:
-        weights = f"{config.encoder}: timm's published weights"
-    else:
-        weights = f"{config.encoder}: random weights (--pretrained true takes timm's published ones)"
-    return f"encoder    {weights}"
-
-
-def run_lines(config: TransferConfig, length: RunLength, run: Run, unit: str) -> list[str]:
-    """How it is trained, how long, and where the results go."""
-    optim = config.optim
-    frozen = f", encoder frozen for {length.frozen}" if length.frozen else ""
-    return [
-        f"batch      {optim.batch_size} = {run.world} processes x {config.accumulation} parts x"
-        f" {run.micro_batch} {unit}; {run.device.type}, {config.precision}",
-        f"optimizer  {optim.name}, lr {optim.lr:.3g} at its peak, encoder x {optim.encoder_lr_factor:g}"
-        + (f", layer decay {optim.layer_decay:g}" if optim.layer_decay else ""),
-        f"length     {length.steps} steps ({length.warmup} of warm-up{frozen}),"
-        f" {length.steps / length.steps_per_epoch:.1f} epochs",
-        f"output     {config.output_dir}; kill -USR1 {os.getpid()} writes the model at once",
-    ]
-
-
-def millions(*modules: nn.Module) -> str:
-    """Parameters of modules, such as 11.18M."""
-    return f"{sum(p.numel() for module in modules for p in module.parameters()) / 1e6:.2f}M"
 
 
 def border_text(border: tuple[int, int, int, int] | None, pairs: DepthSet) -> str:

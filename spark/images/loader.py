@@ -1,5 +1,6 @@
 """Batches of a run: one loader for sources that give any image (shuffled by index) and for streamed shards."""
 
+import atexit
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +19,13 @@ from spark.images.stream import Division, Progress, StreamedBatches, first_sampl
 from spark.training.accelerator import worker_count
 from spark.training.sampling import StreamSampler
 from spark.training.skipped import allowed_failures
-from spark.training.stop import ignore_stop_signals
+from spark.training.stop import end_loaders, ignore_stop_signals
 
 Collate = Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
 
 
 def load_batches(dataset: Dataset, workers: int, device: torch.device, **options: Any) -> Iterator[Any]:
-    """Batches of a data set, read ahead by loader processes that survive stop signals.
+    """Batches of a data set, read ahead by loader processes that survive stop signals, and no failure of this one.
 
     Args:
         dataset: of samples; without options, an iterable one of batches.
@@ -32,6 +33,8 @@ def load_batches(dataset: Dataset, workers: int, device: torch.device, **options
         device: that computes; batches for a GPU lie in pinned memory.
         options: of torch's `DataLoader`, such as `batch_sampler` and `collate_fn`.
     """
+    atexit.unregister(end_loaders)
+    atexit.register(end_loaders)
     options = {"pin_memory": device.type == "cuda", **(options or {"batch_size": None})}
     return iter(DataLoader(dataset, num_workers=workers, worker_init_fn=ignore_stop_signals, **options))
 

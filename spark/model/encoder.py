@@ -14,7 +14,7 @@ import difflib
 import importlib
 import itertools
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import timm
@@ -181,6 +181,15 @@ def unreached_parameters(encoder: nn.Module, levels: Sequence[PyramidLevel], in_
     Raises:
         UserError: the encoder does not run on an image of twice its stride, or returns other maps than it announces.
     """
+    return _probe(encoder, levels, in_chans)[0]
+
+
+def _probe(
+    encoder: nn.Module, levels: Sequence[PyramidLevel], in_chans: int
+) -> tuple[list[str], set[nn.Module]]:
+    """`unreached_parameters`, and the modules that were called on the way."""
+    called: set[nn.Module] = set()
+    hooks = [part.register_forward_pre_hook(lambda part, _: called.add(part)) for part in encoder.modules()]
     named = [(name, p) for name, p in encoder.named_parameters() if p.requires_grad]
     first, side = named[0][1], 2 * levels[-1].stride
     was_training = encoder.training
@@ -202,7 +211,9 @@ def unreached_parameters(encoder: nn.Module, levels: Sequence[PyramidLevel], in_
         ) from error
     finally:
         encoder.train(was_training)
-    return [name for (name, _), grad in zip(named, grads, strict=True) if grad is None]
+        for hook in hooks:
+            hook.remove()
+    return [name for (name, _), grad in zip(named, grads, strict=True) if grad is None], called
 
 
 def _where(encoder: nn.Module, error: Exception) -> str:
@@ -238,6 +249,50 @@ def freeze_unreached(encoder: nn.Module, levels: Sequence[PyramidLevel], in_chan
     """Freeze what `unreached_parameters` finds: without gradients, it would trouble DistributedDataParallel."""
     for name in unreached_parameters(encoder, levels, in_chans):
         encoder.get_parameter(name).requires_grad_(False)
+
+
+class Unneeded(nn.Module):
+    """Stands where a part of an encoder was that no feature map in use depends on.
+
+    Weights for that part, in files of an encoder that still had it, are passed over.
+    """
+
+    def forward(self, *inputs: Any) -> None:
+        """Refuse: whoever needs this part wants an encoder of which it was not taken."""
+        raise UserError(
+            "a part of this encoder was taken out, no map that its depth model reads needs it: make the encoder anew"
+        )
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        """Take nothing, and miss nothing."""
+
+
+def drop_unneeded(encoder: nn.Module, levels: Sequence[PyramidLevel], in_chans: int) -> None:
+    """Take out, in place, every module that neither runs for these feature maps nor has a parameter in them.
+
+    Single parameters that are left without effect, in modules that do run, are frozen (see `freeze_unreached`).
+    """
+    unreached, called = _probe(encoder, levels, in_chans)
+
+    def drop(parent: nn.Module, prefix: str) -> None:
+        for name, child in list(parent.named_children()):
+            own = {f"{prefix}{name}.{key}" for key, _ in child.named_parameters()}
+            if own and own <= set(unreached) and called.isdisjoint(child.modules()):
+                parent._modules[name] = Unneeded()
+            else:
+                drop(child, f"{prefix}{name}.")
+
+    drop(encoder, "")
+    left = dict(encoder.named_parameters())
+    for name in unreached:
+        if name in left:
+            left[name].requires_grad_(False)
+
+
+def without_unneeded(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Tensors of a file without those of parts that were taken out of the model that is to receive them."""
+    gone = tuple(f"{name}." for name, part in model.named_modules() if isinstance(part, Unneeded))
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(gone)}
 
 
 def timm_config(encoder: nn.Module) -> dict[str, Any]:

@@ -171,7 +171,7 @@ def knn_predict(
 
     if max(neighbours) > len(train):
         raise UserError(
-            f"k {max(neighbours)} is more than the {len(train)} training images: give a smaller one"
+            f"k {max(neighbours)} is more than the {len(train)} training images: give a smaller one (--k)"
         )
     weights: Any = lambda distance: np.exp((1 - distance) / TEMPERATURE)  # noqa: E731
     voters = KNeighborsClassifier(metric="cosine", weights=weights)

@@ -50,6 +50,8 @@ def pretraining_sections(arms: dict[str, list[Run]]) -> list[Section]:
 def facts(run: Run) -> list[Fact]:
     """The run in a few numbers: (name, value, remark); None is not known."""
     size, ratio = run.option("model.input_size"), run.option("model.mask_ratio")
+    if not isinstance(ratio, list):  # of one number, whole patches may round much: 0.5 of 2x2, not 0.6
+        ratio = run.last("mask_ratio") or ratio
     loss = run.last("loss")
     return [
         ("encoder", run.option("model.name"), ""),

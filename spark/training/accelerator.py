@@ -6,6 +6,7 @@ position n is the n-th sample of it. A batch takes the next positions, the proce
 augmentation and mask of a sample are seeded by its position. So a checkpoint needs no state of any generator.
 """
 
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -147,6 +148,30 @@ def micro_batch_size(batch_size: int, world_size: int, accumulation: int) -> int
             f"{accumulation}; use {nearest}, or change accumulation or the number of processes"
         )
     return batch_size // parts
+
+
+def check_memory(images: int, shape: Sequence[int], device: torch.device) -> None:
+    """Refuse a batch whose images alone, as float32, are larger than the whole memory of the device.
+
+    Args:
+        images: that one process puts through the network at once.
+        shape: of one, [C, H, W].
+        device: that computes.
+    """
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = (
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+        )
+    needed = 4 * images * math.prod(shape)
+    if needed > memory:
+        channels, height, width = shape
+        raise UserError(
+            f"{images} images at once of {height}x{width} px, {channels} channels, are {needed / 1e9:.0f} GB before "
+            f"the network has done anything, and there are {memory / 1e9:.0f} GB: take smaller images, a smaller "
+            "optim.batch_size or a larger accumulation"
+        )
 
 
 def reduce_sum(accelerator: Accelerator, values: Sequence[float]) -> list[float]:

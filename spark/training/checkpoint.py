@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from spark.errors import UserError
 from spark.files import checksum, whole_folder, write_tensors
+from spark.model.encoder import without_unneeded
 from spark.weights.encoder import EMA, STATE, WEIGHTS, description
 from spark.weights.keys import fit, placed
 from spark.weights.official import read_torch_file
@@ -299,7 +300,7 @@ def load_run(
         )
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     fit(
-        load_file(path / WEIGHTS),
+        without_unneeded(load_file(path / WEIGHTS), model),
         model,
         source=str(path),
         name="the model of this run",
@@ -308,7 +309,7 @@ def load_run(
     if ema is not None and not state.get("ema"):
         logger.warning("%s holds no averaged weights: the average starts from its weights", path)
     if ema is not None:
-        averages = load_file(path / (EMA if state.get("ema") else WEIGHTS))
+        averages = without_unneeded(load_file(path / (EMA if state.get("ema") else WEIGHTS)), ema)
         own = ema.state_dict()
         ema.load_state_dict({name: placed(value, own[name]) for name, value in averages.items()})
     optimizer.load_state_dict(_placed_moments(state["optimizer"], optimizer))

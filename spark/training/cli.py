@@ -19,7 +19,7 @@ import yaml
 
 from spark.errors import UserError, one_line
 from spark.files import write_whole
-from spark.training.cards import card_names, find_card
+from spark.training.cards import COMMANDS, card_names, find_card, kind_of
 from spark.training.help import help_text
 from spark.training.option_types import Options, as_written, field_types, type_name
 
@@ -79,6 +79,9 @@ def read_options(cls: type[T], argv: Sequence[str]) -> T:
     except (ArgumentError, ValueError) as error:
         cards = card_names(cls.CARDS) if cls.CARDS and not any(a.startswith("--config") for a in argv) else []
         raise UserError(_explain(cls, str(error), cards)) from error
+    except OverflowError as error:  # a whole number that no float can be
+        where = next((a.partition("=")[0] for a in arguments if re.search(r"\d{300}", a)), "an option")
+        raise UserError(f"{where} has a number of hundreds of digits: correct it") from error
 
 
 def call_options(cls: type[T], options: Mapping[str, Any]) -> T:
@@ -288,6 +291,11 @@ def _read_file(
             elif name in options:
                 kept[key] = value
             elif name not in cls.RETIRED:
+                kind = kind_of(content)
+                if cls.CARDS in COMMANDS and kind in COMMANDS and kind != cls.CARDS:
+                    raise UserError(
+                        f"{path} is of {COMMANDS[kind]} (it has {name}), and this is {COMMANDS[cls.CARDS]}"
+                    )
                 raise UserError(f"unknown option {name} in {path}{_suggest(name, options, groups)}")
         return kept
 
@@ -300,7 +308,8 @@ def _suggest(name: str, options: dict[str, Any], groups: dict[str, list[str]]) -
     group = difflib.get_close_matches(group, groups, n=1)[:1] if group else []
     names = [*options, *groups]
     siblings = [other for other in names if group and other.rpartition(".")[0] == group[0]]
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
+    # an option of this very name, in no group, or one that is written nearly so
+    nearest = [leaf] if group and leaf in names else difflib.get_close_matches(name, names, n=1, cutoff=0.8)
     for candidates in (siblings, names):
         by_leaf = {other.rpartition(".")[2]: other for other in reversed(candidates)}
         nearest = (

@@ -138,9 +138,15 @@ def _entry(name: str, text: str, width: int) -> list[str]:
 
 
 def _paragraphs(text: str, width: int) -> list[str]:
-    """Text wrapped to the width; what is indented, such as commands, stays as it is."""
+    """Text wrapped to the width, each point of a list by itself; what is indented, such as commands, stays as it is."""
     lines: list[str] = []
     for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(text)):
         lines += [""] if lines else []
-        lines += paragraph.splitlines() if paragraph.startswith(" ") else textwrap.wrap(paragraph, width)
+        if paragraph.startswith(" "):
+            lines += paragraph.splitlines()
+            continue
+        for item in re.split(r"\n(?=- )", paragraph):
+            indent = "  " if item.startswith("- ") else ""
+            text = " ".join(item.split())
+            lines += textwrap.wrap(text, width, subsequent_indent=indent, break_on_hyphens=False)
     return lines

@@ -20,6 +20,9 @@ from typing import Annotated, Any, Literal, Union
 
 from spark.errors import UserError
 
+LARGEST = 10**12
+"""No option means a number beyond this: what is larger was mistyped, and overflows or never ends somewhere later."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -29,15 +32,27 @@ class Rule:
         words: what follows the name of the type, such as "above 0".
         holds: whether a value of the type is allowed.
         names: the words stand in place of the name of the type.
+        most: no number may be larger; said only of one that is.
     """
 
     words: str
     holds: Callable[[Any], bool]
     names: bool = False
+    most: int = LARGEST
+
+
+def between(low: float, high: float) -> Rule:
+    """The rule of a number from `low` to `high`, both included."""
+    return Rule(f"from {low} to {high}", lambda value: low <= value <= high)
 
 
 class HomeFolder:
     """Marks a text that names a file or folder: a leading ~ becomes the home folder, also in a YAML file."""
+
+
+def at_most(most: int) -> Rule:
+    """The rule of a number that has an upper end far from what anybody means."""
+    return Rule("", lambda value: True, most=most)
 
 
 PathText = Annotated[str, HomeFolder()]
@@ -45,10 +60,15 @@ PositiveInt = Annotated[int, Rule("above 0", lambda value: value > 0)]
 NonNegativeInt = Annotated[int, Rule("of at least 0", lambda value: value >= 0)]
 PositiveFloat = Annotated[float, Rule("above 0", lambda value: value > 0)]
 NonNegativeFloat = Annotated[float, Rule("of at least 0", lambda value: value >= 0)]
-Share = Annotated[float, Rule("from 0 to 1", lambda value: 0 <= value <= 1)]
+Share = Annotated[float, between(0, 1)]
 PositiveShare = Annotated[float, Rule("above 0 and at most 1", lambda value: 0 < value <= 1)]
 ShareBelow1 = Annotated[float, Rule("of at least 0 and below 1", lambda value: 0 <= value < 1)]
 InnerShare = Annotated[float, Rule("between 0 and 1", lambda value: 0 < value < 1)]
+Workers = Annotated[NonNegativeInt, at_most(256)]
+BatchSize = Annotated[PositiveInt, at_most(1_000_000)]
+Side = Annotated[PositiveInt, at_most(65_536)]
+Channels = Annotated[PositiveInt, at_most(1024)]
+Rate = Annotated[PositiveFloat, at_most(1000)]
 LOW_FIRST = Rule("with the lower one first", lambda value: value[0] <= value[1])
 NOT_EMPTY = Rule("", lambda value: len(value) > 0)
 
@@ -101,9 +121,16 @@ def check_options(options: Any, prefix: str = "") -> None:
         if isinstance(value, str) and value.startswith("~") and _names_path(kind):
             value = os.path.expanduser(value)
             setattr(options, name, value)
-        if not _allows(kind, value):
-            infinite = next((v for v in _numbers(value) if not math.isfinite(v)), None)
-            wanted, got = (type_name(kind), value) if infinite is None else ("a finite number", str(infinite))
+        numbers = _numbers(value)
+        infinite = next((v for v in numbers if isinstance(v, float) and not math.isfinite(v)), None)
+        most = min(_limits(kind), default=LARGEST)
+        huge = next((v for v in numbers if abs(v) > most), None)
+        if infinite is not None or huge is not None or not _allows(kind, value):
+            wanted, got = type_name(kind), value
+            if infinite is not None:
+                wanted, got = "a finite number", str(infinite)
+            elif huge is not None and _allows(kind, value):
+                wanted, got = f"at most {most}", huge
             empty = {"": "an empty text", "[]": "an empty list"}
             got = re.sub(r"\.0\b", "", as_written(got))
             got = empty.get(got, got)
@@ -118,13 +145,21 @@ def as_written(value: Any) -> str:
 
 
 def _numbers(value: Any) -> list[float]:
+    if isinstance(value, dict):
+        value = list(value.values())
     if isinstance(value, list | tuple):
         return [number for entry in value for number in _numbers(entry)]
-    return [value] if isinstance(value, float) else []
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
 
 
 def _names_path(kind: Any) -> bool:
     return any(isinstance(part, HomeFolder) or _names_path(part) for part in typing.get_args(kind))
+
+
+def _limits(kind: Any) -> list[int]:
+    parts = typing.get_args(kind)
+    own = [part.most for part in parts if isinstance(part, Rule)]
+    return own + [most for part in parts for most in _limits(part)]
 
 
 def _allows(kind: Any, value: Any) -> bool:
@@ -183,7 +218,9 @@ def _plural(kind: Any) -> str:
     """Name of several of a type: "numbers above 0"."""
     if typing.get_origin(kind) is Annotated:
         base, *rules = typing.get_args(kind)
-        return " ".join([_plural(base), *(rule.words for rule in rules if isinstance(rule, Rule))])
+        return " ".join(
+            [_plural(base), *(rule.words for rule in rules if isinstance(rule, Rule) and rule.words)]
+        )
     if dataclasses.is_dataclass(kind):
         return f"{{{': ..., '.join(field_types(typing.cast(type, kind)))}: ...}}"
     names = {int: "whole numbers", float: "numbers", str: "texts"}

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from spark.training.option_types import (
     NOT_EMPTY,
+    BatchSize,
     InnerShare,
     NonNegativeFloat,
     NonNegativeInt,
@@ -38,7 +39,8 @@ TimeLimit = Annotated[
         names=True,
     ),
 ]
-Seed = Annotated[int, Rule("of at most 63 bits", lambda seed: abs(seed) < 2**63)]
+Seed = Annotated[int, Rule("of at most 63 bits", lambda seed: abs(seed) < 2**63, most=2**63)]
+Epochs = Annotated[float, Rule("above 0", lambda epochs: epochs > 0, most=1_000_000)]
 Folder = Annotated[PathText, NOT_EMPTY]
 
 
@@ -61,7 +63,7 @@ class OptimizerConfig:
     """
 
     name: Literal["lamb", "adamw", "sgd"] = "lamb"
-    batch_size: PositiveInt = 4096
+    batch_size: BatchSize = 4096
     betas: tuple[ShareBelow1, ShareBelow1] | None = None
     eps: PositiveFloat = 1e-6
     weight_decay: NonNegativeFloat = 0.04
@@ -121,7 +123,7 @@ class RunConfig(Options):
     """
 
     output_dir: Folder
-    epochs: PositiveFloat = 100
+    epochs: Epochs = 100
     max_steps: PositiveInt | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     accumulation: PositiveInt = 1

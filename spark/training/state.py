@@ -65,11 +65,11 @@ class RunState:
 
     def begin_step(self) -> None:
         """Remember what the forward pass is going to change."""
-        torch._foreach_copy_(self._before, self._buffers)  # pyright: ignore[reportPrivateImportUsage]
+        _copy(self._before, self._buffers)
 
     def undo_forward(self) -> None:
         """Take back what forward passes since `begin_step` have changed."""
-        torch._foreach_copy_(self._buffers, self._before)  # pyright: ignore[reportPrivateImportUsage]
+        _copy(self._buffers, self._before)
 
     def whole_model(self) -> Any:
         """The model with whole weights, on the CPU if they are sharded; None in processes that have no whole one.
@@ -178,6 +178,12 @@ class RunState:
         return load_run(
             checkpoint, model=self.model, optimizer=self.optimizer, scaler=self.scaler, ema=self.average
         )
+
+
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy tensors into tensors; no list may be empty for torch, as that of a network without batch norm is."""
+    if targets:
+        torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _whole(sharded: nn.Module | None, whole: nn.Module | None) -> nn.Module | None:

@@ -1,6 +1,7 @@
 """How a run stops: on a signal, at a deadline, or because a step would spoil the weights."""
 
 import math
+import multiprocessing
 import os
 import shlex
 import shutil
@@ -32,6 +33,17 @@ def ignore_stop_signals(worker_id: int) -> None:
     """
     for number in stop_signals():
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_loaders() -> None:
+    """Kill the loader processes that are left when this one ends (a function for `atexit`).
+
+    Python ends them by SIGTERM, which they ignore, and then waits for them: a program that failed while one was alive
+    would never end.
+    """
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def stop_signals() -> list[signal.Signals]:

@@ -76,7 +76,7 @@ def save_encoder(
     std: Sequence[float] | None = None,
     input_size: int | tuple[int, int] | None = None,
     card: Callable[[dict[str, Any]], str] | None = None,
-    labels: Sequence[str] | None = None,
+    label_names: Sequence[str] | None = None,
 ) -> Path:
     """Export an encoder; `timm.create_model("local-dir:FOLDER", pretrained=True)` loads timm's.
 
@@ -89,7 +89,7 @@ def save_encoder(
         std: Likewise.
         input_size: Training size [px], one number or (H, W), for the record: the encoder takes any.
         card: Makes the model card, README.md, of the content of config.json.
-        labels: Names of the classes of a model with a classifier, timm's `label_names`.
+        label_names: Names of the classes of a model with a classifier, in the order of its logits.
 
     Raises:
         UserError: Neither a stock timm model nor an encoder, or mean and std do not have a value for each channel.
@@ -99,10 +99,10 @@ def save_encoder(
 
     encoder = extract_model_from_parallel(encoder, keep_torch_compile=False)
     config = _encoder_config(encoder, mean, std, input_size)
-    if labels is not None:
-        config["label_names"] = list(labels)
     if "architecture" in config:
         _require_rebuildable(encoder, config)
+    if label_names is not None:
+        config["label_names"] = list(label_names)
     text = None if card is None else card(config)
     with whole_folder(folder, (CONFIG, WEIGHTS, CARD)) as temporary:
         write_tensors(encoder, temporary / WEIGHTS, {})
@@ -272,11 +272,6 @@ def load_encoder(
     return encoder
 
 
-def load_classifier(folder: str | Path) -> nn.Module:
-    """The timm model with its classifier that `save_encoder` wrote, as timm alone reads it, in evaluation mode."""
-    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-
-
 def read_encoder(
     source: str | Path,
     *,
@@ -309,14 +304,16 @@ def read_encoder(
             encoder.pretrained_cfg = _own_preparation(in_chans or 3)  # type: ignore[assignment]
         return encoder, KeyReport()
 
+    stored = found.options["in_chans"]
+    channels = in_chans or stored
+    if channels != stored:
+        found.label += f" (of {stored} channel{'s' * (stored > 1)}, made to read {channels})"
     about = {
         "source": found.label,
         "name": found.name,
         "ignored": found.ignored,
         "name_option": name_option,
     }
-    stored = found.options["in_chans"]
-    channels = in_chans or stored
     options = {**found.options, "in_chans": channels, **timm_kwargs}
     preparation = found.preparation
     if channels != stored:

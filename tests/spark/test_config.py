@@ -2,6 +2,7 @@
 
 import errno
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -490,3 +491,22 @@ def test_older_configs_are_compared_as_this_version_writes_them():
     }
     now = config_dict(parse("--model.name=resnet18", "--data.train=x", "--output_dir=y"))
     assert config_changes(with_defaults(PretrainConfig, before), now) == ["epochs was 5, is 1600"]
+
+
+def test_a_card_of_the_other_command_is_named(capsys, tmp_path):
+    said = error_of(capsys, *REQUIRED, "--config", "unetpp_nyu")
+    assert "unetpp_nyu is a card of spark-depth, not of spark-pretrain" in said
+    for file in (CONFIGS / "depth").glob("*.yaml"):
+        said = error_of(capsys, *REQUIRED, "--config", str(file))
+        assert re.search(r"\.yaml is of spark-depth \(it has [\w.]+\), and this is spark-pretrain", said)
+    for file in (CONFIGS / "pretrain").glob("*.yaml"):
+        with pytest.raises(SystemExit):
+            parse_config(DepthConfig, ["--config", str(file)], "")
+        assert "is of spark-pretrain (it has " in capsys.readouterr().err
+
+
+def test_an_option_without_a_group_is_found_from_a_group(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(DepthConfig, ["--model.encoder", "resnet18"], "")
+    assert "unknown option --model.encoder; did you mean encoder?" in capsys.readouterr().err
+    assert "did you mean epochs?" in error_of(capsys, *REQUIRED, "--optim.epochs", "3")

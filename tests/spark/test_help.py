@@ -12,6 +12,7 @@ from finetune import options as depth
 from finetune.config import DepthConfig
 from spark import options
 from spark.config import PretrainConfig
+from spark.options import ProbeConfig
 from spark.training.help import help_text, read_options
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,3 +95,8 @@ def test_no_command_is_left_out():
     assert all(
         hasattr(importlib.import_module(name), "main") for name in COMMANDS if name != "finetune.depth"
     )
+
+
+def test_points_of_a_list_in_the_text_are_lines_of_their_own():
+    text = help_text(ProbeConfig, "Two ways:\n\n- one: of\n  several words\n- other: short\n\nThe end.", None)
+    assert text.startswith("Two ways:\n\n- one: of several words\n- other: short\n\nThe end.\n")

@@ -563,7 +563,7 @@ def test_encoder_is_exported_on_demand(command, tmp_path, monkeypatch, capsys):
         (["--model.mask_ratio=0.99"], "mask_ratio 0.99"),
         (["--model.in_chans=2"], "in_chans"),
         (["--data.mean=[0.5]"], "mean has 1 values for 3 channels"),
-        (["--data.std=[0,1,1]"], "std must be above 0"),
+        (["--data.std=[0,1,1]"], "data.std must be a list [...] of numbers above 0"),
     ],
 )
 def test_mistakes_are_sentences_and_write_nothing(command, tmp_path, capsys, options, words):
@@ -905,7 +905,7 @@ def test_a_spike_can_stop_the_run(command, tmp_path, monkeypatch, capsys):
 def test_diverging_run_stops(command, tmp_path, capsys):
     text = error_of(
         capsys,
-        command("--optim.name=sgd", "--optim.base_lr=1e30", "--optim.clip_grad=null", "--checkpoint_every=1"),
+        command("--optim.name=sgd", "--optim.base_lr=1000", "--optim.clip_grad=null", "--checkpoint_every=1"),
     )
     assert "has stopped" in text
     steps = sorted((tmp_path / "run" / "checkpoints").iterdir())
@@ -1170,3 +1170,16 @@ def test_bugs_are_not_dressed_up(command, monkeypatch):
     monkeypatch.setattr(SparK, "forward", broken)
     with pytest.raises(KeyError, match="a bug"):
         run(command())
+
+
+def test_what_does_not_fit_the_data_is_said_before_the_first_step(command, capsys):
+    run(command("--optim.batch_size=16", "--optim.base_lr=1e-3", "--max_steps=1", "--optim.warmup_steps=1"))
+    said = capsys.readouterr().out
+    begin, _, rest = said.partition("model      test_resnet")
+    assert rest
+    assert (
+        "warning: a batch of 16 takes each of the 12 images 1.3 times: the run is 1.3 epochs; all of them are warm-up. "
+        "What fits: --optim.batch_size 2 --optim.warmup_steps 0" in begin
+    )
+    assert "warning: the learning rate is 6.25e-05 at its peak" in begin
+    assert "mask 0.5 (mask_ratio 0.6)" in rest

@@ -161,7 +161,7 @@ def test_one_process_goes_on_as_two(photos, tmp_path):  # noqa: F811
 
 def test_two_processes_roll_back_alike_and_stop(photos, tmp_path):  # noqa: F811
     """A learning rate that spoils the weights at once: both go back to the first checkpoint, then both stop."""
-    options = ("--optim.name=sgd", "--optim.base_lr=1e30", "--optim.clip_grad=null", "--checkpoint_every=1")
+    options = ("--optim.name=sgd", "--optim.base_lr=1000", "--optim.clip_grad=null", "--checkpoint_every=1")
     policy = ("--guard.on_nonfinite=rollback", "--guard.max_rollbacks=1")
     done = two_processes(small_run(photos, tmp_path / "run", *options, *policy), tmp_path / "printed")
     assert done.codes[0] == 2

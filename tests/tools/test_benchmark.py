@@ -363,6 +363,7 @@ def test_rows_of_memory(tmp_path, monkeypatch):
 
 def test_rows_of_two_processes(tmp_path, monkeypatch, capsys):
     run_group, drawn = processes.run_group, []
+    alive = set(multiprocessing.active_children())  # of other tests
 
     def one_here(case, rounds, check):
         if case.processes == 2:
@@ -407,7 +408,7 @@ def test_rows_of_two_processes(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert all(row["efficiency"] in printed for row in rows)
     assert "model test_resnet, base masked, batch 2, height 64, width 64, mask_ratio 0.75" in printed
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= alive
 
 
 def test_efficiency_is_for_equal_hardware():

@@ -44,6 +44,7 @@ DELTA1 = {"spark": (0.5, 0.7), "scratch": (0.4, 0.4)}
 def data(tmp_path: Path) -> Path:
     """Folders of images and of NYU: eight scenes to train on."""
     (tmp_path / "data" / "images" / "scenes").mkdir(parents=True)
+    (tmp_path / "data" / "images" / "scenes" / "a.jpg").touch()
     nyu = tmp_path / "data" / "nyu"
     nyu.mkdir()
     lines = [f"/s{i % 8}/rgb_{i}.jpg /s{i % 8}/sync_depth_{i}.png 518.8\n" for i in range(16)]
@@ -201,10 +202,12 @@ def test_a_run_is_finished_at_its_last_epoch_only(tmp_path):
     (tmp_path / "encoder").mkdir()
     (tmp_path / "encoder" / "model.safetensors").touch()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "epoch": 5.01}\n')
-    assert study.Step(tmp_path, (), "encoder", 5).done
-    assert not study.Step(tmp_path, (), "encoder", 6).done  # the result may have been asked for on the way
+    assert study.Step(tmp_path, (), "encoder", "epoch", 5).done
+    assert not study.Step(
+        tmp_path, (), "encoder", "epoch", 6
+    ).done  # the result may have been asked for on the way
     (tmp_path / "encoder" / "model.safetensors").unlink()
-    assert not study.Step(tmp_path, (), "encoder", 5).done
+    assert not study.Step(tmp_path, (), "encoder", "epoch", 5).done
 
 
 def test_another_process_that_is_at_a_step_is_left_alone(data, commands):

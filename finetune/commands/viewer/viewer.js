@@ -2,10 +2,14 @@
 // makes: pictures as data: addresses, distances as base64 of uint16 [height, width], `step` metres each.
 const root = element.querySelector(".depth-viewer");
 const find = (name) => root.querySelector(name);
+const invitation = find(".reading").textContent;
 let shown = null;
+let at = null; // the pixel that was under the pointer last
 
 function show() {
+  const before = shown;
   shown = props.value ? JSON.parse(props.value) : null;
+  if (!shown || !before || shown.photo !== before.photo) at = null;
   root.hidden = !shown;
   if (!shown) return;
   const bytes = Uint8Array.from(atob(shown.distances), (letter) => letter.charCodeAt(0));
@@ -27,6 +31,22 @@ function show() {
         return mark;
       })
     );
+  }
+  read();
+}
+
+// Tell the distance at the last pixel, and mark it: of another calibration, another distance.
+function read() {
+  find(".reading").textContent = at ? `${metres(...at).toFixed(2)} m at column ${at[0]}, row ${at[1]}` : invitation;
+  if (!at) return;
+  for (const marks of root.querySelectorAll(".marks")) {
+    let cross = marks.querySelector(".cross");
+    if (!cross) {
+      cross = document.createElement("div");
+      cross.className = "cross";
+      marks.append(cross);
+    }
+    place(cross, ...at);
   }
 }
 
@@ -53,17 +73,8 @@ function metres(x, y) {
 for (const pane of root.querySelectorAll(".pane")) {
   pane.addEventListener("pointermove", (event) => {
     if (!shown) return;
-    const [x, y] = pixel(event);
-    find(".reading").textContent = `${metres(x, y).toFixed(2)} m at column ${x}, row ${y}`;
-    for (const marks of root.querySelectorAll(".marks")) {
-      let cross = marks.querySelector(".cross");
-      if (!cross) {
-        cross = document.createElement("div");
-        cross.className = "cross";
-        marks.append(cross);
-      }
-      place(cross, x, y);
-    }
+    at = pixel(event);
+    read();
   });
   pane.addEventListener("click", (event) => {
     if (!shown) return;

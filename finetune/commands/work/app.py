@@ -11,13 +11,14 @@ import signal
 import stat
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -30,7 +31,7 @@ from finetune.model.prediction import read_photo, resized, seen_depths
 from finetune.options import AppConfig
 from finetune.predicting.camera import Intrinsics, camera_for
 from finetune.predicting.pointcloud import point_cloud
-from finetune.report.figures import colourise
+from finetune.report.figures import colour_range, colourise
 from spark.errors import UserError
 from spark.training.accelerator import chosen_device
 
@@ -131,9 +132,7 @@ def open_photo(
         image = read_photo(path, max_pixels)
         camera = camera_for(None, path, (image.shape[0], image.shape[1]))
     except UserError as error:
-        reason = str(error).rpartition(": ")[2]
-        limit = f"; photos of up to {max_pixels / 1e6:g} megapixels are taken (--max_megapixels)"
-        raise UserError(f"{name} cannot be read: {reason}{limit}") from error
+        raise UserError(f"{name} cannot be read: {str(error).rpartition(': ')[2]}") from error
     finally:
         with suppress(OSError):
             os.unlink(path)
@@ -242,12 +241,6 @@ def view(session: Session | None) -> str:
     return json.dumps(shown)
 
 
-def colour_range(depth: np.ndarray) -> tuple[float, float]:
-    """Ends of the colours [m]: the first and the 99th percentile, and 0.1 m apart at least."""
-    near, far = (float(value) for value in np.percentile(depth, [1, 99]))
-    return near, max(far, near + 0.1)
-
-
 def data_address(picture: np.ndarray, kind: str) -> str:
     """A picture uint8 [H, W, 3] as a data: address."""
     buffer = io.BytesIO()
@@ -258,7 +251,10 @@ def data_address(picture: np.ndarray, kind: str) -> str:
 def words(session: Session | None, model_folder: str) -> str:
     """The text below the pictures, as Markdown whose values are code, so that no name is taken for markup."""
     if session is None:
-        return "Drop a photo above."
+        return (
+            "Drop a photo above, or click there to choose one: its depth appears here. Then move over it to read"
+            " distances; with a few known ones the page calibrates the model. The photo stays on this machine."
+        )
     depth = session.depth
     lines = [
         f"Depth from **{depth.min():.2f} m** to **{depth.max():.2f} m**, median {np.median(depth):.2f} m;"
@@ -311,24 +307,32 @@ def build(model: DepthModel, model_folder: str, max_pixels: int, folder: str) ->
     relative = "depth" not in model.outputs
     fits = [name for name, (space, fit) in FITS.items() if not relative or (space, fit) == RELATIVE_FIT]
 
-    def tried(work: Callable[..., Any], *arguments: Any) -> Any:
-        """Do it, and show an error on the page."""
-        try:
-            return work(*arguments)
-        except (ValueError, OSError) as error:
-            raise gr.Error(str(error), print_exception=False, duration=15) from error
+    def told(handler: Callable[..., tuple[Any, ...]], *unchanged: Any) -> Callable[..., tuple[Any, ...]]:
+        """A handler whose error is the text of `problem`, its last output; the one before goes.
+
+        Where there is one, the other outputs are `unchanged`, or stay as they are.
+        """
+
+        @wraps(handler)  # gradio reads the parameters
+        def handle(*arguments: Any, **named: Any) -> tuple[Any, ...]:
+            try:
+                return *handler(*arguments, **named), gr.update(value="", visible=False)
+            except (ValueError, OSError) as error:
+                return *unchanged, gr.update(value=str(error), visible=True)
+
+        return handle
 
     def changed(session: Session | None, change: Callable[..., Session], *arguments: Any) -> tuple[Any, ...]:
         """What the page shows of a session after a change."""
         if session is None:
-            raise gr.Error("there is no photo yet: drop one above", print_exception=False, duration=15)
-        return shown(tried(change, session, *arguments))
+            raise UserError("there is no photo yet: drop one above")
+        return shown(change(session, *arguments))
 
     def shown(session: Session) -> tuple[Session, str, str]:
         return session, view(session), words(session, model_folder)
 
     def on_photo(path: str) -> tuple[Any, ...]:
-        session = tried(open_photo, model, path, max_pixels, folder, own)
+        session = open_photo(model, path, max_pixels, folder, own)
         return *shown(session), None, None, gr.update(visible=True)
 
     def on_pick(session: Session | None, event: gr.EventData) -> tuple[Any, ...]:
@@ -344,8 +348,8 @@ def build(model: DepthModel, model_folder: str, max_pixels: int, folder: str) ->
     def on_clear(session: Session | None) -> tuple[Any, ...]:
         return *changed(session, forget_points), None
 
-    def on_file(kind: str, session: Session | None) -> str | None:
-        return None if session is None else tried(file_of, session, kind)
+    def on_file(kind: str, session: Session | None) -> tuple[str | None]:
+        return (None if session is None else file_of(session, kind),)
 
     def forget(session: Session | None) -> None:
         if session is not None:
@@ -355,6 +359,7 @@ def build(model: DepthModel, model_folder: str, max_pixels: int, folder: str) ->
         session = gr.State(None, time_to_live=3600, delete_callback=forget)
         gr.Markdown("# Depth in metres")
         photo = gr.File(label="Photo", file_count="single", file_types=["image"], type="filepath", height=150)
+        problem = gr.Textbox("", label="Problem", interactive=False, visible=False, elem_id="problem")
         viewer = gr.HTML(
             "",
             html_template=(VIEWER / "viewer.html").read_text(encoding="utf-8"),
@@ -386,18 +391,29 @@ def build(model: DepthModel, model_folder: str, max_pixels: int, folder: str) ->
 
         outputs = [session, viewer, text]
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
-        photo.upload(on_photo, photo, [*outputs, photo, download, controls], **quiet)
-        viewer.pick(on_pick, session, outputs, **quiet)
-        add.click(on_add, [session, metres], [*outputs, metres], **quiet)
-        fit.click(on_calibrate, [session, kind], [*outputs, download], **quiet)
-        clear.click(on_clear, session, [*outputs, download], **quiet)
+        same = (gr.skip(),) * len(outputs)
+        read = told(on_photo, *same, None, gr.skip(), gr.skip())
+        photo.upload(read, photo, [*outputs, photo, download, controls, problem], **quiet)
+        viewer.pick(told(on_pick, *same), session, [*outputs, problem], **quiet)
+        add.click(told(on_add, *same, gr.skip()), [session, metres], [*outputs, metres, problem], **quiet)
+        made = [*outputs, download, problem]
+        fit.click(told(on_calibrate, *same, gr.skip()), [session, kind], made, **quiet)
+        clear.click(told(on_clear, *same, gr.skip()), session, made, **quiet)
         for kind_of_file, button in makers.items():
-            button.click(partial(on_file, kind_of_file), session, download, **quiet)
+            make = told(partial(on_file, kind_of_file), gr.skip())
+            button.click(make, session, [download, problem], **quiet)
     return page
 
 
 class Policy:
-    """ASGI layer that adds the headers by which browsers fetch nothing from elsewhere and keep nothing."""
+    """ASGI layer that answers to known host names only, and adds the headers by which browsers fetch nothing from
+    elsewhere and keep nothing.
+
+    Args:
+        app: the layer below.
+        host: that the page is bound to.
+        names: further names that it may be called by.
+    """
 
     HEADERS = (
         (b"content-security-policy", POLICY.encode()),
@@ -405,11 +421,15 @@ class Policy:
         (b"cache-control", b"no-store"),
     )
 
-    def __init__(self, app: Any):
-        self.app = app
+    def __init__(self, app: Any, host: str = "127.0.0.1", names: Sequence[str] = ()):
+        self.app, self.host, self.names = app, host, names
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer a request."""
+        called = dict(scope.get("headers", ())).get(b"host", b"").decode("latin-1")
+        if scope["type"] in ("http", "websocket") and not is_known_host(called, self.host, self.names):
+            await self.refuse(scope, called, send)
+            return
 
         async def with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
@@ -420,9 +440,43 @@ class Policy:
 
         await self.app(scope, receive, with_headers)
 
+    async def refuse(self, scope: Any, called: str, send: Any) -> None:
+        """Answer that the page has not this name."""
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        text = f"this page does not go by the name {called}: start spark-app with --host_names, or use its address\n"
+        headers = [(b"content-type", b"text/plain; charset=utf-8"), *self.HEADERS]
+        await send({"type": "http.response.start", "status": 421, "headers": headers})
+        await send({"type": "http.response.body", "body": text.encode()})
 
-def launch(page: Any, host: str, port: int | None, max_megabytes: float, browser: bool = False) -> str:
-    """Start serving in the background; returns the address."""
+
+def is_known_host(called: str, host: str, names: Sequence[str] = ()) -> bool:
+    """Whether a page that is bound to `host` goes by the name in a request's header Host.
+
+    It does by loopback's names, `host` and `names`; and by any IP address if other machines may reach it. An address
+    cannot be pointed elsewhere, as a name can (DNS rebinding).
+    """
+    try:
+        name = (urlsplit(f"//{called}").hostname or "").rstrip(".")
+    except ValueError:
+        return False
+    if name in {"localhost", host.lower(), *(known.lower() for known in names)}:
+        return True
+    with suppress(ValueError):
+        return ip_address(name).is_loopback or bool(check_host(host))
+    return False
+
+
+def launch(
+    page: Any,
+    host: str,
+    port: int | None,
+    max_megabytes: float,
+    browser: bool = False,
+    names: Sequence[str] = (),
+) -> str:
+    """Start serving in the background; returns the address. `names` are those of `Policy`."""
     from gradio.themes import Default
     from starlette.middleware import Middleware
 
@@ -439,7 +493,7 @@ def launch(page: Any, host: str, port: int | None, max_megabytes: float, browser
         ssr_mode=False,
         pwa=False,
         footer_links=[],
-        app_kwargs={"middleware": [Middleware(Policy)]},
+        app_kwargs={"middleware": [Middleware(Policy, host=host, names=tuple(names))]},
         theme=Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     )
     return address
@@ -483,12 +537,13 @@ def serve(config: AppConfig) -> None:
         forget_killed(folder)
         os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False")
         try:
-            page = build(model, config.model, round(config.max_megapixels * 1e6), folder)
+            page = build(model, config.model, config.max_pixels, folder)
         except ImportError as error:
             raise UserError(f"the page needs gradio ({error}): pip install 'spark-pretrain[app]'") from error
         if warning := check_host(config.host):
             print(warning, file=sys.stderr)
-        address = launch(page, config.host, config.port, config.max_megabytes, not config.no_browser)
+        browser, names = not config.no_browser, config.host_names
+        address = launch(page, config.host, config.port, config.max_megabytes, browser, names)
         print(f"{address}   (Ctrl-C ends it)", flush=True)
         with suppress(KeyboardInterrupt):
             try:

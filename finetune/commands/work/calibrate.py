@@ -21,7 +21,7 @@ from finetune.model.calibration import (
 from finetune.model.depth_model import DepthModel, load_depth_model, write_calibration
 from finetune.model.prediction import predict_image, read_photo
 from finetune.options import CalibrateConfig, Fit, Space
-from finetune.predicting.camera import known_camera
+from finetune.predicting.camera import known_camera, wide_view
 from finetune.report.terminal import say
 from spark.errors import UserError
 from spark.files import check_replaceable, check_writable
@@ -116,6 +116,8 @@ def by_camera(config: CalibrateConfig, model: DepthModel) -> Calibration:
             f"head {model.head_name} gives no metres to correct for a camera: calibrate it with points or pairs"
         )
     new, old = known_camera(config.camera), known_camera(config.trained_camera)
+    for camera in (new, old):
+        say(Console(), wide_view(camera.fx, camera.width), "yellow")
     factor = new.relative_focal / old.relative_focal
     origin = f"times {factor:.4g} for a camera with {new}, where the model learnt from one with {old}"
     return for_intrinsics(factor, model.depth_range.min_depth, model.depth_range.max_depth, origin)

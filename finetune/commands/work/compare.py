@@ -14,13 +14,13 @@ from scipy.stats import binomtest, wilcoxon
 from finetune.options import CompareConfig
 from finetune.protocols.metrics import METRIC
 from finetune.report.terminal import say
-from finetune.scoring.evaluators import MEASURES
+from finetune.scoring.evaluators import EVALUATORS
 from finetune.scoring.intervals import LEVEL, draws, interval, resampled
 from finetune.scoring.metrics import read_results
 from spark.errors import UserError
 from spark.files import write_whole
 
-READING = ("polarity", "depth_scale", "bad_depth")
+READING = ("white_border", "polarity", "depth_scale", "bad_depth")
 """Options of reading that both results must share."""
 NEEDED = ("protocol", "protocol_hash", "metrics", "settings", "per_image")
 
@@ -62,7 +62,7 @@ def read_one(path: str, protocol: str | None) -> dict[str, Any]:
             f"{path} lacks {', '.join(missing)}: score again with spark-evaluate, older results do not say how"
             " they were measured"
         )
-    if chosen[0]["settings"].get("family") not in MEASURES:
+    if chosen[0]["settings"].get("family") not in EVALUATORS:
         raise UserError(
             f"{path} is of a kind of protocol that this version does not know: update this project"
         )
@@ -157,9 +157,6 @@ def show(
 ) -> None:
     """Print a comparison, and the images at which the two differ most."""
     say(console, f"{path} against {first}, protocol {base['protocol']}, {len(base['per_image'])} images")
-    borders = [one.get("white_border", "not recorded") for one in (base, other)]
-    if borders[0] != borders[1]:
-        say(console, f"white border of the images: {borders[0]} in the base, {borders[1]} in the other")
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for heading in ("metric", "base", "other", "change", f"{LEVEL:.0%}", "better", "p rank", "p sign"):
         table.add_column(heading, justify="left" if heading == "metric" else "right", no_wrap=True)

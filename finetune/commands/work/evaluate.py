@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from rich.console import Console
 from rich.progress import Progress
 
 from finetune.depth_data import DepthSet, open_depth_data
 from finetune.model.depth_model import load_depth_model
 from finetune.model.prediction import transform_of
-from finetune.options import EvaluationConfig
+from finetune.options import EvaluationConfig, ReadingConfig
 from finetune.protocols import PROTOCOLS, Protocol, get_protocol
 from finetune.report import depth_page
 from finetune.report.figures import save_figure, triptychs
@@ -79,6 +80,22 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     return written
 
 
+def run_white_border(model: Path) -> str | None:
+    """How the run that left a model read the white border, by the config.yaml beside its folder; None: not known."""
+    try:
+        config = yaml.safe_load((model.parent / "config.yaml").read_text(encoding="utf-8"))
+        return config["data"].get("white_border", ReadingConfig.white_border) if "encoder" in config else None
+    except (
+        OSError,
+        ValueError,
+        yaml.YAMLError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ):  # not of a depth run
+        return None
+
+
 def refresh_page(console: Console, results: Path) -> None:
     """Rewrite report.html of the run that the results lie in; a failure is only printed, for the scores are there."""
     folder = results.parent
@@ -135,6 +152,9 @@ def open_source(config: EvaluationConfig, data: DepthSet, protocols: Sequence[Pr
         about: dict[str, Any] = {"model": str(config.model), "model_sha256": model.sha256}
         if model.calibration is not None:
             about["calibration"] = model.calibration.as_config()
+        border = run_white_border(Path(config.model))
+        if hasattr(data, "white_border") and border not in (None, config.data.white_border):
+            about["run_white_border"] = border
         return ModelSource(model, transform_of(model, config.image_size), about)
     if config.predictions is not None:
         return FolderSource(

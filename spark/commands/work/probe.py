@@ -1,6 +1,7 @@
 """What spark-probe does, once its options are read."""
 
 import json
+import logging
 import os
 import platform
 import time
@@ -22,6 +23,7 @@ from spark.errors import UserError
 from spark.files import write_whole
 from spark.images.loader import load_batches
 from spark.model.encoder import PyramidLevel, input_channels, pyramid, pyramid_info, timm_config
+from spark.model.names import is_own
 from spark.monitor.probes import (
     MAX_ITERATIONS,
     TEMPERATURE,
@@ -35,7 +37,10 @@ from spark.options import ProbeConfig
 from spark.training.accelerator import chosen_device
 from spark.training.log import progress_bar
 from spark.training.skipped import UnreadableImages
-from spark.weights.encoder import description, load_encoder
+from spark.weights.encoder import description, read_encoder
+
+logger = logging.getLogger(__name__)
+WEIGHTS_SHOWN = {"random": " (random weights)", "timm": " (timm's weights)", "loaded": ""}
 
 # ----------------------------------------------------------------------------------------------------
 # Features
@@ -44,26 +49,36 @@ from spark.weights.encoder import description, load_encoder
 
 @dataclass
 class Candidate:
-    """One encoder to probe: where it came from, what is read of it, and how its images are prepared."""
+    """One encoder to probe: where it came from, what is read of it, and how its images are prepared.
+
+    `weights` are "random", "timm" (published ones) or "loaded" from the source.
+    """
 
     source: str
+    weights: str
     model: nn.Module
     levels: list[PyramidLevel]
     preparation: Preparation
 
 
-def open_candidate(source: str, options: ProbeConfig) -> Candidate:
-    """Load an encoder. Random weights are a function of the seed alone, not of the encoders before."""
+def open_candidate(source: str, options: ProbeConfig, size: int | tuple[int, ...] | None = None) -> Candidate:
+    """Load an encoder. Random weights are a function of the seed alone, not of the encoders before.
+
+    `size` (H, W) is that of the images where the options name none; None is the encoder's own.
+    """
     torch.manual_seed(options.seed)
-    model = load_encoder(source, pretrained=options.pretrained, model_name=options.model_name)
+    model, report = read_encoder(source, pretrained=options.pretrained, model_name=options.model_name)
+    if report.missing:
+        logger.warning("%s", report)
+    weights = "loaded" if report.source else "timm" if options.pretrained else "random"
     known = timm_config(model)
     channels = input_channels(model)
     if channels not in (1, 3):
         raise UserError(
             f"{source} reads {channels} channels: image files have 3 channels (colour) or 1 (grey)"
         )
-    size = options.size or known["input_size"][1:]
-    size = (size, size) if isinstance(size, int) else size
+    wanted: Any = options.size or size or known["input_size"][1:]
+    size = (wanted, wanted) if isinstance(wanted, int) else tuple(wanted)
     stride = pyramid_info(model)[-1].stride
     if min(size) < stride:
         raise UserError(
@@ -75,7 +90,7 @@ def open_candidate(source: str, options: ProbeConfig) -> Candidate:
         tuple(known.get("mean", IMAGENET_DEFAULT_MEAN)),
         tuple(known.get("std", IMAGENET_DEFAULT_STD)),
     )
-    return Candidate(source, model, chosen_levels(source, model, options.level), preparation)
+    return Candidate(source, weights, model, chosen_levels(source, model, options.level), preparation)
 
 
 def chosen_levels(source: str, model: nn.Module, level: str) -> list[PyramidLevel]:
@@ -160,7 +175,16 @@ def run(options: ProbeConfig, command: str) -> dict[str, Any]:
     """Probe every encoder; the output file is written anew after each. Returns its content."""
     device = chosen_device(options.device)
     data = list_labelled(Path(options.data))
-    candidates = [open_candidate(source, options) for source in options.encoder]  # mistakes show at once
+    candidates: list[Candidate] = []
+    for source in options.encoder:  # mistakes show at once
+        size = candidates[0].preparation.size if candidates else None
+        candidates.append(open_candidate(source, options, size))
+    images = int(data.train.sum())
+    if max(options.k) > images:
+        fitting = " ".join(str(k) for k in sorted({max(1, images // 10), max(1, images // 5)}))
+        raise UserError(
+            f"--k {max(options.k)} is more than the {images} training images: give smaller ones, such as --k {fitting}"
+        )
     unreadable = UnreadableImages(len(data.files), max_share=1.0)
     results: dict[str, Any] = {
         "command": command,
@@ -202,6 +226,7 @@ def run(options: ProbeConfig, command: str) -> dict[str, Any]:
         results["encoders"].append(
             {
                 "encoder": candidate.source,
+                "weights": candidate.weights,
                 "architecture": next(iter(description(candidate.model).values())),
                 "size": candidate.preparation.size,
                 "mean": candidate.preparation.mean,
@@ -232,7 +257,7 @@ def print_results(console: Console, results: dict[str, Any]) -> None:
     for row in results["encoders"]:
         scores = [*row["knn"].values(), row["linear"]["val"], row["linear"]["train"]]
         table.add_row(
-            Text(row["encoder"]),
+            Text(row["encoder"] + WEIGHTS_SHOWN[row["weights"]]),
             "x".join(map(str, row["size"])),
             *(f"{100 * score:.1f}" for score in scores),
             f"{row['linear']['l2']:g}",
@@ -243,6 +268,14 @@ def print_results(console: Console, results: dict[str, Any]) -> None:
     ]
     if results["unreadable"]:
         lines.append(f"{len(results['unreadable'])} unreadable images were left out")
+    if timm_names := [
+        row["encoder"]
+        for row in results["encoders"]
+        if row["weights"] == "random" and not is_own(row["encoder"])
+    ]:
+        lines.append(
+            f"{', '.join(timm_names)}: random weights, a lower bound; --pretrained takes those that timm publishes"
+        )
     strengths = results["settings"]["l2"]
     for row in results["encoders"]:
         if not row["linear"]["converged"]:

@@ -55,7 +55,7 @@ def test_a_photo_is_deleted_when_it_is_read(model, photo, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"no image", "cannot be read"), (None, "more than max_pixels = 100; photos of up to")],
+    [(b"no image", "cannot be read"), (None, "more than max_pixels = 100")],
 )
 def test_what_cannot_be_read_is_said_and_deleted_too(model, photo, tmp_path, content, words):
     if content:
@@ -193,6 +193,46 @@ def test_other_machines_are_warned_of(host, warned):
 
 
 @pytest.mark.parametrize(
+    ("called", "host", "names", "known"),
+    [
+        ("127.0.0.1:7860", "127.0.0.1", (), True),
+        ("localhost:7860", "127.0.0.1", (), True),
+        ("LOCALHOST.", "127.0.0.1", (), True),
+        ("[::1]:7860", "127.0.0.1", (), True),
+        ("evil.example:7860", "127.0.0.1", (), False),
+        ("127.0.0.1.evil.example", "127.0.0.1", (), False),
+        ("localhost.evil.example", "127.0.0.1", (), False),
+        ("192.168.1.5:7860", "127.0.0.1", (), False),
+        ("192.168.1.5:7860", "0.0.0.0", (), True),
+        ("evil.example", "0.0.0.0", (), False),
+        ("studio:7860", "0.0.0.0", ("Studio",), True),
+        ("a.b", "a.b", (), True),
+        ("[::1", "127.0.0.1", (), False),
+        ("", "127.0.0.1", (), False),
+    ],
+)
+def test_only_known_host_names_are_answered(called, host, names, known):
+    assert app.is_known_host(called, host, names) == known
+
+
+def test_a_rebound_name_gets_no_page(address):
+    def ask(name: str):
+        request = urllib.request.Request(address, headers={"Host": name})
+        return urllib.request.urlopen(request)
+
+    with ask("localhost") as answer:
+        assert answer.status == 200
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        ask("evil.example")
+    assert refused.value.code == 421
+    assert "--host_names" in refused.value.read().decode()
+
+
+def test_an_empty_page_says_what_to_do():
+    assert "Drop a photo above, or click there to choose one" in app.words(None, "model")
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [(["--model", "nowhere"], "is not a depth model"), (["--model", "x", "--max_megabytes", "0"], "above 0")],
 )
@@ -282,9 +322,10 @@ def test_the_page_in_a_browser(address, browser, model, photo, tmp_path):
         find("#add").click()
         until("#viewer .marks", rf"{known:g} m")
         WebDriverWait(browser, 60).until(lambda b: find("#metres input").get_attribute("value") == "")
-    find("#calibrate").click()
-    until("#words", "calibrated")
     point_at(20, 30).perform()
+    until("#viewer .reading", rf"{expected[30, 20]:.2f} m at column 20, row 30")
+    browser.execute_script("document.querySelector('#calibrate').click()")  # the pointer stays where it is
+    until("#words", "calibrated")
     until("#viewer .reading", rf"{2 * expected[30, 20]:.2f} m at column 20, row 30")
     browser.save_screenshot(str(tmp_path / "page.png"))
 
@@ -299,8 +340,12 @@ def test_the_page_in_a_browser(address, browser, model, photo, tmp_path):
     WebDriverWait(browser, 60).until(lambda b: not b.find_elements(By.CSS_SELECTOR, "#download a"))
 
     (tmp_path / "text.png").write_text("no image")
+    shown_problem = "return document.querySelector('#problem textarea')?.value ?? ''"
+    find("#add").click()  # without a point
+    WebDriverWait(browser, 60).until(lambda b: "click on the photo first" in b.execute_script(shown_problem))
     find("input[type=file]").send_keys(str(tmp_path / "text.png"))
-    until("body", "text.png cannot be read")
+    WebDriverWait(browser, 60).until(lambda b: "text.png cannot be read" in b.execute_script(shown_problem))
+    assert "click on the photo first" not in browser.execute_script(shown_problem)  # one at a time
 
     kept = [p for p in (tmp_path / "page").rglob("*") if p.is_file() and p.suffix == ".png"]
     assert kept == []  # the photo and the other file are gone; the folder goes with the program

@@ -98,12 +98,10 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     shuffled = scored(1.6)
     shuffled["per_image"].reverse()
     several = {"protocols": [shuffled, scored(1.0, replace(SMALL, name="other"))]}
-    shuffled["white_border"] = "fill"
     paths = files(tmp_path, {**scored(1.0), "white_border": "keep"}, several)
     main([*paths, "--protocol", "small", "--output", str(tmp_path / "out.csv")])
     said = capsys.readouterr().out
     assert "protocol small, 30 images" in said
-    assert "white border of the images: keep in the base, fill in the other" in said
     assert "RMSE m↓" in said
     assert "AbsRel more: image" in said
     assert max(map(len, said.splitlines()[2:14])) <= 80
@@ -144,3 +142,10 @@ def test_what_cannot_be_compared(tmp_path, capsys, change, message):
     with pytest.raises(SystemExit, match="2"):
         main([str(tmp_path / "list.json"), str(tmp_path / "list.json")])
     assert "list.json holds no results" in capsys.readouterr().err
+
+
+def test_other_readings_of_the_white_border_are_refused(tmp_path, capsys):
+    paths = files(tmp_path, {**scored(1.0), "white_border": "keep"}, {**scored(1.2), "white_border": "fill"})
+    with pytest.raises(SystemExit):
+        main(paths)
+    assert "was scored with data.white_border keep and" in capsys.readouterr().err

@@ -328,6 +328,5 @@ def test_run_cards_are_whole(card: Path) -> None:
     for line in ("command", "hardware", "time", "result"):
         assert re.search(rf"^# {line} ", text, re.M), line
     if card.stem == "zoedepth_swinv2":
-        assert (
-            round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 100.7
-        )  # and the unit that never runs
+        # without SwinV2's last norm and the unit that never runs
+        assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 100.6

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import segmentation_models_pytorch as smp
+import timm
 import torch
 from torch import nn
 
 from finetune import DepthModel, load_depth_model
 from finetune.heads.output import DepthRange
+from finetune.model.depth_model import open_encoder
+from spark.errors import UserError
 from spark.model.encoder import build_encoder, pyramid
 from spark.weights.encoder import save_encoder
 
@@ -281,3 +284,15 @@ def test_a_grey_encoder_learns_on_colours(tmp_path: Path) -> None:
     assert model(torch.rand(2, 3, 32, 64)).depth.shape == (2, 1, 32, 64)
     with pytest.raises(ValueError, match="three numbers"):
         DepthModel(tmp_path / "encoder", decoder_channels=TINY, mean=(0.5,))
+
+
+def test_an_encoder_of_one_channel_that_becomes_three_is_said(tmp_path: Path) -> None:
+    grey = timm.create_model("test_resnet", in_chans=1, num_classes=0)
+    save_encoder(grey, tmp_path / "grey", mean=(0.4,), std=(0.2,))
+    _, report = open_encoder(tmp_path / "grey", None, False, 0.0, {})
+    assert "(of 1 channel, made to read 3)" in str(report)
+
+
+def test_a_folder_is_no_photo(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="it is a folder, and this takes one photo; spark-predict --input"):
+        tiny(image_size=(64, 64)).predict(tmp_path)

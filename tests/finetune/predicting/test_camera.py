@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune.predicting.camera import NYU, Intrinsics, camera_for, exif_camera, read_camera
+from finetune.predicting.camera import NYU, Intrinsics, camera_for, exif_camera, read_camera, wide_view
 from finetune.predicting.pointcloud import mesh, point_cloud
 
 CAMERA = Intrinsics(50.0, 40.0, 3.0, 2.0, 6, 8, "a test")
@@ -141,3 +141,12 @@ def test_faces_break_where_depth_jumps() -> None:
     depth[:] = np.random.default_rng(0).uniform(1, 9, (6, 8))
     depth[0] = np.nan
     assert len(read_ply(mesh(image, depth, CAMERA))[2]) < 20
+
+
+def test_a_focal_length_in_millimetres_is_doubted() -> None:
+    text = wide_view(4.2, 640)
+    assert text.startswith("a camera with fx 4.2 px sees 178 degrees across 640 px")
+    assert "are these in millimetres?" in text
+    assert wide_view(320 / math.tan(math.radians(75.5)), 640)  # 151 degrees
+    assert not wide_view(320 / math.tan(math.radians(74.5)), 640)  # 149
+    assert not wide_view(NYU.fx, NYU.width)

@@ -58,12 +58,15 @@ def test_one_image(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert millimetres.dtype == np.uint16
     np.testing.assert_array_equal(millimetres, np.rint(depth.astype(np.float64) * 1000))
     report = json.loads((tmp_path / "out" / "predictions.json").read_text())
-    assert report["colour_range_m"] == [0.0, 10.0]
+    assert report["colour_range_m"] is None
+    assert report["predicted"][0]["colours_m"] == pytest.approx(
+        [np.percentile(depth, 1), max(np.percentile(depth, 99), np.percentile(depth, 1) + 0.1)]
+    )
     assert report["predicted"][0]["size"] == [37, 61]
     assert report["failed"] == []
     printed = " ".join(capsys.readouterr().out.split())
     assert "1 of 1 images predicted" in printed
-    assert "from 0 to 10 m" in printed
+    assert "colours over the range of each image (--colour_near and --colour_far fix them)" in printed
 
 
 def test_folder_keeps_subfolders_and_names_apart(model: Path, tmp_path: Path) -> None:
@@ -245,7 +248,7 @@ def test_options(model: Path, tmp_path: Path) -> None:
     assert flipped.dtype == np.float32
     assert not np.array_equal(plain, flipped)
     report = json.loads((tmp_path / "flip" / "predictions.json").read_text())
-    assert report["colour_range_m"] == [0.0, 5.0]
+    assert report["colour_range_m"] == report["predicted"][0]["colours_m"] == [0.0, 5.0]
 
 
 def test_every_format(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -432,3 +435,23 @@ def test_a_record_that_is_none_of_ours_does_not_stop_prediction(model: Path, tmp
         (tmp_path / "out" / "predictions.json").write_text(text)
         assert run(model, tmp_path / "a.png", tmp_path / "out", "--formats", "[npy]") == 0
         assert json.loads((tmp_path / "out" / "predictions.json").read_text())["earlier"] == []
+
+
+def test_a_camera_in_millimetres_gets_a_sentence(model, tmp_path, capsys) -> None:
+    source = photo(tmp_path / "x.png")
+    camera = {"fx": 4.2, "fy": 4.2, "cx": 20, "cy": 15, "width": 40, "height": 30}
+    (tmp_path / "camera.json").write_text(json.dumps(camera))
+    options = ("--formats", "ply", "--camera", str(tmp_path / "camera.json"))
+    assert run(model, source, tmp_path / "out", *options) == 0
+    assert "are these in millimetres?" in " ".join(capsys.readouterr().out.split())
+
+
+def test_colours_of_two_images_are_their_own_unless_fixed(model, tmp_path) -> None:
+    for number, name in enumerate(("a", "b")):
+        photo(tmp_path / "photos" / f"{name}.png", seed=number)
+    for options in ((), ("--colour_near", "1")):
+        assert run(model, tmp_path / "photos", tmp_path / "out", "--formats", "side", *options) == 0
+        report = json.loads((tmp_path / "out" / "predictions.json").read_text())
+        ends = [entry["colours_m"] for entry in report["predicted"]]
+        assert (ends[0] != ends[1]) == (not options)
+        assert not options or ends[0] == [1.0, 10.0]

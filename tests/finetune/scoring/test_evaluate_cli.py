@@ -297,3 +297,18 @@ def test_a_full_disk_does_not_lose_the_scores(
     headings = next(line for line in said.out.splitlines() if "AbsRel" in line)
     assert "δ1↑" in headings
     assert "SILog↓" in headings  # all in one line of 80 columns
+
+
+def test_another_reading_of_the_white_border_than_the_runs_is_said(tmp_path, capsys) -> None:
+    world = make_depth_world(tmp_path / "world", train=1, val=1, size=(480, 640))
+    torch.manual_seed(0)
+    tiny = DepthModel("test_resnet", decoder_channels=(16, 16, 8, 8, 8), image_size=(48, 64))
+    folder = tiny.save(tmp_path / "run" / "model")
+    (tmp_path / "run" / "config.yaml").write_text(
+        "encoder: test_resnet\ndata: {root: x, white_border: fill}\n"
+    )
+    results = run(folder, world, tmp_path / "keep.json")
+    assert results["run_white_border"] == "fill"
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the run of this model read its images with white border fill, here it is keep" in said
+    assert "run_white_border" not in run(folder, world, tmp_path / "fill.json", "--data.white_border", "fill")

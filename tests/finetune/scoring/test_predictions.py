@@ -171,3 +171,58 @@ def test_user_errors_are_sentences(world, tmp_path, capsys, monkeypatch, options
     assert message in said
     assert len(said.splitlines()) == 1
     assert not (tmp_path / "results.json").exists()
+
+
+def test_a_folder_in_millimetres_is_said(world, tmp_path, capsys):
+    for depth, path in zip(
+        predict(world, tmp_path / "mm", (".npy",)), sorted((tmp_path / "mm").rglob("*.npy")), strict=True
+    ):
+        np.save(path, depth * 1000)
+    where = ("--predictions", str(tmp_path / "mm"), "--protocol", "nyu-bts-scaled")
+    results = run(world, tmp_path / "mm.json", *where)
+    assert (results["beyond_pixels"], results["beyond_images"], results["beyond_share"]) == (
+        4 * 48 * 64,
+        4,
+        1,
+    )
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "12288 predicted values, in 4 images, beyond 10 m, the farthest depth of the protocol: scored as that depth: "
+        "are they in another unit than metres (--scale)?" in said
+    )
+    right = run(world, tmp_path / "m.json", *where, "--scale", "0.001")
+    assert "beyond_pixels" not in right
+    assert right["metrics"]["rmse"] < results["metrics"]["rmse"]
+    assert "beyond" not in capsys.readouterr().out
+
+
+def test_some_values_beyond_the_farthest_depth_are_counted_only(world, tmp_path, capsys):
+    depths = predict(world, tmp_path / "depth", (".npy",))
+    path = sorted((tmp_path / "depth").rglob("*.npy"))[0]
+    depths[0][:2, :3] = 11
+    depths[0][2, :3] = np.nan, np.inf, -1
+    np.save(path, depths[0])
+    results = run(
+        world, tmp_path / "r.json", "--predictions", str(tmp_path / "depth"), "--protocol", "nyu-bts-scaled"
+    )
+    counts = [results[f"{what}_pixels"] for what in ("beyond", "nonfinite", "nonpositive")]
+    assert counts == [6, 2, 1]
+    assert "in another unit" not in capsys.readouterr().out
+
+
+def test_predictions_of_another_size_are_said(world, tmp_path, capsys):
+    predict(world, tmp_path / "depth", (".npy",))
+    for path in sorted((tmp_path / "depth").rglob("*.npy"))[:3]:
+        np.save(path, np.load(path)[::2, ::2])
+    where = ("--predictions", str(tmp_path / "depth"), "--protocol", "nyu-bts-scaled,nyu-affine")
+    results = run(world, tmp_path / "r.json", *where)
+    assert [one["resized_images"] for one in results["protocols"]] == [3, 3]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "3 predictions of another size than the image, brought to the size of the ground truth" in said
+
+
+def test_a_protocol_of_another_benchmark_is_a_sentence(world, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(world, tmp_path / "r.json", "--baseline", "constant:3", "--protocol", "kitti-eigen")
+    assert stopped.value.code == 2
+    assert "protocol kitti-eigen is of kitti, and this is nyu" in capsys.readouterr().err

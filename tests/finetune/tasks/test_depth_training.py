@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from finetune import DepthModel, load_depth_model
-from finetune.config import DepthConfig, DepthDataConfig, DepthModelConfig, TransferOptimConfig
+from finetune.config import DepthConfig, DepthDataConfig, DepthModelConfig, TuningOptimConfig
 from finetune.depth import main
 from finetune.losses.weighted import WeightedLoss
 from finetune.tasks import depth as task
@@ -713,7 +713,7 @@ def test_the_border_of_other_frames_is_announced(
 
 
 def length_of(num_pairs: int, **options: Any) -> RunLength:
-    optim = TransferOptimConfig(batch_size=32, frozen_epochs=2)
+    optim = TuningOptimConfig(batch_size=32, frozen_epochs=2)
     return run_phases(
         DepthConfig(encoder="", data=DepthDataConfig(root="data"), output_dir="runs", optim=optim, **options),
         num_pairs,
@@ -799,3 +799,15 @@ def test_two_processes_train_and_measure_as_one(
     scores = [json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two")]
     assert scores[1]["metrics"] == pytest.approx(scores[0]["metrics"], rel=1e-4)
     assert len(scores[0]["per_image"]) == len(scores[1]["per_image"])
+
+
+def test_a_batch_larger_than_the_data_is_said(world, tmp_path, capsys) -> None:
+    run(
+        world,
+        tmp_path / "run",
+        **{"optim.batch_size": 16, "max_steps": "null", "epochs": 1, "validate_every": 0},
+    )
+    assert (
+        "warning: a batch of 16 takes each of the 6 pairs 2.7 times: the run is 2.7 epochs; the whole run has 1 step"
+        in capsys.readouterr().out
+    )

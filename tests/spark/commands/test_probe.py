@@ -220,7 +220,7 @@ def test_preparation_keeps_the_middle_and_the_proportions():
     assert grey[0, 5, [0, 15, 29]].tolist() == [-2, 2, -2]
 
 
-def test_each_encoder_decides_size_and_normalisation(folder, tmp_path):
+def test_the_first_encoder_decides_the_size_and_each_its_normalisation(folder, tmp_path):
     encoder = timm.create_model("test_resnet", num_classes=0, in_chans=1)
     exported = save_encoder(encoder, tmp_path / "grey", mean=[0.4], std=[0.2], input_size=(64, 96))
     arguments = ["--encoder", str(exported), "test_resnet", "--data", str(folder), "--k", "1"]
@@ -228,7 +228,8 @@ def test_each_encoder_decides_size_and_normalisation(folder, tmp_path):
     grey, colour = json.loads((tmp_path / "probe.json").read_text())["encoders"]
     assert (grey["encoder"], grey["architecture"], grey["size"]) == (str(exported), "test_resnet", [64, 96])
     assert (grey["mean"], grey["std"]) == ([0.4], [0.2])
-    assert (colour["encoder"], colour["size"], len(colour["mean"])) == ("test_resnet", [160, 160], 3)
+    assert (colour["encoder"], colour["size"], len(colour["mean"])) == ("test_resnet", [64, 96], 3)
+    assert (grey["weights"], colour["weights"]) == ("loaded", "random")
 
 
 # ------------------------------------------------------------------------------------------------------- the command
@@ -301,7 +302,7 @@ def test_a_damaged_image_is_counted_named_and_left_out(tmp_path, capsys):
 
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     with pytest.raises(SystemExit) as stop:
-        probe.main([*arguments, "--device", "cpu"])
+        probe.main(["--k", "1", *arguments, "--device", "cpu"])
     assert stop.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
@@ -356,7 +357,10 @@ def test_what_is_wrong_with_a_folder_is_said_in_one_sentence(tmp_path, capsys, c
         (["--encoder", "test_resnet", "missing/encoder"], "no encoder at missing/encoder"),
         (["--encoder", "test_resnet", "--level", "64"], "has no feature map of level '64'"),
         (["--encoder", "test_resnet", "--size", "16"], "smaller than the stride"),
-        (["--encoder", "test_resnet", "--size", "32", "--k", "99"], "k 99 is more than the 10 training"),
+        (
+            ["--encoder", "test_resnet", "--size", "32", "--k", "99"],
+            "--k 99 is more than the 10 training images: give smaller ones, such as --k 1 2",
+        ),
     ],
 )
 def test_wrong_options_are_said_in_one_sentence(folder, tmp_path, capsys, arguments, message):
@@ -371,3 +375,20 @@ def test_features_that_are_not_finite_are_refused(folder, tmp_path, capsys):
     exported = save_encoder(encoder, tmp_path / "diverged")
     arguments = ("--encoder", str(exported), "--data", str(folder), "--output", str(tmp_path / "probe.json"))
     assert "not finite for 16 of 16 images" in error_of(capsys, *arguments, "--size", "32")
+
+
+def test_the_table_says_which_weights_are_random(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    exported = save_encoder(timm.create_model("test_resnet", num_classes=0), tmp_path / "mine")
+    run(folder, tmp_path / "probe.json", encoders=("test_resnet", str(exported)))
+    said = capsys.readouterr().out
+    assert "test_resnet (random weights)" in said
+    assert "mine (" not in said
+    assert "test_resnet: random weights, a lower bound; --pretrained takes those that timm publishes" in said
+
+
+def test_a_k_that_is_too_large_is_refused_before_features_are_computed(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(work, "extract_features", lambda *_, **__: pytest.fail("too late"))
+    with pytest.raises(SystemExit):
+        probe.main(["--encoder", "test_resnet", "--data", str(folder), "--output", str(tmp_path / "p.json")])
+    assert "--k 20 is more than the 10 training images" in capsys.readouterr().err

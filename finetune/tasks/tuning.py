@@ -1,61 +1,49 @@
-"""What all training on an encoder shares: rates, frozen epochs, validations, the best model, the last one."""
+"""What every training from an encoder has in common: phases, learning rates, validations, best model, early end."""
 
-import hashlib
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 from torch.optim import Optimizer
 
-from finetune.config import TransferConfig
-from finetune.model.encoder_model import EncoderModel
+from finetune.config import TuningConfig
 from finetune.scoring.best import Selection
-from finetune.tasks.schedule import learning_rate, momentum, run_phases
+from finetune.tasks.schedule import RunLength, learning_rate, momentum, run_phases
 from spark.training.accelerator import reduce_sum, worker_count
 from spark.training.log import read_rows
 from spark.training.optim import build_optimizer, parameter_groups
+from spark.training.recipe import misfit
 from spark.training.run import Run
 from spark.training.sharding import on_device
 from spark.training.task import Rates, Task
 
 
-class Transfer(Task):
-    """Training of one model on an encoder.
+class Tuning(Task):
+    """Training of a model whose `encoder` was pretrained, or begins at random.
 
-    A subclass makes `model` and `held_out`, calls `place` and `plan`, and says how the model is validated, saved and
-    read again.
+    A task of this kind sets `modules`, `config`, `held_out` and `facts`, and calls `plan`.
 
     Attributes:
-        model: that is trained, `modules` itself or a part of it.
-        held_out: what validations are made on, None for no validation.
-        scored_as: what lines about validations begin with.
+        config: the options; `select` is the metric that tells which validation is the best.
+        held_out: what validations are of; None: there are none.
     """
 
-    model: Any  # an EncoderModel
-    held_out: Any
-    scored_as: str
     config: Any
+    held_out: Any
 
-    # --- parts of a constructor
-
-    def place(self, modules: nn.Module, run: Run) -> None:
-        """Bring what is trained to the device of the run."""
-        config: TransferConfig = self.config
-        self.modules = modules
+    def plan(self, config: TuningConfig, run: Run, samples: int, select: str) -> None:
+        """Bring the modules to the device, and settle the phases of the run, for so many samples to train on."""
         if config.sync_bn and run.world > 1 and run.device.type == "cuda":
             # timm's conversion, because torch's drops the activation inside timm's norms
-            convert_sync_batchnorm(modules)
-        modules.to(run.device).to(memory_format=run.memory_format)  # pyright: ignore[reportCallIssue]
-
-    def plan(self, samples: int, run: Run, select: str) -> None:
-        """Take the phases of a run over so many samples, whose best validation is told by the metric `select`."""
-        config: TransferConfig = self.config
+            convert_sync_batchnorm(self.modules)
+        self.modules.to(run.device).to(memory_format=run.memory_format)  # type: ignore[call-overload]
         self.num_samples = samples
-        self.length = run_phases(config, samples)
+        self.length: RunLength = run_phases(config, samples)
         self.total_steps = self.length.steps
+        warmup = self.length.warmup if config.optim.schedule == "cosine" else 0
+        if warning := misfit(config, samples, self.total_steps, warmup, self.unit):
+            run.accelerator.print(f"warning: {warning}")
         if self.length.frozen >= self.total_steps:
             run.accelerator.print(
                 f"warning: optim.frozen_epochs {config.optim.frozen_epochs:g} are {self.length.frozen} steps and this "
@@ -65,40 +53,9 @@ class Transfer(Task):
         if self.length.frozen and run.accelerator.ddp_handler is not None:
             run.accelerator.ddp_handler.find_unused_parameters = True  # a frozen encoder has no gradients
         self.selection = Selection(select, config.patience)
-        self.workers = worker_count(self.config.data.workers, run.accelerator)
+        self.workers = worker_count(config.data.workers, run.accelerator)  # type: ignore[attr-defined]
         self.device, self.memory_format = run.device, run.memory_format
         self.rank, self.world, self.micro_batch = run.rank, run.world, run.micro_batch
-
-    # --- what a subclass says
-
-    def model_of(self, whole: Any) -> EncoderModel:
-        """The model in whole `modules`, or in their average."""
-        return whole
-
-    @abstractmethod
-    def validate(self, run: Run, model: Any, finished: bool = False) -> dict[str, float]:
-        """Score a model on `held_out`.
-
-        Args:
-            run: of the model.
-            model: that is scored, on the device of the run.
-            finished: write evaluation.json, too; the model is what `written` has read.
-
-        Returns:
-            The metrics.
-        """
-
-    @abstractmethod
-    def headline(self, metrics: Mapping[str, float]) -> str:
-        """The numbers that the field quotes, in one line."""
-
-    @abstractmethod
-    def save(self, model: Any, folder: Path) -> Path:
-        """Write a model into a folder, whole or not at all."""
-
-    @abstractmethod
-    def written(self, folder: Path) -> nn.Module:
-        """The model that `save` wrote."""
 
     # --- what is trained
 
@@ -123,10 +80,36 @@ class Transfer(Task):
 
     def before_step(self, step: int) -> None:
         """See `Task`; freezes the encoder, or lets it learn."""
-        if self.model.encoder_frozen != (step < self.length.frozen):
-            self.model.freeze_encoder(step < self.length.frozen)
+        model = self.model_of(self.modules)
+        if model.encoder_frozen != (step < self.length.frozen):
+            model.freeze_encoder(step < self.length.frozen)
+
+    def model_of(self, modules: nn.Module) -> Any:
+        """The model in the trained modules, with `freeze_encoder`, `encoder_frozen` and `save`."""
+        return modules
 
     # --- validation
+
+    @abstractmethod
+    def validate(self, run: Run, model: Any, finished: bool = False) -> dict[str, float]:
+        """Score the model on what is held out.
+
+        Args:
+            run: of the model.
+            model: that is scored, on the device of the run.
+            finished: write evaluation.json, too; the model is that of model/.
+
+        Returns:
+            The metrics.
+        """
+
+    @abstractmethod
+    def words(self, metrics: dict[str, float]) -> str:
+        """Metrics in a few words, for the terminal."""
+
+    @abstractmethod
+    def reload(self, folder: Any) -> Any:
+        """The model that was written to a folder."""
 
     def saves_after(self, step: int) -> bool:
         """See `Task`: validations are of saved states."""
@@ -166,36 +149,30 @@ class Transfer(Task):
         One whose model cannot be kept does not count: best/ is always that of the best validation in the rows.
         """
         better = self.selection.add(run.step, metrics)
-        run.say(f"step {run.step}  {self.scored_as}  {self.headline(metrics)}" + "  (best so far)" * better)
-        if better and not run.keep_on("best/", lambda: self.save(model, run.folder / "best")):
+        run.say(f"step {run.step}  {self.words(metrics)}" + "  (best so far)" * better)
+        if better and not run.keep_on("best/", lambda: model.save(run.folder / "best")):
             self.selection.scores.pop()
             return
         values = {f"val_{name}": value for name, value in metrics.items()}
         run.keep_on("the validation", lambda: run.log.amend(run.step, **values))
 
-    # --- what it says and writes
+    # --- what it writes
 
-    def columns(self, run: Run, batch: dict[str, Any]) -> dict[str, float | str]:
-        """See `Task`."""
-        seen = (run.step + run.state.offset) * self.config.optim.batch_size
-        return {"epoch": seen / self.num_samples}
-
-    def export(self, run: Run) -> Path | None:
+    def export(self, run: Run) -> Any:
         """Write the model."""
         shown = run.whole(averaged=True)
-        return None if shown is None else self.save(self.model_of(shown), run.folder / "model")
+        return None if shown is None else self.model_of(shown).save(run.folder / "model")
 
     def finish(self, run: Run) -> list[str]:
-        """Write the model, and score what was written, so that whoever reads it gets the same numbers, in fp32."""
-        shown = run.whole(averaged=True)
-        if shown is None:
+        """Write the model, and score what was written, so that what reads it gets the same numbers, in fp32."""
+        folder = self.export(run)
+        if folder is None:
             return []
-        model = self.model_of(shown)
-        folder = self.save(model, run.folder / "model")
         if self.held_out is not None:
-            metrics = self.validate(run, self.written(folder).to(self.device), finished=True)
+            written = self.reload(folder).to(self.device)
+            metrics = self.validate(run, written, finished=True)
             if run.step not in dict(self.selection.scores):
-                self.note(run, model, metrics)
+                self.note(run, written, metrics)
         words = []
         if run.step < self.total_steps:
             words.append(
@@ -209,9 +186,3 @@ class Transfer(Task):
                 f"{run.folder / 'best'}"
             )
         return words
-
-
-def fingerprint(names: Sequence[str]) -> dict[str, Any]:
-    """How many samples, and a digest of their names in order: what a stream depends on beside the seed."""
-    digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
-    return {"count": len(names), "sha256": digest}
