@@ -1,4 +1,4 @@
-"""Transfer of an encoder to depth estimation: model, losses, data, protocols, training, evaluation, prediction."""
+"""Transfer of an encoder to depth, classification and segmentation: from data to predictions."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -6,15 +6,31 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from finetune.heads.output import DepthOutput
     from finetune.model.depth_model import DepthModel, load_depth_model
+    from finetune.model.segmentation_model import SegmentationModel, load_segmentation_model
 
-    depth: Any  # the module, which can be called
+    classify: Any  # the modules, which can be called
+    depth: Any
+    segment: Any
 
-__all__ = ["DepthModel", "DepthOutput", "depth", "load_depth_model"]
+__all__ = [
+    "DepthModel",
+    "DepthOutput",
+    "SegmentationModel",
+    "classify",
+    "depth",
+    "load_depth_model",
+    "load_segmentation_model",
+    "segment",
+]
 _HOMES = {
     "DepthModel": "finetune.model.depth_model",
     "DepthOutput": "finetune.heads.output",
+    "SegmentationModel": "finetune.model.segmentation_model",
+    "classify": "finetune.classify",
     "depth": "finetune.depth",
     "load_depth_model": "finetune.model.depth_model",
+    "load_segmentation_model": "finetune.model.segmentation_model",
+    "segment": "finetune.segment",
 }
 
 
@@ -23,4 +39,4 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = import_module(_HOMES[name])
-    return home if name == "depth" else getattr(home, name)
+    return home if home.__name__ == f"{__name__}.{name}" else getattr(home, name)

@@ -88,8 +88,8 @@ class DepthSetConfig(ReadingConfig, PlaceConfig):
 
 
 @dataclass
-class AugmentationConfig:
-    """Data: sizes and augmentation of the pairs to train on.
+class ViewConfig:
+    """Data: sizes and augmentation of the images to train on.
 
     Attributes:
         image_size: size [height, width] in pixels at which a whole frame is presented to the model.
@@ -104,7 +104,6 @@ class AugmentationConfig:
         brightness: range of the factor on all channels.
         channel: range of the factor on each channel.
         contrast: range of the factor on the difference from the mean colour.
-        cut_depth: probability that a rectangle of the image shows its depth (CutDepth).
         mean: mean of every channel on the scale 0 to 1; null takes what the encoder was trained with.
         std: standard deviation of every channel on the scale 0 to 1; null takes what the encoder was trained with.
     """
@@ -120,9 +119,19 @@ class AugmentationConfig:
     brightness: Range = (0.75, 1.25)
     channel: Range = (0.9, 1.1)
     contrast: Range = (1.0, 1.0)
-    cut_depth: Share = 0.0
     mean: tuple[float, ...] | None = None
     std: tuple[PositiveFloat, ...] | None = None
+
+
+@dataclass
+class AugmentationConfig(ViewConfig):
+    """Data: sizes and augmentation of the pairs to train on.
+
+    Attributes:
+        cut_depth: probability that a rectangle of the image shows its depth (CutDepth).
+    """
+
+    cut_depth: Share = 0.0
 
 
 @dataclass
@@ -345,3 +354,71 @@ class ClassifyConfig(TuningConfig):
     drop_path: ShareBelow1 = 0.0
     smoothing: ShareBelow1 = 0.0
     encoder_options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class SegmentDataConfig(ViewConfig, PlaceConfig):
+    """Data: images with a class in each pixel, and their augmentation.
+
+    Attributes:
+        root: folder with images/ and masks/, in train/ and val/ or with lists; or NYU Depth V2, its sync folders (with
+            a list) or its labelled file.
+        list: list of the images to train on, a name inside root or a path; null for a layout with splits of its own.
+        val_list: list of the images to validate on; null validates on the other split of a layout that has one, and on
+            nothing where a list names the training images.
+        kind: layout, masks (images/ and masks/), nyu_sync or nyu_labeled; null recognises it.
+        classes: number of classes, or their names in the order of their numbers; of NYU 13 or 40. Masks count them from
+            0, and 255 is void.
+        white_border: of the labelled NYU images: fill continues the pixels next to it, black paints it black, keep
+            leaves it.
+        border: part [top, bottom, left, right] of a 480x640 frame that crops are taken from; null is all of it.
+        workers: processes that read images; null is one for each core that a process may use, at most 8.
+        max_unreadable: share of the images that may be unreadable before the run stops, between 0 and 1.
+    """
+
+    val_list: PathText | None = None
+    kind: Literal["masks", "nyu_sync", "nyu_labeled"] | None = None
+    classes: Annotated[int, Rule("from 2 to 255", lambda value: 2 <= value <= 255)] | list[str] = 13
+    white_border: Literal["keep", "black", "fill"] = "keep"
+    border: tuple[int, int, int, int] | None = None
+    workers: Workers | None = None
+    max_unreadable: Share = 0.01
+
+    def check(self) -> None:
+        """Refuse names that are no classes."""
+        if isinstance(self.classes, list):
+            different = 2 <= len(set(self.classes)) == len(self.classes) <= 255
+            require(different, "data.classes", self.classes, "2 to 255 different names, or their number")
+
+
+@dataclass(kw_only=True)
+class SegmentConfig(TuningConfig):
+    """Run: encoder, decoder, length, precision, logs and checkpoints.
+
+    Attributes:
+        decoder: decoder of segmentation_models_pytorch; unetpp and unet take any pyramid, fpn maps at four strides.
+        decoder_channels: width of unetpp and unet at each resolution, from half the deepest stride up to stride 1; null
+            is 256 down to 16.
+        frozen: the encoder never learns, the decoder alone does.
+        drop_path: stochastic depth rate of the encoder.
+        encoder_options: further arguments of timm.create_model for the encoder.
+        dice: weight of the Dice loss beside the cross-entropy.
+        select: metric by which a validation is better than another; the model of the best one is in output_dir/best,
+            that of the last step in output_dir/model.
+    """
+
+    CARDS: ClassVar = "segment"
+    ESSENTIALS: ClassVar = (
+        *("encoder", "data.root", "output_dir", "pretrained", "data.list", "data.val_list", "data.classes"),
+        *("data.image_size", "decoder", "frozen", "optim.lr", "optim.batch_size", "epochs", "max_steps"),
+        *("precision", "accumulation", "resume"),
+    )
+
+    data: SegmentDataConfig
+    decoder: Literal["unetpp", "unet", "fpn"] = "unetpp"
+    decoder_channels: list[PositiveInt] | None = None
+    frozen: bool = False
+    drop_path: ShareBelow1 = 0.0
+    encoder_options: dict[str, Any] = field(default_factory=dict)
+    dice: NonNegativeFloat = 0.0
+    select: Literal["miou", "pixel_accuracy", "class_accuracy"] = "miou"

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from finetune import depth, options
-from finetune.config import DepthConfig
+from finetune.config import ClassifyConfig, DepthConfig, SegmentConfig
 from spark import options as spark_options
 from spark import pretrain
 from spark.config import PretrainConfig
@@ -23,6 +23,8 @@ from tests.depth_world import make_depth_world
 COMMANDS: dict[type, list[str]] = {
     PretrainConfig: ["--model.name=resnet18", "--data.train=x", "--output_dir=o"],
     DepthConfig: ["--encoder=resnet18", "--data.root=x", "--output_dir=o"],
+    ClassifyConfig: ["--encoder=resnet18", "--data.root=x", "--output_dir=o"],
+    SegmentConfig: ["--encoder=resnet18", "--data.root=x", "--output_dir=o"],
     spark_options.ExportConfig: ["--checkpoint=x", "--output=o.onnx"],
     spark_options.ProbeConfig: ["--encoder=resnet18", "--data=d", "--output=o"],
     spark_options.PrepareConfig: ["--input=i", "--output=o"],

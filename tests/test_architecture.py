@@ -39,14 +39,17 @@ ORDER = {
         "report",
         "predicting tasks",
         "commands",
-        "classify depth evaluate predict",
+        "classify depth evaluate predict segment",
     ],
 }
 RANKS = {
     package: {room: rank for rank, rooms in enumerate(order) for room in rooms.split()}
     for package, order in ORDER.items()
 }
-ENTRIES = {"spark.pretrain", "finetune.classify", "finetune.depth", "finetune.evaluate", "finetune.predict"}
+ENTRIES = {
+    "spark.pretrain",
+    *(f"finetune.{name}" for name in ("classify", "depth", "evaluate", "predict", "segment")),
+}
 
 
 def modules():

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from finetune import options as finetune_options
-from finetune.config import ClassifyConfig, DepthConfig
+from finetune.config import ClassifyConfig, DepthConfig, SegmentConfig
 from spark import options as spark_options
 from spark.config import PretrainConfig
 from spark.training.cards import find_card
@@ -21,6 +21,7 @@ COMMANDS: dict[str, Any] = {
     "spark-pretrain": PretrainConfig,
     "spark-depth": DepthConfig,
     "spark-classify": ClassifyConfig,
+    "spark-segment": SegmentConfig,
     "spark-evaluate": finetune_options.EvaluationConfig,
     "spark-predict": finetune_options.PredictConfig,
     "spark-export": spark_options.ExportConfig,

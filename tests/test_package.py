@@ -117,7 +117,14 @@ def test_the_wheel_alone_pretrains_exports_trains_depth_and_predicts(installed, 
 
 
 @pytest.mark.parametrize(
-    "entry", ["spark/pretrain.py", "finetune/depth.py", "finetune/evaluate.py", "finetune/predict.py"]
+    "entry",
+    [
+        "spark/pretrain.py",
+        "finetune/depth.py",
+        "finetune/evaluate.py",
+        "finetune/predict.py",
+        "finetune/segment.py",
+    ],
 )
 def test_entries_run_as_files_from_anywhere(entry, tmp_path):
     """With the package beside them, whichever is installed, and without their own folder on the path."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, TypeAlias
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from finetune.depth_data.labels import LabelOptions
@@ -85,6 +86,12 @@ class DepthSet(Dataset[DepthSample]):
     @abstractmethod
     def __getitem__(self, index: int) -> DepthSample:
         """Read a sample."""
+
+    def labels_of(self, index: int) -> np.ndarray:
+        """The classes of a sample alone, uint8 `[H, W]`, where the set is `labelled`; raises what reading it does."""
+        labels = self[index].labels
+        assert labels is not None
+        return labels
 
     @abstractmethod
     def names(self) -> list[str]:

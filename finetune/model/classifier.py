@@ -6,15 +6,15 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from finetune.model.encoder_model import EncoderModel
 from spark.errors import UserError
 from spark.weights.encoder import CONFIG, WEIGHTS, load_encoder, save_encoder
 
 
-class Classifier(nn.Module):
+class Classifier(EncoderModel):
     """Encoder and linear layer; with `linear` the encoder stays as it is, in evaluation mode, and the layer learns.
 
     Args:
@@ -30,33 +30,19 @@ class Classifier(nn.Module):
     def __init__(
         self, encoder: nn.Module, classes: Sequence[str], image_size: tuple[int, int], linear: bool = False
     ):
-        super().__init__()
-        self.encoder, self.classes, self.image_size = encoder, list(classes), image_size
-        self.linear, self.encoder_frozen = linear, False
+        super().__init__(encoder)
+        self.classes, self.image_size = list(classes), image_size
         self.head = _timm_classifier(encoder, len(classes))[1]
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
         if linear:
-            encoder.requires_grad_(False)
-            self.freeze_encoder()
+            self.probe_encoder()
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, H, W] -> logits [B, classes]."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_frozen):
+        with self.encoder_gradients():
             features = self.encoder(images)
         return self.head(features)
-
-    def freeze_encoder(self, frozen: bool = True) -> None:
-        """Hold the encoder still, batch statistics too, or let it learn again; see `DepthModel.freeze_encoder`."""
-        self.encoder_frozen = frozen or self.linear
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> "Classifier":
-        """Switch between training and evaluation; a frozen encoder stays in evaluation."""
-        super().train(mode)
-        if self.encoder_frozen:
-            self.encoder.eval()
-        return self
 
     def save(self, folder: str | Path) -> Path:
         """Write config.json and model.safetensors as timm has them, whole or not at all:

@@ -12,32 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from finetune.construct import construct
 from finetune.heads import HEADS
 from finetune.heads.base import Head
 from finetune.heads.output import DepthOutput, DepthRange
 from finetune.model.calibration import Calibration
+from finetune.model.encoder_model import DenseModel, write_model
 from finetune.model.prediction import predict_image, read_photo
 from spark.errors import UserError
-from spark.files import checksum, whole_folder, write_tensors, write_whole
+from spark.files import checksum, write_whole
 from spark.model.encoder import (
-    PyramidLevel,
     RefusedOptions,
     build_encoder,
     drop_unneeded,
-    pyramid,
-    pyramid_info,
     without_unneeded,
 )
 from spark.model.names import is_own
-from spark.weights.encoder import CARD, CONFIG, WEIGHTS, description, name_of, read_encoder
+from spark.weights.encoder import CONFIG, WEIGHTS, description, name_of, read_encoder
 from spark.weights.hub import PREFIX, download
 from spark.weights.keys import KeyReport
 
@@ -52,7 +48,7 @@ _NOT_FREE = {
     **dict.fromkeys(("drop_path", "drop_path_rate"), "set drop_path"),
     **dict.fromkeys(("model_name", "name_option"), "set encoder_name"),
     "pretrained": "set pretrained",
-    "in_chans": "depth is of colour images",
+    "in_chans": "images are of three colours",
     "averaged": "export the averaged weights",
     **dict.fromkeys(
         ("source", "name", "model_name_or_path", "checkpoint_path", "cache_dir"),
@@ -69,7 +65,7 @@ _NOT_FREE = {
 }
 
 
-class DepthModel(nn.Module):
+class DepthModel(DenseModel):
     """Encoder, head and depth range.
 
     Args:
@@ -118,7 +114,6 @@ class DepthModel(nn.Module):
         encoder_options: Mapping[str, Any] | None = None,
         **head_options: Any,
     ) -> None:
-        super().__init__()
         if isinstance(encoder, nn.Module):
             if pretrained or drop_path or encoder_name or encoder_options:
                 raise UserError(
@@ -127,24 +122,17 @@ class DepthModel(nn.Module):
                 )
         else:
             encoder, _ = open_encoder(encoder, encoder_name, pretrained, drop_path, encoder_options or {})
-        self.encoder: nn.Module = encoder
-        self.encoder_frozen = False
-        levels = pyramid_info(encoder)
-        self.stride = levels[-1].stride
+        super().__init__(encoder, image_size, mean, std)
         self.depth_range = DepthRange(min_depth, max_depth, initial_depth)
         self.head_name = head
         self.head_options = head_options
-        self.head: Head = construct("head", HEADS, head, head_options, levels, self.depth_range)
-        self.levels: list[PyramidLevel] = self.head.levels
-        self.image_size = None if image_size is None else (int(image_size[0]), int(image_size[1]))
-        self.mean = _three("mean", mean, encoder)
-        self.std = _three("std", std, encoder)
+        self.head: Head = construct("head", HEADS, head, head_options, self.levels, self.depth_range)
+        self.levels = self.head.levels
         self.calibration: Calibration | None = None  # of evaluation only, losses see what the head says
         self.sha256: dict[str, str] | None = None
         drop_unneeded(encoder, self.levels, in_chans=3)
         if self.head.frozen_encoder:
-            self.encoder.requires_grad_(False)
-            self.freeze_encoder()
+            self.probe_encoder()
 
     def forward(self, images: Tensor) -> DepthOutput:
         """Predict depth for images [B, 3, H, W] normalised with `mean` and `std`, at their size, whatever it is.
@@ -153,19 +141,10 @@ class DepthModel(nn.Module):
         padding is cut off `depth` and `disparity_affine`, while `extras` stay as the head gives them. In evaluation a
         calibration is applied (`finetune.model.calibration`).
         """
-        if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
-            raise UserError(f"images must be [B, 3, H, W] and not empty, got {list(images.shape)}.")
-        height, width = images.shape[-2:]
-        rows, columns = self.padded_size((height, width))
-        missing = (0, columns - width, 0, rows - height)
-        padded = F.pad(images, missing, mode="replicate") if any(missing) else images
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_frozen):
-            features = pyramid(self.encoder, padded, self.levels)
-        output: DepthOutput = self.head(features, (padded.shape[-2], padded.shape[-1]))
+        features, size = self.features(images), (images.shape[-2], images.shape[-1])
+        output: DepthOutput = self.head(features, self.padded_size(size))
         given = {
-            name: self.to_frame(value, (height, width))
-            for name in FRAME_MAPS
-            if (value := output.get(name)) is not None
+            name: self.to_frame(value, size) for name in FRAME_MAPS if (value := output.get(name)) is not None
         }
         output = replace(output, **given)
         if self.calibration is not None and not self.training:
@@ -198,21 +177,6 @@ class DepthModel(nn.Module):
             )
         return predict_image(self, read_photo(photo), image_size, flip_average, tiles)
 
-    def padded_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(H, W) of the padded images that the encoder sees, for images of `size`."""
-        height, width = size
-        return height + -height % self.stride, width + -width % self.stride
-
-    def to_frame(self, values: Tensor, size: tuple[int, int]) -> Tensor:
-        """Bring a map of the padded images, of any stride [B, C, h, w], to images of `size` (H, W) [B, C, H, W].
-
-        Bilinearly, with align_corners=False.
-        """
-        padded = self.padded_size(size)
-        if values.shape[-2:] != padded:
-            values = F.interpolate(values, padded, mode="bilinear", align_corners=False)
-        return values[..., : size[0], : size[1]]
-
     def calibrate(self, calibration: Calibration | None) -> None:
         """Take a calibration in place of any other, or none; ValueError for a space that the head has nothing in."""
         if calibration is not None and calibration.space != "disparity" and "depth" not in self.head.outputs:
@@ -232,22 +196,6 @@ class DepthModel(nn.Module):
     def max_depth(self) -> float:
         """The farthest depth that it says in evaluation [m]."""
         return self.depth_range.max_depth if self.calibration is None else self.calibration.max_depth
-
-    def freeze_encoder(self, frozen: bool = True) -> None:
-        """Hold the encoder still, or let it learn again: no gradients, and batch norm uses its stored statistics.
-
-        The parameters keep `requires_grad`, so an optimizer can be built before; it passes over those without
-        gradient. Under a head that probes a frozen encoder it stays still.
-        """
-        self.encoder_frozen = frozen or self.head.frozen_encoder
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> "DepthModel":
-        """Switch between training and evaluation; a frozen encoder stays in evaluation."""
-        super().train(mode)
-        if self.encoder_frozen:
-            self.encoder.eval()
-        return self
 
     def save(self, folder: str | Path, card: str | None = None) -> Path:
         """Write `config.json` and `model.safetensors`, whole or not at all; `load_depth_model` reads them.
@@ -273,12 +221,7 @@ class DepthModel(nn.Module):
         }
         if self.calibration is not None:
             config["calibration"] = self.calibration.as_config()
-        with whole_folder(folder, (CONFIG, WEIGHTS, CARD)) as temporary:
-            if card is not None:
-                (temporary / CARD).write_text(card, encoding="utf-8")
-            write_tensors(self, temporary / WEIGHTS, {})
-            (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        return Path(folder)
+        return write_model(self, folder, config, card)
 
 
 def open_encoder(
@@ -288,7 +231,7 @@ def open_encoder(
     drop_path: float,
     encoder_options: Mapping[str, Any],
 ) -> tuple[nn.Module, KeyReport]:
-    """The encoder of a depth model, as the arguments of `DepthModel` say, and what became of its weights."""
+    """The encoder of a model, as the arguments of `DepthModel` say, and what became of its weights."""
     if wrong := sorted(_NOT_FREE.keys() & encoder_options):
         raise UserError(f"encoder_options cannot set {wrong[0]}: {_NOT_FREE[wrong[0]]}")
     options = dict(encoder_options)
@@ -489,15 +432,3 @@ def _undescribed(folder: Path, error: Exception) -> str:
 
 def _unfitting(folder: Path, error: Exception) -> str:
     return f"{folder / WEIGHTS} does not hold the weights that {CONFIG} describes: copy the folder again. {error}"
-
-
-def _three(name: str, values: Sequence[float] | None, encoder: nn.Module) -> tuple[float, ...]:
-    """The given mean or std, or the encoder's own; a single one of an encoder for grey images is repeated."""
-    if values is None:
-        known: Any = getattr(encoder, "pretrained_cfg", None) or {}
-        values = known.get(name)
-        if values is not None and len(values) == 1:
-            values = tuple(values) * 3
-    if values is None or len(values) != 3:
-        raise UserError(f"{name} must hold three numbers, one for each of red, green, blue, got {values}.")
-    return tuple(float(value) for value in values)

@@ -1,6 +1,5 @@
 """Supervised depth training as a task of the engine: model and losses, pairs, validations, and the model it leaves."""
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from finetune.config import DepthConfig
-from finetune.depth_data import MixedSampler, TrainingMix, collate_depth
+from finetune.depth_data import MixedSampler, collate_depth
 from finetune.model.depth_model import DepthModel, load_depth_model, start_from
 from finetune.model.prediction import transform_of
 from finetune.protocols import get_protocol
@@ -22,7 +21,7 @@ from finetune.scoring.score import score
 from finetune.scoring.sources import check_protocol
 from finetune.tasks.build import build_model, build_trained, open_data
 from finetune.tasks.summary import describe
-from finetune.tasks.tuning import Tuning
+from finetune.tasks.tuning import Tuning, fingerprint
 from spark.errors import UserError
 from spark.images.loader import load_batches
 from spark.training.accelerator import check_memory
@@ -60,7 +59,7 @@ class DepthTraining(Tuning):
         self.trained.criterion.check(self.pairs.entries(), [one.data for one in self.pairs.sets])
         self.terms = tuple(config.losses)
         self.plan(config, run, len(self.pairs), config.select)
-        self.facts = {"pairs": fingerprint(self.pairs)}
+        self.facts = {"pairs": fingerprint(self.pairs.names())}
         self.idle_reason = (
             f"they had no pixel with a ground truth between {config.model.min_depth:g} and "
             f"{config.model.max_depth:g} m (model.min_depth, model.max_depth)"
@@ -181,9 +180,3 @@ class DepthTraining(Tuning):
             self.length,
             run,
         )
-
-
-def fingerprint(pairs: TrainingMix) -> dict[str, Any]:
-    """How many pairs, and a digest of their names in order: what a stream of pairs depends on beside the seed."""
-    digest = hashlib.sha256("\n".join(pairs.names()).encode("utf-8", "surrogateescape")).hexdigest()
-    return {"count": len(pairs), "sha256": digest}

@@ -1,6 +1,8 @@
 """What every training from an encoder has in common: phases, learning rates, validations, best model, early end."""
 
+import hashlib
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from timm.layers.norm_act import convert_sync_batchnorm
@@ -186,3 +188,9 @@ class Tuning(Task):
                 f"{run.folder / 'best'}"
             )
         return words
+
+
+def fingerprint(names: Sequence[str]) -> dict[str, Any]:
+    """How many samples, and a digest of their names in order: what a stream depends on beside the seed."""
+    digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
+    return {"count": len(names), "sha256": digest}

@@ -9,13 +9,14 @@ import numpy as np
 from scipy.io import loadmat
 
 from finetune.depth_data.base import BadDepth, DepthSet, OpenOptions, WhiteBorder
-from finetune.depth_data.entries import size_text
+from finetune.depth_data.entries import Labels, size_text
 from finetune.depth_data.files import PerProcess
 from finetune.depth_data.labels import MAPPING_40, LabelOptions, read_mapping_40
 from finetune.depth_data.lists import (
     LABELED_MAT,
     WITHOUT_LISTS,
     ListedSet,
+    at_line,
     existing_root,
     find_list,
     lists_text,
@@ -26,6 +27,7 @@ from finetune.depth_data.sample import (
     check_pair_headers,
     checked_metres,
     file_error,
+    opened_image,
     read_depth_mm,
     read_rgb,
 )
@@ -130,11 +132,23 @@ class NYUSync(ListedSet):
 
     def read(self, entry: SyncEntry) -> DepthSample:
         """The pair, with its classes if they are asked for."""
-        path = self.root / entry.image
-        image = paint_border(read_rgb(path), self.white_border)
+        image = paint_border(read_rgb(self.root / entry.image), self.white_border)
         depth = read_depth_mm(self.root / entry.depth)
-        labels = self.labels and self.labels.read(path.parent, path.stem.removeprefix("rgb_"))
-        return DepthSample(image, depth, entry.name, labels=labels)
+        return DepthSample(image, depth, entry.name, labels=self._classes(entry))
+
+    def labels_of(self, index: int) -> np.ndarray:
+        """See `DepthSet`."""
+        entry = self.entries[index]
+        with at_line(self.list_file, entry.line), opened_image(self.root / entry.image, "an image") as image:
+            labels = self._classes(entry)
+            assert labels is not None
+            if wrong := Labels.other_size(Labels.what, image.size[::-1], labels.shape):
+                raise file_error(entry.name, wrong)
+            return labels
+
+    def _classes(self, entry: SyncEntry) -> np.ndarray | None:
+        path = self.root / entry.image
+        return self.labels and self.labels.read(path.parent, path.stem.removeprefix("rgb_"))
 
 
 class NYULabeled(DepthSet):
