@@ -98,6 +98,9 @@ class MaskFolder(ListedSet):
 
 def find_masks(root: Path, below: Path) -> list[SyncEntry]:
     """The images under `below`/images with their masks, names relative to `root`, in order of the images."""
+    for folder in ("images", "masks"):
+        if not (below / folder).is_dir():
+            raise UserError(f"no folder {below / folder}: expected images/NAME.jpg with masks/NAME.png")
     images = _by_stem(root, below / "images", *EXTENSIONS)
     masks = _by_stem(root, below / "masks", ".png")
     if not images:
