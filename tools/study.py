@@ -16,7 +16,8 @@ that --encoder of depth training takes), its own options of the same names, `sta
 that continue from one another), `labels` (share of the training scenes), `images` and `images_share` (what it pretrains
 on), `pretrain_seed`, or `command` (a program that writes {run}/results.json, or what
 `makes` names); `columns`, name -> where the value
-stands; `table`, `differences`, `figure`. Texts may hold {data}, {output}, {seed}, {run} and the arm's own entries.
+stands; `table`, `differences`, `figure`. Texts may hold {data}, {output}, {seed}, {run}, {label_list} (the training pairs
+of the arm's share of scenes) and the arm's own entries.
 In `pretrain`, `epochs: time` is as many epochs as fit into the time of the first arm, and `scale_phases: true` lets the
 warm-up and the frozen epochs of a run card keep their share of a run of another length. An arm with `trunk` (lengths in
 epochs) pretrains at a constant learning rate up to each of them and branches off at the last: arms of several lengths,
@@ -147,10 +148,12 @@ class Study:
         return str(arm.get("name") or f"{arm['encoder']}_{arm['start']}")
 
     def filled(self, text: Any, arm: Mapping[str, Any], seed: int = 0, run: Path | None = None) -> Any:
-        """An option with {data}, {output}, {seed}, {run} and the entries of the arm put in."""
+        """An option with {data}, {output}, {seed}, {run}, {label_list} and the entries of the arm put in."""
         if not isinstance(text, str) or "{" not in text:
             return text
         given = {"data": self.data, "output": self.output, "seed": seed, "run": run}
+        if "{label_list}" in text:
+            given["label_list"] = label_list(arm["labels"], self.data, self.output)
         for name, value in {**arm, **given}.items():
             text = text.replace(f"{{{name}}}", str(value))
         return text

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from finetune.config import DepthConfig
+from finetune.config import ClassifyConfig, DepthConfig, SegmentConfig
 from finetune.options import EvaluationConfig
 from spark.config import PretrainConfig
 from spark.training.cli import parse_config
@@ -232,6 +232,9 @@ def test_shares_of_labels_and_images(data, commands):
     lines = Path(images).read_text().splitlines()
     assert len(lines) == 16
     assert lines[0] == str(data / "nyu" / "s0" / "rgb_0.jpg")
+    arm = {"name": "c", "encoder": "resnet18", "labels": 0.5, "command": "python x.py --list {label_list}"}
+    (row,) = study.Study({**CONTENT, "arms": [arm], "seeds": [0]}, data, data.parent).rows()
+    assert Path(option(list(row.steps[0].command), "list")).read_text().splitlines() == half
     default = study.image_list({}, data, data.parent).read_text().splitlines()
     assert default == [str(data / "images"), *lines]  # no validation image
 
@@ -305,6 +308,8 @@ def test_studies_have_the_columns_of_their_results_and_commands_that_parse(path,
     classes = {
         "spark/pretrain.py": PretrainConfig,
         "finetune/depth.py": DepthConfig,
+        "finetune/classify.py": ClassifyConfig,
+        "finetune/segment.py": SegmentConfig,
         "finetune/evaluate.py": EvaluationConfig,
     }
     steps = [step for row in study.Study(content, data, data.parent / "runs").rows() for step in row.steps]
