@@ -14,10 +14,9 @@ The file (see tools/studies/): `seeds`; `pretrain`, `depth`, `probe` and `scores
 options of the commands as on the command line; `arms`, each with `encoder` and `start` (scratch, spark, or anything
 that --encoder of depth training takes), its own options of the same names, `stages` (name -> options of depth runs
 that continue from one another), `labels` (share of the training scenes), `images` and `images_share` (what it pretrains
-on), `pretrain_seed`, or `command` (a program that writes {run}/results.json, or what
-`makes` names); `columns`, name -> where the value
-stands; `table`, `differences`, `figure`. Texts may hold {data}, {output}, {seed}, {run}, {label_list} (the training pairs
-of the arm's share of scenes) and the arm's own entries.
+on), `pretrain_seed`, or `command` (a program that writes {run}/results.json, or what `makes` names); `columns`,
+name -> where the value stands; `table`, `differences`, `figure`. Texts may hold {data}, {output}, {seed}, {run},
+{label_list} (the training pairs of the arm's share of scenes) and the arm's own entries.
 In `pretrain`, `epochs: time` is as many epochs as fit into the time of the first arm, and `scale_phases: true` lets the
 warm-up and the frozen epochs of a run card keep their share of a run of another length. An arm with `trunk` (lengths in
 epochs) pretrains at a constant learning rate up to each of them and branches off at the last: arms of several lengths,

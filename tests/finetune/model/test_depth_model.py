@@ -194,7 +194,7 @@ def test_encoder_that_is_already_made_is_used() -> None:
             {"encoder_options": {"drop_path_rate": 0.1}},
             "encoder_options cannot set drop_path_rate: set drop_path",
         ),
-        ({"encoder_options": {"in_chans": 1}}, "cannot set in_chans: depth is of colour images"),
+        ({"encoder_options": {"in_chans": 1}}, "cannot set in_chans: images are of three colours"),
         (
             {"encoder_options": {"zero_init": False}},
             "does not accept these options: .*zero_init.*'{}' gives none",
