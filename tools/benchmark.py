@@ -11,6 +11,7 @@
     python -m tools.benchmark distillation                     # depth: what the segmentation decoder costs in training
     python -m tools.benchmark scoring                          # depth: scoring predictions, protocol by protocol
     python -m tools.benchmark layouts --csv spark/sparse/measured.csv      # the table behind `layout="auto"`
+    python -m tools.benchmark kernels                          # what Triton's kernels take on a GPU, without one
     python -m tools.benchmark against ../other-checkout        # steps of this tree beside those of another commit
 
 Every ratio is of neighbouring steps: contenders take turns, step by step, and the number is the median of the ratios.
@@ -35,7 +36,7 @@ from spark.errors import UserError
 from spark.files import write_whole
 from spark.sparse.tensor import MissingRuleError
 from spark.training.accelerator import usable_cores
-from tools.benchmarks import against, depth, loader, scoring, steps
+from tools.benchmarks import against, depth, kernels, loader, scoring, steps
 from tools.benchmarks.rows import Command, Row, rows_as_csv
 from tools.benchmarks.timing import refuse_busy_machine
 
@@ -45,11 +46,14 @@ COMMANDS: dict[str, Command] = {
     **depth.COMMANDS,
     **scoring.COMMANDS,
     **against.COMMANDS,
+    **kernels.COMMANDS,
 }
 SHOWN = (
     *("seconds_median", "images_per_second", "images_per_second_per_core", "speedup_median", "cost_median"),
     *("gmacs_training", "gmacs_cost", "efficiency", "gflops", "saved_encoder_bytes", "saved_step_bytes"),
     *("peak_step_bytes", "saved_step_ratio", "peak_step_ratio"),
+    *("programs", "launches", "registers", "spilled_bytes", "shared_bytes", "resident_warps", "tensor_cores"),
+    "loads_ahead",
 )
 """Columns of results that are printed, beside those that say what a row is of."""
 
@@ -85,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if file.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
                 raise UserError(f"{file} cannot be written: name a file in a folder that you may write to")
         command.check(options)
-        refuse_busy_machine(options.busy)
+        refuse_busy_machine(options.busy or not command.times)
         for measured in command.measure(options):
             rows += measured
             if options.csv:
@@ -117,7 +121,8 @@ def show(rows: Sequence[Row], command: str) -> None:
     varying = [name for name in about if name == "contender" or len({row[name] for row in rows}) > 1]
     shared = [f"{name} {first[name]}" for name in about if name not in varying and first[name]]
     table = Table(
-        title=f"{command}: ratios are over {first.get('base', 'the first')}", caption=", ".join(shared)
+        title=f"{command}: ratios are over {first['base']}" if "base" in first else command,
+        caption=", ".join(shared),
     )
     columns = [*varying, *(name for name in SHOWN if name in first)]
     for name in columns:

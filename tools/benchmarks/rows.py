@@ -23,6 +23,7 @@ class Command(NamedTuple):
         check: finds in seconds what is wrong with the options, before anything is measured; raises UserError.
         table: from the options and the rows of one `measure` to the whole CSV file; None: all rows so far.
         finish: is given all rows at the end.
+        times: whether it takes times, which are worth something only on an idle machine.
     """
 
     about: str
@@ -31,6 +32,7 @@ class Command(NamedTuple):
     check: Callable[[Namespace], None] = lambda options: None
     table: Callable[[Namespace, list[Row]], list[Row]] | None = None
     finish: Callable[[Namespace, list[Row]], None] = lambda options, rows: None
+    times: bool = True
 
 
 def rows_as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
